@@ -1,0 +1,273 @@
+"""Evaluation of both stages on held-out data, for any source of images.
+
+    evaluate_stage1(model, lambda rows: cache.read(rows), num_images, texts)
+    evaluate_stage2(model, batches)
+
+Losses, retrieval and matching for stage 1; losses, captions and visual question answering for
+stage 2. Nothing here knows about a data set: what counts as the same caption, and the wording of
+a prompt, are the caller's. Shapes as in `blip2fast.retrieval`.
+Paper (arXiv 2301.12597): sections 3.1, 3.2, 4.1 (zero-shot VQA), 4.4 (retrieval).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2fast.retrieval import (
+    ImageReader,
+    Texts,
+    chunks,
+    encode_all,
+    evaluating,
+    query_similarity,
+    rerank,
+    retrieval_recall,
+    swapped_match_accuracy,
+)
+
+if TYPE_CHECKING:
+    from blip2fast.stage1 import Blip2Stage1
+    from blip2fast.stage2 import Blip2Stage2
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random state from `seed` inside; the state outside is as if nothing had happened."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def held_out_losses(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], seed: int = 0
+) -> dict[str, float]:
+    """Mean of every scalar `loss*` and `accuracy*` that the model returns, weighted by rows.
+
+    Stage 1 samples its negatives; they are drawn from `seed` here, and the caller's random state
+    is left as it was, so evaluation neither varies nor disturbs training.
+
+    Args:
+        batches: keyword arguments of the model's forward.
+
+    Raises:
+        ValueError: when there is no batch.
+    """
+    totals: dict[str, float] = {}
+    count = 0
+    with evaluating(model) as device, seeded(seed, device):
+        for batch in batches:
+            output = model(**{name: value.to(device) for name, value in batch.items()})
+            rows = len(next(iter(batch.values())))
+            count += rows
+            for name, value in vars(output).items():
+                if name.startswith(("loss", "accuracy")) and isinstance(value, Tensor):
+                    totals[name] = totals.get(name, 0.0) + rows * value.item()
+    if count == 0:
+        raise ValueError("held-out losses need at least one batch, got none")
+    return {name: total / count for name, total in totals.items()}
+
+
+def caption_batches(
+    images: ImageReader, texts: Texts, batch_size: int
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of one text per image, for `held_out_losses` of stage 1.
+
+    Only the first text of each image is taken, so that no image stands twice in a batch as its
+    own false negative; a last batch of one, which has no negatives, is left out.
+    """
+    first = {i: j for j, i in reversed(list(enumerate(texts.image.tolist())))}
+    for numbers in torch.tensor(sorted(first.values())).split(batch_size):
+        if len(numbers) > 1:
+            yield {
+                "image_embeds": images(texts.image[numbers]),
+                "input_ids": texts.input_ids[numbers],
+                "attention_mask": texts.attention_mask[numbers],
+            }
+
+
+def evaluate_stage1(
+    model: Blip2Stage1,
+    images: ImageReader,
+    num_images: int,
+    texts: Texts,
+    *,
+    swapped: Texts | None = None,
+    rerank_k: int = 0,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """Losses, retrieval both ways and, where asked, re-ranked retrieval and ITM accuracy.
+
+    Args:
+        model: a `Blip2Stage1`.
+        images: reader of the frozen encoder's tokens.
+        num_images: I; images are numbered 0..I-1.
+        texts: the captions, several per image allowed.
+        swapped: wrong counterparts of `texts`, one each; None leaves ITM accuracy out.
+        rerank_k: candidates that ITM re-ranks (128 in the paper); 0 leaves re-ranking out.
+        batch_size: images, texts or pairs at a time.
+
+    Returns:
+        `loss, loss_itc, loss_itm, loss_itg, accuracy_*`, `{i2t,t2i}_r{1,5,10}`,
+        `rerank_{i2t,t2i}_r{1,5,10}`, `itm_accuracy` and its parts.
+    """
+    results = held_out_losses(model, caption_batches(images, texts, batch_size))
+    similarity = query_similarity(*encode_all(model, images, num_images, texts, batch_size))
+    results |= retrieval_recall(similarity, similarity, texts.image)
+    if rerank_k:
+        scores = rerank(model, images, texts, similarity, rerank_k, batch_size)
+        reranked = retrieval_recall(*scores, texts.image)
+        results |= {f"rerank_{name}": value for name, value in reranked.items()}
+    if swapped is not None:
+        results |= swapped_match_accuracy(model, images, texts, swapped, batch_size)
+    return results
+
+
+def evaluate_stage2(
+    model: Blip2Stage2, batches: Iterable[Mapping[str, Tensor]], seed: int = 0
+) -> dict[str, float]:
+    """Language-modelling loss on held-out text; captions and answers are scored separately.
+
+    Args:
+        model: a `Blip2Stage2`.
+        batches: keyword arguments of its forward, as training makes them.
+
+    Returns:
+        `loss`, the mean over batches weighted by rows.
+    """
+    return held_out_losses(model, batches, seed)
+
+
+def generate_texts(
+    model: Blip2Stage2,
+    images: ImageReader,
+    image_rows: Tensor,
+    tokenizer: Any,
+    prompts: Sequence[str] | None = None,
+    *,
+    max_new_tokens: int = 30,
+    batch_size: int = 64,
+) -> list[str]:
+    """Greedy continuations by a `Blip2Stage2`: captions, or answers to prompts.
+
+    Args:
+        images: reader of the frozen encoder's tokens.
+        image_rows: [P] the image number that goes before each prompt.
+        tokenizer: the language model's.
+        prompts: [P] texts that follow the soft visual prompts; None for none.
+
+    Returns:
+        P strings without the prompt and without special tokens.
+
+    Raises:
+        ValueError: when there is not one prompt for each image.
+    """
+    if prompts is not None and len(prompts) != len(image_rows):
+        raise ValueError(f"{len(prompts)} prompts for {len(image_rows)} images; give one each")
+    texts: list[str] = []
+    with evaluating(model) as device:
+        for rows in chunks(len(image_rows), batch_size):
+            prompt = {}
+            if prompts is not None:
+                prompt = encode_prompts(tokenizer, [prompts[p] for p in rows.tolist()], device)
+            tokens = model.generate(
+                image_embeds=images(image_rows[rows]).to(device),
+                **prompt,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+            )
+            texts += decode(tokenizer, tokens)
+    return texts
+
+
+def continue_texts(
+    language_model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 10,
+    batch_size: int = 64,
+) -> list[str]:
+    """Greedy continuations by the language model alone: it reads, it sees nothing.
+
+    With a caption in the prompt this is caption-then-read VQA; without one, the blind control.
+
+    Args:
+        language_model: a transformers causal or sequence-to-sequence model.
+
+    Returns:
+        One string per prompt, without the prompt and without special tokens.
+    """
+    texts: list[str] = []
+    with evaluating(language_model) as device:
+        for rows in chunks(len(prompts), batch_size):
+            inputs = encode_prompts(tokenizer, [prompts[p] for p in rows.tolist()], device)
+            tokens = language_model.generate(
+                **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+            )
+            if not language_model.config.is_encoder_decoder:
+                tokens = tokens[:, inputs["input_ids"].shape[1] :]
+            texts += decode(tokenizer, tokens)
+    return texts
+
+
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[str], device: torch.device
+) -> dict[str, Tensor]:
+    """Prompts padded on the left, so that every continuation starts where its prompt ends."""
+    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def decode(tokenizer: Any, tokens: Tensor) -> list[str]:
+    """Token ids to stripped strings without special tokens."""
+    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def exact_match(
+    generated: Sequence[str],
+    references: Sequence[Any],
+    match: Callable[[str, Any], bool],
+) -> float:
+    """Share of generated texts that the caller's `match(text, reference)` accepts.
+
+    Raises:
+        ValueError: when the lists differ in length, or are empty.
+    """
+    if len(generated) != len(references) or not generated:
+        raise ValueError(
+            f"exact match needs one reference per text: {len(generated)} texts, "
+            f"{len(references)} references"
+        )
+    hits = sum(
+        match(text, reference) for text, reference in zip(generated, references, strict=True)
+    )
+    return hits / len(generated)
+
+
+def accuracy_by_type(
+    predictions: Sequence[str], answers: Sequence[str], types: Sequence[str]
+) -> dict[str, float]:
+    """VQA accuracy over all questions (`all`) and for each question type.
+
+    Answers are compared without regard to case and surrounding space.
+
+    Raises:
+        ValueError: when the lists differ in length, or are empty.
+    """
+    if not len(predictions) == len(answers) == len(types) or not predictions:
+        raise ValueError(
+            f"need one answer and one type per prediction: {len(predictions)} predictions, "
+            f"{len(answers)} answers, {len(types)} types"
+        )
+    right: dict[str, list[bool]] = {"all": []}
+    for prediction, answer, kind in zip(predictions, answers, types, strict=True):
+        hit = prediction.strip().lower() == answer.strip().lower()
+        right["all"].append(hit)
+        right.setdefault(kind, []).append(hit)
+    return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
