@@ -23,7 +23,7 @@ from blip2fast.retrieval import (
     swapped_match_accuracy,
 )
 
-I, J, Q, T, E, D = 7, 11, 3, 5, 6, 4
+NUM_IMAGES, J, Q, T, E, D = 7, 11, 3, 5, 6, 4
 
 
 class ToyStage1(nn.Module):
@@ -59,7 +59,7 @@ class ToyStage1(nn.Module):
 def toy():
     torch.manual_seed(0)
     model = ToyStage1()
-    embeds = torch.randn(I, 4, E)
+    embeds = torch.randn(NUM_IMAGES, 4, E)
     ids = torch.randint(1, 50, (J, T))
     mask = (torch.arange(T) < torch.randint(2, T + 1, (J, 1))).long()
     image = torch.tensor([0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 6])
@@ -82,10 +82,12 @@ def brute_force_recall(score_i2t, score_t2i, owner, k):
 def test_similarity_and_recall_against_loops(toy):
     model, embeds, texts = toy
     model.train()
-    image_features, text_features = encode_all(model, embeds.__getitem__, I, texts, batch_size=3)
+    image_features, text_features = encode_all(
+        model, embeds.__getitem__, NUM_IMAGES, texts, batch_size=3
+    )
     assert model.training, "the caller's mode must come back"
     similarity = query_similarity(image_features, text_features, batch_size=2)
-    for i in range(I):
+    for i in range(NUM_IMAGES):
         for j in range(J):
             expected = max((image_features[i, q] * text_features[j]).sum().item() for q in range(Q))
             assert similarity[i, j].item() == pytest.approx(expected, abs=1e-6)
@@ -99,8 +101,8 @@ def test_similarity_and_recall_against_loops(toy):
 
 def test_features_do_not_depend_on_batching(toy):
     model, embeds, texts = toy
-    one = encode_all(model, embeds.__getitem__, I, texts, batch_size=1)
-    all_at_once = encode_all(model, embeds.__getitem__, I, texts, batch_size=100)
+    one = encode_all(model, embeds.__getitem__, NUM_IMAGES, texts, batch_size=1)
+    all_at_once = encode_all(model, embeds.__getitem__, NUM_IMAGES, texts, batch_size=100)
     for a, b in zip(one, all_at_once, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -126,7 +128,7 @@ def test_recall_refuses_disagreeing_shapes():
 @pytest.mark.parametrize("k", [1, 3, 100])
 def test_rerank_against_loops(toy, k):
     model, embeds, texts = toy
-    features = encode_all(model, embeds.__getitem__, I, texts)
+    features = encode_all(model, embeds.__getitem__, NUM_IMAGES, texts)
     similarity = query_similarity(*features)
     score_i2t, score_t2i = rerank(model, embeds.__getitem__, texts, similarity, k, batch_size=4)
 
@@ -137,27 +139,27 @@ def test_rerank_against_loops(toy, k):
             )[0]
         return (similarity[i, j] + logits[1] - logits[0]).item()
 
-    for i in range(I):
+    for i in range(NUM_IMAGES):
         order = sorted(range(J), key=lambda j: -similarity[i, j].item())
         expected = sorted(order[:k], key=lambda j: -matched(i, j)) + order[k:]
         assert score_i2t[i].argsort(descending=True).tolist() == expected
     for j in range(J):
-        order = sorted(range(I), key=lambda i: -similarity[i, j].item())
+        order = sorted(range(NUM_IMAGES), key=lambda i: -similarity[i, j].item())
         expected = sorted(order[:k], key=lambda i: -matched(i, j)) + order[k:]
         assert score_t2i[:, j].argsort(descending=True).tolist() == expected
 
 
 def test_rerank_matches_each_pair_once(toy):
     model, embeds, texts = toy
-    similarity = torch.zeros(I, J)
-    rerank(model, embeds.__getitem__, texts, similarity, k=max(I, J))
-    assert sum(model.match_calls) == I * J
+    similarity = torch.zeros(NUM_IMAGES, J)
+    rerank(model, embeds.__getitem__, texts, similarity, k=max(NUM_IMAGES, J))
+    assert sum(model.match_calls) == NUM_IMAGES * J
 
 
 def test_rerank_refuses_no_candidates(toy):
     model, embeds, texts = toy
     with pytest.raises(ValueError, match="k=0"):
-        rerank(model, embeds.__getitem__, texts, torch.zeros(I, J), k=0)
+        rerank(model, embeds.__getitem__, texts, torch.zeros(NUM_IMAGES, J), k=0)
 
 
 def test_swapped_match_accuracy_against_loops(toy):
@@ -220,14 +222,14 @@ def test_losses_refuse_no_batch(toy):
 
 def test_evaluate_stage1_reports_what_was_asked(toy):
     model, embeds, texts = toy
-    plain = evaluate_stage1(model, embeds.__getitem__, I, texts, batch_size=4)
+    plain = evaluate_stage1(model, embeds.__getitem__, NUM_IMAGES, texts, batch_size=4)
     assert {"loss", "t2i_r1", "i2t_r10"} <= set(plain)
     assert not any(name.startswith(("rerank", "itm")) for name in plain)
     full = evaluate_stage1(
-        model, embeds.__getitem__, I, texts, swapped=texts, rerank_k=2, batch_size=4
+        model, embeds.__getitem__, NUM_IMAGES, texts, swapped=texts, rerank_k=2, batch_size=4
     )
     assert full["itm_accuracy"] == pytest.approx(0.5), "the same texts cannot be told apart"
-    similarity = query_similarity(*encode_all(model, embeds.__getitem__, I, texts))
+    similarity = query_similarity(*encode_all(model, embeds.__getitem__, NUM_IMAGES, texts))
     scores = rerank(model, embeds.__getitem__, texts, similarity, 2)
     assert full["rerank_t2i_r1"] == retrieval_recall(*scores, texts.image)["t2i_r1"]
 
