@@ -1,0 +1,108 @@
+"""LAVIS's names for the parameters of stage 1, both ways.
+
+LAVIS wraps a BERT language model: its word embeddings, layers and generation head live under
+``Qformer.bert`` and ``Qformer.cls``. The tensors are the same; only the names differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+# (LAVIS prefix, our prefix); the first that fits is used
+_PREFIXES = (
+    ("Qformer.bert.embeddings.LayerNorm.", "qformer.layernorm."),
+    ("Qformer.bert.embeddings.", "embeddings."),
+    ("Qformer.bert.", "qformer."),
+    ("Qformer.cls.predictions.", "lm_head."),
+    ("vision_proj.", "vision_projection."),
+    ("text_proj.", "text_projection."),
+)
+
+# what LAVIS saves besides parameters of the Q-Former: a buffer of positions, and the image encoder
+_IGNORED = ("Qformer.bert.embeddings.position_ids", "visual_encoder.")
+
+# LAVIS saves tied tensors under both of their names
+_TIED = {
+    "Qformer.cls.predictions.decoder.weight": "Qformer.bert.embeddings.word_embeddings.weight",
+    "Qformer.cls.predictions.decoder.bias": "Qformer.cls.predictions.bias",
+}
+
+
+def from_lavis_name(name: str) -> str:
+    """Our name of a LAVIS parameter."""
+    for theirs, ours in _PREFIXES:
+        if name.startswith(theirs):
+            name = ours + name[len(theirs) :]
+            break
+    return re.sub(r"\.(attention|crossattention)\.self\.", r".\1.attention.", name)
+
+
+def to_lavis_name(name: str) -> str:
+    """LAVIS's name of one of our parameters."""
+    name = re.sub(r"\.(attention|crossattention)\.attention\.", r".\1.self.", name)
+    for theirs, ours in _PREFIXES:
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    return name
+
+
+def from_lavis(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a LAVIS stage-1 state dict.
+
+    Args:
+        state_dict: Parameters under LAVIS's names; a whole checkpoint's ``["model"]`` may be
+            given, its image encoder is left out.
+
+    Returns:
+        The same tensors under our names.
+
+    Raises:
+        ValueError: a tied tensor was saved twice with different values.
+    """
+    renamed = {}
+    for name, value in state_dict.items():
+        if name in _TIED:
+            twin = state_dict.get(_TIED[name])
+            if twin is not None and not torch.equal(value, twin):
+                raise ValueError(
+                    f"{name} and {_TIED[name]} are one tied tensor in BLIP-2, but differ in this "
+                    "state dict"
+                )
+        elif not name.startswith(_IGNORED):
+            renamed[from_lavis_name(name)] = value
+    return renamed
+
+
+def check_complete(
+    given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str
+) -> None:
+    """Raise unless ``given`` has exactly the names and shapes of ``expected``.
+
+    Raises:
+        ValueError: tensors are missing, unknown, or of another shape; names them with values.
+    """
+    problems = []
+    missing, unknown = expected.keys() - given.keys(), given.keys() - expected.keys()
+    if missing:
+        problems.append(f"missing {_some(missing)}")
+    if unknown:
+        problems.append(f"unknown {_some(unknown)}")
+    shapes = [
+        f"{name}: expected {tuple(expected[name].shape)}, got {tuple(given[name].shape)}"
+        for name in expected.keys() & given.keys()
+        if expected[name].shape != given[name].shape
+    ]
+    if shapes:
+        problems.append(f"other shapes: {_some(shapes)}")
+    if problems:
+        raise ValueError(f"{source} does not fit the config: " + "; ".join(problems))
+
+
+def _some(names: Iterable[str], most: int = 4) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,139 @@
+"""Checks on what a caller hands to stage 1, with the values in the message.
+
+Checks that would make a GPU wait for the host look at CPU tensors only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from blip2fast.gathering import world_size
+from blip2fast.text_packing import unpack_text
+
+
+def describe(x: Tensor) -> str:
+    """Shape, dtype and device of a tensor, for messages."""
+    return f"{tuple(x.shape)}, {x.dtype}, {x.device}"
+
+
+def image_tokens(
+    image_embeds: Tensor | None, images: Tensor | None, encoder: nn.Module | None, width: int
+) -> Tensor:
+    """``[B, S, E]`` tokens, given or computed by the encoder."""
+    if (image_embeds is None) == (images is None):
+        given = "neither" if image_embeds is None else "both"
+        raise ValueError(f"expected either image_embeds or images, got {given}")
+    if images is not None:
+        if encoder is None:
+            raise ValueError(
+                f"images: got {describe(images)}, but the model has no image encoder; build it "
+                "with image_encoder=..., or pass image_embeds"
+            )
+        if images.shape[0] == 0:
+            raise ValueError(f"images: the batch is empty, got {describe(images)}")
+        trained = any(p.requires_grad for p in encoder.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            image_embeds = encoder(images)
+    if image_embeds is None or image_embeds.dim() != 3 or image_embeds.shape[2] != width:
+        got = "none" if image_embeds is None else describe(image_embeds)
+        raise ValueError(
+            f"image_embeds: expected [B, S, {width}] (encoder_hidden_size={width}), got {got}"
+        )
+    if image_embeds.shape[0] == 0 or image_embeds.shape[1] == 0:
+        raise ValueError(f"image_embeds: the batch is empty, got {describe(image_embeds)}")
+    return image_embeds
+
+
+def padded_text(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    pad_token_id: int,
+    vocab_size: int,
+    max_positions: int,
+) -> tuple[Tensor, Tensor]:
+    """``(input_ids, attention_mask)``, both ``[B, T]``, from padded or packed text."""
+    if input_ids is None:
+        raise ValueError("input_ids: expected [B, T] token ids, got none")
+    if cu_seqlens is not None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask: packed text has no padding; give cu_seqlens alone")
+        input_ids, attention_mask = unpack_text(input_ids, cu_seqlens, pad_token_id)
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise ValueError(f"input_ids: expected [B, T] integers, got {describe(input_ids)}")
+    if attention_mask is None:
+        attention_mask = (input_ids != pad_token_id).long()
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)}, "
+            f"got {describe(attention_mask)}"
+        )
+    B, T = input_ids.shape
+    if B == 0:
+        raise ValueError(f"input_ids: the batch is empty, got {describe(input_ids)}")
+    if T > max_positions:
+        raise ValueError(
+            f"input_ids: texts of {T} tokens do not fit the position table of {max_positions}; "
+            f"truncate the captions or raise max_position_embeddings"
+        )
+    if input_ids.device.type == "cpu":
+        if int(input_ids.max()) >= vocab_size or int(input_ids.min()) < 0:
+            raise ValueError(
+                f"input_ids: expected ids from 0 to {vocab_size - 1} (vocab_size={vocab_size}), "
+                f"got {int(input_ids.min())} to {int(input_ids.max())}; does the tokenizer belong "
+                "to this model?"
+            )
+        if not bool(attention_mask[:, 0].bool().all()):
+            row = int((~attention_mask[:, 0].bool()).nonzero()[0])
+            raise ValueError(f"attention_mask: text {row} starts with padding; pad on the right")
+    return input_ids, attention_mask
+
+
+def check_pairs(image_embeds: Tensor, input_ids: Tensor) -> None:
+    """One text to each image."""
+    if len(image_embeds) != len(input_ids):
+        raise ValueError(
+            f"input_ids: expected one text for each of {len(image_embeds)} images, got "
+            f"{len(input_ids)} texts"
+        )
+
+
+def check_training_batch(input_ids: Tensor, image_ids: Tensor | None) -> None:
+    """What only the losses need: something to contrast with, something to predict."""
+    B, T = input_ids.shape
+    if B * world_size() < 2:
+        raise ValueError(
+            "batch of 1 pair on 1 process: the contrastive and matching losses need negatives; "
+            "use a batch of 2 or more"
+        )
+    if T < 2:
+        raise ValueError(f"input_ids: texts need 2 tokens or more to predict one, got T={T}")
+    if image_ids is not None and image_ids.numel() != B:
+        raise ValueError(f"image_ids: expected [B] = [{B}], got {describe(image_ids)}")
+
+
+def check_image_mask(image_embeds: Tensor, image_attention_mask: Tensor | None) -> Tensor | None:
+    """The mask itself, if it fits the tokens."""
+    if image_attention_mask is not None and image_attention_mask.shape != image_embeds.shape[:2]:
+        raise ValueError(
+            f"image_attention_mask: expected [B, S] = {list(image_embeds.shape[:2])}, got "
+            f"{describe(image_attention_mask)}"
+        )
+    return image_attention_mask
+
+
+def check_negatives(negatives: tuple[Tensor, Tensor], batch: int) -> tuple[Tensor, Tensor]:
+    """The two index tensors, if they point into the batch of all ranks."""
+    world_batch = batch * world_size()
+    for name, index in zip(("negative_image", "negative_text"), negatives, strict=True):
+        if index.shape != (batch,) or index.is_floating_point():
+            raise ValueError(f"{name}: expected [B] = [{batch}] integers, got {describe(index)}")
+        outside = index.device.type == "cpu" and bool(((index < 0) | (index >= world_batch)).any())
+        if outside:
+            raise ValueError(
+                f"{name}: expected indices from 0 to {world_batch - 1} (the batch of all ranks), "
+                f"got {index.tolist()[:8]}"
+            )
+    return negatives
