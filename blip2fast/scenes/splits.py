@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
