@@ -1,0 +1,99 @@
+"""Attention masks of the Q-Former: every accepted form, brought to the one that the kernels take.
+
+A mask reaches `scaled_dot_product_attention` as `[B, 1|H, 1|L, S]`, boolean (True: may be seen) or
+floating and additive, or not at all when nothing is hidden. Forms that users write:
+
+==============  ==========================  ====================================================
+mask            shape                       meaning
+==============  ==========================  ====================================================
+lengths         `[B]` integers              encoder only: sample b has that many real image tokens
+padding         `[B, S]`                    0/1 or boolean: 1 where the token is real
+pairs           `[B, L, S]`                 0/1 or boolean: row l may see token s
+prepared        `[B, 1|H, 1|L, S]`          boolean or integer 0/1; a float is added to the scores
+==============  ==========================  ====================================================
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+def prepare_mask(
+    mask: Tensor | None, *, batch: int, rows: int, keys: int, name: str, device: torch.device
+) -> Tensor | None:
+    """Brings a user's mask to the form `[B|1, 1|H, 1|rows, keys]`, or None when it hides nothing.
+
+    Args:
+        mask: any of the forms in this module's table, or None.
+        batch: B, the largest batch in the call; a mask of batch 1 serves them all.
+        rows: number of rows that look (L; Q for cross-attention).
+        keys: number of tokens that are looked at (L, or S image tokens).
+        name: the argument's name in error messages.
+        device: where the attention runs.
+
+    Raises:
+        ValueError: on a shape that is none of the accepted ones.
+    """
+    if mask is None:
+        return None
+    _check_shape(mask, batch=batch, rows=rows, keys=keys, name=name)
+    if mask.device != device:
+        mask = mask.to(device)
+    if mask.ndim == 1:
+        mask = torch.arange(keys, device=device) < mask[:, None]
+    additive = mask.ndim == 4 and mask.is_floating_point()
+    if not additive and mask.dtype != torch.bool:
+        mask = mask != 0
+    if mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    elif mask.ndim == 3:
+        mask = mask[:, None]
+    if not additive and _hides_nothing(mask):
+        return None
+    return mask
+
+
+def _hides_nothing(mask: Tensor) -> bool:
+    """True only where the answer is free: on an accelerator it would make the host wait."""
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool(mask.all())
+
+
+def _check_shape(mask: Tensor, *, batch: int, rows: int, keys: int, name: str) -> None:
+    shape = tuple(mask.shape)
+    forms = f"[{batch}, {keys}], [{batch}, {rows}, {keys}] or [{batch}, 1 or heads, {rows}, {keys}]"
+    fits = shape[:1] in ((batch,), (1,))
+    if mask.ndim == 1:
+        fits = fits and name.startswith("encoder") and not mask.is_floating_point()
+        fits = fits and mask.dtype != torch.bool
+    elif mask.ndim in (2, 3, 4):
+        fits = fits and shape[-1] == keys
+        fits = fits and (mask.ndim == 2 or shape[-2] == rows or (mask.ndim == 4 and shape[-2] == 1))
+    else:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {list(shape)} and dtype {mask.dtype}; expected {forms} "
+            f"for a batch of {batch}, {rows} attending rows and {keys} attended tokens"
+        )
+
+
+def pad_ragged(states: list[Tensor] | tuple[Tensor, ...], width: int) -> tuple[Tensor, Tensor]:
+    """Pads the image tokens of each sample, `[S_b, E]`, to `[B, S, E]`; with the lengths `[B]`.
+
+    Raises:
+        ValueError: when the list is empty or a member is not `[S_b, width]`.
+    """
+    if not states:
+        raise ValueError(
+            "encoder_hidden_states is an empty list: give one [S, E] tensor per sample"
+        )
+    for index, item in enumerate(states):
+        if item.ndim != 2 or item.shape[1] != width:
+            raise ValueError(
+                f"encoder_hidden_states[{index}] has shape {list(item.shape)}; "
+                f"expected [tokens, {width}] (one sample's image tokens)"
+            )
+    lengths = torch.tensor([len(item) for item in states], device=states[0].device)
+    return pad_sequence(list(states), batch_first=True), lengths
