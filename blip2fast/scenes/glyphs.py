@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from blip2fast.scenes.world import KINDS, Split
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating]
 
 # First sample of each filled-in form in scikit-learn's digits; see `handwriting`.
 FORM_STARTS = (0, 130, 256, 386, 516, 646, 776, 915, 1029, 1157, 1287, 1415, 1545, 1667, 1797)
