@@ -1,0 +1,377 @@
+"""Stage 2 of BLIP-2: images as soft prompts of a frozen language model (arXiv 2301.12597, 3.2).
+
+    image tokens [B, S, E] -> ln_vision -> Q-Former -> language_projection -> prompts [B, Q, L]
+    language model reads [prompts, text embeddings] and is trained to write the text
+
+Shapes: B images, Q queries, T text tokens, S image tokens, E image token width, C hidden width,
+L language model width, V words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Blip2ForConditionalGeneration, Blip2VisionModel, PreTrainedModel
+
+from blip2fast import stage1_inputs, stage2_convert, stage2_llm
+from blip2fast.qformer import QFormer
+from blip2fast.stage1 import Blip2Stage1
+from blip2fast.stage2_text import IGNORED, Stage2Text
+from blip2fast.stage2_types import Stage2Config, Stage2Output
+
+__all__ = ["Blip2Stage2", "Stage2Config", "Stage2Output"]
+
+FROZEN = ("language_model.", "image_encoder.")
+
+
+class Blip2Stage2(nn.Module):
+    """A Q-Former and a projection that a frozen language model reads images through.
+
+    The language model and the image encoder are frozen, never in training mode (no dropout), and
+    the language model passes gradients on to its inputs only.
+
+    Args:
+        config: Sizes and text settings.
+        language_model: Any `transformers` `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`. It is
+            frozen in place.
+        image_encoder: Optional frozen module from images [B, 3, h, w] to tokens [B, S, E], for
+            `images=...`. Without it, pass precomputed `image_embeds`.
+
+    Attributes:
+        ln_vision: Normalises the image tokens; trained, although the encoder is frozen.
+        query_tokens: [1, Q, C], the learned queries.
+        qformer: The Q-Former without its text branch.
+        language_projection: Linear, C to L.
+    """
+
+    def __init__(
+        self,
+        config: Stage2Config,
+        language_model: PreTrainedModel,
+        image_encoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        width = stage2_llm.embedding_width(language_model)
+        self.ln_vision = nn.LayerNorm(config.encoder_hidden_size, eps=config.ln_vision_eps)
+        self.query_tokens = nn.Parameter(
+            torch.empty(1, config.num_query_tokens, config.hidden_size)
+        )
+        nn.init.normal_(self.query_tokens, std=config.initializer_range)
+        self.qformer = QFormer(config.qformer_config())
+        self.language_projection = nn.Linear(config.hidden_size, width)
+        self.language_model = language_model
+        self.image_encoder = image_encoder
+        stage2_llm.freeze(language_model)
+        if image_encoder is not None:
+            stage2_llm.freeze(image_encoder)
+
+    @classmethod
+    def from_stage1(
+        cls,
+        stage1: Blip2Stage1 | Mapping[str, Tensor],
+        language_model: PreTrainedModel,
+        config: Stage2Config | None = None,
+        image_encoder: nn.Module | None = None,
+    ) -> Blip2Stage2:
+        """Start from a stage-1 model's `ln_vision`, queries and Q-Former; the rest is new.
+
+        Args:
+            stage1: The model or its state dict. Its text branch and heads are left behind.
+            language_model, image_encoder: As in the constructor; a model's own encoder is taken
+                over where none is given.
+            config: Needed with a state dict; the model's sizes otherwise.
+
+        Raises:
+            ValueError: no config for a state dict; a tensor that is missing or of another shape.
+        """
+        if isinstance(stage1, Blip2Stage1):
+            config = config or Stage2Config.from_stage1(stage1.config)
+            image_encoder = image_encoder or stage1.image_encoder
+            stage1 = stage1.state_dict()
+        elif config is None:
+            raise ValueError("a stage-1 state dict does not tell all sizes; pass config=...")
+        model = cls(config, language_model, image_encoder)
+        wanted = {
+            name: value
+            for name, value in model.trainable_state_dict().items()
+            if not name.startswith("language_projection.")
+        }
+        model._load("stage-1 state", {n: stage1[n] for n in wanted if n in stage1}, wanted)
+        return model
+
+    @classmethod
+    def from_transformers(cls, model: Blip2ForConditionalGeneration) -> Blip2Stage2:
+        """Take over a transformers model; its language and vision models are shared, not copied.
+
+        transformers keeps `ln_vision` as the vision model's `post_layernorm`, with the epsilon of
+        the vision configuration; both are kept.
+
+        Raises:
+            ValueError: a Q-Former this class does not build (text input, another activation).
+        """
+        stage2 = cls(
+            stage2_convert.config_from_transformers(model.config),
+            model.language_model,
+            stage2_convert.VisionTokens(model.vision_model),
+        )
+        trained = stage2_convert.trained_from_transformers(model)
+        for name, module in stage2.named_children():
+            if f"{name}." not in FROZEN:
+                module.to(stage2_convert.dtype_of(trained, name))
+        stage2.query_tokens.data = stage2.query_tokens.data.to(trained["query_tokens"].dtype)
+        stage2.load_trainable_state_dict(trained)
+        return stage2
+
+    def to_transformers(
+        self, image_token_id: int, vision_model: Blip2VisionModel | None = None
+    ) -> Blip2ForConditionalGeneration:
+        """The same model as transformers', which can be saved and loaded there.
+
+        The language model is shared, the trained part and the vision model's norm are copies.
+
+        Args:
+            image_token_id: A token of the language model that no text uses; transformers marks
+                the places of soft prompts with it.
+            vision_model: The image encoder's original; not needed after `from_transformers`.
+
+        Raises:
+            ValueError: no vision model, one of another width, or a language model whose embedding
+                width is not its hidden size, which transformers' BLIP-2 cannot express.
+        """
+        return stage2_convert.to_transformers(self, image_token_id, vision_model)
+
+    def train(self, mode: bool = True) -> Blip2Stage2:
+        """Set training mode; the language model and the image encoder stay in evaluation mode."""
+        super().train(mode)
+        self.language_model.eval()
+        if self.image_encoder is not None:
+            self.image_encoder.eval()
+        return self
+
+    def text(self, tokenizer: Any, seed: int = 0) -> Stage2Text:
+        """The text preparation that fits this model and its configuration."""
+        return Stage2Text(
+            tokenizer,
+            stage2_llm.is_encoder_decoder(self.language_model),
+            prompt=self.config.prompt,
+            end_text=self.config.end_text,
+            max_txt_len=self.config.max_txt_len,
+            seed=seed,
+        )
+
+    def forward(
+        self,
+        image_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        *,
+        images: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        return_logits: bool = False,
+    ) -> Stage2Output:
+        """The language-modelling loss of texts given their images.
+
+        Decoder-only: `input_ids` is the text, padded on the right, and `labels` the same tokens
+        with -100 where the loss ignores them (default: at padding only); label t is predicted
+        from everything before token t, the first one from the last soft prompt.
+        Encoder-decoder: the encoder reads prompts and `input_ids`, the decoder writes `labels`.
+
+        Args:
+            image_embeds: [B, S, E], the frozen encoder's tokens before `ln_vision`.
+            input_ids: [B, T] text tokens, without the soft prompts.
+            attention_mask: [B, T], nonzero where a token is real; by default everywhere.
+            labels: [B, T] (encoder-decoder: [B, T'], of the decoder).
+            decoder_input_ids, decoder_attention_mask: [B, T'], encoder-decoder only; by default
+                the labels, shifted by the language model.
+            images: [B, 3, h, w] for the image encoder, instead of `image_embeds`.
+            image_attention_mask: [B, S], nonzero where an image token is real.
+            return_logits: Also give the logits, of all positions (else only those that have
+                labels are computed).
+
+        Raises:
+            ValueError: an input is missing, has the wrong shape, does not fit the language model,
+                or leaves nothing to predict.
+        """
+        prompts, query_output = self.encode_image(
+            image_embeds, images=images, image_attention_mask=image_attention_mask
+        )
+        if input_ids is None:
+            raise ValueError("input_ids: expected [B, T] text tokens, got none")
+        embeds, mask = self._read(prompts, input_ids, attention_mask)
+        if stage2_llm.is_encoder_decoder(self.language_model):
+            loss, logits = stage2_llm.decoder_loss(
+                self.language_model,
+                {"inputs_embeds": embeds, "attention_mask": mask},
+                labels,
+                decoder_input_ids,
+                decoder_attention_mask,
+                return_logits,
+            )
+        else:
+            if decoder_input_ids is not None or decoder_attention_mask is not None:
+                name = type(self.language_model).__name__
+                raise ValueError(
+                    f"decoder_input_ids, decoder_attention_mask: {name} is decoder-only and has no "
+                    "second sequence; give input_ids and labels"
+                )
+            if labels is None:
+                text_mask = mask[:, prompts.shape[1] :]
+                labels = input_ids.masked_fill(text_mask == 0, IGNORED)
+            loss, logits = stage2_llm.continuation_loss(
+                self.language_model, embeds, mask, labels, return_logits
+            )
+        return Stage2Output(loss=loss, logits=logits, query_output=query_output, prompts=prompts)
+
+    def encode_image(
+        self,
+        image_embeds: Tensor | None = None,
+        *,
+        images: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Soft prompts of images.
+
+        Args:
+            image_embeds, images, image_attention_mask: As in `forward`.
+
+        Returns:
+            `(prompts [B, Q, L], query_output [B, Q, C])`.
+        """
+        if self.query_tokens.dim() != 3:
+            raise RuntimeError(
+                "the parameters are partitioned (DeepSpeed ZeRO-3); outside the engine's forward, "
+                "gather them: with deepspeed.zero.GatheredParameters(list(model.parameters()))"
+            )
+        tokens = stage1_inputs.image_tokens(
+            image_embeds, images, self.image_encoder, self.config.encoder_hidden_size
+        )
+        query_output = self.qformer(
+            query_embeds=self.query_tokens.expand(tokens.shape[0], -1, -1),
+            encoder_hidden_states=self.ln_vision(tokens.to(self.ln_vision.weight.dtype)),
+            encoder_attention_mask=stage1_inputs.check_image_mask(tokens, image_attention_mask),
+        ).last_hidden_state
+        # the Q-Former may be kept in another precision than the projection
+        prompts = self.language_projection(query_output.to(self.language_projection.weight.dtype))
+        return prompts, query_output
+
+    @torch.no_grad()
+    def generate(
+        self,
+        image_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        images: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """Let the language model write, after the soft prompts and an optional text.
+
+        The soft prompts are computed once for all beams and samples. Padding of `input_ids` may
+        be on either side: rows give what they give alone. Under DeepSpeed ZeRO-3 the trained
+        parameters must be gathered around this call (`deepspeed.zero.GatheredParameters`).
+
+        Args:
+            image_embeds, images, image_attention_mask: As in `forward`.
+            input_ids, attention_mask: [B, T] text to continue (decoder-only) or for the encoder;
+                by default the model's bos token, or an encoder's eos, as for an empty text.
+            generate_kwargs: For `transformers`' `generate`: `max_new_tokens` (default 30),
+                `num_beams`, `do_sample`, `top_p`, `length_penalty`, `eos_token_id`, ...
+
+        Returns:
+            [B * num_return_sequences, <= max_new_tokens] tokens, the new ones only; or
+            transformers' output object, where `return_dict_in_generate` asks for it.
+
+        Raises:
+            ValueError: inputs as in `forward`; `max_length` or `min_length`, which would count
+                soft prompts for some models and not for others.
+        """
+        for name in ("max_length", "min_length"):
+            if name in generate_kwargs:
+                other = name.replace("length", "new_tokens")
+                raise ValueError(f"{name}={generate_kwargs[name]}: give {other} instead")
+        if "generation_config" not in generate_kwargs:
+            generate_kwargs.setdefault("max_new_tokens", 30)
+        prompts, _ = self.encode_image(
+            image_embeds, images=images, image_attention_mask=image_attention_mask
+        )
+        encoder_decoder = stage2_llm.is_encoder_decoder(self.language_model)
+        if input_ids is None:
+            input_ids = self._empty_text(prompts)
+        elif attention_mask is not None and not encoder_decoder:
+            stage2_llm.check_text("input_ids", input_ids, attention_mask, prompts.shape[0])
+            input_ids, attention_mask = stage2_llm.left_padded(input_ids, attention_mask)
+        embeds, mask = self._read(prompts, input_ids, attention_mask)
+        if not encoder_decoder:
+            new = generate_kwargs.get("max_new_tokens", 0)
+            stage2_llm.check_positions(
+                self.language_model, prompts_and_text=embeds.shape[1], new_tokens=new
+            )
+        written = self.language_model.generate(
+            inputs_embeds=embeds, attention_mask=mask, **generate_kwargs
+        )
+        if not encoder_decoder:
+            return written
+        given = generate_kwargs.get("decoder_input_ids")
+        start = 1 if given is None else given.shape[1]
+        if isinstance(written, Tensor):
+            return written[:, start:]
+        written.sequences = written.sequences[:, start:]
+        return written
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of everything but the language model and the image encoder."""
+        return (p for name, p in self.named_parameters() if not name.startswith(FROZEN))
+
+    def trainable_state_dict(self) -> dict[str, Tensor]:
+        """`ln_vision`, queries, Q-Former and projection: all that training changes.
+
+        Under ZeRO-3, gather `trainable_parameters()` around this call.
+        """
+        return {
+            name: value for name, value in self.state_dict().items() if not name.startswith(FROZEN)
+        }
+
+    def load_trainable_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `trainable_state_dict` gave.
+
+        Raises:
+            ValueError: a tensor that is missing, unknown, or of another shape.
+        """
+        self._load("trained state", state, self.trainable_state_dict())
+
+    def _load(self, what: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+        stage2_convert.check_state(what, state, wanted)
+        self.load_state_dict(dict(state), strict=False)
+
+    def _empty_text(self, prompts: Tensor) -> Tensor:
+        """What a tokenizer makes of no text: bos, or eos before a decoder; [B, 0 or 1]."""
+        config = self.language_model.config.get_text_config()
+        encoder_decoder = stage2_llm.is_encoder_decoder(self.language_model)
+        token = config.eos_token_id if encoder_decoder else config.bos_token_id
+        if isinstance(token, list):
+            token = token[0]
+        size = (prompts.shape[0], 0 if token is None else 1)
+        return torch.full(size, token or 0, dtype=torch.long, device=prompts.device)
+
+    def _read(
+        self, prompts: Tensor, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, Q + T, L] of soft prompts and text, and their mask [B, Q + T]."""
+        B, Q, _ = prompts.shape
+        stage2_llm.check_text("input_ids", input_ids, attention_mask, B)
+        stage2_llm.check_positions(
+            self.language_model, soft_prompts=Q, text_tokens=input_ids.shape[1]
+        )
+        text = self.language_model.get_input_embeddings()(input_ids)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        mask = torch.cat([attention_mask.new_ones(B, Q), attention_mask], dim=1)
+        return torch.cat([prompts.to(text.dtype), text], dim=1), mask

@@ -1,0 +1,179 @@
+"""Stage 2 to and from `transformers.Blip2ForConditionalGeneration`.
+
+The parameter names are the same, but for `ln_vision`: transformers keeps it inside its vision
+model, as `vision_model.post_layernorm`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerModel,
+    Blip2VisionModel,
+)
+
+from blip2fast.stage2_types import Stage2Config
+
+if TYPE_CHECKING:
+    from blip2fast.stage2 import Blip2Stage2
+
+
+class VisionTokens(nn.Module):
+    """A transformers BLIP-2 vision model without its last norm, which stage 2 trains itself.
+
+    Args:
+        vision_model: Shared, not copied. Its `post_layernorm` stays where it is and is not used.
+    """
+
+    def __init__(self, vision_model: Blip2VisionModel) -> None:
+        super().__init__()
+        self.vision_model = vision_model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Tokens [B, S, E] of images [B, 3, h, w], before `ln_vision`."""
+        hidden = self.vision_model.embeddings(images)
+        return self.vision_model.encoder(inputs_embeds=hidden).last_hidden_state
+
+
+def config_from_transformers(config: Blip2Config) -> Stage2Config:
+    """The sizes of a transformers model.
+
+    Raises:
+        ValueError: a Q-Former that stage 2 does not build.
+    """
+    qformer = config.qformer_config
+    for name, expected in (("use_qformer_text_input", False), ("hidden_act", "gelu")):
+        if getattr(qformer, name) != expected:
+            raise ValueError(
+                f"qformer_config.{name} is {getattr(qformer, name)!r}; stage 2 has {expected!r}"
+            )
+    own = Stage2Config.__dataclass_fields__.keys() & qformer.to_dict().keys()
+    return Stage2Config(
+        **{name: getattr(qformer, name) for name in own},
+        num_query_tokens=config.num_query_tokens,
+        ln_vision_eps=config.vision_config.layer_norm_eps,
+    )
+
+
+def trained_from_transformers(model: Blip2ForConditionalGeneration) -> dict[str, Tensor]:
+    """The trained part of a transformers model under stage 2's names."""
+    trained = {"query_tokens": model.query_tokens.detach()}
+    parts = {
+        "ln_vision": model.vision_model.post_layernorm,
+        "qformer": model.qformer,
+        "language_projection": model.language_projection,
+    }
+    for part, module in parts.items():
+        trained |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
+    return trained
+
+
+def trained_to_transformers(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`Blip2Stage2.trainable_state_dict()` under transformers' names, for its `load_state_dict`."""
+    old, new = "ln_vision.", "vision_model.post_layernorm."
+    return {
+        new + name.removeprefix(old) if name.startswith(old) else name: value
+        for name, value in trained.items()
+    }
+
+
+def dtype_of(trained: Mapping[str, Tensor], part: str) -> torch.dtype:
+    """Type of a part's tensors."""
+    return next(value.dtype for name, value in trained.items() if name.startswith(f"{part}."))
+
+
+def to_transformers(
+    model: Blip2Stage2, image_token_id: int, vision_model: Blip2VisionModel | None
+) -> Blip2ForConditionalGeneration:
+    """See `Blip2Stage2.to_transformers`."""
+    if vision_model is None and isinstance(model.image_encoder, VisionTokens):
+        vision_model = model.image_encoder.vision_model
+    if vision_model is None:
+        raise ValueError(
+            "transformers' BLIP-2 holds its vision model; pass vision_model=Blip2VisionModel"
+        )
+    config = _transformers_config(model, image_token_id, vision_model)
+    # the submodules are replaced below; on meta, no second language model is ever allocated
+    with torch.device("meta"):
+        blip2 = Blip2ForConditionalGeneration(config)
+    trained = trained_to_transformers(model.trainable_state_dict())
+    blip2.vision_model = Blip2VisionModel(config.vision_config)
+    blip2.vision_model.load_state_dict(vision_model.state_dict())
+    blip2.vision_model.post_layernorm.eps = model.config.ln_vision_eps
+    blip2.qformer = Blip2QFormerModel(config.qformer_config)
+    blip2.language_projection = nn.Linear(*model.language_projection.weight.shape[::-1])
+    blip2.query_tokens = nn.Parameter(trained["query_tokens"].clone())
+    for name in ("qformer", "language_projection"):
+        getattr(blip2, name).to(dtype_of(trained, name))
+    parameter = next(vision_model.parameters())
+    blip2.vision_model.to(parameter.device, parameter.dtype)
+    blip2.language_model = model.language_model
+    blip2.load_state_dict(trained, strict=False)
+    device = model.query_tokens.device
+    blip2.qformer.to(device)
+    blip2.language_projection.to(device)
+    return blip2.eval()
+
+
+def _transformers_config(
+    model: Blip2Stage2, image_token_id: int, vision_model: Blip2VisionModel
+) -> Blip2Config:
+    sizes, text = model.config, model.language_model.config
+    if vision_model.config.hidden_size != sizes.encoder_hidden_size:
+        raise ValueError(
+            f"vision_model has width {vision_model.config.hidden_size}, this model reads tokens "
+            f"of width {sizes.encoder_hidden_size} (encoder_hidden_size)"
+        )
+    width = model.language_projection.out_features
+    if text.hidden_size != width:
+        raise ValueError(
+            f"the language model embeds in {width} and has hidden_size {text.hidden_size}; "
+            "transformers' BLIP-2 needs them equal"
+        )
+    if not 0 <= image_token_id < text.vocab_size:
+        raise ValueError(
+            f"image_token_id is {image_token_id}, the language model has tokens 0 to "
+            f"{text.vocab_size - 1}; resize its embeddings to add one"
+        )
+    if vision_model.config.layer_norm_eps != sizes.ln_vision_eps:
+        warnings.warn(
+            f"ln_vision_eps is {sizes.ln_vision_eps}, the vision model's layer_norm_eps is "
+            f"{vision_model.config.layer_norm_eps}: transformers saves one for both, so the model "
+            "will differ slightly once saved and loaded",
+            stacklevel=3,
+        )
+    return Blip2Config(
+        vision_config=vision_model.config,
+        qformer_config=sizes.qformer_config(),
+        text_config=text,
+        num_query_tokens=sizes.num_query_tokens,
+        image_token_index=image_token_id,
+    )
+
+
+def check_state(what: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are missing, unknown or of another shape, naming both.
+
+    Raises:
+        ValueError: naming the first few.
+    """
+    wrong = [
+        f"{name}: expected {tuple(value.shape)}, got {tuple(state[name].shape)}"
+        for name, value in wanted.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    wrong += [f"{name}: missing" for name in wanted if name not in state]
+    wrong += [f"{name}: unknown" for name in state if name not in wanted]
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"{what} does not fit the model's sizes: {'; '.join(wrong[:5])}{more}. "
+            "Build the model with the config that the weights were trained with"
+        )

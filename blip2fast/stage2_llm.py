@@ -1,0 +1,212 @@
+"""What stage 2 asks of a frozen language model, for any `AutoModelForCausalLM` or `Seq2SeqLM`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from blip2fast.stage1_inputs import describe
+from blip2fast.stage2_text import IGNORED
+
+
+def freeze(module: nn.Module) -> None:
+    """No gradients on the weights and no dropout; gradients still flow to the inputs."""
+    module.requires_grad_(False)
+    module.eval()
+
+
+def embedding_width(language_model: PreTrainedModel) -> int:
+    """Width of the model's text embeddings.
+
+    Not `config.hidden_size`: OPT-350m embeds in 512 and projects to 1024. And not the weight's
+    shape, which is empty while DeepSpeed ZeRO-3 has it partitioned.
+    """
+    return int(language_model.get_input_embeddings().embedding_dim)
+
+
+def is_encoder_decoder(language_model: PreTrainedModel) -> bool:
+    return bool(language_model.config.is_encoder_decoder)
+
+
+def position_limit(language_model: PreTrainedModel) -> int | None:
+    """Most positions the model reads; None where it has no such limit (T5)."""
+    limit = getattr(language_model.config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
+def check_positions(language_model: PreTrainedModel, **lengths: int) -> None:
+    """Refuse a sequence, the sum of its named parts, that the model has no positions for."""
+    limit, total = position_limit(language_model), sum(lengths.values())
+    if limit is not None and total > limit:
+        parts = " + ".join(f"{count} {name.replace('_', ' ')}" for name, count in lengths.items())
+        raise ValueError(
+            f"{parts} = {total} positions, but the language model has max_position_embeddings="
+            f"{limit}; shorten the text (max_txt_len) or use fewer query tokens"
+        )
+
+
+def check_text(name: str, ids: Tensor, mask: Tensor | None, num_images: int) -> None:
+    """Refuse text that does not fit its images or its mask."""
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError(f"{name}: expected [B, T] integers, got {describe(ids)}")
+    if ids.shape[0] != num_images:
+        raise ValueError(
+            f"{name}: expected one text for each of {num_images} images, got {ids.shape[0]} texts"
+        )
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(
+            f"the mask of {name}: expected its shape {tuple(ids.shape)}, got {describe(mask)}"
+        )
+
+
+def left_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows with all padding on the left, wherever it was; [B, T] both.
+
+    A decoder-only model continues from the last column, which must therefore be a real token.
+    """
+    order = (attention_mask != 0).int().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def logits_on_rows(language_model: PreTrainedModel, rows: Tensor, **inputs: Any) -> Tensor:
+    """Logits of some positions only, so that the head never sees prompts, padding and questions.
+
+    The head's input is cut by a hook and not by calling the parts of the model, because models
+    scale or cap their logits after the head. A head that is not called as a module, or not on
+    [B, L, C], runs in full, and its output is cut.
+
+    Args:
+        language_model: the frozen model.
+        rows: [R] positions in the flattened [B * L] of the model's output.
+        inputs: the model's arguments.
+
+    Returns:
+        [R, V], equal to `language_model(**inputs).logits.flatten(0, 1)[rows]`.
+    """
+    head = language_model.get_output_embeddings()
+    if head is None:
+        return language_model(**inputs).logits.flatten(0, 1)[rows]
+    cut = False
+
+    def keep_rows(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal cut
+        if cut or not args or args[0].dim() != 3:
+            return None
+        cut = True
+        return (args[0].flatten(0, 1)[rows].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(keep_rows)
+    try:
+        logits = language_model(**inputs).logits.flatten(0, 1)
+    finally:
+        handle.remove()
+    return logits if cut else logits[rows]
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of [R, V] logits and [R] targets, in fp32 (fp64 stays)."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED)
+
+
+def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where [B, T] labels count: image numbers and text positions, [R] each.
+
+    Raises:
+        ValueError: nowhere.
+    """
+    image, position = (labels != IGNORED).nonzero(as_tuple=True)
+    if image.numel() == 0:
+        raise ValueError(
+            f"labels: all {labels.numel()} of {describe(labels)} are ignored ({IGNORED}), so there "
+            "is no loss; give every batch a text beyond its prompt (raise max_txt_len?)"
+        )
+    return image, position
+
+
+def continuation_loss(
+    language_model: PreTrainedModel,
+    embeds: Tensor,
+    mask: Tensor,
+    labels: Tensor,
+    return_logits: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Decoder-only loss of [B, T] labels at the end of [B, Q + T, L] embeddings.
+
+    Label t is predicted from the position before it, the first one from the last soft prompt.
+
+    Returns:
+        The loss, and the logits [B, Q + T, V] where asked for.
+    """
+    length, T = embeds.shape[1], labels.shape[1]
+    if labels.dim() != 2 or T >= length or labels.shape[0] != embeds.shape[0]:
+        raise ValueError(f"labels: expected the shape of input_ids, got {describe(labels)}")
+    image, position = target_rows(labels)
+    rows = image * length + (length - T) + position - 1
+    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False}
+    return _loss(language_model, rows, labels[image, position], return_logits, inputs)
+
+
+def decoder_loss(
+    language_model: PreTrainedModel,
+    encoder_inputs: dict[str, Tensor],
+    labels: Tensor | None,
+    decoder_input_ids: Tensor | None,
+    decoder_attention_mask: Tensor | None,
+    return_logits: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Encoder-decoder loss of [B, T] labels.
+
+    Returns:
+        The loss (none without labels), and the logits [B, T, V] where asked for or where there is
+        no loss.
+    """
+    name = type(language_model).__name__
+    B = encoder_inputs["inputs_embeds"].shape[0]
+    if labels is None and decoder_input_ids is None:
+        raise ValueError(
+            f"labels: {name} is an encoder-decoder and needs a second sequence; give labels (the "
+            "text to write), or decoder_input_ids for the logits alone"
+        )
+    for what, ids in (("labels", labels), ("decoder_input_ids", decoder_input_ids)):
+        if ids is not None:
+            check_text(what, ids, None, B)
+            check_positions(language_model, **{what: ids.shape[1]})
+    if decoder_input_ids is None:
+        if not hasattr(language_model, "prepare_decoder_input_ids_from_labels"):
+            raise ValueError(f"{name} does not shift labels itself; give decoder_input_ids")
+        decoder_input_ids = language_model.prepare_decoder_input_ids_from_labels(labels)
+    inputs = {
+        **encoder_inputs,
+        "decoder_input_ids": decoder_input_ids,
+        "decoder_attention_mask": decoder_attention_mask,
+        "use_cache": False,
+    }
+    if labels is None:
+        return None, language_model(**inputs).logits
+    if labels.shape != decoder_input_ids.shape:
+        raise ValueError(
+            f"labels: expected the shape of decoder_input_ids {tuple(decoder_input_ids.shape)}, "
+            f"got {describe(labels)}"
+        )
+    image, position = target_rows(labels)
+    rows = image * labels.shape[1] + position
+    return _loss(language_model, rows, labels[image, position], return_logits, inputs)
+
+
+def _loss(
+    language_model: PreTrainedModel,
+    rows: Tensor,
+    targets: Tensor,
+    return_logits: bool,
+    inputs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    if not return_logits:
+        return token_loss(logits_on_rows(language_model, rows, **inputs), targets), None
+    logits = language_model(**inputs).logits
+    return token_loss(logits.flatten(0, 1)[rows], targets), logits

@@ -1,0 +1,80 @@
+"""Sizes and outputs of the stage-2 model.
+
+Shapes: B images, Q queries, T text tokens, S image tokens, E image token width, C hidden width,
+L language model width, V words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import Blip2QFormerConfig
+from transformers.utils import ModelOutput
+
+from blip2fast.stage1_types import Stage1Config
+
+
+@dataclass(frozen=True)
+class Stage2Config:
+    """Sizes of the trained part and the text settings; the defaults are BLIP-2's with ViT-g/14.
+
+    Attributes:
+        hidden_size: C.
+        encoder_hidden_size: E, width of the image tokens (1408 for ViT-g/14, 1024 for ViT-L/14).
+        num_query_tokens: Q, which is also the number of soft prompts an image gives.
+        ln_vision_eps: 1e-5 in LAVIS; transformers' checkpoints say 1e-6.
+        max_txt_len: most text tokens of a sequence, soft prompts not counted.
+        prompt: text before every caption; a `{}` in it is the place of a question.
+        end_text: what ends a decoder-only target; None is the tokenizer's eos token, `"\\n"` is
+            what LAVIS trained its OPT models with.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    encoder_hidden_size: int = 1408
+    num_query_tokens: int = 32
+    cross_attention_frequency: int = 2
+    layer_norm_eps: float = 1e-12
+    ln_vision_eps: float = 1e-5
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    max_txt_len: int = 32
+    prompt: str = ""
+    end_text: str | None = None
+
+    @classmethod
+    def from_stage1(cls, config: Stage1Config, **settings: Any) -> Stage2Config:
+        """The sizes of a stage-1 model, with other fields as given."""
+        own = {field.name for field in dataclasses.fields(cls)}
+        shared = {f.name for f in dataclasses.fields(config)} & own
+        return cls(**({name: getattr(config, name) for name in shared} | settings))
+
+    def qformer_config(self) -> Blip2QFormerConfig:
+        """The configuration of the Q-Former inside, in transformers' terms."""
+        other = {"num_query_tokens", "ln_vision_eps", "max_txt_len", "prompt", "end_text"}
+        sizes = {name: v for name, v in dataclasses.asdict(self).items() if name not in other}
+        return Blip2QFormerConfig(**sizes, use_qformer_text_input=False)
+
+
+@dataclass
+class Stage2Output(ModelOutput):
+    """What a stage-2 step computes.
+
+    Attributes:
+        loss: Mean cross-entropy of the targets; None without labels.
+        logits: With `return_logits`, of every position: [B, Q + T, V] decoder-only, [B, T, V] of
+            the decoder otherwise.
+        query_output: [B, Q, C], the queries' last states.
+        prompts: [B, Q, L], the soft prompts.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    query_output: Tensor | None = None
+    prompts: Tensor | None = None
