@@ -1,0 +1,351 @@
+"""Stage 1 against LAVIS in float64, against the textbook, and against bad input."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ReferenceCase, make_batch
+from textbook_stage1 import TextbookStage1
+from torch import Tensor, nn
+
+from blip2fast.lavis import to_lavis_name
+from blip2fast.stage1 import Blip2Stage1
+from blip2fast.stage1_types import Stage1Config
+from blip2fast.text_packing import pack_text, unpack_text
+
+LOSSES = ("loss_itc", "loss_itm", "loss_itg")
+
+
+def relative_error(ours: Tensor, truth: Tensor) -> float:
+    ours, truth = ours.detach().double(), truth.detach().double()
+    return float((ours - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loss_bound", "grad_bound"),
+    [(torch.float64, 1e-6, 1e-5), (torch.float32, 1e-5, 1e-4)],
+)
+def test_reference_losses_outputs_and_gradients(
+    reference: ReferenceCase, dtype: torch.dtype, loss_bound: float, grad_bound: float
+) -> None:
+    model = Blip2Stage1.from_lavis_state_dict(reference.weight, reference.config).to(dtype).eval()
+    out = model(**reference.call(dtype))
+    for name in LOSSES:
+        assert relative_error(out[name], reference.output[name]) < loss_bound, name
+    for name, truth in reference.output.items():
+        assert relative_error(out[name], truth) < loss_bound, name
+    assert torch.equal(out.loss, out.loss_itc + out.loss_itm + out.loss_itg)
+
+    out.loss.backward()
+    compared = set()
+    for name, parameter in model.named_parameters():
+        truth = reference.grad[to_lavis_name(name)].double()
+        if name.endswith("key.bias"):
+            # softmax does not see a shift of all scores: zero up to rounding on both sides
+            assert float(parameter.grad.norm()) < 100 * torch.finfo(dtype).eps, name
+        else:
+            assert relative_error(parameter.grad, truth) < grad_bound, name
+        compared.add(to_lavis_name(name))
+    assert compared == set(reference.grad)
+
+
+def test_lavis_state_dict_round_trip(reference: ReferenceCase) -> None:
+    model = Blip2Stage1.from_lavis_state_dict(reference.weight, reference.config)
+    saved = model.to_lavis_state_dict()
+    assert saved.keys() == reference.weight.keys()
+    for name, value in saved.items():
+        assert torch.equal(value, reference.weight[name]), name
+
+
+def test_lavis_extras_are_understood_and_contradictions_refused(reference: ReferenceCase) -> None:
+    words = reference.weight["Qformer.bert.embeddings.word_embeddings.weight"]
+    extras = {
+        "Qformer.cls.predictions.decoder.weight": words,
+        "Qformer.bert.embeddings.position_ids": torch.arange(40)[None],
+        "visual_encoder.cls_token": torch.zeros(1, 1, 96),
+    }
+    whole = {**reference.weight, **extras}
+    Blip2Stage1.from_lavis_state_dict(whole, reference.config)
+    whole["Qformer.cls.predictions.decoder.weight"] = words + 1
+    with pytest.raises(ValueError, match="one tied tensor"):
+        Blip2Stage1.from_lavis_state_dict(whole, reference.config)
+
+
+def test_lavis_state_dict_errors_name_tensors_and_shapes(reference: ReferenceCase) -> None:
+    weight = dict(reference.weight)
+    del weight["temp"]
+    with pytest.raises(ValueError, match="missing temp"):
+        Blip2Stage1.from_lavis_state_dict(weight, reference.config)
+    with pytest.raises(ValueError, match="unknown extra"):
+        Blip2Stage1.from_lavis_state_dict(
+            {**reference.weight, "extra": weight["itm_head.bias"]}, reference.config
+        )
+    wider = {**reference.config, "encoder_hidden_size": 100}
+    with pytest.raises(ValueError, match=r"ln_vision.bias: expected \(100,\), got \(96,\)"):
+        Blip2Stage1.from_lavis_state_dict(reference.weight, wider)
+    with pytest.raises(ValueError, match="unknown key 'hiden_size'; did you mean 'hidden_size'"):
+        Blip2Stage1.from_lavis_state_dict(reference.weight, {"hiden_size": 128})
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_losses_and_gradients_are_the_textbook(
+    small_config: Stage1Config, small_batch: dict[str, Tensor], with_ids: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Blip2Stage1(small_config).double()
+    textbook = TextbookStage1(model)
+    ids = torch.tensor([7, 7, 3, 1, 0, 3]) if with_ids else None
+    negatives = (torch.tensor([2, 3, 0, 1, 5, 4]), torch.tensor([5, 4, 1, 0, 2, 1]))
+    ours = model(**small_batch, image_ids=ids, negatives=negatives)
+    truth = textbook(**small_batch, image_ids=ids, negatives=negatives)
+    for name in LOSSES:
+        assert relative_error(ours[name], truth[name]) < 1e-12, name
+    ours.loss.backward()
+    truth["loss"].backward()
+    for name, parameter in model.named_parameters():
+        owner = textbook.qformer if name.startswith("qformer.") else None
+        twin = owner.get_parameter(name.removeprefix("qformer.")) if owner else textbook.w(name)
+        if not name.endswith("key.bias"):
+            assert relative_error(parameter.grad, twin.grad) < 1e-10, name
+
+
+def test_negatives_are_sampled_from_the_softmax_without_positives(
+    small_config: Stage1Config, small_batch: dict[str, Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model = Blip2Stage1(small_config).double().eval()
+    ids = torch.tensor([7, 7, 3, 1, 0, 3])
+    draws = 400
+    counts = torch.zeros(2, 6, 6)
+    with torch.no_grad():
+        for _ in range(draws):
+            out = model(**small_batch, image_ids=ids)
+            counts[0, torch.arange(6), out.negative_image] += 1
+            counts[1, torch.arange(6), out.negative_text] += 1
+    own = ids[:, None] == ids[None, :]
+    assert float(counts[:, own].sum()) == 0
+    for count, sim in ((counts[0], out.sim_t2i), (counts[1], out.sim_i2t)):
+        p = sim.masked_fill(own, -torch.inf).softmax(1).float()
+        # five standard deviations of a binomial, each cell on its own
+        assert bool(((count - draws * p).abs() <= 5 * (draws * p * (1 - p)).sqrt() + 1e-6).all())
+
+
+def test_generation_pass_and_image_pass_give_the_same_queries(
+    small_config: Stage1Config, small_batch: dict[str, Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model = Blip2Stage1(small_config).double().eval()
+    out = model(**small_batch)
+    features, states = model.encode_image(small_batch["image_embeds"])
+    assert torch.allclose(out.query_output, states, atol=1e-12)
+    assert torch.allclose(out.image_features, features, atol=1e-12)
+    logits = model.match(**small_batch)
+    assert torch.allclose(out.itm_logits[:6], logits, atol=1e-12)
+
+
+def test_with_dropout_the_image_and_text_generation_passes_share_one_draw(
+    small_config: Stage1Config, small_batch: dict[str, Tensor]
+) -> None:
+    """LAVIS reuses the image pass's keys and values for generation: a second draw would differ."""
+    torch.manual_seed(0)
+    model = Blip2Stage1(replace(small_config, hidden_dropout_prob=0.3)).double().train()
+    calls = []
+    model.qformer.register_forward_hook(lambda *args: calls.append(args))
+    out = model(**small_batch)
+    assert len(calls) == 3  # generation with the image pass, text, matching
+    states = calls[0][2].last_hidden_state
+    assert torch.equal(out.query_output, states[:, : small_config.num_query_tokens])
+
+
+def test_packed_text_is_the_same_batch(
+    small_config: Stage1Config, small_batch: dict[str, Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model = Blip2Stage1(small_config).double().eval()
+    negatives = (torch.tensor([2, 3, 0, 1, 5, 4]), torch.tensor([5, 4, 1, 0, 2, 1]))
+    ids, cu_seqlens = pack_text(small_batch["input_ids"], small_batch["attention_mask"])
+    assert ids.shape == (int(small_batch["attention_mask"].sum()),)
+    padded = model(**small_batch, negatives=negatives)
+    packed = model(small_batch["image_embeds"], ids, negatives=negatives, cu_seqlens=cu_seqlens)
+    assert torch.equal(padded.loss, packed.loss)
+    back, mask = unpack_text(ids, cu_seqlens, small_config.pad_token_id)
+    assert torch.equal(back, small_batch["input_ids"])
+    assert torch.equal(mask, small_batch["attention_mask"])
+
+
+def test_padded_image_tokens_are_not_seen(
+    small_config: Stage1Config, small_batch: dict[str, Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model = Blip2Stage1(small_config).double().eval()
+    negatives = (torch.tensor([2, 3, 0, 1, 5, 4]), torch.tensor([5, 4, 1, 0, 2, 1]))
+    short = {**small_batch, "image_embeds": small_batch["image_embeds"][:, :5]}
+    mask = torch.tensor([1] * 5 + [0] * 2).expand(6, 7)
+    truth = model(**short, negatives=negatives)
+    masked = model(**small_batch, negatives=negatives, image_attention_mask=mask)
+    for name in LOSSES:
+        assert relative_error(masked[name], truth[name]) < 1e-12, name
+    assert relative_error(model(**small_batch, negatives=negatives).loss, truth.loss) > 1e-6
+
+
+def test_accuracies_are_shares_of_right_answers(
+    small_config: Stage1Config, small_batch: dict[str, Tensor]
+) -> None:
+    torch.manual_seed(0)
+    out = Blip2Stage1(small_config).double().eval()(**small_batch)
+    i2t = sum(int(out.sim_i2t[i].argmax()) == i for i in range(6)) / 6
+    t2i = sum(int(out.sim_t2i[i].argmax()) == i for i in range(6)) / 6
+    itm = sum(int(row.argmax()) == (i < 6) for i, row in enumerate(out.itm_logits)) / 18
+    right = total = 0
+    for b in range(6):
+        for t in range(int(small_batch["attention_mask"][b].sum()) - 1):
+            right += int(out.itg_logits[b, t].argmax() == small_batch["input_ids"][b, t + 1])
+            total += 1
+    values = [out.accuracy_i2t, out.accuracy_t2i, out.accuracy_itm, out.accuracy_itg]
+    assert [float(v) for v in values] == pytest.approx([i2t, t2i, itm, right / total])
+
+
+def test_query_feed_forward_starts_as_a_copy_of_the_text_one(small_config: Stage1Config) -> None:
+    for layer in Blip2Stage1(small_config).qformer.encoder.layer:
+        assert torch.equal(layer.intermediate.dense.weight, layer.intermediate_query.dense.weight)
+        assert torch.equal(layer.output.dense.weight, layer.output_query.dense.weight)
+        assert layer.output.dense.weight is not layer.output_query.dense.weight
+
+
+def test_greedy_generation_is_the_argmax_of_the_training_pass(
+    small_config: Stage1Config, small_batch: dict[str, Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model = Blip2Stage1(small_config).double().eval()
+    images = small_batch["image_embeds"]
+    written = model.generate(images, eos_token_id=3, max_new_tokens=6)
+    assert written.shape[0] == 6
+    ids = torch.cat([torch.full((6, 1), 2), written], dim=1)
+    out = model(images, ids, torch.ones_like(ids))
+    for b in range(6):
+        for t in range(written.shape[1]):
+            assert int(out.itg_logits[b, t].argmax()) == int(written[b, t])
+            if int(written[b, t]) == 3:
+                assert bool((written[b, t + 1 :] == small_config.pad_token_id).all())
+                break
+
+
+def test_images_go_through_the_frozen_encoder(
+    small_config: Stage1Config, small_batch: dict[str, Tensor]
+) -> None:
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+            self.linear = nn.Linear(12, small_config.encoder_hidden_size)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.dropout(self.linear(images.flatten(2).transpose(1, 2).reshape(6, -1, 12)))
+
+    torch.manual_seed(0)
+    encoder = Patches()
+    model = Blip2Stage1(small_config, image_encoder=encoder).double().train()
+    assert not encoder.training
+    images = torch.randn(6, 3, 4, 4, dtype=torch.float64)
+    negatives = (torch.tensor([2, 3, 0, 1, 5, 4]), torch.tensor([5, 4, 1, 0, 2, 1]))
+    text = {k: v for k, v in small_batch.items() if k != "image_embeds"}
+    live = model(images=images, **text, negatives=negatives)
+    cached = model(image_embeds=encoder(images), **text, negatives=negatives)
+    assert torch.equal(live.loss, cached.loss)
+    live.loss.backward()
+    assert all(p.grad is None for p in encoder.parameters())
+    assert not any(name.startswith("image_encoder") for name in model.to_lavis_state_dict())
+
+
+def test_bf16_autocast_keeps_losses_in_fp32(
+    small_config: Stage1Config, small_batch: dict[str, Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model = Blip2Stage1(small_config).eval()
+    batch = {**small_batch, "image_embeds": small_batch["image_embeds"].float()}
+    negatives = (torch.tensor([2, 3, 0, 1, 5, 4]), torch.tensor([5, 4, 1, 0, 2, 1]))
+    truth = model(**batch, negatives=negatives)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(**batch, negatives=negatives)
+    for name in LOSSES:
+        assert out[name].dtype == torch.float32, name
+        assert relative_error(out[name], truth[name]) < 0.05, name
+
+
+class TestBadInput:
+    @pytest.fixture
+    def model(self, small_config: Stage1Config) -> Blip2Stage1:
+        return Blip2Stage1(small_config).double().eval()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"image_embeds": torch.zeros(6, 7, 30)}, r"expected \[B, S, 24\].*got \(6, 7, 30\)"),
+            ({"image_embeds": torch.zeros(0, 7, 24)}, "the batch is empty"),
+            ({"image_embeds": None}, "either image_embeds or images, got neither"),
+            ({"images": torch.zeros(6, 3, 8, 8)}, "got both"),
+            ({"input_ids": None}, "input_ids: expected"),
+            ({"input_ids": torch.zeros(6, 9)}, "expected .* integers, got .*float32"),
+            (
+                {"input_ids": torch.full((6, 9), 50)},
+                r"from 0 to 49 \(vocab_size=50\), got 50 to 50",
+            ),
+            ({"attention_mask": torch.ones(6, 8)}, r"the shape of input_ids \(6, 9\)"),
+            ({"attention_mask": torch.zeros(6, 9)}, "text 0 starts with padding"),
+            ({"image_ids": torch.arange(5)}, r"image_ids: expected \[B\] = \[6\]"),
+            ({"image_ids": torch.zeros(6)}, "no negative exists for rows"),
+            ({"image_attention_mask": torch.ones(6, 8)}, r"expected \[B, S\] = \[6, 7\]"),
+            ({"negatives": (torch.arange(6), torch.arange(1, 7))}, "indices from 0 to 5"),
+            ({"negatives": (torch.arange(5), torch.arange(6))}, r"negative_image: expected \[B\]"),
+            ({"cu_seqlens": torch.tensor([0, 54])}, "packed text has no padding"),
+        ],
+    )
+    def test_message_names_the_value(
+        self, model: Blip2Stage1, small_batch: dict[str, Tensor], change: dict, message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            model(**{**small_batch, **change})
+
+    def test_caption_longer_than_the_position_table(
+        self, model: Blip2Stage1, small_config: Stage1Config
+    ) -> None:
+        batch = make_batch(small_config, batch=3, text=17)
+        with pytest.raises(ValueError, match="17 tokens do not fit the position table of 16"):
+            model(**batch)
+
+    def test_batch_of_one_has_no_negatives(
+        self, model: Blip2Stage1, small_config: Stage1Config
+    ) -> None:
+        with pytest.raises(ValueError, match=r"batch of 1 pair on 1 process.*need negatives"):
+            model(**make_batch(small_config, batch=1))
+
+    def test_texts_for_other_images(
+        self, model: Blip2Stage1, small_batch: dict[str, Tensor]
+    ) -> None:
+        with pytest.raises(ValueError, match="one text for each of 5 images, got 6 texts"):
+            model(**{**small_batch, "image_embeds": small_batch["image_embeds"][:5]})
+
+    def test_images_without_an_encoder(
+        self, model: Blip2Stage1, small_batch: dict[str, Tensor]
+    ) -> None:
+        call = {**small_batch, "image_embeds": None, "images": torch.zeros(6, 3, 8, 8)}
+        with pytest.raises(ValueError, match="the model has no image encoder"):
+            model(**call)
+
+    def test_packed_offsets(self, model: Blip2Stage1, small_batch: dict[str, Tensor]) -> None:
+        call = {
+            "image_embeds": small_batch["image_embeds"],
+            "input_ids": torch.full((30,), 5),
+            "cu_seqlens": torch.tensor([0, 5, 10, 15, 20, 25, 29]),
+        }
+        with pytest.raises(ValueError, match="rising from 0 to 30"):
+            model(**call)
+
+    def test_unknown_grad_mode(
+        self, small_config: Stage1Config, small_batch: dict[str, Tensor]
+    ) -> None:
+        model = Blip2Stage1(replace(small_config, grad_mode="global")).double()
+        with pytest.raises(ValueError, match="expected 'local' or 'full', got 'global'"):
+            model(**small_batch)
