@@ -152,10 +152,10 @@ class QFormerIntermediate(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         act = config.hidden_act
-        self.activation = ACT2FN[act] if isinstance(act, str) else act
+        self.intermediate_act_fn = ACT2FN[act] if isinstance(act, str) else act
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.activation(self.dense(hidden_states))
+        return self.intermediate_act_fn(self.dense(hidden_states))
 
 
 class QFormerLayer(GradientCheckpointingLayer):
