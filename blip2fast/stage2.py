@@ -224,6 +224,11 @@ class Blip2Stage2(nn.Module):
             if labels is None:
                 text_mask = mask[:, prompts.shape[1] :]
                 labels = input_ids.masked_fill(text_mask == 0, IGNORED)
+            if labels.shape != input_ids.shape:
+                raise ValueError(
+                    f"labels: expected the shape of input_ids {tuple(input_ids.shape)}, got "
+                    f"{stage1_inputs.describe(labels)}"
+                )
             loss, logits = stage2_llm.continuation_loss(
                 self.language_model, embeds, mask, labels, return_logits
             )
@@ -305,9 +310,12 @@ class Blip2Stage2(nn.Module):
         encoder_decoder = stage2_llm.is_encoder_decoder(self.language_model)
         if input_ids is None:
             input_ids = self._empty_text(prompts)
-        elif attention_mask is not None and not encoder_decoder:
-            stage2_llm.check_text("input_ids", input_ids, attention_mask, prompts.shape[0])
-            input_ids, attention_mask = stage2_llm.left_padded(input_ids, attention_mask)
+        elif attention_mask is not None:
+            stage2_llm.check_text(
+                self.language_model, "input_ids", input_ids, attention_mask, prompts.shape[0]
+            )
+            side = "right" if encoder_decoder else "left"
+            input_ids, attention_mask = stage2_llm.with_padding_on(side, input_ids, attention_mask)
         embeds, mask = self._read(prompts, input_ids, attention_mask)
         if not encoder_decoder:
             new = generate_kwargs.get("max_new_tokens", 0)
@@ -366,7 +374,7 @@ class Blip2Stage2(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Embeddings [B, Q + T, L] of soft prompts and text, and their mask [B, Q + T]."""
         B, Q, _ = prompts.shape
-        stage2_llm.check_text("input_ids", input_ids, attention_mask, B)
+        stage2_llm.check_text(self.language_model, "input_ids", input_ids, attention_mask, B)
         stage2_llm.check_positions(
             self.language_model, soft_prompts=Q, text_tokens=input_ids.shape[1]
         )

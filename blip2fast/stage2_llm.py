@@ -49,8 +49,10 @@ def check_positions(language_model: PreTrainedModel, **lengths: int) -> None:
         )
 
 
-def check_text(name: str, ids: Tensor, mask: Tensor | None, num_images: int) -> None:
-    """Refuse text that does not fit its images or its mask."""
+def check_text(
+    language_model: PreTrainedModel, name: str, ids: Tensor, mask: Tensor | None, num_images: int
+) -> None:
+    """Refuse token ids [B, T] that do not fit the images, their mask or the vocabulary."""
     if ids.dim() != 2 or ids.is_floating_point():
         raise ValueError(f"{name}: expected [B, T] integers, got {describe(ids)}")
     if ids.shape[0] != num_images:
@@ -61,14 +63,26 @@ def check_text(name: str, ids: Tensor, mask: Tensor | None, num_images: int) -> 
         raise ValueError(
             f"the mask of {name}: expected its shape {tuple(ids.shape)}, got {describe(mask)}"
         )
+    words = language_model.get_input_embeddings().num_embeddings
+    # a GPU would have to wait for the host, and checks the range itself
+    if ids.device.type == "cpu" and ids.numel():
+        used = ids.masked_fill(ids == IGNORED, 0) if name == "labels" else ids
+        low, high = int(used.min()), int(used.max())
+        if low < 0 or high >= words:
+            raise ValueError(
+                f"{name}: expected ids from 0 to {words - 1}, got {low} to {high}; does the "
+                "tokenizer belong to this language model?"
+            )
 
 
-def left_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The same rows with all padding on the left, wherever it was; [B, T] both.
+def with_padding_on(side: str, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows with all padding on one side, wherever it was; [B, T] both.
 
-    A decoder-only model continues from the last column, which must therefore be a real token.
+    On the "left" for a decoder-only model, which continues from the last column; on the "right"
+    for an encoder with relative positions, where a gap after the soft prompts would count.
     """
-    order = (attention_mask != 0).int().argsort(dim=1, stable=True)
+    real = attention_mask != 0
+    order = (real if side == "left" else ~real).int().argsort(dim=1, stable=True)
     return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
@@ -136,7 +150,7 @@ def continuation_loss(
     labels: Tensor,
     return_logits: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Decoder-only loss of [B, T] labels at the end of [B, Q + T, L] embeddings.
+    """Decoder-only loss of [B, T] labels on the last T of [B, Q + T, L] embeddings.
 
     Label t is predicted from the position before it, the first one from the last soft prompt.
 
@@ -144,8 +158,7 @@ def continuation_loss(
         The loss, and the logits [B, Q + T, V] where asked for.
     """
     length, T = embeds.shape[1], labels.shape[1]
-    if labels.dim() != 2 or T >= length or labels.shape[0] != embeds.shape[0]:
-        raise ValueError(f"labels: expected the shape of input_ids, got {describe(labels)}")
+    check_text(language_model, "labels", labels, None, embeds.shape[0])
     image, position = target_rows(labels)
     rows = image * length + (length - T) + position - 1
     inputs = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False}
@@ -175,7 +188,7 @@ def decoder_loss(
         )
     for what, ids in (("labels", labels), ("decoder_input_ids", decoder_input_ids)):
         if ids is not None:
-            check_text(what, ids, None, B)
+            check_text(language_model, what, ids, None, B)
             check_positions(language_model, **{what: ids.shape[1]})
     if decoder_input_ids is None:
         if not hasattr(language_model, "prepare_decoder_input_ids_from_labels"):

@@ -5,119 +5,29 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from stage2_models import (
+    B,
+    Q,
+    T,
+    V,
+    batches,
+    images,
+    opt_config,
+    reference_model,
+    stage2_config,
+    text_batch,
+)
 from transformers import (
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2QFormerConfig,
-    Blip2VisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    OPTConfig,
     OPTForCausalLM,
-    T5Config,
 )
 
-from blip2fast.stage2 import Blip2Stage2, Stage2Config
+from blip2fast.stage2 import Blip2Stage2
 
-B, Q, T, V, IMAGE_TOKEN, PAD = 3, 4, 7, 41, 40, 1
 KINDS = ["opt", "t5"]
-
-
-def opt_config(**changes):
-    sizes = {
-        "vocab_size": V,
-        "hidden_size": 20,
-        "word_embed_proj_dim": 20,
-        "ffn_dim": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 32,
-        "dropout": 0.1,
-        "pad_token_id": PAD,
-    }
-    return OPTConfig(**(sizes | changes))
-
-
-def t5_config():
-    return T5Config(
-        vocab_size=V,
-        d_model=20,
-        d_kv=10,
-        d_ff=24,
-        num_layers=2,
-        num_heads=2,
-        dropout_rate=0.1,
-        decoder_start_token_id=0,
-        feed_forward_proj="gated-gelu",
-    )
-
-
-def reference_model(kind, dtype=torch.float64):
-    torch.manual_seed(0)
-    vision = Blip2VisionConfig(
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-        initializer_range=0.5,
-    )
-    qformer = Blip2QFormerConfig(
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        vocab_size=V,
-        encoder_hidden_size=24,
-        initializer_range=0.2,
-    )
-    config = Blip2Config(
-        vision_config=vision,
-        qformer_config=qformer,
-        text_config=opt_config() if kind == "opt" else t5_config(),
-        num_query_tokens=Q,
-        image_token_index=IMAGE_TOKEN,
-    )
-    model = Blip2ForConditionalGeneration(config)
-    for parameter in model.parameters():  # norms and biases away from 1 and 0
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype).eval()
-
-
-def text_batch():
-    """[B, T] tokens of length 7, 4 and 2, padded on the right."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, IMAGE_TOKEN, (B, T), generator=generator)
-    mask = (torch.arange(T) < torch.tensor([[7], [4], [2]])).long()
-    return ids.masked_fill(mask == 0, PAD), mask
-
-
-def images(dtype=torch.float64):
-    return torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=dtype)
-
-
-def with_placeholders(ids, mask):
-    """What transformers' BLIP-2 reads: one image token for each soft prompt, then the text."""
-    places = ids.new_full((len(ids), Q), IMAGE_TOKEN)
-    return {
-        "input_ids": torch.cat([places, ids], dim=1),
-        "attention_mask": torch.cat([torch.ones_like(places), mask], dim=1),
-    }
-
-
-def batches(kind):
-    """The same batch for transformers and for stage 2."""
-    ids, mask = text_batch()
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, 0] = -100 if kind == "opt" else labels[:, 0]  # a prompt of one token
-    ours = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    theirs = with_placeholders(ids, mask)
-    ignored = labels.new_full((B, Q), -100)
-    theirs["labels"] = torch.cat([ignored, labels], dim=1) if kind == "opt" else labels
-    return ours, theirs
 
 
 def assert_same_gradients(ours, reference, rtol):
@@ -236,7 +146,17 @@ def causal_models():
     yield LlamaForCausalLM(
         LlamaConfig(**sizes, hidden_size=20, intermediate_size=24, max_position_embeddings=32)
     )
-    yield GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=20, n_layer=2, n_head=2, n_positions=32))
+    yield GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=V,
+            n_embd=20,
+            n_layer=2,
+            n_head=2,
+            n_positions=32,
+            bos_token_id=2,
+            eos_token_id=2,
+        )
+    )
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -257,18 +177,6 @@ def test_other_causal_models(number):
     assert got.prompts.shape == (B, Q, 20)
     written = model.generate(embeds, max_new_tokens=3, eos_token_id=V, pad_token_id=0)
     assert written.shape == (B, 3)
-
-
-def stage2_config(**changes):
-    sizes = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "encoder_hidden_size": 24,
-        "num_query_tokens": Q,
-    }
-    return Stage2Config(**(sizes | changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
