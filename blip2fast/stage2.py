@@ -119,10 +119,9 @@ class Blip2Stage2(nn.Module):
             stage2_convert.VisionTokens(model.vision_model),
         )
         trained = stage2_convert.trained_from_transformers(model)
-        for name, module in stage2.named_children():
-            if f"{name}." not in FROZEN:
-                module.to(stage2_convert.dtype_of(trained, name))
-        stage2.query_tokens.data = stage2.query_tokens.data.to(trained["query_tokens"].dtype)
+        for name in ("ln_vision", "qformer", "language_projection"):
+            stage2.get_submodule(name).to(stage2_convert.first_tensor(trained, name))
+        stage2.query_tokens.data = stage2.query_tokens.data.to(trained["query_tokens"])
         stage2.load_trainable_state_dict(trained)
         return stage2
 
@@ -215,22 +214,14 @@ class Blip2Stage2(nn.Module):
                 return_logits,
             )
         else:
-            if decoder_input_ids is not None or decoder_attention_mask is not None:
-                name = type(self.language_model).__name__
-                raise ValueError(
-                    f"decoder_input_ids, decoder_attention_mask: {name} is decoder-only and has no "
-                    "second sequence; give input_ids and labels"
-                )
+            stage2_llm.refuse_decoder_inputs(
+                self.language_model, decoder_input_ids, decoder_attention_mask
+            )
             if labels is None:
-                text_mask = mask[:, prompts.shape[1] :]
-                labels = input_ids.masked_fill(text_mask == 0, IGNORED)
-            if labels.shape != input_ids.shape:
-                raise ValueError(
-                    f"labels: expected the shape of input_ids {tuple(input_ids.shape)}, got "
-                    f"{stage1_inputs.describe(labels)}"
-                )
+                padding = mask[:, prompts.shape[1] :] == 0
+                labels = input_ids.masked_fill(padding, IGNORED)
             loss, logits = stage2_llm.continuation_loss(
-                self.language_model, embeds, mask, labels, return_logits
+                self.language_model, embeds, mask, labels, input_ids.shape[1], return_logits
             )
         return Stage2Output(loss=loss, logits=logits, query_output=query_output, prompts=prompts)
 

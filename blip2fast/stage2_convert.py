@@ -84,9 +84,9 @@ def trained_to_transformers(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def dtype_of(trained: Mapping[str, Tensor], part: str) -> torch.dtype:
-    """Type of a part's tensors."""
-    return next(value.dtype for name, value in trained.items() if name.startswith(f"{part}."))
+def first_tensor(trained: Mapping[str, Tensor], part: str) -> Tensor:
+    """Any tensor of a part, for its type and device."""
+    return next(value for name, value in trained.items() if name.startswith(f"{part}."))
 
 
 def to_transformers(
@@ -111,14 +111,10 @@ def to_transformers(
     blip2.language_projection = nn.Linear(*model.language_projection.weight.shape[::-1])
     blip2.query_tokens = nn.Parameter(trained["query_tokens"].clone())
     for name in ("qformer", "language_projection"):
-        getattr(blip2, name).to(dtype_of(trained, name))
-    parameter = next(vision_model.parameters())
-    blip2.vision_model.to(parameter.device, parameter.dtype)
+        blip2.get_submodule(name).to(first_tensor(trained, name))
+    blip2.vision_model.to(next(vision_model.parameters()))
     blip2.language_model = model.language_model
     blip2.load_state_dict(trained, strict=False)
-    device = model.query_tokens.device
-    blip2.qformer.to(device)
-    blip2.language_projection.to(device)
     return blip2.eval()
 
 

@@ -143,11 +143,21 @@ def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
     return image, position
 
 
+def refuse_decoder_inputs(language_model: PreTrainedModel, *inputs: Tensor | None) -> None:
+    """A decoder-only model has one sequence."""
+    if any(x is not None for x in inputs):
+        raise ValueError(
+            f"decoder_input_ids, decoder_attention_mask: {type(language_model).__name__} is "
+            "decoder-only and has no second sequence; give input_ids and labels"
+        )
+
+
 def continuation_loss(
     language_model: PreTrainedModel,
     embeds: Tensor,
     mask: Tensor,
     labels: Tensor,
+    T: int,
     return_logits: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Decoder-only loss of [B, T] labels on the last T of [B, Q + T, L] embeddings.
@@ -157,8 +167,12 @@ def continuation_loss(
     Returns:
         The loss, and the logits [B, Q + T, V] where asked for.
     """
-    length, T = embeds.shape[1], labels.shape[1]
-    check_text(language_model, "labels", labels, None, embeds.shape[0])
+    B, length, _ = embeds.shape
+    if labels.shape != (B, T):
+        raise ValueError(
+            f"labels: expected the shape of input_ids {(B, T)}, got {describe(labels)}"
+        )
+    check_text(language_model, "labels", labels, None, B)
     image, position = target_rows(labels)
     rows = image * length + (length - T) + position - 1
     inputs = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False}
