@@ -1,7 +1,7 @@
 """The Q-Former of BLIP-2 (arXiv 2301.12597, section 3.1), a drop-in for transformers' ones."""
 
 from os import PathLike
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import (
@@ -93,34 +93,46 @@ class QFormer(PreTrainedModel):
         pretrained_model_name_or_path: str | PathLike[str] | None,
         *model_args: Any,
         config: PreTrainedConfig | str | PathLike[str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Any:
         """Loads a saved Q-Former, or the Q-Former of a saved BLIP-2 or InstructBLIP model.
 
         Args:
-            pretrained_model_name_or_path: folder or hub name; the file's `model_type` decides
-                which config class is read.
-            model_args: as `transformers.PreTrainedModel.from_pretrained`.
+            pretrained_model_name_or_path: folder or hub name; the `model_type` in its config
+                decides which config class is read.
+            model_args: as `transformers.PreTrainedModel.from_pretrained`, like all that follow.
             config: the config to use instead of the saved one.
-            kwargs: as `transformers.PreTrainedModel.from_pretrained`.
+            ignore_mismatched_sizes: draw tensors of another shape anew instead of refusing them.
+            output_loading_info: return a report beside the model.
+            kwargs: precision, hub access, and fields of the config to change.
+
+        Returns:
+            The Q-Former in evaluation mode; with `output_loading_info` a pair of it and a dict.
 
         Raises:
-            ValueError: when the files belong to a model that holds no Q-Former of these kinds.
+            ValueError: when the files belong to a model that holds no Q-Former of these kinds, or
+                hold tensors of other shapes than the config says.
         """
-        if config is None and pretrained_model_name_or_path is not None:
-            where = pretrained_model_name_or_path
-            hub = {key: kwargs[key] for key in _HUB_ARGUMENTS & kwargs.keys()}
-            saved, _ = PreTrainedConfig.get_config_dict(where, **hub)
-            model_type = saved.get("model_type")
-            if model_type not in QFORMER_CONFIGS:
-                raise ValueError(
-                    f"{str(where)!r} holds a model of type {model_type!r}, not one of "
-                    f"{sorted(QFORMER_CONFIGS)}; to load it all the same, give its `config`"
-                )
-            config = QFORMER_CONFIGS[model_type].from_pretrained(where, **hub)
-        return super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, config=config, **kwargs
+        where = pretrained_model_name_or_path
+        if config is None and where is not None:
+            config, kwargs = _read_config(where, kwargs)
+        model, report = super().from_pretrained(
+            where,
+            *model_args,
+            config=config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **kwargs,
         )
+        if report["mismatched_keys"] and not ignore_mismatched_sizes:
+            name, saved, wanted = min(report["mismatched_keys"])
+            raise ValueError(
+                f"{str(where)!r} does not fit the config: {name} is {list(saved)} in the file and "
+                f"{list(wanted)} in the model ({len(report['mismatched_keys'])} such tensors)"
+            )
+        return (model, report) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module | None:
         """The word embeddings, None where the Q-Former owns none."""
@@ -189,8 +201,15 @@ class QFormer(PreTrainedModel):
             )
         batch = self._check_encoder(hidden_states, query_length, encoder_hidden_states)
         rows, device = hidden_states.shape[1], hidden_states.device
+        heads = self.config.num_attention_heads
         mask = prepare_mask(
-            attention_mask, batch=batch, rows=rows, keys=rows, name="attention_mask", device=device
+            attention_mask,
+            batch=batch,
+            heads=heads,
+            rows=rows,
+            keys=rows,
+            name="attention_mask",
+            device=device,
         )
         encoder_mask = None
         if encoder_hidden_states is not None and query_length > 0:
@@ -198,6 +217,7 @@ class QFormer(PreTrainedModel):
             encoder_mask = prepare_mask(
                 encoder_attention_mask,
                 batch=batch,
+                heads=heads,
                 rows=query_length,
                 keys=encoder_hidden_states.shape[1],
                 name="encoder_attention_mask",
@@ -272,6 +292,12 @@ class QFormer(PreTrainedModel):
                 f"input_ids holds {input_ids.shape[1]} tokens a row, but the position table ends "
                 f"at {table} (max_position_embeddings): truncate the text"
             )
+        batch, text = input_ids.shape
+        if position_ids is not None and position_ids.shape not in ((batch, text), (1, text)):
+            raise ValueError(
+                f"position_ids has shape {list(position_ids.shape)}; expected [{batch}, {text}] or "
+                f"[1, {text}], as input_ids"
+            )
         queries = 0 if query_embeds is None else query_embeds.shape[1]
         if query_length not in (None, queries):
             raise ValueError(
@@ -315,6 +341,27 @@ _HUB_ARGUMENTS = {
     "subfolder",
     "token",
 }
+
+
+def _read_config(
+    where: str | PathLike[str], kwargs: dict[str, Any]
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The saved config with the changes named in `kwargs`, and the `kwargs` that are none."""
+    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS & kwargs.keys()}
+    saved, _ = PreTrainedConfig.get_config_dict(where, **hub)
+    model_type = saved.get("model_type")
+    if model_type not in QFORMER_CONFIGS:
+        raise ValueError(
+            f"{str(where)!r} holds a model of type {model_type!r}, not one of "
+            f"{sorted(QFORMER_CONFIGS)}; reach a Q-Former inside another model by loading that "
+            "model with transformers and calling blip2fast.patch(model)"
+        )
+    config_class = QFORMER_CONFIGS[model_type]
+    changes = {
+        key: kwargs[key] for key in kwargs.keys() & config_class().to_dict().keys() - {"dtype"}
+    }
+    config = config_class.from_pretrained(where, **hub, **changes)
+    return config, {key: value for key, value in kwargs.items() if key not in changes}
 
 
 def _check_rows(name: str, states: Tensor, width: int) -> None:

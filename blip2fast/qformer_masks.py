@@ -19,13 +19,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def prepare_mask(
-    mask: Tensor | None, *, batch: int, rows: int, keys: int, name: str, device: torch.device
+    mask: Tensor | None,
+    *,
+    batch: int,
+    heads: int,
+    rows: int,
+    keys: int,
+    name: str,
+    device: torch.device,
 ) -> Tensor | None:
     """Brings a user's mask to the form `[B|1, 1|H, 1|rows, keys]`, or None when it hides nothing.
 
     Args:
         mask: any of the forms in this module's table, or None.
         batch: B, the largest batch in the call; a mask of batch 1 serves them all.
+        heads: H, number of attention heads.
         rows: number of rows that look (L; Q for cross-attention).
         keys: number of tokens that are looked at (L, or S image tokens).
         name: the argument's name in error messages.
@@ -37,6 +45,11 @@ def prepare_mask(
     if mask is None:
         return None
     _check_shape(mask, batch=batch, rows=rows, keys=keys, name=name)
+    if mask.ndim == 4 and mask.shape[1] not in (1, heads):
+        raise ValueError(
+            f"{name} has {mask.shape[1]} heads in its shape {list(mask.shape)}; "
+            f"expected 1 or {heads}"
+        )
     if mask.device != device:
         mask = mask.to(device)
     if mask.ndim == 1:
