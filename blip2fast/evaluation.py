@@ -31,8 +31,11 @@ from blip2fast.retrieval import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from blip2fast.stage1 import Blip2Stage1
     from blip2fast.stage2 import Blip2Stage2
+    from blip2fast.stage2_text import Stage2Text
 
 
 @contextmanager
@@ -144,89 +147,78 @@ def evaluate_stage2(
 
 def generate_texts(
     model: Blip2Stage2,
+    text: Stage2Text,
     images: ImageReader,
     image_rows: Tensor,
-    tokenizer: Any,
-    prompts: Sequence[str] | None = None,
+    questions: Sequence[str] | None = None,
     *,
     max_new_tokens: int = 30,
-    batch_size: int = 64,
+    batch_size: int = 128,
 ) -> list[str]:
-    """Greedy continuations by a `Blip2Stage2`: captions, or answers to prompts.
+    """Greedy continuations of soft visual prompts: captions, or answers to questions.
 
     Args:
+        text: the language model's text preparation; its prompt frames the questions.
         images: reader of the frozen encoder's tokens.
-        image_rows: [P] the image number that goes before each prompt.
-        tokenizer: the language model's.
-        prompts: [P] texts that follow the soft visual prompts; None for none.
+        image_rows: [P] the image number of each continuation.
+        questions: [P] what follows the soft visual prompts, for VQA; None to caption.
 
     Returns:
-        P strings without the prompt and without special tokens.
+        P strings, without prompts and special tokens.
 
     Raises:
-        ValueError: when there is not one prompt for each image.
+        ValueError: when there is not one question for each image.
     """
-    if prompts is not None and len(prompts) != len(image_rows):
-        raise ValueError(f"{len(prompts)} prompts for {len(image_rows)} images; give one each")
+    if questions is not None and len(questions) != len(image_rows):
+        raise ValueError(f"{len(questions)} questions for {len(image_rows)} images; give one each")
     texts: list[str] = []
     with evaluating(model) as device:
         for rows in chunks(len(image_rows), batch_size):
-            prompt = {}
-            if prompts is not None:
-                prompt = encode_prompts(tokenizer, [prompts[p] for p in rows.tolist()], device)
+            asked = None if questions is None else [questions[p] for p in rows.tolist()]
+            prompt = text.prompt_batch(asked, batch_size=len(rows))
             tokens = model.generate(
                 image_embeds=images(image_rows[rows]).to(device),
-                **prompt,
+                **{name: value.to(device) for name, value in prompt.items()},
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
             )
-            texts += decode(tokenizer, tokens)
+            texts += text.decode(tokens)
     return texts
 
 
 def continue_texts(
-    language_model: Any,
-    tokenizer: Any,
+    language_model: PreTrainedModel,
+    text: Stage2Text,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 10,
-    batch_size: int = 64,
+    batch_size: int = 128,
 ) -> list[str]:
     """Greedy continuations by the language model alone: it reads, it sees nothing.
 
-    With a caption in the prompt this is caption-then-read VQA; without one, the blind control.
+    With captions in the prompts this is caption-then-read VQA; without, the blind control.
 
     Args:
         language_model: a transformers causal or sequence-to-sequence model.
+        text: its text preparation, with an empty prompt or one that frames `prompts`.
 
     Returns:
-        One string per prompt, without the prompt and without special tokens.
+        One string per prompt, without the prompt and special tokens.
     """
     texts: list[str] = []
     with evaluating(language_model) as device:
         for rows in chunks(len(prompts), batch_size):
-            inputs = encode_prompts(tokenizer, [prompts[p] for p in rows.tolist()], device)
+            inputs = text.prompt_batch([prompts[p] for p in rows.tolist()])
             tokens = language_model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+                **{name: value.to(device) for name, value in inputs.items()},
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
             )
-            if not language_model.config.is_encoder_decoder:
-                tokens = tokens[:, inputs["input_ids"].shape[1] :]
-            texts += decode(tokenizer, tokens)
+            start = 1 if text.is_encoder_decoder else inputs["input_ids"].shape[1]
+            texts += text.decode(tokens[:, start:])
     return texts
-
-
-def encode_prompts(
-    tokenizer: Any, prompts: Sequence[str], device: torch.device
-) -> dict[str, Tensor]:
-    """Prompts padded on the left, so that every continuation starts where its prompt ends."""
-    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
-    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
-
-
-def decode(tokenizer: Any, tokens: Tensor) -> list[str]:
-    """Token ids to stripped strings without special tokens."""
-    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def exact_match(
