@@ -121,17 +121,20 @@ class Batch:
 class BatchPlan:
     """Deterministic shuffled batches; every record at most once per epoch.
 
-    An epoch is one permutation, drawn from (seed, epoch), cut into global batches; the records that
-    do not fill the last one wait for the next epoch, so no batch holds a record twice.
+    An epoch is one permutation, drawn from (seed, epoch), cut into optimizer steps of
+    ``batch_size * world_size * accumulation`` records each, and those into slices: micro-steps of
+    all processes. Which records a step takes depends on that product alone. The records that do not
+    fill the last step wait for the next epoch, so no step holds a record twice.
 
     Args:
         num_records: records to draw from.
-        batch_size: B, samples per process and step.
+        batch_size: B, samples per process and micro-step.
         seed: of the permutations.
-        rank, world_size: which slice of each global batch is this process's.
+        rank, world_size: which slice of each micro-step is this process's.
+        accumulation: micro-steps per optimizer step.
 
     Raises:
-        ValueError: bad sizes, or a global batch larger than the data.
+        ValueError: bad sizes, or a step larger than the data.
     """
 
     num_records: int
@@ -139,33 +142,38 @@ class BatchPlan:
     seed: int
     rank: int = 0
     world_size: int = 1
+    accumulation: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or not 0 <= self.rank < self.world_size:
+        if min(self.batch_size, self.accumulation) < 1 or not 0 <= self.rank < self.world_size:
             raise ValueError(
-                f"batch_size={self.batch_size}, rank={self.rank}, world_size={self.world_size}: "
-                "batch_size must be positive and the rank below the world size"
+                f"batch_size={self.batch_size}, accumulation={self.accumulation}, rank="
+                f"{self.rank}, world_size={self.world_size}: sizes must be positive and the rank "
+                "below the world size"
             )
-        if self.global_batch > self.num_records:
+        if self.samples_per_step > self.num_records:
             raise ValueError(
-                f"{self.world_size} x batch_size={self.batch_size} samples a step, but only "
+                f"batch_size {self.batch_size} x {self.world_size} processes x accumulation "
+                f"{self.accumulation} = {self.samples_per_step} samples a step, but only "
                 f"{self.num_records} records: lower optim.batch_size"
             )
 
     @property
-    def global_batch(self) -> int:
-        """Samples of all processes in one step."""
-        return self.batch_size * self.world_size
+    def samples_per_step(self) -> int:
+        """Samples of all processes in one optimizer step."""
+        return self.batch_size * self.world_size * self.accumulation
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one pass over the data."""
-        return self.num_records // self.global_batch
+        """Optimizer steps of one pass over the data."""
+        return self.num_records // self.samples_per_step
 
-    def batch(self, step: int) -> Batch:
-        """The samples of ``step`` (counted from 0, over all epochs) on this rank."""
+    def batch(self, micro_step: int) -> Batch:
+        """The samples of a micro-step (counted from 0, over all epochs) on this rank."""
+        step, slice_number = divmod(micro_step, self.accumulation)
         epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self.global_batch + self.rank * self.batch_size
+        start = position * self.samples_per_step
+        start += (slice_number * self.world_size + self.rank) * self.batch_size
         order = _permutation(self.seed, epoch, self.num_records)
         return Batch(epoch, order[start : start + self.batch_size])
 
@@ -194,7 +202,7 @@ ImageReader = Callable[[Sequence[str], Batch], dict[str, Tensor]]
 
 
 class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
-    """Item ``i`` is the whole batch of micro-step ``i``; for a DataLoader with ``batch_size=None``.
+    """Item i is the whole batch of micro-step i; for a DataLoader with ``batch_size=None``.
 
     Args:
         records: caption or question records.
@@ -215,8 +223,8 @@ class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
         self.read_images = read_images
         self.make_text: Callable[[Sequence[Record], Batch], dict[str, Tensor]] = make_text
 
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        batch = self.plan.batch(step)
+    def __getitem__(self, micro_step: int) -> dict[str, Tensor]:
+        batch = self.plan.batch(micro_step)
         keys = [self.records[i].image for i in batch.indices]
         return {**self.read_images(keys, batch), **self.make_text(self.records, batch)}
 

@@ -125,6 +125,10 @@ class FeatureCache:
     def __len__(self) -> int:
         return self.num_images
 
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        # A worker process maps the files again; pickling the arrays would copy the whole cache.
+        return type(self), (self.path,)
+
     def row(self, key: str) -> int:
         """The row of image ``key``."""
         try:

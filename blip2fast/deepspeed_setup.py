@@ -1,0 +1,110 @@
+"""DeepSpeed: its configuration derived from ours, its processes, its engine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from blip2fast.optimisation import adamw
+from blip2fast.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def deepspeed_config(
+    config: RunConfig, world_size: int, trained_sizes: list[int]
+) -> dict[str, Any]:
+    """The DeepSpeed json that a run's configuration stands for.
+
+    Args:
+        config: the run.
+        world_size: number of processes.
+        trained_sizes: elements of each trained parameter.
+    """
+    optim = config.optim
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage > 0:
+        # The default bucket is 2 GB, whatever the model.
+        zero["reduce_bucket_size"] = min(sum(trained_sizes), 500_000_000)
+    if config.zero_stage == 3:
+        # Stage 3 spreads the language model. The trained part, 40 times smaller, stays whole, so
+        # that code which reads its raw weights (merged projections, tied heads, evaluation) never
+        # meets an empty shard; its gradients and optimizer states are spread all the same.
+        zero["stage3_param_persistence_threshold"] = max(trained_sizes)
+    for what in ("param", "optimizer"):
+        device = getattr(config, f"offload_{what}")
+        if device != "none":
+            zero[f"offload_{what}"] = {"device": device}
+            if device == "nvme":
+                zero[f"offload_{what}"]["nvme_path"] = config.nvme_path
+    values: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": optim.batch_size,
+        "gradient_accumulation_steps": optim.accumulation,
+        "train_batch_size": optim.batch_size * optim.accumulation * world_size,
+        "gradient_clipping": optim.clip_norm,
+        "steps_per_print": None,
+        "zero_optimization": zero,
+        # Our AdamW is a plain PyTorch one also where its states are offloaded.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if config.precision != "fp32":
+        values[config.precision] = {"enabled": True}
+        if config.zero_stage > 0 and optim.accumulation > 1:
+            values["data_types"] = {"grad_accum_dtype": "fp32"}
+    return values
+
+
+def start_processes() -> torch.device:
+    """Join the process group, or start one of a single process; returns this process's device.
+
+    Without a launcher (plain ``python``), the rendezvous is on a free local port.
+    """
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not torch.accelerator.is_available():
+        # Spares DeepSpeed's search and its warning.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    if not on_gpu:
+        # This op compiles for minutes on first use and fails without a compiler; gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo")
+    if not on_gpu:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, dict[str, Any]]:
+    """A DeepSpeed engine around ``model``, and the json that it was given.
+
+    Args:
+        model: trained parameters in fp32; the engine casts the model to ``config.precision``.
+    """
+    import deepspeed
+
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    values = deepspeed_config(config, dist.get_world_size(), sizes)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=adamw(model, config.optim), config=values
+    )
+    if config.zero_stage == 3:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # Whole from the start: a weight that is only read raw is fetched by no module's call.
+        trained[0].all_gather(param_list=trained)  # type: ignore[attr-defined]
+    return engine, values
