@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blip2fast.stage1_inputs import describe
 from blip2fast.stage2_text import IGNORED
@@ -17,6 +21,32 @@ def freeze(module: nn.Module) -> None:
     """No gradients on the weights and no dropout; gradients still flow to the inputs."""
     module.requires_grad_(False)
     module.eval()
+
+
+def recompute_layers(language_model: PreTrainedModel) -> None:
+    """Keep no activations inside the model's layers; the backward pass computes them again.
+
+    transformers' own switch works in training mode only, which a frozen model never is in.
+
+    Raises:
+        ValueError: the model has no layers that transformers would recompute.
+    """
+    layers = [m for m in language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"{type(language_model).__name__} has no layers that support gradient checkpointing; "
+            "train without it"
+        )
+    for layer in layers:
+        if "forward" not in vars(layer):
+            layer.forward = partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # a frozen model draws no random numbers, so there is no state to keep for the second pass
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def embedding_width(language_model: PreTrainedModel) -> int:

@@ -227,3 +227,34 @@ def test_default_labels_are_the_text_without_padding():
     inputs = {"images": images(), "input_ids": ids, "attention_mask": mask}
     given = model(**inputs, labels=ids.masked_fill(mask == 0, -100)).loss
     assert torch.equal(model(**inputs).loss, given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing(kind):
+    """Twice the layer passes, the same gradients; also after a copy, and while generating."""
+    plain = Blip2Stage2.from_transformers(reference_model(kind)).train()
+    plain.qformer.eval()  # its dropout would differ between the two models
+    model = copy.deepcopy(plain)
+    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable()
+    model = copy.deepcopy(model)
+    passes = []
+    layers = [m for n, m in model.language_model.named_modules() if n.endswith(("q_proj", ".q"))]
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: passes.append(1))
+    ours, _ = batches(kind)
+    plain(images=images(), **ours).loss.backward()
+    model(images=images(), **ours).loss.backward()
+    assert len(passes) == 2 * len(layers) > 0
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(model.get_parameter(name).grad, parameter.grad), name
+    settings = {"images": images(), "input_ids": ours["input_ids"], "max_new_tokens": 3}
+    assert torch.equal(model.generate(**settings), plain.generate(**settings))
+
+
+def test_gradient_checkpointing_needs_layers():
+    language_model = OPTForCausalLM(opt_config(num_hidden_layers=0))
+    model = Blip2Stage2(stage2_config(), language_model)
+    with pytest.raises(ValueError, match="OPTForCausalLM has no layers that support gradient"):
+        model.gradient_checkpointing_enable()
