@@ -25,7 +25,7 @@ def rank() -> int:
 
 
 def gather_detached(x: Tensor) -> Tensor:
-    """Concatenate ``x [b, ...]`` of all ranks along the batch; no gradient, own rank included.
+    """Concatenate `x [b, ...]` of all ranks along the batch; no gradient, own rank included.
 
     Every rank must pass the same shape.
     """
@@ -53,7 +53,7 @@ class _GatherWithGrad(torch.autograd.Function):
 
 
 def gather_with_grad(x: Tensor) -> Tensor:
-    """Concatenate ``x [b, ...]`` of all ranks; gradients flow back to the rank that owns a row.
+    """Concatenate `x [b, ...]` of all ranks; gradients flow back to the rank that owns a row.
 
     The gradient is that of the *sum* of the ranks' losses: data parallelism, which averages
     parameter gradients over ranks, turns it into that of their mean.
@@ -65,7 +65,7 @@ def gather_with_grad(x: Tensor) -> Tensor:
 
 
 def gather_text(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int) -> tuple[Tensor, ...]:
-    """Gather ``[b, T]`` token ids and masks of all ranks, padded to the longest T among them.
+    """Gather `[b, T]` token ids and masks of all ranks, padded to the longest T among them.
 
     Raises:
         ValueError: the ranks hold batches of different sizes.

@@ -1,7 +1,7 @@
 """LAVIS's names for the parameters of stage 1, both ways.
 
 LAVIS wraps a BERT language model: its word embeddings, layers and generation head live under
-``Qformer.bert`` and ``Qformer.cls``. The tensors are the same; only the names differ.
+`Qformer.bert` and `Qformer.cls`. The tensors are the same; only the names differ.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def from_lavis(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a LAVIS stage-1 state dict.
 
     Args:
-        state_dict: Parameters under LAVIS's names; a whole checkpoint's ``["model"]`` may be
+        state_dict: Parameters under LAVIS's names; a whole checkpoint's `["model"]` may be
             given, its image encoder is left out.
 
     Returns:
@@ -80,7 +80,7 @@ def from_lavis(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def check_complete(
     given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str
 ) -> None:
-    """Raise unless ``given`` has exactly the names and shapes of ``expected``.
+    """Raise unless `given` has exactly the names and shapes of `expected`.
 
     Raises:
         ValueError: tensors are missing, unknown, or of another shape; names them with values.

@@ -18,14 +18,14 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def max_query_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """``sim[i, j] = max_q <image[i, q], text[j]>``; the lowest query index wins a tie.
+    """`sim[i, j] = max_q <image[i, q], text[j]>`; the lowest query index wins a tie.
 
     Args:
-        image_features: ``[M, Q, D]``, normalised.
-        text_features: ``[N, D]``, normalised.
+        image_features: `[M, Q, D]`, normalised.
+        text_features: `[N, D]`, normalised.
 
     Returns:
-        ``[M, N]``, fp32 or fp64.
+        `[M, N]`, fp32 or fp64.
     """
     M, Q, D = image_features.shape
     with torch.autocast(image_features.device.type, enabled=False):
@@ -40,18 +40,18 @@ def itc_logits(
     """Similarities of this rank's images and texts with those of all ranks, over temperature.
 
     Args:
-        image_features: ``[b, Q, D]``, normalised.
-        text_features: ``[b, D]``, normalised.
+        image_features: `[b, Q, D]`, normalised.
+        text_features: `[b, D]`, normalised.
         temp: Scalar temperature, learned.
-        grad_mode: ``"local"``: features of other places in the gathered batch carry no gradient
-            (what LAVIS trains with); ``"full"``: they do.
+        grad_mode: `"local"`: features of other places in the gathered batch carry no gradient
+            (what LAVIS trains with); `"full"`: they do.
 
     Returns:
-        ``(sim_i2t, sim_t2i)``, each ``[b, N]``: image i against every text, text i against every
+        `(sim_i2t, sim_t2i)`, each `[b, N]`: image i against every text, text i against every
         image.
 
     Raises:
-        ValueError: shapes do not fit together, or ``grad_mode`` is unknown.
+        ValueError: shapes do not fit together, or `grad_mode` is unknown.
     """
     _check_features(image_features, text_features)
     if grad_mode not in ("local", "full"):
@@ -78,9 +78,9 @@ def _check_features(image_features: Tensor, text_features: Tensor) -> None:
 def positive_pairs(
     batch: int, world_batch: int, image_ids: Tensor | None, device: torch.device
 ) -> Tensor:
-    """``[b, N]`` bool: true where image i and text j belong together.
+    """`[b, N]` bool: true where image i and text j belong together.
 
-    Without ``image_ids`` that is the own pair alone; with them, every pair of equal id.
+    Without `image_ids` that is the own pair alone; with them, every pair of equal id.
     """
     if image_ids is not None:
         return image_ids.view(-1, 1) == gather_detached(image_ids.view(-1)).view(1, -1)
@@ -93,12 +93,12 @@ def itc_loss(
 ) -> Tensor:
     """Image-text contrastive loss: cross-entropy both ways, averaged.
 
-    The target of a row is ``(1 - s) * positives / count + s / N`` with s the label smoothing; with
-    one positive in a row this is PyTorch's ``cross_entropy(..., label_smoothing=s)``.
+    The target of a row is `(1 - s) * positives / count + s / N` with s the label smoothing; with
+    one positive in a row this is PyTorch's `cross_entropy(..., label_smoothing=s)`.
 
     Args:
-        sim_i2t, sim_t2i: ``[b, N]`` similarities over temperature.
-        positives: ``[b, N]`` bool, at least one in each row.
+        sim_i2t, sim_t2i: `[b, N]` similarities over temperature.
+        positives: `[b, N]` bool, at least one in each row.
         label_smoothing: s, between 0 and 1.
 
     Returns:
@@ -116,11 +116,11 @@ def sample_hard_negatives(
     """Draw one hard negative per row from the softmax of its similarities, positives excluded.
 
     Args:
-        sim_i2t, sim_t2i: ``[b, N]`` similarities over temperature.
-        positives: ``[b, N]`` bool, what must not be drawn.
+        sim_i2t, sim_t2i: `[b, N]` similarities over temperature.
+        positives: `[b, N]` bool, what must not be drawn.
 
     Returns:
-        ``(negative_image, negative_text)``, each ``[b]`` int64, indices into the gathered batch:
+        `(negative_image, negative_text)`, each `[b]` int64, indices into the gathered batch:
         the negative image of text j is drawn from its text-to-image row, the negative text of
         image i from its image-to-text row.
 
@@ -145,10 +145,10 @@ def itm_loss(itm_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Image-text matching loss over b matching pairs followed by 2b that do not match.
 
     Args:
-        itm_logits: ``[3b, 2]``; class 1 is "match".
+        itm_logits: `[3b, 2]`; class 1 is "match".
 
     Returns:
-        ``(loss, labels)``: scalar, and ``[3b]`` int64.
+        `(loss, labels)`: scalar, and `[3b]` int64.
     """
     pairs = itm_logits.shape[0]
     labels = (torch.arange(pairs, device=itm_logits.device) < pairs // 3).long()
@@ -159,11 +159,11 @@ def itg_labels(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Targets of the text generation loss: the next token, -100 where that is padding.
 
     Args:
-        input_ids: ``[B, T]``.
-        attention_mask: ``[B, T]``, nonzero where a token is real.
+        input_ids: `[B, T]`.
+        attention_mask: `[B, T]`, nonzero where a token is real.
 
     Returns:
-        ``[B, T-1]`` int64, the target of positions 0 to T-2.
+        `[B, T-1]` int64, the target of positions 0 to T-2.
     """
     return input_ids[:, 1:].masked_fill(~attention_mask[:, 1:].bool(), -100)
 
@@ -172,8 +172,8 @@ def itg_loss(itg_logits: Tensor, labels: Tensor, label_smoothing: float = 0.1) -
     """Image-grounded text generation loss: next-token cross-entropy with label smoothing.
 
     Args:
-        itg_logits: ``[B, T-1, V]``.
-        labels: ``[B, T-1]``, -100 where ignored.
+        itg_logits: `[B, T-1, V]`.
+        labels: `[B, T-1]`, -100 where ignored.
         label_smoothing: Between 0 and 1.
 
     Returns:

@@ -1,6 +1,6 @@
 """The three attention masks of the Q-Former (arXiv 2301.12597, Figure 2).
 
-Rows are what attends, columns are what is attended to; ``#`` is visible, ``.`` is not::
+Rows are what attends, columns are what is attended to; `#` is visible, `.` is not::
 
     UNIMODAL (ITC)        BIDIRECTIONAL (ITM)   MULTIMODAL_CAUSAL (ITG)
           Q Q t t t             Q Q t t t             Q Q t t t
@@ -35,13 +35,13 @@ def qformer_mask(kind: MaskKind, num_queries: int, text_mask: Tensor) -> Tensor:
     Args:
         kind: One of the three masks drawn above.
         num_queries: Q, the number of query rows; 0 for text alone.
-        text_mask: ``[B, T]``, nonzero where a text token is real.
+        text_mask: `[B, T]`, nonzero where a text token is real.
 
     Returns:
-        ``[B, Q+T, Q+T]`` bool, true where the row may attend to the column.
+        `[B, Q+T, Q+T]` bool, true where the row may attend to the column.
 
     Raises:
-        ValueError: ``text_mask`` is not two-dimensional or ``num_queries`` is negative.
+        ValueError: `text_mask` is not two-dimensional or `num_queries` is negative.
     """
     if text_mask.dim() != 2:
         raise ValueError(f"text_mask: expected [B, T], got shape {tuple(text_mask.shape)}")

@@ -28,12 +28,12 @@ class Blip2Stage1(nn.Module):
 
     Args:
         config: Sizes.
-        image_encoder: Optional frozen module from images ``[B, 3, h, w]`` to tokens ``[B, S, E]``,
-            for ``forward(images=...)``. Without it, pass precomputed ``image_embeds``.
+        image_encoder: Optional frozen module from images `[B, 3, h, w]` to tokens `[B, S, E]`,
+            for `forward(images=...)`. Without it, pass precomputed `image_embeds`.
 
     Attributes:
         ln_vision: Normalises the image tokens; trained, although the encoder is frozen.
-        query_tokens: ``[1, Q, C]``, the learned queries.
+        query_tokens: `[1, Q, C]`, the learned queries.
         temp: The contrastive temperature, learned.
     """
 
@@ -67,11 +67,11 @@ class Blip2Stage1(nn.Module):
         config: Stage1Config | Mapping[str, Any],
         image_encoder: nn.Module | None = None,
     ) -> Blip2Stage1:
-        """Build the model from a LAVIS stage-1 checkpoint (its ``["model"]`` dict).
+        """Build the model from a LAVIS stage-1 checkpoint (its `["model"]` dict).
 
         Args:
             state_dict: Parameters under LAVIS's names.
-            config: Sizes; as a mapping, keys are fields of :class:`Stage1Config`.
+            config: Sizes; as a mapping, keys are fields of `Stage1Config`.
             image_encoder: As in the constructor.
 
         Returns:
@@ -96,7 +96,7 @@ class Blip2Stage1(nn.Module):
         """Every trained tensor under LAVIS's name, temperature and generation head included.
 
         The image encoder is not part of it, and the tied output embedding is there once, as
-        ``Qformer.bert.embeddings.word_embeddings.weight``.
+        `Qformer.bert.embeddings.word_embeddings.weight`.
         """
         own = (
             item for item in self.state_dict().items() if not item[0].startswith("image_encoder.")
@@ -128,20 +128,20 @@ class Blip2Stage1(nn.Module):
         """Compute the three losses of a batch of image-text pairs.
 
         Args:
-            image_embeds: ``[B, S, E]``, the frozen encoder's tokens before ``ln_vision``.
-            input_ids: ``[B, T]``, each text as [CLS] words [SEP] padding; or ``[T_total]``,
-                without padding, together with ``cu_seqlens``.
-            attention_mask: ``[B, T]``, nonzero where a token is real; by default, where
-                ``input_ids`` is not padding.
-            image_ids: ``[B]`` integers; pairs of equal id are positives of one another.
-            negatives: ``(negative_image, negative_text)``, each ``[B]``: indices into the batch of
+            image_embeds: `[B, S, E]`, the frozen encoder's tokens before `ln_vision`.
+            input_ids: `[B, T]`, each text as [CLS] words [SEP] padding; or `[T_total]`,
+                without padding, together with `cu_seqlens`.
+            attention_mask: `[B, T]`, nonzero where a token is real; by default, where
+                `input_ids` is not padding.
+            image_ids: `[B]` integers; pairs of equal id are positives of one another.
+            negatives: `(negative_image, negative_text)`, each `[B]`: indices into the batch of
                 all ranks, instead of sampled ones.
-            images: ``[B, 3, h, w]`` for the image encoder, instead of ``image_embeds``.
-            image_attention_mask: ``[B, S]``, nonzero where an image token is real.
-            cu_seqlens: ``[B+1]``, where each text starts in a packed ``input_ids``.
+            images: `[B, 3, h, w]` for the image encoder, instead of `image_embeds`.
+            image_attention_mask: `[B, S]`, nonzero where an image token is real.
+            cu_seqlens: `[B+1]`, where each text starts in a packed `input_ids`.
 
         Returns:
-            A :class:`Stage1Output`.
+            A `Stage1Output`.
 
         Raises:
             ValueError: an input is missing, has the wrong shape, or leaves no negative.
@@ -209,11 +209,11 @@ class Blip2Stage1(nn.Module):
         """Queries that saw the image alone.
 
         Args:
-            image_embeds: ``[B, S, E]``, before ``ln_vision``.
-            image_attention_mask: ``[B, S]``, nonzero where an image token is real.
+            image_embeds: `[B, S, E]`, before `ln_vision`.
+            image_attention_mask: `[B, S]`, nonzero where an image token is real.
 
         Returns:
-            ``(image_features [B, Q, D], query_output [B, Q, C])``; the features are normalised.
+            `(image_features [B, Q, D], query_output [B, Q, C])`; the features are normalised.
         """
         image_embeds = self._image_tokens(image_embeds, None)
         states = self.qformer(
@@ -229,11 +229,11 @@ class Blip2Stage1(nn.Module):
         """Features of texts that saw no image: the projected [CLS] state, normalised.
 
         Args:
-            input_ids: ``[B, T]``.
-            attention_mask: ``[B, T]``, nonzero where a token is real.
+            input_ids: `[B, T]`.
+            attention_mask: `[B, T]`, nonzero where a token is real.
 
         Returns:
-            ``[B, D]``.
+            `[B, D]`.
         """
         input_ids, attention_mask = self._text(input_ids, attention_mask, None)
         states = self.qformer(
@@ -250,12 +250,12 @@ class Blip2Stage1(nn.Module):
         attention_mask: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Does text i describe image i? Logits ``[B, 2]``; class 1 is "match".
+        """Does text i describe image i? Logits `[B, 2]`; class 1 is "match".
 
         Args:
-            image_embeds: ``[B, S, E]``, before ``ln_vision``.
-            input_ids, attention_mask: ``[B, T]``.
-            image_attention_mask: ``[B, S]``, nonzero where an image token is real.
+            image_embeds: `[B, S, E]`, before `ln_vision`.
+            input_ids, attention_mask: `[B, T]`.
+            image_attention_mask: `[B, S]`, nonzero where an image token is real.
         """
         image_embeds = self._image_tokens(image_embeds, None)
         input_ids, attention_mask = self._text(input_ids, attention_mask, None)
@@ -274,16 +274,16 @@ class Blip2Stage1(nn.Module):
         """Caption images with the generation head, greedily.
 
         Args:
-            image_embeds: ``[B, S, E]``, before ``ln_vision``.
+            image_embeds: `[B, S, E]`, before `ln_vision`.
             eos_token_id: [SEP]; a text ends there.
             max_new_tokens: Most tokens to write, [SEP] included.
-            image_attention_mask: ``[B, S]``, nonzero where an image token is real.
+            image_attention_mask: `[B, S]`, nonzero where an image token is real.
 
         Returns:
-            ``[B, <= max_new_tokens]`` token ids, padded after the end token.
+            `[B, <= max_new_tokens]` token ids, padded after the end token.
 
         Raises:
-            ValueError: ``max_new_tokens`` is below 1 or over the position table.
+            ValueError: `max_new_tokens` is below 1 or over the position table.
         """
         limit = self.config.max_position_embeddings
         if not 1 <= max_new_tokens <= limit:
@@ -337,7 +337,7 @@ class Blip2Stage1(nn.Module):
         visible: Tensor | None,
         negatives: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """ITM logits ``[3B, 2]``: own pairs, then with a negative image, then a negative text."""
+        """ITM logits `[3B, 2]`: own pairs, then with a negative image, then a negative text."""
         B = image_embeds.shape[0]
         negative_image, negative_text = stage1_inputs.check_negatives(negatives, B)
         # an encoder in training needs the gradient of its tokens on other ranks; a frozen one none
@@ -374,7 +374,7 @@ class Blip2Stage1(nn.Module):
         visible: Tensor | None,
         kind: MaskKind,
     ) -> tuple[Tensor, Tensor]:
-        """Query states ``[B, Q, C]`` and text states ``[B, T, C]`` under a mask kind."""
+        """Query states `[B, Q, C]` and text states `[B, T, C]` under a mask kind."""
         Q = self.config.num_query_tokens
         queries = self.query_tokens.expand(tokens.shape[0], -1, -1)
         text = self.embeddings(input_ids)

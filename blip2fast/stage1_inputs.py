@@ -20,7 +20,7 @@ def describe(x: Tensor) -> str:
 def image_tokens(
     image_embeds: Tensor | None, images: Tensor | None, encoder: nn.Module | None, width: int
 ) -> Tensor:
-    """``[B, S, E]`` tokens, given or computed by the encoder."""
+    """`[B, S, E]` tokens, given or computed by the encoder."""
     if (image_embeds is None) == (images is None):
         given = "neither" if image_embeds is None else "both"
         raise ValueError(f"expected either image_embeds or images, got {given}")
@@ -54,7 +54,7 @@ def padded_text(
     vocab_size: int,
     max_positions: int,
 ) -> tuple[Tensor, Tensor]:
-    """``(input_ids, attention_mask)``, both ``[B, T]``, from padded or packed text."""
+    """`(input_ids, attention_mask)`, both `[B, T]`, from padded or packed text."""
     if input_ids is None:
         raise ValueError("input_ids: expected [B, T] token ids, got none")
     if cu_seqlens is not None:

@@ -89,17 +89,17 @@ class Stage1Output(ModelOutput):
     """What a stage-1 step computes.
 
     Attributes:
-        loss: ``loss_itc + loss_itm + loss_itg``, scalars with gradient.
-        sim_i2t, sim_t2i: ``[B, N]`` similarities over temperature.
-        itm_logits: ``[3B, 2]``; B matching pairs, B with another image, B with another text.
-        itg_logits: ``[B, T, V]``; position t predicts token t+1, the last one nothing.
-        image_features: ``[B, Q, D]``, normalised.
-        text_features: ``[B, D]``, normalised.
-        query_output: ``[B, Q, C]``, the queries' last states without text.
+        loss: `loss_itc + loss_itm + loss_itg`, scalars with gradient.
+        sim_i2t, sim_t2i: `[B, N]` similarities over temperature.
+        itm_logits: `[3B, 2]`; B matching pairs, B with another image, B with another text.
+        itg_logits: `[B, T, V]`; position t predicts token t+1, the last one nothing.
+        image_features: `[B, Q, D]`, normalised.
+        text_features: `[B, D]`, normalised.
+        query_output: `[B, Q, C]`, the queries' last states without text.
         accuracy_i2t, accuracy_t2i: Share of rows whose best column is a positive.
         accuracy_itm: Share of the 3B pairs judged rightly.
         accuracy_itg: Share of next tokens predicted rightly.
-        negative_image, negative_text: ``[B]``, indices into the batch of all ranks.
+        negative_image, negative_text: `[B]`, indices into the batch of all ranks.
     """
 
     loss: Tensor | None = None

@@ -26,7 +26,7 @@ class TextEmbeddings(nn.Module):
             self.word_embeddings.weight[config.pad_token_id].zero_()
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """``[B, T]`` token ids to ``[B, T, C]``."""
+        """`[B, T]` token ids to `[B, T, C]`."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         return self.word_embeddings(input_ids) + self.position_embeddings(positions)
 
@@ -54,5 +54,5 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, states: Tensor, word_embeddings: Tensor) -> Tensor:
-        """``[..., C]`` states and the ``[V, C]`` table to ``[..., V]`` scores."""
+        """`[..., C]` states and the `[V, C]` table to `[..., V]` scores."""
         return F.linear(self.transform(states), word_embeddings, self.bias)

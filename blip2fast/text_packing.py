@@ -1,6 +1,6 @@
 """Texts without padding: token ids end to end, and where each text starts.
 
-``cu_seqlens`` (B+1 offsets, the first 0, the last T_total) is the convention of variable-length
+`cu_seqlens` (B+1 offsets, the first 0, the last T_total) is the convention of variable-length
 attention kernels.
 """
 
@@ -16,11 +16,11 @@ def pack_text(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor
     """Drop the padding.
 
     Args:
-        input_ids: ``[B, T]``.
-        attention_mask: ``[B, T]``, nonzero where a token is real.
+        input_ids: `[B, T]`.
+        attention_mask: `[B, T]`, nonzero where a token is real.
 
     Returns:
-        ``(packed_ids [T_total], cu_seqlens [B+1] int32)``.
+        `(packed_ids [T_total], cu_seqlens [B+1] int32)`.
     """
     real = attention_mask.bool()
     cu_seqlens = torch.zeros(len(real) + 1, dtype=torch.int32, device=real.device)
@@ -32,15 +32,15 @@ def unpack_text(packed_ids: Tensor, cu_seqlens: Tensor, pad_token_id: int) -> tu
     """Pad packed texts to the longest of them.
 
     Args:
-        packed_ids: ``[T_total]``.
-        cu_seqlens: ``[B+1]``, non-decreasing offsets from 0 to T_total.
+        packed_ids: `[T_total]`.
+        cu_seqlens: `[B+1]`, non-decreasing offsets from 0 to T_total.
         pad_token_id: Fills the rest.
 
     Returns:
-        ``(input_ids [B, T], attention_mask [B, T])``.
+        `(input_ids [B, T], attention_mask [B, T])`.
 
     Raises:
-        ValueError: the offsets do not cover ``packed_ids``.
+        ValueError: the offsets do not cover `packed_ids`.
     """
     offsets = cu_seqlens.long()
     if packed_ids.dim() != 1:

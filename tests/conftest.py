@@ -31,7 +31,7 @@ class ReferenceCase:
     grad: dict[str, Tensor]
 
     def call(self, dtype: torch.dtype) -> dict[str, object]:
-        """Keyword arguments of ``Blip2Stage1.forward``."""
+        """Keyword arguments of `Blip2Stage1.forward`."""
         return {
             "image_embeds": self.input["image_embeds"].to(dtype),
             "input_ids": self.input["input_ids"],

@@ -15,7 +15,7 @@ from blip2fast.stage1 import Blip2Stage1
 
 
 class TextbookStage1(nn.Module):
-    """The same function as :class:`Blip2Stage1`, from a copy of its weights."""
+    """The same function as `Blip2Stage1`, from a copy of its weights."""
 
     def __init__(self, model: Blip2Stage1) -> None:
         super().__init__()
@@ -140,13 +140,10 @@ class TextbookStage1(nn.Module):
     ) -> Tensor:
         B = len(image_features)
         ids = torch.arange(B) if image_ids is None else image_ids
-        losses = []
-        for i in range(B):
-            positive = torch.tensor([float(ids[i] == ids[j]) for j in range(B)]).to(image_features)
-            target = (1 - smoothing) * positive / positive.sum() + smoothing / B
-            frozen_images, frozen_texts = image_features.detach(), text_features.detach()
-            i2t = torch.stack([(image_features[i] @ frozen_texts[j]).max() for j in range(B)])
-            t2i = torch.stack([(frozen_images[j] @ text_features[i]).max() for j in range(B)])
-            both = torch.stack([i2t, t2i]) / self.w("temp")
-            losses.append(-(target * both.log_softmax(1)).sum(1).mean())
-        return torch.stack(losses).mean()
+        positive = (ids[:, None] == ids[None, :]).to(image_features)
+        target = (1 - smoothing) * positive / positive.sum(1, keepdim=True) + smoothing / B
+        # every other feature is a constant to the one whose row it stands in
+        i2t = torch.einsum("iqd,jd->ijq", image_features, text_features.detach()).amax(-1)
+        t2i = torch.einsum("jd,iqd->jiq", text_features, image_features.detach()).amax(-1)
+        both = torch.stack([i2t, t2i]) / self.w("temp")
+        return -(target * both.log_softmax(-1)).sum(-1).mean()
