@@ -175,6 +175,9 @@ def _granite_vision() -> tuple[PreTrainedModel, Inputs]:
     }
     qformer = {
         "model_type": "blip_2_qformer",
+        "hidden_size": 64,
+        "encoder_hidden_size": 64,
+        "num_attention_heads": 1,
         "num_hidden_layers": 2,
         "intermediate_size": 48,
         "cross_attention_frequency": 1,
