@@ -44,7 +44,7 @@ class _GatherWithGrad(torch.autograd.Function):
         return gather_detached(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         # a rank's features are used by every rank's loss: sum what each of them sends back
         grad = grad.contiguous()
         dist.all_reduce(grad)

@@ -141,6 +141,12 @@ def sample_hard_negatives(
         return t2i.multinomial(1).squeeze(1), i2t.multinomial(1).squeeze(1)
 
 
+def top1_accuracy(similarity: Tensor, positives: Tensor) -> Tensor:
+    """Share of rows of `[b, N]` whose best column is a positive; scalar fp32."""
+    best = similarity.argmax(dim=1, keepdim=True)
+    return positives.gather(1, best).float().mean()
+
+
 def itm_loss(itm_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Image-text matching loss over b matching pairs followed by 2b that do not match.
 

@@ -20,7 +20,7 @@ from blip2fast.gathering import gather_detached, gather_text, gather_with_grad
 from blip2fast.masks import MaskKind, qformer_mask
 from blip2fast.qformer import QFormer
 from blip2fast.stage1_types import Stage1Config, Stage1Output
-from blip2fast.text_modules import LMHead, TextEmbeddings
+from blip2fast.text_modules import LMHead, TextEmbeddings, copy_text_ffn_to_queries
 
 
 class Blip2Stage1(nn.Module):
@@ -179,8 +179,8 @@ class Blip2Stage1(nn.Module):
             predicted = itg_labels != -100
             right = (itg_logits[:, :-1].argmax(-1) == itg_labels) & predicted
             accuracies = {
-                "accuracy_i2t": _top1(sim_i2t, positives),
-                "accuracy_t2i": _top1(sim_t2i, positives),
+                "accuracy_i2t": losses.top1_accuracy(sim_i2t, positives),
+                "accuracy_t2i": losses.top1_accuracy(sim_t2i, positives),
                 "accuracy_itm": (itm_logits.argmax(-1) == itm_labels).float().mean(),
                 "accuracy_itg": right.sum() / predicted.sum(),
             }
@@ -405,16 +405,3 @@ class Blip2Stage1(nn.Module):
             vocab_size=self.config.vocab_size,
             max_positions=self.config.max_position_embeddings,
         )
-
-
-def copy_text_ffn_to_queries(qformer: QFormer) -> None:
-    """Start the queries' feed-forward layers as copies of the text's, as BLIP-2 does."""
-    for layer in qformer.encoder.layer:
-        layer.intermediate_query.load_state_dict(layer.intermediate.state_dict())
-        layer.output_query.load_state_dict(layer.output.state_dict())
-
-
-def _top1(similarity: Tensor, positives: Tensor) -> Tensor:
-    """Share of rows whose best column is a positive."""
-    best = similarity.argmax(dim=1, keepdim=True)
-    return positives.gather(1, best).float().mean()

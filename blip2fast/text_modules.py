@@ -56,3 +56,12 @@ class LMHead(nn.Module):
     def forward(self, states: Tensor, word_embeddings: Tensor) -> Tensor:
         """`[..., C]` states and the `[V, C]` table to `[..., V]` scores."""
         return F.linear(self.transform(states), word_embeddings, self.bias)
+
+
+def copy_text_ffn_to_queries(qformer: nn.Module) -> None:
+    """Start the queries' feed-forward layers as copies of the text's, as BLIP-2 does."""
+    state = qformer.state_dict()
+    with torch.no_grad():
+        for name, parameter in qformer.named_parameters():
+            if "_query." in name:
+                parameter.copy_(state[name.replace("_query.", ".")])
