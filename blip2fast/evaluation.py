@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from blip2fast.retrieval import (
     ImageReader,
@@ -190,7 +191,7 @@ def generate_texts(
 def continue_texts(
     language_model: PreTrainedModel,
     text: Stage2Text,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 10,
     batch_size: int = 128,
@@ -201,15 +202,26 @@ def continue_texts(
 
     Args:
         language_model: a transformers causal or sequence-to-sequence model.
-        text: its text preparation, with an empty prompt or one that frames `prompts`.
+        text: its text preparation; only the tokenizer and the end token are used.
+        prompts: token ids, as they are: special tokens are the caller's.
 
     Returns:
         One string per prompt, without the prompt and special tokens.
+
+    Raises:
+        ValueError: when a prompt is empty.
     """
+    if not all(prompts):
+        raise ValueError("a prompt without tokens; begin it with a special token at least")
     texts: list[str] = []
     with evaluating(language_model) as device:
         for rows in chunks(len(prompts), batch_size):
-            inputs = text.prompt_batch([prompts[p] for p in rows.tolist()])
+            ids = [torch.tensor(prompts[p]) for p in rows.tolist()]
+            side = "right" if text.is_encoder_decoder else "left"
+            inputs = {
+                "input_ids": pad_sequence(ids, True, text.pad_token_id, side),
+                "attention_mask": pad_sequence([torch.ones_like(p) for p in ids], True, 0, side),
+            }
             tokens = language_model.generate(
                 **{name: value.to(device) for name, value in inputs.items()},
                 max_new_tokens=max_new_tokens,

@@ -371,15 +371,23 @@ def test_generate_texts_refuses_other_numbers_of_questions(stage2):
 def test_continued_texts_are_those_of_one_by_one_generation(stage2):
     model, tokenizer = stage2
     text = Stage2Text(tokenizer, model.language_model.config.is_encoder_decoder)
-    together = continue_texts(model.language_model, text, QUESTIONS, max_new_tokens=5, batch_size=3)
+    prompts = tokenizer(QUESTIONS)["input_ids"]
+    together = continue_texts(model.language_model, text, prompts, max_new_tokens=5, batch_size=3)
     alone = []
-    for question in QUESTIONS:
-        ids = text.prompt_batch([question])["input_ids"]
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
         written = model.language_model.generate(ids, max_new_tokens=5, do_sample=False)[0]
         start = 1 if text.is_encoder_decoder else ids.shape[1]
         alone.append(text.decode(written[None, start:])[0])
     assert together == alone
     assert any(together)
+
+
+def test_continue_texts_refuses_an_empty_prompt(stage2):
+    model, tokenizer = stage2
+    text = Stage2Text(tokenizer, model.language_model.config.is_encoder_decoder)
+    with pytest.raises(ValueError, match="without tokens"):
+        continue_texts(model.language_model, text, [[5], []])
 
 
 def test_evaluate_stage2_is_the_row_weighted_loss(stage2):
