@@ -102,21 +102,17 @@ class Stage2Text:
         """
         if len(texts) == 0:
             raise ValueError("an empty batch: texts has no entry")
+        for text in texts:
+            if not text.strip():
+                raise ValueError(f"the text {text!r} is empty; leave such samples out")
         prompts = self._prompts(questions, len(texts))
         if not self.is_encoder_decoder:
-            pairs = [self._continuation(p, t) for p, t in zip(prompts, texts, strict=True)]
+            pairs = self._continuations(prompts, texts)
         elif any(prompts):
-            pairs = [self._prefix_suffix(p, t) for p, t in zip(prompts, texts, strict=True)]
+            targets = [self._target(ids) for ids in self._ids(texts)]
+            pairs = list(zip(self._prompt_ids(prompts), targets, strict=True))
         else:
-            if indices is None or len(indices) != len(texts):
-                given = "none" if indices is None else len(indices)
-                raise ValueError(
-                    f"the random split needs one sample index a text: {len(texts)} texts, "
-                    f"{given} indices"
-                )
-            pairs = [
-                self._random_split(t, int(i), epoch) for t, i in zip(texts, indices, strict=True)
-            ]
+            pairs = self._random_splits(texts, indices, epoch)
         batch = self._pad([ids for ids, _ in pairs], "right")
         batch["labels"] = _stack([labels for _, labels in pairs], IGNORED, "right")
         return batch
@@ -134,7 +130,8 @@ class Stage2Text:
             batch_size: B, where there are no questions.
 
         Returns:
-            `input_ids`, `attention_mask` [B, T], int64, ready for `Blip2Stage2.generate`.
+            `input_ids`, `attention_mask` [B, T], int64, ready for `Blip2Stage2.generate`, which
+            should stop at this text's end: `eos_token_id=text.end_token_id`.
 
         Raises:
             ValueError: neither questions nor batch size, or a prompt longer than `max_txt_len`.
@@ -144,7 +141,7 @@ class Stage2Text:
             raise ValueError(
                 f"an empty batch: questions={questions}, batch_size={batch_size}; give either"
             )
-        rows = [self._prompt_ids(prompt) for prompt in self._prompts(questions, count)]
+        rows = self._prompt_ids(self._prompts(questions, count))
         return self._pad(rows, "right" if self.is_encoder_decoder else "left")
 
     def decode(self, ids: Tensor) -> list[str]:
@@ -167,51 +164,62 @@ class Stage2Text:
         template = self.prompt or "{}"
         return [template.replace("{}", question).rstrip() for question in questions]
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text, without special ones."""
+        return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"])
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        ids = self._before + (self._ids(prompt) if prompt else [])
-        if self.is_encoder_decoder:
-            ids = ids + self._after
-        if len(ids) > self.max_txt_len:
-            raise ValueError(
-                f"the prompt {prompt!r} has {len(ids)} tokens, max_txt_len is "
-                f"{self.max_txt_len}; raise max_txt_len or shorten the prompt"
-            )
-        return ids
+    def _prompt_ids(self, prompts: list[str]) -> list[list[int]]:
+        """What the model reads before it writes, special tokens included."""
+        unique = list(dict.fromkeys(prompts))  # mostly one prompt for all
+        after = self._after if self.is_encoder_decoder else []
+        rows = {}
+        for prompt, ids in zip(unique, self._ids(unique), strict=True):
+            rows[prompt] = [*self._before, *ids, *after]
+            if len(rows[prompt]) > self.max_txt_len:
+                raise ValueError(
+                    f"the prompt {prompt!r} has {len(rows[prompt])} tokens, max_txt_len is "
+                    f"{self.max_txt_len}; raise max_txt_len or shorten the prompt"
+                )
+        return [rows[prompt] for prompt in prompts]
 
-    def _text_ids(self, text: str) -> list[int]:
-        ids = self._ids(text)
-        if not ids:
-            raise ValueError(f"the text {text!r} has no tokens; leave such samples out")
-        return ids
-
-    def _continuation(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
+    def _continuations(
+        self, prompts: list[str], texts: Sequence[str]
+    ) -> list[tuple[list[int], list[int]]]:
         """Decoder-only: ids and labels of prompt + text + end, cut at `max_txt_len`."""
-        self._text_ids(text)
-        joined = f"{prompt} {text.lstrip()}" if prompt else text
-        ids = [*self._before, *self._ids(joined), self.end_token_id][: self.max_txt_len]
-        # a token that straddles the border holds text too, so only the common part is the prompt
-        ignored = _common_length(ids, self._prompt_ids(prompt)) if prompt else 0
-        if ignored == len(ids):
+        joined = [f"{p} {t.lstrip()}" if p else t for p, t in zip(prompts, texts, strict=True)]
+        pairs = []
+        for prompt, text, read, ids in zip(
+            prompts, texts, self._prompt_ids(prompts), self._ids(joined), strict=True
+        ):
+            row = [*self._before, *ids, self.end_token_id][: self.max_txt_len]
+            # a token that straddles the border holds text too: only the common part is the prompt
+            ignored = _common_length(row, read) if prompt else 0
+            if ignored == len(row):
+                raise ValueError(
+                    f"the prompt {prompt!r} leaves no room for the text {text!r}: max_txt_len is "
+                    f"{self.max_txt_len}; raise it"
+                )
+            pairs.append((row, [IGNORED] * ignored + row[ignored:]))
+        return pairs
+
+    def _random_splits(
+        self, texts: Sequence[str], indices: Sequence[int] | None, epoch: int
+    ) -> list[tuple[list[int], list[int]]]:
+        """Encoder-decoder without prompts: the halves of each text, for encoder and decoder."""
+        if indices is None or len(indices) != len(texts):
+            given = "none" if indices is None else len(indices)
             raise ValueError(
-                f"the prompt {prompt!r} leaves no room for the text {text!r}: max_txt_len is "
-                f"{self.max_txt_len}; raise it"
+                f"the random split needs one sample index a text: {len(texts)} texts, "
+                f"{given} indices"
             )
-        return ids, [IGNORED] * ignored + ids[ignored:]
-
-    def _prefix_suffix(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
-        """Encoder-decoder with a given prefix: encoder ids and decoder labels."""
-        return self._prompt_ids(prompt), self._target(self._text_ids(text))
-
-    def _random_split(self, text: str, index: int, epoch: int) -> tuple[list[int], list[int]]:
-        """Encoder-decoder without a prompt: both halves of the text."""
         room = self.max_txt_len - len(self._before) - max(1, len(self._after))
-        ids = self._text_ids(text)[:room]
-        split = split_point(len(ids), self.seed, epoch, index)
-        prefix = [*self._before, *ids[:split], *self._after]
-        return prefix, self._target(ids[split:])
+        pairs = []
+        for ids, index in zip(self._ids(texts), indices, strict=True):
+            kept = ids[:room]
+            split = split_point(len(kept), self.seed, epoch, int(index))
+            prefix = [*self._before, *kept[:split], *self._after]
+            pairs.append((prefix, self._target(kept[split:])))
+        return pairs
 
     def _target(self, ids: list[int]) -> list[int]:
         after = self._after if self.end_token_id in self._after else [self.end_token_id]

@@ -30,18 +30,19 @@ def opt_config(**changes):
     return OPTConfig(**(sizes | changes))
 
 
-def t5_config():
-    return T5Config(
-        vocab_size=V,
-        d_model=20,
-        d_kv=10,
-        d_ff=24,
-        num_layers=2,
-        num_heads=2,
-        dropout_rate=0.1,
-        decoder_start_token_id=0,
-        feed_forward_proj="gated-gelu",
-    )
+def t5_config(**changes):
+    sizes = {
+        "vocab_size": V,
+        "d_model": 20,
+        "d_kv": 10,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "dropout_rate": 0.1,
+        "decoder_start_token_id": 0,
+        "feed_forward_proj": "gated-gelu",
+    }
+    return T5Config(**(sizes | changes))
 
 
 def reference_model(kind, dtype=torch.float64):

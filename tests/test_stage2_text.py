@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from stage2_models import opt_config, stage2_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import OPTForCausalLM, PreTrainedTokenizerFast
 
+from blip2fast.stage2 import Blip2Stage2
 from blip2fast.stage2_text import Stage2Text, split_point
 
 CAPTIONS = [
@@ -214,7 +216,7 @@ def test_bad_settings(make, message):
     ("prompt", "encoder_decoder", "arguments", "message"),
     [
         ("", False, ([],), "empty batch"),
-        ("", False, (["a cat", " "],), r"text ' ' has no tokens"),
+        ("", False, (["a cat", " "],), r"text ' ' is empty"),
         (TEMPLATE, False, (["red"],), r"'Question: \{\} Short answer:' has a place for questions"),
         ("a photo of", False, (["red"], ["where?"]), r"'a photo of' has no \{\}"),
         (TEMPLATE, False, (["red"], QUESTIONS), "4 questions for 1 texts"),
@@ -234,3 +236,31 @@ def test_bad_texts(prompt, encoder_decoder, arguments, message):
 def test_empty_prompt_batch():
     with pytest.raises(ValueError, match="questions=None, batch_size=None; give either"):
         Stage2Text(word_tokenizer(), False).prompt_batch()
+
+
+def test_learns_to_answer():
+    """Text to tensors to loss to written text: four images, each with its own first word.
+
+    More than one word would be too much to steer in a language model of random weights.
+    """
+    answers = ["red", "two", "dog", "yes"]
+    torch.manual_seed(0)
+    tokenizer = t5_tokenizer()
+    special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
+    language_model = OPTForCausalLM(opt_config(vocab_size=len(tokenizer), **special))
+    for parameter in language_model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model = Blip2Stage2(stage2_config(prompt=TEMPLATE, hidden_dropout_prob=0.0), language_model)
+    text = model.text(tokenizer)
+    batch = text.train_batch(answers, [QUESTIONS[2]] * 4)
+    embeds = torch.randn(4, 5, 24)
+    optimiser = torch.optim.Adam(model.trainable_parameters(), lr=5e-3)
+    for _ in range(100):
+        optimiser.zero_grad()
+        model(embeds, **batch).loss.backward()
+        optimiser.step()
+    model.eval()
+    asked = text.prompt_batch([QUESTIONS[2]] * 4)
+    written = model.generate(embeds, **asked, max_new_tokens=1, eos_token_id=text.end_token_id)
+    assert text.decode(written) == answers
