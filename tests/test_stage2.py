@@ -127,6 +127,15 @@ def test_language_model_has_no_dropout():
     assert len(losses) == 1
 
 
+def test_frozen_from_the_start():
+    """Parts that come in training mode, as a new module does, leave it when they are taken."""
+    language_model, encoder = OPTForCausalLM(opt_config()).train(), torch.nn.Conv2d(3, 24, 8)
+    model = Blip2Stage2(stage2_config(), language_model, encoder)
+    assert model.qformer.training
+    assert not any(m.training for m in [*language_model.modules(), *encoder.modules()])
+    assert not any(p.requires_grad for p in [*language_model.parameters(), *encoder.parameters()])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_head_sees_label_rows_only(kind):
     model = Blip2Stage2.from_transformers(reference_model(kind)).eval()
