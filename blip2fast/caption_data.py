@@ -103,6 +103,23 @@ def _read_lines(path: str | Path, kind: type[Record]) -> list[Record]:
     return records
 
 
+def image_keys(path: str | Path) -> list[str]:
+    """The images that caption or question records name, sorted, each once.
+
+    Raises:
+        ValueError: as :func:`read_captions`.
+    """
+    path = Path(path)
+    try:
+        records: list[Any] = [*read_captions(path)]
+    except ValueError as error:
+        try:
+            records = [*read_questions(path)]
+        except ValueError:
+            raise error from None
+    return sorted({record.image for record in records})
+
+
 def write_records(path: str | Path, records: Sequence[CaptionRecord | QuestionRecord]) -> None:
     """Write records as JSON lines, the form that :func:`read_captions` reads."""
     lines = (json.dumps(vars(record), ensure_ascii=False) for record in records)

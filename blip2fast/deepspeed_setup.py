@@ -33,9 +33,8 @@ def deepspeed_config(
         # The default bucket is 2 GB, whatever the model.
         zero["reduce_bucket_size"] = min(sum(trained_sizes), 500_000_000)
     if config.zero_stage == 3:
-        # Stage 3 spreads the language model. The trained part, 40 times smaller, stays whole, so
-        # that code which reads its raw weights (merged projections, tied heads, evaluation) never
-        # meets an empty shard; its gradients and optimizer states are spread all the same.
+        # Stage 3 is there to spread the language model. The trained part is 40 times smaller: once
+        # fetched it stays whole, and only its gradients and optimizer states are spread.
         zero["stage3_param_persistence_threshold"] = max(trained_sizes)
     for what in ("param", "optimizer"):
         device = getattr(config, f"offload_{what}")
@@ -94,17 +93,18 @@ def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, 
     """A DeepSpeed engine around ``model``, and the json that it was given.
 
     Args:
-        model: trained parameters in fp32; the engine casts the model to ``config.precision``.
+        model: trained parameters in fp32; the engine casts the model to ``config.precision``, and
+            scalars (the temperature) become tensors of shape [1].
     """
     import deepspeed
 
+    for parameter in model.parameters():
+        if parameter.ndim == 0:
+            # DeepSpeed broadcasts parameters as bytes, which a scalar cannot be viewed as.
+            parameter.data = parameter.data.view(1)
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     values = deepspeed_config(config, dist.get_world_size(), sizes)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=adamw(model, config.optim), config=values
     )
-    if config.zero_stage == 3:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        # Whole from the start: a weight that is only read raw is fetched by no module's call.
-        trained[0].all_gather(param_list=trained)  # type: ignore[attr-defined]
     return engine, values

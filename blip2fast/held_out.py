@@ -1,0 +1,161 @@
+"""Evaluation while training: held-out losses, retrieval (stage 1), captions or answers (stage 2).
+
+With several processes the losses are those of the whole batch, which is spread over them; the rest
+every process computes alike, so that none waits for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from blip2fast import evaluation, retrieval
+from blip2fast.caption_data import Batch, CaptionRecord, tokenize_captions
+from blip2fast.run_config import RunConfig
+from blip2fast.run_parts import HeldOut, RunParts
+from blip2fast.stage1 import Blip2Stage1
+from blip2fast.stage2 import Blip2Stage2
+from blip2fast.stage2_text import Stage2Text
+
+ToTokens = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def evaluate(
+    model: Blip2Stage1 | Blip2Stage2, parts: RunParts, config: RunConfig, to_tokens: ToTokens
+) -> dict[str, float]:
+    """Metrics of ``model`` on ``parts.held_out``.
+
+    Args:
+        to_tokens: moves a batch to the device, images as tokens in the run's precision.
+
+    Returns:
+        Losses and accuracies; ``i2t_r1``, ``t2i_r1``, ... (stage 1); ``exact``, the share of
+        generated captions that are one of their image's, or of right answers (stage 2).
+
+    Raises:
+        ValueError: no held-out data, or less than a batch of them.
+    """
+    if parts.held_out is None:
+        raise ValueError("no held-out data: set data.eval_records")
+    reader = _Reader(parts.held_out, to_tokens)
+    if isinstance(model, Blip2Stage1):
+        return _stage1(model, parts, reader, config)
+    if parts.text is None:
+        raise ValueError("stage 2 needs its text preparation")
+    return _stage2(model, parts.text, reader, config)
+
+
+class _Reader:
+    """Images by number (the order of ``held_out.keys()``), as tokens on the device."""
+
+    def __init__(self, held_out: HeldOut, to_tokens: ToTokens) -> None:
+        self.records, self._images, self._to_tokens = held_out.records, held_out.images, to_tokens
+        self.keys = held_out.keys()
+        self.number = {key: n for n, key in enumerate(self.keys)}
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        indices = numbers.cpu().numpy()
+        batch = self._images([self.keys[i] for i in indices], Batch(0, indices))
+        return self._to_tokens(batch)["image_embeds"]
+
+
+def _shards(count: int, global_batch: int) -> Iterator[Tensor]:
+    """This process's rows of each whole batch; what does not fill one is left out.
+
+    Raises:
+        ValueError: fewer than 2 rows for each process.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    size = min(global_batch, count) // world
+    if size < 1 or size * world < 2:
+        raise ValueError(f"{count} held-out samples are too few for {world} process(es)")
+    for start in range(0, count - size * world + 1, size * world):
+        yield torch.arange(start + rank * size, start + (rank + 1) * size)
+
+
+def _mean_over_processes(metrics: dict[str, float]) -> dict[str, float]:
+    if dist.get_world_size() == 1:
+        return metrics
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return dict(zip(metrics, (values / dist.get_world_size()).tolist(), strict=True))
+
+
+def _stage1(
+    model: Blip2Stage1, parts: RunParts, reader: _Reader, config: RunConfig
+) -> dict[str, float]:
+    records: list[CaptionRecord] = list(reader.records)
+    captions = [caption for record in records for caption in record.captions]
+    owner = [reader.number[record.image] for record in records for _ in record.captions]
+    tokens = tokenize_captions(parts.tokenizer, captions, config.data.max_txt_len)
+    texts = retrieval.Texts(tokens["input_ids"], tokens["attention_mask"], torch.tensor(owner))
+    first = torch.tensor([owner.index(n) for n in range(len(reader.keys))])
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for rows in _shards(len(first), config.eval_batch_size):
+            chosen = first[rows]
+            yield {
+                "image_embeds": reader(texts.image[chosen]),
+                "input_ids": texts.input_ids[chosen],
+                "attention_mask": texts.attention_mask[chosen],
+            }
+
+    results = _mean_over_processes(evaluation.held_out_losses(model, batches()))
+    features = retrieval.encode_all(model, reader, len(reader.keys), texts, config.eval_batch_size)
+    similarity = retrieval.query_similarity(*features)
+    return results | retrieval.retrieval_recall(similarity, similarity, texts.image)
+
+
+def _stage2(
+    model: Blip2Stage2, text: Stage2Text, reader: _Reader, config: RunConfig
+) -> dict[str, float]:
+    records: list[Any] = list(reader.records)
+    on_questions = config.data.task == "vqa"
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for rows in _shards(len(records), config.eval_batch_size):
+            chosen = [records[i] for i in rows.tolist()]
+            if on_questions:
+                tensors = text.train_batch([r.answer for r in chosen], [r.question for r in chosen])
+            else:
+                tensors = text.train_batch([r.captions[0] for r in chosen], indices=rows.tolist())
+            yield {"image_embeds": reader(_numbers(reader, chosen)), **tensors}
+
+    results = _mean_over_processes(evaluation.evaluate_stage2(model, batches()))
+    right = 0
+    with retrieval.evaluating(model) as device:
+        for rows in torch.arange(len(records)).split(config.eval_batch_size):
+            chosen = [records[i] for i in rows.tolist()]
+            questions = [r.question for r in chosen] if on_questions else None
+            prompt = text.prompt_batch(questions, batch_size=len(chosen))
+            written = model.generate(
+                image_embeds=reader(_numbers(reader, chosen)),
+                **{name: value.to(device) for name, value in prompt.items()},
+                max_new_tokens=config.data.max_txt_len,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=text.end_token_id,
+                pad_token_id=text.pad_token_id,
+            )
+            right += sum(map(_is_right, text.decode(written), chosen))
+    return results | {"exact": right / len(records)}
+
+
+def _numbers(reader: _Reader, records: list[Any]) -> Tensor:
+    return torch.from_numpy(np.array([reader.number[r.image] for r in records]))
+
+
+def _is_right(written: str, record: Any) -> bool:
+    """Whether the text is one of the record's, but for case and spaces."""
+    accepted = record.captions if isinstance(record, CaptionRecord) else (record.answer,)
+    return _plain(written) in {_plain(text) for text in accepted}
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())

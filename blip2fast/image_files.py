@@ -1,0 +1,110 @@
+"""Image files to the tensors that a frozen image encoder takes, with PIL and NumPy.
+
+Legend: h = w the encoder's image size, in pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+# Of CLIP, whose encoders BLIP-2 uses; per channel, for pixels in [0, 1].
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """PIL image to a normalised tensor [3, h, w].
+
+    Evaluation resizes the whole image to a square, bicubic. Training (``augment``) takes a random
+    crop of half the area or more, of aspect 3:4 to 4:3, and mirrors every other image (paper,
+    section 3.4); the randomness comes from the generator that is passed in.
+
+    Args:
+        size: h = w.
+        mean, std: per channel.
+        augment: random crops and flips.
+    """
+
+    size: int
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    augment: bool = False
+
+    def __call__(self, image: Image.Image, draws: np.random.Generator | None = None) -> Tensor:
+        """Transform one image; ``draws`` is needed with ``augment``.
+
+        Raises:
+            ValueError: ``augment`` without a generator.
+        """
+        image = image.convert("RGB")
+        box = None
+        if self.augment:
+            if draws is None:
+                raise ValueError("augment needs a random generator")
+            box = _random_crop(image.width, image.height, draws)
+        small = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        if self.augment and draws is not None and draws.random() < 0.5:
+            small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = np.asarray(small, dtype=np.float32) / 255.0
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        return torch.from_numpy(np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1)))
+
+
+def transform_for(encoder: str, size: int, augment: bool = False) -> ImageTransform:
+    """The transform of an encoder's checkpoint: its own mean and deviation, else CLIP's.
+
+    Args:
+        encoder: folder or hub name.
+        size: h = w.
+        augment: random crops and flips.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(encoder, "preprocessor_config.json")
+    except OSError:
+        path = None
+    values = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
+    mean, std = values.get("image_mean") or CLIP_MEAN, values.get("image_std") or CLIP_STD
+    return ImageTransform(size, tuple(mean), tuple(std), augment)
+
+
+def read_image(folder: Path, key: str) -> Image.Image:
+    """Open ``folder/key``.
+
+    Raises:
+        ValueError: not there, outside the folder, or not an image.
+    """
+    path = folder / key
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"image {key!r} lies outside {folder}")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise ValueError(f"image {key!r}: no such file in {folder}") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"image {key!r} in {folder} cannot be read: {error}") from error
+
+
+def _random_crop(
+    width: int, height: int, draws: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """A box of 0.5 to 1 of the area and aspect 3:4 to 4:3; the whole image where none fits."""
+    for _ in range(10):
+        area = width * height * draws.uniform(0.5, 1.0)
+        aspect = np.exp(draws.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = np.sqrt(area * aspect), np.sqrt(area / aspect)
+        if w <= width and h <= height:
+            left, top = draws.uniform(0, width - w), draws.uniform(0, height - h)
+            return float(left), float(top), float(left + w), float(top + h)
+    return 0.0, 0.0, float(width), float(height)

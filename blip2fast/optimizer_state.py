@@ -1,0 +1,154 @@
+"""The whole fp32 state of a DeepSpeed engine, read and written the same way in every ZeRO stage.
+
+DeepSpeed's own checkpoints hold each process's shards, and load into the same number of processes
+and the same stage only. The trained part of BLIP-2 is small enough to be put together: fp32 values
+and AdamW's two moments, by parameter name.
+
+Where DeepSpeed keeps them:
+    fp32, stage 0        in the parameters, and in AdamW's state under them
+    bf16/fp16, stage 0   in fp32 copies, one for each parameter
+    stages 1 and 2       in flat fp32 shards; ``_hp_mapping`` says which part is whose
+    stage 3              in flat fp32 shards; ``deepspeed.utils`` has functions for them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def master_parameters(engine: DeepSpeedEngine, model: nn.Module) -> dict[str, Tensor]:
+    """The fp32 values of the trained parameters, whole; every process must call this."""
+    return {name: _read(engine, p, None) for name, p in _trained(model)}
+
+
+def optimizer_moments(engine: DeepSpeedEngine, model: nn.Module) -> dict[str, Tensor]:
+    """AdamW's moments as ``<moment>/<name>``, whole; every process must call this.
+
+    There are none before the first step.
+    """
+    return {
+        f"{moment}/{name}": _read(engine, p, moment)
+        for moment in MOMENTS
+        for name, p in _trained(model)
+    }
+
+
+def restore(
+    engine: DeepSpeedEngine,
+    model: nn.Module,
+    parameters: dict[str, Tensor],
+    moments: dict[str, Tensor] | None = None,
+    step: int = 0,
+) -> None:
+    """Put back what the two functions above gave, as after ``step`` steps.
+
+    At step 0 this undoes what DeepSpeed 0.19 does to a new bf16 engine of stage 0: its fp32 copies
+    are rounded to bf16, and a first AdamW step without gradients is already counted.
+
+    Args:
+        engine: built around ``model`` after ``parameters`` were loaded into it, so that its
+            low-precision copies are right already.
+        parameters, moments: whole; checked by the caller against the model. No moments: zeros.
+        step: optimizer steps taken.
+    """
+    optimizer = engine.basic_optimizer
+    for shard in _shards(engine):
+        optimizer.state[shard] = {
+            "step": torch.full((), float(step), device=shard.device),
+            **{moment: torch.zeros_like(shard) for moment in MOMENTS},
+        }
+    with torch.no_grad():
+        for name, parameter in _trained(model):
+            _write(engine, parameter, None, parameters[name])
+            for moment in MOMENTS if moments is not None else ():
+                _write(engine, parameter, moment, moments[f"{moment}/{name}"])
+    engine.global_steps = step
+    engine.micro_steps = step * engine.gradient_accumulation_steps()
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def _shards(engine: DeepSpeedEngine) -> list[Tensor]:
+    """The tensors that this process's AdamW updates."""
+    if engine.zero_optimization_stage() == 3:
+        shards: list[Tensor] = engine.optimizer.fp32_partitioned_groups_flat
+        return shards
+    return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+
+
+def _own_part(engine: DeepSpeedEngine, parameter: Any) -> tuple[Tensor, slice, slice] | None:
+    """Stages 0 to 2: (shard, its part, the part of the flat parameter); None: not on this rank."""
+    whole = slice(0, parameter.numel())
+    if engine.zero_optimization_stage() == 0:
+        optimizer = engine.optimizer
+        if not hasattr(optimizer, "fp32_groups"):
+            return parameter, whole, whole
+        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for candidate, copy in zip(low, high, strict=True):
+                if candidate is parameter:
+                    return copy, whole, whole
+        raise ValueError("a trained parameter is unknown to the optimizer")
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    groups = engine.basic_optimizer.param_groups
+    (shard,) = groups[mapping.param_group_index]["params"]
+    there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return (
+        shard,
+        slice(there.start, there.start + there.numel),
+        slice(here.start, here.start + here.numel),
+    )
+
+
+def _read(engine: DeepSpeedEngine, parameter: Any, moment: str | None) -> Tensor:
+    if engine.zero_optimization_stage() == 3:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if moment is None:
+            value = safe_get_full_fp32_param(parameter)
+        else:
+            value = safe_get_full_optimizer_state(parameter, moment)
+        return value.reshape(parameter.ds_shape).clone()
+    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    own = _own_part(engine, parameter)
+    if own is not None:
+        shard, there, here = own
+        source = shard if moment is None else engine.basic_optimizer.state[shard][moment]
+        whole[here] = source.detach().view(-1)[there].to(whole.device)
+    if engine.zero_optimization_stage() > 0 and dist.get_world_size() > 1:
+        # Each element is one process's and zero elsewhere, so the sum is exact.
+        dist.all_reduce(whole)
+    return whole.view(parameter.shape)
+
+
+def _write(engine: DeepSpeedEngine, parameter: Any, moment: str | None, value: Tensor) -> None:
+    if engine.zero_optimization_stage() == 3:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        count = parameter.ds_tensor.numel()
+        padded = torch.zeros(count * dist.get_world_size(), dtype=torch.float32)
+        padded[: value.numel()] = value.flatten()
+        part = padded[dist.get_rank() * count :][:count].to(parameter.ds_tensor.device)
+        if moment is None:
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, moment)
+        return
+    own = _own_part(engine, parameter)
+    if own is not None:
+        shard, there, here = own
+        target = shard if moment is None else engine.basic_optimizer.state[shard][moment]
+        target.detach().view(-1)[there] = value.flatten()[here].to(target)

@@ -1,0 +1,95 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard, a progress bar (first process)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# Entropy of one match among three pairs: what ITM gives while it tells nothing apart.
+_ITM_PLATEAU = 0.6365
+_ITM_HINT = (
+    "loss_itm sits at 0.636, the entropy of one match to two mismatches: usual for the first few "
+    "hundred steps (300 to 700 on the embedded scenes), then it falls"
+)
+
+
+class RunLog:
+    """Writes the metrics of a run.
+
+    Args:
+        folder: the run's output; lines of ``metrics.jsonl`` after ``start_step`` are dropped, so
+            that a resumed run leaves the file of an uninterrupted one.
+        start_step: steps already taken.
+        max_steps: of the run.
+        stage: names the progress bar.
+    """
+
+    def __init__(self, folder: Path, start_step: int, max_steps: int, stage: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        _drop_after(self._path, start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._bar = tqdm(
+            total=max_steps,
+            initial=start_step,
+            desc=f"stage {stage}",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1.0,
+        )
+        self._itm_hinted = False
+
+    def advance(self) -> None:
+        """Count one step on the progress bar."""
+        self._bar.update()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write ``metrics`` after ``step`` steps to the file, the board and the bar."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            group = "eval" if name.startswith("eval_") else "train"
+            self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, step)
+        if "loss" in metrics:
+            shown = {n: f"{v:.3f}" for n, v in metrics.items() if n.startswith("loss")}
+            self._bar.set_postfix(shown, refresh=False)
+        itm = metrics.get("loss_itm")
+        if itm is not None and not self._itm_hinted and abs(itm - _ITM_PLATEAU) < 0.01:
+            self._itm_hinted = True
+            self.say(_ITM_HINT)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        tqdm.write(line)
+
+    def close(self) -> None:
+        """Close the bar, the file and the board."""
+        self._bar.close()
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``."""
+    path = Path(folder) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break  # the run was killed in the middle of this line
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)

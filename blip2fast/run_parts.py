@@ -1,0 +1,319 @@
+"""From a run's configuration to its parts: tokenizer, model, batches, held-out data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from blip2fast import checkpointing
+from blip2fast.bert_start import start_from_bert
+from blip2fast.caption_data import (
+    AnswerTargets,
+    Batch,
+    BatchPlan,
+    CaptionTargets,
+    PlannedBatches,
+    Stage1TextMaker,
+    read_captions,
+    read_questions,
+)
+from blip2fast.checkpointing import Description
+from blip2fast.feature_cache import FeatureCache
+from blip2fast.image_encoders import FrozenImageEncoder, load_image_encoder
+from blip2fast.image_files import ImageTransform, read_image, transform_for
+from blip2fast.run_config import RunConfig
+from blip2fast.stage1 import Blip2Stage1
+from blip2fast.stage1_types import Stage1Config
+from blip2fast.stage2 import Blip2Stage2
+from blip2fast.stage2_text import Stage2Text
+from blip2fast.stage2_types import Stage2Config
+
+Records = Sequence[Any]  # CaptionRecord, or QuestionRecord for vqa
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class CachedImages:
+    """Images as the tokens of a feature cache."""
+
+    cache: FeatureCache
+
+    def __call__(self, keys: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+        """``{"image_embeds": [B, S, E]}``."""
+        return {"image_embeds": self.cache.read([self.cache.row(key) for key in keys])}
+
+    def check(self, keys: set[str]) -> None:
+        """Refuse keys that are not there, before training starts."""
+        for key in keys:
+            self.cache.row(key)
+
+
+@dataclass
+class FileImages:
+    """Images as pixels from a folder; augmentation is drawn from (seed, epoch, sample) alone."""
+
+    folder: Path
+    transform: ImageTransform
+    seed: int
+
+    def __call__(self, keys: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+        """``{"images": [B, 3, h, w]}``."""
+        pixels = []
+        for key, index in zip(keys, batch.indices.tolist(), strict=True):
+            # A fourth number keeps these draws apart from the split points'.
+            draws = np.random.default_rng([self.seed, batch.epoch, index, 2])
+            pixels.append(self.transform(read_image(self.folder, key), draws))
+        return {"images": torch.stack(pixels)}
+
+    def check(self, keys: set[str]) -> None:
+        """Refuse keys that are not there, before training starts."""
+        for key in keys:
+            if not (self.folder / key).is_file():
+                raise ValueError(f"image {key!r}: no such file in {self.folder}")
+
+
+Images = CachedImages | FileImages
+
+
+@dataclass
+class HeldOut:
+    """Evaluation data: records, and their images."""
+
+    records: Records
+    images: Images
+
+    def keys(self) -> list[str]:
+        """The images, each once, in the order of their first record."""
+        return list(dict.fromkeys(record.image for record in self.records))
+
+
+@dataclass
+class RunParts:
+    """Everything that a run trains with.
+
+    Attributes:
+        model: parameters in fp32; frozen ones in the precision of the run.
+        description: what ``model.json`` says of it.
+        tokenizer: the Q-Former's (stage 1) or the language model's (stage 2).
+        text: stage 2's text preparation.
+        batches: item i is the batch of micro-step i.
+        image_encoder: runs in the loop, outside the engine, where images are files.
+        held_out: None without evaluation.
+    """
+
+    model: Blip2Stage1 | Blip2Stage2
+    description: Description
+    tokenizer: Any
+    text: Stage2Text | None
+    batches: PlannedBatches[Any]
+    image_encoder: FrozenImageEncoder | None
+    held_out: HeldOut | None
+
+
+def build_run(config: RunConfig, rank: int, world_size: int) -> RunParts:
+    """Load and build everything; parameters start from ``init_from`` or the seed.
+
+    Raises:
+        ValueError: parts that do not fit together, with the values.
+    """
+    torch.manual_seed(config.seed)
+    images, encoder, width, encoder_id = _images(config, held_out=False)
+    read = read_captions if config.data.task == "caption" else read_questions
+    records: Records = read(config.data.records)
+    images.check({record.image for record in records})
+    held_out = None
+    if config.data.eval_records is not None:
+        held_out = HeldOut(read(config.data.eval_records), _images(config, held_out=True)[0])
+        held_out.images.check({record.image for record in held_out.records})
+    model, tokenizer, description = _model(config, width, encoder_id)
+    text = model.text(tokenizer, config.seed) if isinstance(model, Blip2Stage2) else None
+    plan = BatchPlan(
+        len(records),
+        config.optim.batch_size,
+        config.seed,
+        rank,
+        world_size,
+        config.optim.accumulation,
+    )
+    batches = PlannedBatches(records, plan, images, _text_maker(config, tokenizer, text, records))
+    return RunParts(model, description, tokenizer, text, batches, encoder, held_out)
+
+
+def qformer_tokenizer(name: str) -> Any:
+    """The Q-Former's tokenizer, with [DEC] as its bos token (paper, section 3.1).
+
+    Raises:
+        ValueError: not there, or one that does not write [CLS] words [SEP] with padding.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.tokenizer {name!r}: not there: give a local folder or a hub name that can be "
+            f"reached ({error})"
+        ) from error
+    if tokenizer.bos_token is None:
+        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    ids = tokenizer("a")["input_ids"]
+    ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    if None in ends or (ids[0], ids[-1]) != ends or tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"model.tokenizer {name!r} turns 'a' into {ids}; the Q-Former needs [CLS] words [SEP] "
+            f"and a padding token (cls {ends[0]}, sep {ends[1]}, pad {tokenizer.pad_token_id})"
+        )
+    return tokenizer
+
+
+def _images(
+    config: RunConfig, held_out: bool
+) -> tuple[Images, FrozenImageEncoder | None, int, str]:
+    """Reader of the images, the encoder in the loop, the tokens' width, the encoder's name."""
+    data = config.data
+    path = data.eval_features if held_out else data.features
+    if path is not None:
+        cache = FeatureCache(path)
+        return CachedImages(cache), None, cache.width, cache.encoder_id
+    folder = data.eval_images if held_out else data.images
+    if folder is None or data.image_encoder is None:
+        raise ValueError("data: give features, or images and image_encoder")
+    augment = data.augment and not held_out
+    transform = transform_for(data.image_encoder, data.image_size, augment)
+    reader = FileImages(Path(folder), transform, config.seed)
+    if held_out:
+        return reader, None, 0, ""
+    encoder = load_image_encoder(
+        data.image_encoder, data.image_encoder_layer, DTYPES[config.precision]
+    )
+    if encoder.image_size != data.image_size:
+        raise ValueError(
+            f"data.image_size is {data.image_size}, {data.image_encoder} takes images of "
+            f"{encoder.image_size}"
+        )
+    return reader, encoder, encoder.width, encoder.encoder_id
+
+
+def _text_maker(
+    config: RunConfig, tokenizer: Any, text: Stage2Text | None, records: Records
+) -> Any:
+    if text is None:
+        numbers = {key: n for n, key in enumerate(dict.fromkeys(r.image for r in records))}
+        return Stage1TextMaker(tokenizer, config.data.max_txt_len, numbers, config.seed)
+    return (
+        CaptionTargets(text, config.seed) if config.data.task == "caption" else AnswerTargets(text)
+    )
+
+
+def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str, Any]:
+    """Sizes that the model section and the start agree on."""
+    names = [f.name for f in dataclasses.fields(config.model)]
+    wanted = {n: getattr(config.model, n) for n in names if n not in ("tokenizer", "bert")}
+    dropout = wanted.pop("dropout")
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    wanted["encoder_hidden_size"] = width
+    if start is not None:
+        differing = [
+            f"model.{name} is {start.sizes[name]} there, {value} here"
+            for name, value in wanted.items()
+            if name in start.sizes and start.sizes[name] != value
+        ]
+        if differing:
+            raise ValueError(
+                f"init_from {config.init_from!r} has other sizes: {'; '.join(differing)} "
+                "(encoder_hidden_size comes from data.features)"
+            )
+        known = {f.name for f in dataclasses.fields(Stage1Config)}
+        wanted |= {n: v for n, v in start.sizes.items() if n in known}
+    if dropout is not None:
+        wanted |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return wanted
+
+
+def _model(
+    config: RunConfig, width: int, encoder_id: str
+) -> tuple[Blip2Stage1 | Blip2Stage2, Any, Description]:
+    start = None if config.init_from is None else checkpointing.read_description(config.init_from)
+    if start is not None:
+        if start.stage > config.stage:
+            raise ValueError(
+                f"init_from {config.init_from!r} holds a stage-{start.stage} model, the "
+                f"configuration says stage: {config.stage}; a Q-Former goes from stage 1 to 2"
+            )
+        if encoder_id and start.image_encoder and encoder_id != start.image_encoder:
+            raise ValueError(
+                f"init_from {config.init_from!r} was trained on tokens of {start.image_encoder!r}, "
+                f"the data are of {encoder_id!r}"
+            )
+    sizes = _sizes(config, width, start)
+    build = _stage1 if config.stage == 1 else _stage2
+    model, tokenizer = build(config, sizes, start)
+    description = Description(
+        stage=config.stage,
+        sizes=dataclasses.asdict(model.config),
+        image_encoder=encoder_id,
+        language_model=config.language_model.path if config.language_model else None,
+        tokenizer=config.model.tokenizer,
+    )
+    return model, tokenizer, description
+
+
+def _stage1(
+    config: RunConfig, sizes: dict[str, Any], start: Description | None
+) -> tuple[Blip2Stage1, Any]:
+    tokenizer = qformer_tokenizer(str(config.model.tokenizer))
+    words = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for name, value in words.items():
+        if sizes.get(name, value) != value:
+            raise ValueError(
+                f"init_from {config.init_from!r} has {name} {sizes[name]}, the tokenizer "
+                f"{config.model.tokenizer!r} has {value}"
+            )
+    size = Stage1Config(**(sizes | words))
+    if config.data.max_txt_len > size.max_position_embeddings:
+        raise ValueError(
+            f"data.max_txt_len {config.data.max_txt_len} is longer than the position table, "
+            f"model.max_position_embeddings {size.max_position_embeddings}"
+        )
+    model = Blip2Stage1(size)
+    if start is not None:
+        state = checkpointing.read_parameters(str(config.init_from))
+        checkpointing.load_parameters(model, state, f"init_from {config.init_from!r}")
+    elif config.model.bert is not None:
+        start_from_bert(model, config.model.bert)
+    return model, tokenizer
+
+
+def _stage2(
+    config: RunConfig, sizes: dict[str, Any], start: Description | None
+) -> tuple[Blip2Stage2, Any]:
+    if config.language_model is None:
+        raise ValueError("language_model: stage 2 needs one")
+    known = {f.name for f in dataclasses.fields(Stage2Config)}
+    size = Stage2Config(
+        **{name: value for name, value in sizes.items() if name in known},
+        max_txt_len=config.data.max_txt_len,
+        prompt=config.language_model.prompt,
+        end_text=config.language_model.end_text,
+    )
+    path = config.language_model.path
+    language_model = checkpointing.load_language_model(path, DTYPES[config.precision])
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if start is None:
+        return Blip2Stage2(size, language_model), tokenizer
+    state = checkpointing.read_parameters(str(config.init_from))
+    if start.stage == 1:
+        return Blip2Stage2.from_stage1(state, language_model, size), tokenizer
+    model = Blip2Stage2(size, language_model)
+    checkpointing.load_parameters(model, state, f"init_from {config.init_from!r}")
+    return model, tokenizer

@@ -1,0 +1,69 @@
+"""Train stage 1 or stage 2.
+
+deepspeed blip2fast/train.py --config configs/scenes_stage1.yaml
+deepspeed --num_gpus 2 blip2fast/train.py --config ... --set optim.lr=3e-4 --set zero_stage=2
+python blip2fast/train.py --config ...                       (one process)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; exits with one line of text on bad input."""
+    parser = argparse.ArgumentParser(description="Train stage 1 or stage 2 of BLIP-2.")
+    parser.add_argument("--config", required=True, help="a yaml file, such as those in configs/")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override one key, such as optim.lr=1e-4; may be given several times",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+    given = parser.parse_args(arguments)
+    _share_cores()
+
+    import torch.distributed as dist
+    import transformers
+
+    from blip2fast.run_config import load_config
+    from blip2fast.trainer import train
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        train(load_config(given.config, given.overrides))
+    except ValueError as error:
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _share_cores() -> None:
+    """Give each process its share of the cores; must run before PyTorch is imported.
+
+    Two processes of two threads each on two cores take sixty times as long for a step.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+
+
+def _import_from_repository() -> None:
+    """Put the repository on the path instead of this folder, whose modules are no packages."""
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
+    sys.path.insert(0, str(here.parent))
+
+
+if __name__ == "__main__":
+    _import_from_repository()
+    main()

@@ -1,0 +1,136 @@
+"""A whole small run on disk: records, feature caches, tokenizers, a small OPT, configurations."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+from blip2fast.caption_data import CaptionRecord, QuestionRecord, write_records
+from blip2fast.feature_cache import FeatureCache
+from blip2fast.run_config import RunConfig, parse_config
+
+COLOURS = ("red", "blue", "green", "black")
+THINGS = ("ring", "star", "cross", "disc")
+WORDS = ("a", "what", "is", "it", *COLOURS, *THINGS)
+NUM_TOKENS, WIDTH = 5, 12
+
+
+def word_tokenizer(special: dict[str, str], template: str) -> PreTrainedTokenizerFast:
+    names = list(dict.fromkeys(special.values()))
+    vocabulary = {word: i for i, word in enumerate([*names, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    used = [name for name in names if name in template]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(name, vocabulary[name]) for name in used]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def small_opt(tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
+    torch.manual_seed(7)
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        word_embed_proj_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=96,
+        max_position_embeddings=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return OPTForCausalLM(config)
+
+
+def write_world(folder: Path) -> Path:
+    """Records, caches, tokenizers and a language model under ``folder``."""
+    draw = random.Random(0)
+    qformer = word_tokenizer(
+        {
+            "pad_token": "[PAD]",
+            "unk_token": "[UNK]",
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+            "bos_token": "[DEC]",
+        },
+        "[CLS] $A [SEP]",
+    )
+    qformer.save_pretrained(folder / "qformer_tokenizer")
+    language = word_tokenizer(
+        {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "</s>", "eos_token": "</s>"},
+        "</s> $A",
+    )
+    language.save_pretrained(folder / "opt")
+    small_opt(language).save_pretrained(folder / "opt")
+    # What an image shows is written into its features, so that there is something to learn.
+    codes = torch.randn(len(WORDS), NUM_TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+    for split, count in (("train", 22), ("eval", 8)):
+        seen = [(draw.choice(COLOURS), draw.choice(THINGS)) for _ in range(count)]
+        keys = [f"{split}{i}" for i in range(count)]
+        write_records(
+            folder / f"{split}.jsonl",
+            [
+                CaptionRecord(k, (f"a {c} {t}", f"it is a {c} {t}"))
+                for k, (c, t) in zip(keys, seen, strict=True)
+            ],
+        )
+        write_records(
+            folder / f"{split}_questions.jsonl",
+            [
+                QuestionRecord(k, "what is it", f"a {c} {t}")
+                for k, (c, t) in zip(keys, seen, strict=True)
+            ],
+        )
+        features = torch.stack([codes[WORDS.index(c)] + codes[WORDS.index(t)] for c, t in seen])
+        with FeatureCache.create(
+            folder / f"{split}_features", keys, NUM_TOKENS, WIDTH, encoder_id="codes"
+        ) as writer:
+            writer.write(0, features)
+    return folder
+
+
+def values(world: Path, output: Path, stage: int = 1, **changes: Any) -> dict[str, Any]:
+    """The keys of a run on ``world``; ``changes`` are top-level, sections are merged."""
+    base: dict[str, Any] = {
+        "stage": stage,
+        "output_dir": str(output),
+        "precision": "fp32",
+        "zero_stage": 0,
+        "log_every": 1,
+        "eval_batch_size": 4,
+        "model": {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "num_query_tokens": 3,
+            "max_position_embeddings": 16,
+        },
+        "data": {
+            "records": str(world / "train.jsonl"),
+            "features": str(world / "train_features"),
+            "eval_records": str(world / "eval.jsonl"),
+            "eval_features": str(world / "eval_features"),
+            "max_txt_len": 12,
+        },
+        "optim": {"max_steps": 6, "batch_size": 4, "warmup_steps": 2, "lr": 1e-2, "min_lr": 1e-3},
+    }
+    if stage == 1:
+        base["model"] |= {"tokenizer": str(world / "qformer_tokenizer"), "embed_dim": 8}
+    else:
+        base["language_model"] = {"path": str(world / "opt")}
+    for name, change in changes.items():
+        base[name] = base[name] | change if isinstance(base.get(name), dict) else change
+    return base
+
+
+def config(world: Path, output: Path, stage: int = 1, **changes: Any) -> RunConfig:
+    """As :func:`values`, checked."""
+    return parse_config(values(world, output, stage, **changes))
