@@ -1,0 +1,327 @@
+"""Every number of the demo's table: the trained models and their controls on held-out scenes.
+
+Columns: the trained model; chance, from counting alone; the language model that sees nothing;
+the trained model with every image exchanged for another scene's; models whose Q-Former was never
+trained; the language model that reads true captions; scenes with colour-kind pairs never trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from blip2fast.evaluation import (
+    accuracy_by_type,
+    continue_texts,
+    evaluate_stage1,
+    evaluate_stage2,
+    exact_match,
+    generate_texts,
+)
+from blip2fast.feature_cache import FeatureCache
+from blip2fast.retrieval import ImageReader, Texts
+from blip2fast.scenes import QUESTION_FORMAT, SceneSplit, is_exact
+from blip2fast.scenes.world import SPLITS
+from blip2fast.stage1 import Blip2Stage1
+from blip2fast.stage2 import Blip2Stage2
+from blip2fast.stage2_text import Stage2Text
+
+Rows = dict[str, dict[str, float]]
+BATCH = 64
+MAX_ANSWER_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A held-out split with its features, captions and questions, numbered alike.
+
+    Attributes:
+        tokenizer: the Q-Former's.
+        images: reads frozen features by scene number.
+        captions, swapped: a true caption of every scene, and its hard negative.
+        questions: records of `SceneSplit.question_records`.
+        asked_of: [P] the scene number of each question.
+    """
+
+    split: SceneSplit
+    tokenizer: PreTrainedTokenizerBase
+    images: ImageReader
+    caption_texts: list[str]
+    captions: Texts
+    swapped: Texts
+    questions: list[dict[str, str]]
+    asked_of: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        split: SceneSplit,
+        cache: FeatureCache,
+        tokenizer: PreTrainedTokenizerBase,
+        questions_per_scene: int,
+    ) -> EvalSet:
+        """Tokenize captions and draw questions of `split`, whose features are in `cache`."""
+        rows = torch.tensor([cache.row(key) for key in split.keys])
+        true, swapped = zip(*split.caption_pairs(), strict=True)
+        number = {key: i for i, key in enumerate(split.keys)}
+        questions = split.question_records(rounds=questions_per_scene)
+        return cls(
+            split=split,
+            tokenizer=tokenizer,
+            images=lambda numbers: cache.read(rows[numbers]),
+            caption_texts=list(true),
+            captions=tokenize(tokenizer, true),
+            swapped=tokenize(tokenizer, swapped),
+            questions=questions,
+            asked_of=torch.tensor([number[q["image"]] for q in questions]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.split.scenes)
+
+    def shuffled_numbers(self) -> Tensor:
+        """[I] another scene for every scene: a rotation, so that none keeps its own image."""
+        return torch.arange(len(self)).roll(len(self) // 2)
+
+    def answers_right(self, answers: Sequence[str]) -> dict[str, float]:
+        """Accuracy of answers to all questions, in total and by type."""
+        return accuracy_by_type(
+            answers, [q["answer"] for q in self.questions], [q["type"] for q in self.questions]
+        )
+
+    def asked(self) -> list[str]:
+        return [q["question"] for q in self.questions]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Texts:
+    """One text per image, in order, for the Q-Former."""
+    tokens = tokenizer(list(texts), return_tensors="pt", padding=True)
+    return Texts(tokens["input_ids"], tokens["attention_mask"], torch.arange(len(texts)))
+
+
+def stage1_rows(
+    trained: Blip2Stage1, untrained: Blip2Stage1, held_out: EvalSet, unseen: EvalSet, rerank_k: int
+) -> Rows:
+    """Losses, retrieval and matching."""
+    shuffled = held_out.shuffled_numbers()
+    columns = {
+        "model": (trained, held_out, held_out.images, rerank_k),
+        "shuffled": (trained, held_out, lambda n: held_out.images(shuffled[n]), 0),
+        "untrained": (untrained, held_out, held_out.images, 0),
+        "unseen_pairs": (trained, unseen, unseen.images, rerank_k),
+    }
+    rows: Rows = {}
+    for column, (model, data, images, k) in columns.items():
+        results = evaluate_stage1(
+            model,
+            images,
+            len(data),
+            data.captions,
+            swapped=data.swapped,
+            rerank_k=k,
+            batch_size=BATCH,
+        )
+        for name, key in _STAGE1_ROWS.items():
+            if key in results:
+                rows.setdefault(name, {})[column] = results[key]
+    count = len(held_out)
+    batch = min(BATCH, count)
+    chance = {
+        "loss/itc": math.log(batch),
+        "loss/itm": math.log(3) - 2 / 3 * math.log(2),  # one pair in three matches
+        "loss/itg": math.log(trained.config.vocab_size),
+        "itm/accuracy": 0.5,
+        "itm/ranked": 0.5,
+    }
+    for name in rows:
+        k = int(name.rpartition("_r")[2]) if "_r" in name else 0
+        rows[name]["chance"] = k / count if k else chance[name]
+    return rows
+
+
+_STAGE1_ROWS = {
+    "loss/itc": "loss_itc",
+    "loss/itm": "loss_itm",
+    "loss/itg": "loss_itg",
+    **{f"retrieval/{way}_r{k}": f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5)},
+    **{f"rerank/{way}_r{k}": f"rerank_{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5)},
+    "itm/accuracy": "itm_accuracy",
+    "itm/ranked": "itm_ranked",
+}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The frozen language model and how it is asked.
+
+    Attributes:
+        model: the language model.
+        plain: text preparation without a prompt, for captions.
+        questions: text preparation with the question prompt.
+    """
+
+    model: PreTrainedModel
+    plain: Stage2Text
+    questions: Stage2Text
+
+    @classmethod
+    def build(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Reader:
+        encoder_decoder = bool(model.config.is_encoder_decoder)
+        return cls(
+            model,
+            Stage2Text(tokenizer, encoder_decoder),
+            Stage2Text(tokenizer, encoder_decoder, prompt=QUESTION_FORMAT),
+        )
+
+    def blind_captions(self, count: int) -> list[str]:
+        """What the language model says when it is asked for a text and given nothing."""
+        start = self.plain.prompt_batch(batch_size=1)["input_ids"][0].tolist()
+        return continue_texts(self.model, self.plain, [start]) * count
+
+    def answers(self, questions: Sequence[str], descriptions: Sequence[str]) -> list[str]:
+        """Answers by reading: description, then question, in the language model's own format.
+
+        An empty description asks blindly.
+        """
+        tokenizer: Any = self.plain.tokenizer
+        asked = self.questions.prompt_batch(questions)
+        prompts = []
+        for description, ids, mask in zip(
+            descriptions, asked["input_ids"], asked["attention_mask"], strict=True
+        ):
+            read = tokenizer(description, add_special_tokens=False)["input_ids"]
+            prompts.append([*read, *ids[mask.bool()].tolist()])
+        return continue_texts(self.model, self.plain, prompts, max_new_tokens=MAX_ANSWER_TOKENS)
+
+
+def stage2_rows(
+    trained: Blip2Stage2,
+    untrained: Blip2Stage2,
+    reader: Reader,
+    held_out: EvalSet,
+    unseen: EvalSet,
+) -> tuple[Rows, list[str]]:
+    """Captions, and zero-shot VQA directly and by reading the caption.
+
+    Returns:
+        The rows, and the trained model's captions of `held_out`.
+    """
+    shuffled = held_out.shuffled_numbers()
+    columns = {
+        "model": (trained, held_out, torch.arange(len(held_out))),
+        "shuffled": (trained, held_out, shuffled),
+        "untrained": (untrained, held_out, torch.arange(len(held_out))),
+        "unseen_pairs": (trained, unseen, torch.arange(len(unseen))),
+    }
+    rows: Rows = {"loss/stage2": {}, "caption/exact": {}}
+    written: dict[str, list[str]] = {}
+    for column, (model, data, numbers) in columns.items():
+        # Captions of shuffled images are those of the other scenes, already written.
+        written[column] = (
+            [written["model"][i] for i in numbers.tolist()]
+            if column == "shuffled"
+            else generate_texts(model, reader.plain, data.images, numbers)
+        )
+        rows["caption/exact"][column] = exact_match(written[column], data.split.scenes, is_exact)
+        batches = (
+            {
+                "image_embeds": data.images(numbers[part]),
+                **reader.plain.train_batch([data.caption_texts[i] for i in part.tolist()]),
+            }
+            for part in torch.arange(len(data)).split(BATCH)
+        )
+        rows["loss/stage2"][column] = evaluate_stage2(model, batches)["loss"]
+        direct = answers_from_images(model, reader, data, numbers)
+        _add(rows, "vqa_direct", column, data.answers_right(direct))
+        descriptions = [written[column][i] for i in data.asked_of.tolist()]
+        _add(
+            rows,
+            "vqa_read",
+            column,
+            data.answers_right(reader.answers(data.asked(), descriptions)),
+        )
+    rows["caption/exact"]["blind"] = exact_match(
+        reader.blind_captions(len(held_out)), held_out.split.scenes, is_exact
+    )
+    rows["caption/exact"]["chance"] = 1 / number_of_contents(held_out.split)
+    rows["loss/stage2"]["chance"] = math.log(reader.model.config.vocab_size)
+    true = [held_out.caption_texts[i] for i in held_out.asked_of.tolist()]
+    _add(
+        rows,
+        "vqa_read",
+        "true_caption",
+        held_out.answers_right(reader.answers(held_out.asked(), true)),
+    )
+    return rows, written["model"]
+
+
+def tuned_rows(trained: Blip2Stage2, reader: Reader, held_out: EvalSet, unseen: EvalSet) -> Rows:
+    """VQA after fine-tuning on questions (paper section 4.3)."""
+    rows: Rows = {}
+    numbers = torch.arange(len(held_out))
+    for column, data, shown in (
+        ("model", held_out, numbers),
+        ("shuffled", held_out, held_out.shuffled_numbers()),
+        ("unseen_pairs", unseen, torch.arange(len(unseen))),
+    ):
+        answers = answers_from_images(trained, reader, data, shown)
+        _add(rows, "vqa_tuned", column, data.answers_right(answers))
+    return rows
+
+
+def blind_vqa(reader: Reader, held_out: EvalSet, train_questions: list[dict[str, str]]) -> Rows:
+    """What questions alone give, for each type: `chance` and `blind` of every VQA row.
+
+    Chance is the most frequent training answer of the type; the blind language model is asked
+    without any description.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for question in train_questions:
+        counts.setdefault(question["type"], Counter())[question["answer"]] += 1
+    guesses = [counts[q["type"]].most_common(1)[0][0] for q in held_out.questions]
+    blind = reader.answers(held_out.asked(), [""] * len(held_out.questions))
+    rows: Rows = {}
+    for kind in ("vqa_direct", "vqa_read", "vqa_tuned"):
+        _add(rows, kind, "chance", held_out.answers_right(guesses))
+        _add(rows, kind, "blind", held_out.answers_right(blind))
+    return rows
+
+
+def answers_from_images(
+    model: Blip2Stage2, reader: Reader, data: EvalSet, numbers: Tensor
+) -> list[str]:
+    """Answers to every question of `data`; scene i is shown image `numbers[i]`."""
+    return generate_texts(
+        model,
+        reader.questions,
+        data.images,
+        numbers[data.asked_of],
+        data.asked(),
+        max_new_tokens=MAX_ANSWER_TOKENS,
+    )
+
+
+def number_of_contents(split: SceneSplit) -> int:
+    """How many different scenes the world of `split` has."""
+    return sum(len(split.spec.contents(name).place) for name in SPLITS)
+
+
+def merge(*parts: Rows) -> Rows:
+    """All rows with all their columns, in the order of the first mention of their section."""
+    merged: Rows = {}
+    for part in parts:
+        for name, row in part.items():
+            merged.setdefault(name, {}).update(row)
+    return merged
+
+
+def _add(rows: Rows, section: str, column: str, accuracies: dict[str, float]) -> None:
+    for kind, value in accuracies.items():
+        rows.setdefault(f"{section}/{kind}", {})[column] = value

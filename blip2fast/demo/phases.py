@@ -1,0 +1,102 @@
+"""Phases of the demo: timed, and reused on the next run while their settings stay the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+LEDGER = "phases.json"
+
+
+@dataclass
+class Phases:
+    """Runs phases one after another and remembers in `<output>/phases.json` what is finished.
+
+    A phase is reused when its settings, those of every phase that it builds on, and the version of
+    the package are the same as when it finished, and all that it made is still there.
+
+    Args:
+        output: the demo's folder.
+        version: the package's version.
+        console: where messages go.
+        fresh: run everything again.
+    """
+
+    output: Path
+    version: str
+    console: Console
+    fresh: bool = False
+    hashes: dict[str, str] = field(default_factory=dict)
+    times: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run(
+        self,
+        name: str,
+        action: Callable[[], None],
+        settings: Any,
+        after: Sequence[str] = (),
+        products: Sequence[Path] = (),
+    ) -> None:
+        """Run `action`, unless the phase is finished.
+
+        Args:
+            name: of the phase, a sentence fragment such as "stage 1".
+            action: makes `products`.
+            settings: whatever the products depend on, as JSON.
+            after: names of earlier phases whose products it reads.
+            products: files and folders that must be there for the phase to count as finished.
+
+        Raises:
+            ValueError: when an earlier phase is named that has not been run.
+            RuntimeError: when the action leaves a product out.
+        """
+        missing = [earlier for earlier in after if earlier not in self.hashes]
+        if missing:
+            raise ValueError(f"phase {name!r} builds on {missing}, which have not been run")
+        plan = [self.version, name, settings, [self.hashes[earlier] for earlier in after]]
+        digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+        self.hashes[name] = digest
+        done = self._finished().get(name, {})
+        there = all(product.exists() for product in products)
+        if not self.fresh and done.get("hash") == digest and there:
+            self.times[name] = {"seconds": done["seconds"], "reused": True}
+            self.console.print(
+                f"[green]{name}[/green]: reused from {self.output} "
+                f"({done['seconds']:.0f} s when it ran; --fresh runs it again)"
+            )
+            return
+        self.console.print(f"[bold]{name}[/bold]")
+        start = time.perf_counter()
+        action()
+        seconds = time.perf_counter() - start
+        absent = [str(product) for product in products if not product.exists()]
+        if absent:
+            raise RuntimeError(f"phase {name!r} ended without {', '.join(absent)}")
+        self.times[name] = {"seconds": seconds, "reused": False}
+        self._remember(name, {"hash": digest, "seconds": seconds})
+        self.console.print(f"[green]{name}[/green]: {seconds:.1f} s")
+
+    def _finished(self) -> dict[str, dict[str, Any]]:
+        ledger = self.output / LEDGER
+        if not ledger.is_file():
+            return {}
+        try:
+            finished: dict[str, dict[str, Any]] = json.loads(ledger.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            self.console.print(f"{ledger} is not readable: every phase runs again")
+            return {}
+        return finished
+
+    def _remember(self, name: str, entry: dict[str, Any]) -> None:
+        finished = self._finished() | {name: entry}
+        self.output.mkdir(parents=True, exist_ok=True)
+        aside = self.output / f"{LEDGER}.new"
+        aside.write_text(json.dumps(finished, indent=1) + "\n", encoding="utf-8")
+        aside.replace(self.output / LEDGER)

@@ -1,0 +1,217 @@
+"""`python -m blip2fast.demo`: from nothing to a trained BLIP-2 and one table, in minutes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import transformers
+from rich.console import Console
+
+from blip2fast.demo.phases import Phases
+from blip2fast.demo.report import evaluate_demo
+from blip2fast.demo.settings import (
+    REPOSITORY,
+    TRAINING_RUNS,
+    DemoSettings,
+    Places,
+    cores,
+    fast,
+    training_processes,
+)
+from blip2fast.demo.table import check_gates, render
+from blip2fast.demo.towers import SPLIT_SIZES, cache_features, train_towers, write_texts
+from blip2fast.demo.training import train
+from blip2fast.run_config import config_values, load_config
+from blip2fast.scenes.world import Source
+
+PACKAGES = ("blip2fast", "torch", "transformers", "deepspeed", "numpy")
+TITLES = {
+    "stage1": "stage 1: queries learn from image-text pairs",
+    "stage2": "stage 2: soft prompts into the frozen language model",
+    "vqa": "fine-tuning on questions",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo.
+
+    Returns:
+        0 when every gate is met, 1 otherwise.
+    """
+    parser = argparse.ArgumentParser(prog="python -m blip2fast.demo", description=__doc__)
+    parser.add_argument(
+        "--source", choices=get_args(Source), default="shapes", help="drawn shapes or handwriting"
+    )
+    parser.add_argument("--output", type=Path, help="folder; runs/scenes or runs/digits by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fresh", action="store_true", help="reuse nothing of an earlier run")
+    parser.add_argument(
+        "--fast", action="store_true", help="tiny sizes: shows that it runs, meets no gate"
+    )
+    given = parser.parse_args(arguments)
+    settings = DemoSettings(source=given.source, seed=given.seed)
+    output = given.output or Path("runs", "scenes" if given.source == "shapes" else "digits")
+    console = Console()
+    summary = run_demo(fast(settings) if given.fast else settings, output, console, given.fresh)
+    if given.fast:
+        return 0
+    failed = check_gates(summary)
+    for gate in failed:
+        console.print(f"[red]gate not met[/red] {gate}", highlight=False)
+    return 1 if failed else 0
+
+
+def run_demo(
+    settings: DemoSettings, output: Path, console: Console, fresh: bool = False
+) -> dict[str, Any]:
+    """Every phase in order, then the table; see the README for what is left in `output`.
+
+    Args:
+        settings: what to build and train.
+        output: folder of everything that is written.
+        fresh: do not reuse phases of an earlier run.
+
+    Returns:
+        The summary that `output/summary.json` holds.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    start = time.perf_counter()
+    places = Places(output)
+    output.mkdir(parents=True, exist_ok=True)
+    phases = Phases(output, version("blip2fast"), console, fresh)
+    names = ("source", "seed", "captions_per_scene", "question_rounds", *SPLIT_SIZES.values())
+    scenes = {name: getattr(settings, name) for name in names}
+    phases.run(
+        "scenes and texts",
+        lambda: write_texts(settings, places),
+        scenes,
+        products=[places.captions("train"), places.questions("held_out"), places.qformer_tokenizer],
+    )
+    phases.run(
+        "image and language towers, side by side",
+        lambda: train_towers(settings, places),
+        [settings.image_tower, settings.language_tower],
+        after=["scenes and texts"],
+        products=[places.image_tower, places.language_tower],
+    )
+    phases.run(
+        "frozen features",
+        lambda: cache_features(settings, places, console),
+        None,
+        after=["image and language towers, side by side"],
+        products=[places.features(split) for split in SPLIT_SIZES],
+    )
+    earlier = "frozen features"
+    for run in TRAINING_RUNS:
+        _train_phase(phases, settings, places, run, earlier)
+        earlier = TITLES[run]
+    evaluation_start = time.perf_counter()
+    console.print("[bold]evaluation[/bold]")
+    table, details = evaluate_demo(settings, places, console)
+    phases.times["evaluation"] = {
+        "seconds": time.perf_counter() - evaluation_start,
+        "reused": False,
+    }
+    summary = {
+        "source": settings.source,
+        "table": table,
+        **details,
+        "phases": phases.times,
+        "seconds": time.perf_counter() - start,
+        "seconds_from_nothing": sum(phase["seconds"] for phase in phases.times.values()),
+        "settings": dataclasses.asdict(settings),
+        "machine": _machine(),
+    }
+    _write(summary, places, console)
+    return summary
+
+
+def _train_phase(
+    phases: Phases, settings: DemoSettings, places: Places, run: str, earlier: str
+) -> None:
+    config = settings.config(run)
+    overrides = [*places.overrides(run), f"seed={settings.seed}", *settings.overrides.get(run, ())]
+    processes = training_processes()
+    # The configurations are written for two processes; one takes the batch of both.
+    if processes == 1:
+        whole = 2 * load_config(config, overrides).optim.batch_size
+        overrides.append(f"optim.batch_size={whole}")
+    phases.run(
+        TITLES[run],
+        lambda: train(config, overrides, processes, places.log(run), phases.console),
+        [config_values(load_config(config, overrides)), processes],
+        after=[earlier],
+        products=[places.run(run) / "model.safetensors", places.run(run) / "metrics.jsonl"],
+    )
+
+
+def _machine() -> dict[str, Any]:
+    """What the numbers depend on besides the settings."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "versions": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": cores(),
+        "gpu": gpu,
+        "processes": training_processes(),
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with `+` where files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _write(summary: dict[str, Any], places: Places, console: Console) -> None:
+    text = json.dumps(summary, indent=1, default=str) + "\n"
+    (places.output / "summary.json").write_text(text, encoding="utf-8")
+    title = f"Held-out scenes ({summary['source']}); losses as they are, the rest in %"
+    rendered = render(summary["table"], title)
+    with (places.output / "table.txt").open("w", encoding="utf-8") as file:
+        Console(file=file, width=140).print(rendered)
+    wide = console if console.width >= 120 else Console(file=sys.stdout, width=120)
+    wide.print(rendered)
+    for name, phase in summary["phases"].items():
+        note = ", reused" if phase["reused"] else ""
+        console.print(f"  {phase['seconds']:7.1f} s  {name}{note}", highlight=False)
+    console.print(f"  {summary['seconds']:7.1f} s  in total", highlight=False)
+    console.print(f"Everything is in {places.output}: tensorboard --logdir {places.output}")

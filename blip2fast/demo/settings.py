@@ -1,0 +1,144 @@
+"""What the demo builds and trains, and where it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blip2fast.scenes import SceneSpec
+from blip2fast.scenes.world import Source
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+TRAINING_RUNS = ("stage1", "stage2", "vqa")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Sizes of everything that the configurations in `configs/` do not set.
+
+    Attributes:
+        source: drawn shapes or handwritten digits.
+        seed: of the scenes, the towers, the training runs and the controls.
+        train_scenes, held_out_scenes, unseen_scenes: images of each split.
+        captions_per_scene: paraphrases of a training scene's caption.
+        question_rounds: questions of each type about a training scene.
+        image_tower, language_tower: keyword arguments of the towers' training.
+        rerank_k: candidates that ITM re-ranks.
+        overrides: of the training configurations, by run.
+    """
+
+    source: Source = "shapes"
+    seed: int = 0
+    train_scenes: int = 8000
+    held_out_scenes: int = 1000
+    unseen_scenes: int = 500
+    captions_per_scene: int = 4
+    question_rounds: int = 1
+    image_tower: dict[str, Any] = dataclasses.field(default_factory=dict)
+    language_tower: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rerank_k: int = 10
+    overrides: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def spec(self) -> SceneSpec:
+        return SceneSpec(source=self.source)
+
+    def config(self, run: str) -> Path:
+        """The configuration file of a training run."""
+        prefix = "scenes" if self.source == "shapes" else "digits"
+        path = REPOSITORY / "configs" / f"{prefix}_{run}.yaml"
+        if not path.is_file():
+            raise ValueError(
+                f"no configuration at {path}: the demo runs from a checkout of the repository, "
+                "which has the folder configs/"
+            )
+        return path
+
+
+def fast(settings: DemoSettings) -> DemoSettings:
+    """The same demo in about a minute: everything runs, nothing is learned."""
+    few_steps = ("optim.max_steps=4", "optim.warmup_steps=2", "log_every=2")
+    return dataclasses.replace(
+        settings,
+        train_scenes=96,
+        held_out_scenes=40,
+        unseen_scenes=20,
+        image_tower={"steps": 4, "batch_size": 16},
+        language_tower={"steps": 4, "batch_size": 16},
+        rerank_k=2,
+        overrides=dict.fromkeys(TRAINING_RUNS, few_steps),
+    )
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the demo's files are, all below one folder."""
+
+    output: Path
+
+    @property
+    def data(self) -> Path:
+        return self.output / "data"
+
+    @property
+    def towers(self) -> Path:
+        return self.output / "towers"
+
+    @property
+    def image_tower(self) -> Path:
+        return self.towers / "image"
+
+    @property
+    def language_tower(self) -> Path:
+        return self.towers / "language"
+
+    @property
+    def qformer_tokenizer(self) -> Path:
+        return self.towers / "qformer_tokenizer"
+
+    def captions(self, split: str) -> Path:
+        return self.data / f"captions_{split}.jsonl"
+
+    def questions(self, split: str) -> Path:
+        return self.data / f"questions_{split}.jsonl"
+
+    def features(self, split: str) -> Path:
+        return self.output / "features" / split
+
+    def run(self, name: str) -> Path:
+        return self.output / name
+
+    def log(self, name: str) -> Path:
+        return self.output / "logs" / f"{name}.log"
+
+    def overrides(self, run: str) -> tuple[str, ...]:
+        """The paths that a training configuration reads and writes, as `key=value`."""
+        records = self.questions if run == "vqa" else self.captions
+        values = [
+            f"output_dir={self.run(run)}",
+            f"data.records={records('train')}",
+            f"data.features={self.features('train')}",
+            f"data.eval_records={records('held_out')}",
+            f"data.eval_features={self.features('held_out')}",
+        ]
+        if run == "stage1":
+            values.append(f"model.tokenizer={self.qformer_tokenizer}")
+        else:
+            values.append(f"language_model.path={self.language_tower}")
+            values.append(f"init_from={self.run('stage1' if run == 'stage2' else 'stage2')}")
+        return tuple(values)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def training_processes() -> int:
+    """One process on a GPU; on CPU two where there are two cores, which share them."""
+    return 1 if torch.cuda.is_available() or cores() < 2 else 2

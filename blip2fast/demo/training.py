@@ -1,0 +1,123 @@
+"""Runs `blip2fast/train.py` under the DeepSpeed launcher, with a progress bar from its metrics."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from blip2fast.run_config import load_config
+
+TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
+
+
+def progress_bar(console: Console) -> Progress:
+    """The bar that every phase shows."""
+    return Progress(
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def train(
+    config: Path, overrides: Sequence[str], processes: int, log: Path, console: Console
+) -> None:
+    """Train with `deepspeed blip2fast/train.py --config <config> --set ...`.
+
+    Args:
+        config: a configuration of train.py.
+        overrides: `key=value` each.
+        processes: how many the launcher starts; on CPU they share the cores evenly.
+        log: file for everything that the launcher and train.py print.
+
+    Raises:
+        RuntimeError: when training fails; the message ends with the log's last lines.
+    """
+    run = load_config(config, overrides)
+    output = Path(run.output_dir)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [*launcher(processes), str(TRAIN_SCRIPT), "--config", str(config)]
+    for override in overrides:
+        command += ["--set", override]
+    console.print(f"  $ {shlex.join(command)}", highlight=False, soft_wrap=True)
+    if output.exists():
+        # train.py refuses to mix two runs; this one starts over.
+        shutil.rmtree(output)
+    metrics = MetricsTail(output / "metrics.jsonl")
+    with log.open("w", encoding="utf-8") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
+        try:
+            with progress_bar(console) as progress:
+                bar = progress.add_task(output.name, total=run.optim.max_steps, note="starting")
+                while True:
+                    for line in metrics.new_lines():
+                        progress.update(bar, completed=line.get("step", 0), note=_note(line))
+                    if process.poll() is not None:
+                        break
+                    try:
+                        process.wait(timeout=0.5)
+                    except subprocess.TimeoutExpired:
+                        continue
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode != 0:
+        with log.open(encoding="utf-8") as lines:
+            tail = "".join(deque(lines, maxlen=25))
+        raise RuntimeError(f"{output.name} failed with status {process.returncode}; {log}:\n{tail}")
+
+
+def launcher(processes: int) -> list[str]:
+    """The DeepSpeed launcher of this environment, for processes on this machine alone.
+
+    Raises:
+        RuntimeError: when it is not installed beside the running Python.
+    """
+    found = Path(sys.executable).with_name("deepspeed")
+    if not found.is_file():
+        raise RuntimeError(f"no DeepSpeed launcher at {found}; install the package's requirements")
+    return [str(found), "--num_gpus", str(processes)]
+
+
+class MetricsTail:
+    """Reads the lines that a growing JSON-lines file has gained since the last look.
+
+    Lines that were there at the start, from an earlier run, are skipped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.position = path.stat().st_size if path.exists() else 0
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """Complete new lines; a half-written last one waits for the next call."""
+        if not self.path.exists():
+            return []
+        if self.path.stat().st_size < self.position:
+            self.position = 0  # the file was started again
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            complete = file.read().rpartition(b"\n")[0]
+        if not complete:
+            return []
+        self.position += len(complete) + 1
+        return [json.loads(line) for line in complete.splitlines() if line.strip()]
+
+
+def _note(line: dict[str, Any]) -> str:
+    losses = (name for name in line if name.startswith("loss_")) if "loss_itc" in line else ["loss"]
+    return " ".join(f"{n.removeprefix('loss_')} {line[n]:.3f}" for n in losses if n in line)
