@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,28 +61,40 @@ def deepspeed_config(
 
 
 def start_processes() -> torch.device:
-    """Join the process group, or start one of a single process; returns this process's device.
+    """Join the launcher's process group, or start one of a single process (plain ``python``).
 
-    Without a launcher (plain ``python``), the rendezvous is on a free local port.
+    Returns:
+        This process's device.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not torch.accelerator.is_available():
         # Spares DeepSpeed's search and its warning.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed's calls of PyTorch, which only its authors can change.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     import deepspeed
 
-    if "RANK" not in os.environ:
+    if not on_gpu:
+        # This op compiles for minutes on first use and fails without a compiler; gloo serves. The
+        # table of what can be compiled is filled on first access, by trying; that is spared too.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    backend = "nccl" if on_gpu else "gloo"
+    if dist.is_initialized():
+        pass
+    elif "RANK" in os.environ:
+        deepspeed.init_distributed(dist_backend=backend)
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        deepspeed.init_distributed(
+            dist_backend=backend,
+            auto_mpi_discovery=False,
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=0,
+            world_size=1,
         )
-    if not on_gpu:
-        # This op compiles for minutes on first use and fails without a compiler; gloo serves.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo")
     if not on_gpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -70,8 +70,9 @@ def restore(
     with torch.no_grad():
         for name, parameter in _trained(model):
             _write(engine, parameter, None, parameters[name])
-            for moment in MOMENTS if moments is not None else ():
-                _write(engine, parameter, moment, moments[f"{moment}/{name}"])
+            if moments is not None:
+                for moment in MOMENTS:
+                    _write(engine, parameter, moment, moments[f"{moment}/{name}"])
     engine.global_steps = step
     engine.micro_steps = step * engine.gradient_accumulation_steps()
 

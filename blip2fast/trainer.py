@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.utils.data import DataLoader
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blip2fast import checkpointing, optimizer_state
 from blip2fast.deepspeed_setup import start_engine, start_processes
@@ -287,6 +291,8 @@ class Trainer:
             sampler=range(first, optim.max_steps * optim.accumulation),
             num_workers=self.config.data.workers,
             pin_memory=self.device.type == "cuda",
+            # It draws a seed when it starts; from the global generator, a resume would shift it.
+            generator=torch.Generator(),
         )
         return (self.tokens(batch) for batch in loader)
 
@@ -316,10 +322,19 @@ def _silent(_: str) -> None:
     """Prints nothing: every process but the first."""
 
 
-def _checkpoint_activations(model: Any) -> None:
-    model.qformer.gradient_checkpointing_enable()
-    if hasattr(model, "language_model"):
-        model.language_model.gradient_checkpointing_enable()
+def _checkpoint_activations(model: Blip2Stage1 | Blip2Stage2) -> None:
+    """Keep the inputs of layers only, and compute the rest again in the backward pass."""
+    qformer: Any = model.qformer
+    if hasattr(qformer, "activation_checkpointing_enable"):
+        qformer.activation_checkpointing_enable()
+    else:  # older transformers
+        qformer.gradient_checkpointing_enable()
+    if isinstance(model, Blip2Stage2):
+        # transformers' switch works in training mode alone, and the frozen language model is never
+        # in it; PyTorch's wrapper does not ask.
+        apply_activation_checkpointing(
+            model.language_model, check_fn=lambda m: isinstance(m, GradientCheckpointingLayer)
+        )
 
 
 def _check_finite(metrics: Mapping[str, float], step: int) -> None:
