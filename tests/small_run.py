@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
@@ -134,3 +135,20 @@ def values(world: Path, output: Path, stage: int = 1, **changes: Any) -> dict[st
 def config(world: Path, output: Path, stage: int = 1, **changes: Any) -> RunConfig:
     """As :func:`values`, checked."""
     return parse_config(values(world, output, stage, **changes))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The trained parameters that a run left."""
+    return load_file(run / "model.safetensors")
+
+
+def distance(run: Path, reference: Path) -> float:
+    """Norm of the difference of all weights over their norm.
+
+    Not by element: AdamW divides a gradient by its own size, so where it is zero (key biases) the
+    rounding decides.
+    """
+    expected, found = weights(reference), weights(run)
+    assert {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in expected.items()}
+    apart = sum((found[name] - value).square().sum() for name, value in expected.items())
+    return float((apart / sum(value.square().sum() for value in expected.values())).sqrt())
