@@ -80,6 +80,7 @@ class QFormer(PreTrainedModel):
         )
         self.has_text = self.has_embeddings or config.use_qformer_text_input
         if self.has_embeddings:
+            self.main_input_name = "input_ids"
             self.embeddings = QFormerEmbeddings(config)
         else:
             self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
