@@ -30,7 +30,7 @@ class SceneSplit:
         images: uint8 [n, 3, h, w].
         masks: bool [n, 2, h, w]; `masks[i, j]` are the pixels of `scenes[i].objects[j]`.
         scenes: what each image shows.
-        keys: one name per image, the same in records and feature caches.
+        keys: one file name per image, the same in records and feature caches.
     """
 
     spec: SceneSpec
@@ -65,11 +65,11 @@ class SceneSplit:
         return [text.caption_pair(scene, rng) for scene in self.scenes]
 
     def write_images(self, folder: Path | str) -> None:
-        """Write every image as `<folder>/<key>.png`."""
+        """Write every image as `<folder>/<key>`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for key, image in zip(self.keys, self.images, strict=True):
-            Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{key}.png")
+            Image.fromarray(image.transpose(1, 2, 0)).save(folder / key)
 
     def _text_stream(self, name: str) -> random.Random:
         return random.Random(f"{name}-{self.split}-{self.seed}")
@@ -105,7 +105,7 @@ def make_split(spec: SceneSpec, split: Split, count: int, seed: int = 0) -> Scen
         images=images,
         masks=masks,
         scenes=scenes_of(spec, drawn),
-        keys=[f"{split}-{index:05d}" for index in range(count)],
+        keys=[f"{split}-{index:05d}.png" for index in range(count)],
     )
 
 

@@ -20,14 +20,22 @@ QUESTION_TYPES: tuple[QuestionType, ...] = ("colour", "kind", "count", "existenc
 QUESTION_FORMAT = "question: {} answer:"
 COUNTS = ("0", "1", "2")
 
-_OBJECT = "a {colour} {kind}"
+_ROWS, _COLUMNS = GRIDS[3]
+# A place is one word of the scenes' language: "top left" as two costs a token in every text and
+# makes reading harder to learn for models of this size.
+WORD_PATTERN = rf"(?:{'|'.join(_ROWS)}) (?:{'|'.join(_COLUMNS)})|\w+|[^\w\s]"
+_WORDS = re.compile(WORD_PATTERN)
+
+# Opening, form of one object, and what joins two. The last two forms name the place at some distance
+# or first: a language model that has read only one order cannot answer questions in the other.
 _CAPTION_FORMATS = (
-    ("{object} {place}", " and ", ""),
-    ("{object} in the {place}", " and ", ""),
-    ("{object} {place}", " with ", ""),
-    ("{object} {place}", " and ", "there is "),
+    ("", "a {0.colour} {0.kind} {0.place}", " and "),
+    ("", "a {0.colour} {0.kind} {0.place}", " with "),
+    ("there is ", "a {0.colour} {0.kind} {0.place}", " and "),
+    ("", "a {0.colour} {0.kind} in the {0.place}", " and "),
+    ("", "{0.place} is a {0.colour} {0.kind}", " and "),
 )
-_ONE_OBJECT_FORMATS = tuple(f for f in _CAPTION_FORMATS if f[1] == " and ")
+_ONE_OBJECT_FORMATS = tuple(f for f in _CAPTION_FORMATS if f[2] == " and ")
 _FILLERS = frozenset({"a", "and", "in", "is", "the", "there", "with"})
 
 
@@ -42,7 +50,7 @@ class Question(NamedTuple):
 def captions(scene: Scene, count: int, rng: random.Random) -> list[str]:
     """Up to `count` different captions of a scene, in random wording and order of mention.
 
-    A scene with one object has 3 wordings, one with two objects has 8.
+    A scene with one object has 4 wordings, one with two objects has 10.
     """
     wordings = _wordings(len(scene.objects))
     return [
@@ -54,21 +62,22 @@ def captions(scene: Scene, count: int, rng: random.Random) -> list[str]:
 def parse_caption(caption: str, spec: SceneSpec) -> frozenset[SceneObject] | None:
     """The set of objects that a caption names, or None if it is no caption of this world.
 
-    Filler words are skipped; what is left must be colour, kind, row, column, again and again,
-    with no object twice.
+    Filler words are skipped; what is left must be colour, kind and place, or place, colour and
+    kind, again and again, with no place named twice.
     """
-    words = [word for word in re.findall(r"\w+|[^\w\s]", caption.lower()) if word not in _FILLERS]
-    if not words or len(words) % 4:
+    words = [word for word in _WORDS.findall(caption.lower()) if word not in _FILLERS]
+    if not words or len(words) % 3:
         return None
+    order = (0, 1, 2) if words[2] in spec.places else (1, 2, 0)
     objects = [
-        SceneObject(words[i], words[i + 1], f"{words[i + 2]} {words[i + 3]}")
-        for i in range(0, len(words), 4)
+        SceneObject(*(words[start + offset] for offset in order))
+        for start in range(0, len(words), 3)
     ]
     known = all(
         o.colour in spec.colours and o.kind in spec.kinds and o.place in spec.places
         for o in objects
     )
-    return frozenset(objects) if known and len(set(objects)) == len(objects) else None
+    return frozenset(objects) if known and len({o.place for o in objects}) == len(objects) else None
 
 
 def is_exact(caption: str, scene: Scene) -> bool:
@@ -107,22 +116,23 @@ def questions(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def vocabulary() -> list[str]:
-    """Every word of every world's captions, questions and answers, in a fixed order."""
-    texts = [
+    """Every word of every world's captions, questions and answers; a place counts as one word."""
+    words = [
         *COLOURS,
         *(kind for kinds in KINDS.values() for kind in kinds),
-        *(word for grid in GRIDS.values() for words in grid for word in words),
+        *(f"{row} {column}" for row in _ROWS for column in _COLUMNS),
         *COUNTS,
         *sorted(_FILLERS),
-        "question : ? answer what colour where how many object objects are yes no",
+        *("question", ":", "?", "answer", "what", "colour", "where", "how", "many"),
+        *("object", "objects", "are", "yes", "no"),
     ]
-    return list(dict.fromkeys(word for text in texts for word in text.split()))
+    return list(dict.fromkeys(words))
 
 
 class _Wording(NamedTuple):
-    phrase: str
-    joint: str
     opening: str
+    form: str
+    joint: str
     order: tuple[int, ...]
 
 
@@ -136,11 +146,7 @@ def _wordings(count: int) -> tuple[_Wording, ...]:
 
 
 def _caption(objects: tuple[SceneObject, ...], wording: _Wording) -> str:
-    parts = []
-    for index in wording.order:
-        o = objects[index]
-        name = _OBJECT.format(colour=o.colour, kind=o.kind)
-        parts.append(wording.phrase.format(object=name, place=o.place))
+    parts = [wording.form.format(objects[index]) for index in wording.order]
     return wording.opening + wording.joint.join(parts)
 
 
@@ -195,7 +201,7 @@ def _existence_question(scene: Scene, target: SceneObject, rng: random.Random) -
     with_place = rng.random() < 0.5
     attributes = ("colour", "kind", "place") if with_place else ("colour", "kind")
     asked = target if rng.random() < 0.5 else _swapped(scene, target, rng, attributes)
-    name = _OBJECT.format(colour=asked.colour, kind=asked.kind)
+    name = f"a {asked.colour} {asked.kind}"
     if with_place:
         answer = "yes" if asked in scene.objects else "no"
         return Question(f"is there {name} {asked.place} ?", answer, "existence")

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from blip2fast.scenes.text import vocabulary
+from blip2fast.scenes.text import WORD_PATTERN, vocabulary
 
 QFORMER_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]")
 # The ids of OPT: <s> 0 (unused), <pad> 1, </s> 2 (opens and closes a text), <unk> 3.
@@ -66,5 +66,7 @@ def _word_level(special_tokens: tuple[str, ...], unknown: str) -> Tokenizer:
         models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=unknown)
     )
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(WORD_PATTERN), behavior="removed", invert=True
+    )
     return tokenizer

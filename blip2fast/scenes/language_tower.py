@@ -1,0 +1,213 @@
+"""The small language tower: an OPT trained on texts alone, to restate and to answer.
+
+A training text is a description of a scene, then one of its continuations: another description of
+the same scene, or a question about it with its answer. Only what follows the description is
+learned, so that the model must read. In stage 2, soft prompts stand where the description stood.
+
+    a red ring top left and a blue circle top right </s> question: what is the object top left ?
+    answer: ring </s>
+
+Several continuations share one description in a row of the batch: each sees the description and
+itself, at the positions that it would have alone. That gives the same losses as separate rows for
+a third of the work.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase
+
+from blip2fast.scenes.schedule import cosine_factor
+from blip2fast.scenes.text import QUESTION_FORMAT, captions, questions
+from blip2fast.scenes.wordlevel import language_tokenizer
+from blip2fast.scenes.world import Scene
+
+CONTINUATIONS = 4
+QUESTION_SHARE = 0.5
+IGNORED = -100
+
+
+class LanguageTowerReport(NamedTuple):
+    """What training gave: loss per token (mean of the last tenth of the steps), seconds."""
+
+    steps: int
+    loss: float
+    seconds: float
+
+
+class Row(NamedTuple):
+    """A description with its continuations, end to end; every tensor is [L] int64.
+
+    Attributes:
+        ids: tokens.
+        labels: the token itself where it is learned, -100 elsewhere.
+        positions: as if the continuation stood alone behind the description.
+        segments: 0 for the description, k for continuation k.
+        answers: 1 where the label belongs to an answer.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    segments: Tensor
+    answers: Tensor
+
+
+def train_language_tower(
+    scenes: Sequence[Scene],
+    out_dir: Path | str,
+    *,
+    width: int = 96,
+    layers: int = 3,
+    steps: int = 5000,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> LanguageTowerReport:
+    """Train an OPT on texts about scenes and save it with its tokenizer as a transformers folder.
+
+    Args:
+        scenes: what the texts are about; their images are not looked at.
+        out_dir: `AutoModelForCausalLM` and `AutoTokenizer` read it.
+        width: of the hidden states; a multiple of 16, the width of a head.
+        layers: transformer blocks.
+        steps: optimiser steps.
+        batch_size: descriptions a step, each with `CONTINUATIONS` continuations.
+        seed: of the weights and the texts.
+
+    Raises:
+        ValueError: for no scenes, or a width that heads do not divide.
+    """
+    if not scenes:
+        raise ValueError("scenes is empty; give at least one scene to write about")
+    if width < 16 or width % 16:
+        raise ValueError(f"width is {width}; use a multiple of 16, the width of a head")
+    tokenizer = language_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _model(tokenizer, width, layers)
+        started = time.perf_counter()
+        losses = _train(model, _batches(tokenizer, scenes, batch_size, seed), steps)
+        seconds = time.perf_counter() - started
+    model.eval().save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+    tail = losses[-max(1, steps // 10) :]
+    return LanguageTowerReport(steps, sum(tail) / len(tail), seconds)
+
+
+@torch.no_grad()
+def reading_accuracy(
+    model: OPTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    scenes: Sequence[Scene],
+    seed: int = 0,
+    batch_size: int = 250,
+) -> dict[str, float]:
+    """Share of questions that the model answers after a true description; by type, and `"all"`.
+
+    Every token of the answer must be the model's first choice.
+    """
+    rng = random.Random(seed)
+    asked = [(captions(s, 1, rng)[0], q) for s in scenes for q in questions(s, rng)]
+    right: dict[str, list[bool]] = {}
+    for start in range(0, len(asked), batch_size):
+        part = asked[start : start + batch_size]
+        texts = [
+            [d, QUESTION_FORMAT.format(q.question), q.answer] for d, q in part
+        ]
+        rows = [_joined(tokenizer, *row) for row in texts]
+        ids = pad_sequence([ids for ids, _ in rows], True, tokenizer.pad_token_id)
+        labels = pad_sequence([labels for _, labels in rows], True, IGNORED)[:, 1:]
+        mask = (ids != tokenizer.pad_token_id).long()
+        chosen = model(input_ids=ids, attention_mask=mask).logits[:, :-1].argmax(-1)
+        correct = ((chosen == labels) | (labels == IGNORED)).all(1).tolist()
+        for (_, question), hit in zip(part, correct, strict=True):
+            right.setdefault(question.type, []).append(hit)
+            right.setdefault("all", []).append(hit)
+    return {name: sum(hits) / len(hits) for name, hits in right.items()}
+
+
+def _joined(
+    tokenizer: PreTrainedTokenizerBase, description: str, question: str, answer: str
+) -> tuple[Tensor, Tensor]:
+    """Ids and labels [L] of one description, question and answer; the answer alone is judged."""
+    read = [*_ids(tokenizer, description), tokenizer.eos_token_id, *_ids(tokenizer, question)]
+    said = [*_ids(tokenizer, answer), tokenizer.eos_token_id]
+    return torch.tensor(read + said), torch.tensor([IGNORED] * len(read) + said)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerBase, scenes: Sequence[Scene], batch_size: int, seed: int
+) -> Iterator[Row]:
+    """Endless batches; every field of the row is [batch_size, L]."""
+    rng = random.Random(seed)
+    known: dict[str, list[int]] = {}
+
+    def ids(text: str) -> list[int]:
+        if text not in known:
+            known[text] = _ids(tokenizer, text)
+        return known[text]
+
+    padding = Row(tokenizer.pad_token_id, IGNORED, 0, -1, 0)  # type: ignore[arg-type]
+    while True:
+        # rows of about one length share a batch: half of the padding goes
+        pool = [_row(rng.choice(scenes), rng, ids, tokenizer.eos_token_id) for _ in range(8 * batch_size)]
+        pool.sort(key=lambda row: len(row.ids))
+        starts = list(range(0, len(pool), batch_size))
+        rng.shuffle(starts)
+        for start in starts:
+            rows = pool[start : start + batch_size]
+            yield Row(
+                *(
+                    pad_sequence(list(field), True, float(fill))
+                    for field, fill in zip(zip(*rows, strict=True), padding, strict=True)
+                )
+            )
+
+
+def _row(scene: Scene, rng: random.Random, ids: "Encoder", end: int) -> Row:
+    wordings = captions(scene, 8, rng)
+    asked = questions(scene, rng)
+    description = ids(rng.choice(wordings))
+    start = len(description)
+    row = Row(
+        torch.tensor(description),
+        torch.full((start,), IGNORED),
+        torch.arange(start),
+        torch.zeros(start, dtype=torch.long),
+        torch.zeros(start, dtype=torch.long),
+    )
+    parts = [row]
+    for segment in range(1, CONTINUATIONS + 1):
+        if rng.random() < QUESTION_SHARE:
+            question = rng.choice(asked)
+            read = ids(QUESTION_FORMAT.format(question.question))
+            said, is_answer = ids(question.answer), 1
+        else:
+            read, said, is_answer = [], ids(rng.choice(wordings)), 0
+        tokens = [end, *read, *said, end]
+        labels = [IGNORED] * (1 + len(read)) + [*said, end]
+        answers = [0] * (1 + len(read)) + [is_answer] * len(said) + [0]
+        parts.append(
+            Row(
+                torch.tensor(tokens),
+                torch.tensor(labels),
+                torch.arange(start, start + len(tokens)),
+                torch.full((len(tokens),), segment),
+                torch.tensor(answers),
+            )
+        )
+    return Row(*(torch.cat(field) for field in zip(*parts, strict=True)))
