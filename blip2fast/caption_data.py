@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CaptionRecord:
-    """An image and its captions; CapFilt keeps several for one image (paper, section 3.3)."""
+    """An image and its captions; CapFilt keeps several for one image (paper, section 3.4)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 

@@ -150,7 +150,8 @@ class RunConfig:
         stage: 1 (ITC, ITM, ITG on the Q-Former) or 2 (soft prompts into the language model).
         output_dir: everything the run writes goes here.
         init_from: output folder or checkpoint of an earlier run, to start its parameters from.
-        zero_stage: how much DeepSpeed ZeRO spreads over the processes.
+        zero_stage: what DeepSpeed ZeRO spreads over the processes: 0 nothing, 1 the optimizer's
+            states, 2 gradients too, 3 parameters too (the language model's).
         offload_param, offload_optimizer: where ZeRO keeps them (param: stage 3 alone).
         nvme_path: folder for offloading to ``nvme``.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -171,7 +172,7 @@ class RunConfig:
     init_from: str | None = None
     seed: _NonNegative = 0
     precision: Precision = "bf16"
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
     offload_param: Offload = "none"
     offload_optimizer: Offload = "none"
     nvme_path: str | None = None

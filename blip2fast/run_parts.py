@@ -148,7 +148,7 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> RunParts:
 
 
 def qformer_tokenizer(name: str) -> Any:
-    """The Q-Former's tokenizer, with [DEC] as its bos token (paper, section 3.1).
+    """The Q-Former's tokenizer, with [DEC] as its bos token (paper, section 3.2).
 
     Raises:
         ValueError: not there, or one that does not write [CLS] words [SEP] with padding.

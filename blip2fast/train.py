@@ -40,8 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         train(load_config(given.config, given.overrides))
-    except ValueError as error:
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    except (ValueError, FloatingPointError) as error:
+        # The launcher ends all processes as soon as one has: each says why.
+        rank = os.environ.get("RANK", "0")
+        sys.exit(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -247,7 +247,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the held-out data, named ``eval_*``; every process must call this."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             metrics = evaluate(self._whole_model(), self.parts, self.config, self.tokens)
         self.engine.train()
         return {f"eval_{name}": value for name, value in metrics.items()}

@@ -61,6 +61,27 @@ def test_zero_stages_train_alike(
     assert distance(spread, reference) < 3e-4
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zero_stage": 1, "offload_optimizer": "cpu"},
+        {"zero_stage": 2, "offload_optimizer": "cpu"},
+        {"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"},
+    ],
+    ids=lambda settings: str(settings["zero_stage"]),
+)
+def test_offloading_trains_and_resumes_alike(
+    finished: Callable[..., Path], world: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    settings = {**settings, "save_every": 3, "eval_every": 3}
+    reference, offloaded = finished(2, save_every=3, eval_every=3), finished(2, **settings)
+    torch.testing.assert_close(_losses(offloaded), _losses(reference), rtol=2e-6, atol=0)
+    resumed = _interrupted_copy(offloaded, tmp_path / "resumed", step=3)
+    train(config(world, resumed, 2, resume=True, **settings), say=_quiet)
+    assert _losses(resumed) == _losses(offloaded)
+    assert distance(resumed, offloaded) == 0
+
+
 def test_bf16_starts_alike_in_every_stage(finished: Callable[..., Path]) -> None:
     """DeepSpeed's bf16 engine of stage 0 counts a step before the first; ours must not."""
     plain = {"model": {"dropout": 0.0}}
