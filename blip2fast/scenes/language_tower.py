@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,14 +53,12 @@ class Row(NamedTuple):
         labels: the token itself where it is learned, -100 elsewhere.
         positions: as if the continuation stood alone behind the description.
         segments: 0 for the description, k for continuation k.
-        answers: 1 where the label belongs to an answer.
     """
 
     ids: Tensor
     labels: Tensor
     positions: Tensor
     segments: Tensor
-    answers: Tensor
 
 
 def train_language_tower(
@@ -121,9 +119,7 @@ def reading_accuracy(
     right: dict[str, list[bool]] = {}
     for start in range(0, len(asked), batch_size):
         part = asked[start : start + batch_size]
-        texts = [
-            [d, QUESTION_FORMAT.format(q.question), q.answer] for d, q in part
-        ]
+        texts = [[d, QUESTION_FORMAT.format(q.question), q.answer] for d, q in part]
         rows = [_joined(tokenizer, *row) for row in texts]
         ids = pad_sequence([ids for ids, _ in rows], True, tokenizer.pad_token_id)
         labels = pad_sequence([labels for _, labels in rows], True, IGNORED)[:, 1:]
@@ -161,10 +157,13 @@ def _batches(
             known[text] = _ids(tokenizer, text)
         return known[text]
 
-    padding = Row(tokenizer.pad_token_id, IGNORED, 0, -1, 0)  # type: ignore[arg-type]
+    padding = Row(tokenizer.pad_token_id, IGNORED, 0, -1)  # type: ignore[arg-type]
     while True:
         # rows of about one length share a batch: half of the padding goes
-        pool = [_row(rng.choice(scenes), rng, ids, tokenizer.eos_token_id) for _ in range(8 * batch_size)]
+        pool = [
+            _row(rng.choice(scenes), rng, ids, tokenizer.eos_token_id)
+            for _ in range(8 * batch_size)
+        ]
         pool.sort(key=lambda row: len(row.ids))
         starts = list(range(0, len(pool), batch_size))
         rng.shuffle(starts)
@@ -178,7 +177,7 @@ def _batches(
             )
 
 
-def _row(scene: Scene, rng: random.Random, ids: "Encoder", end: int) -> Row:
+def _row(scene: Scene, rng: random.Random, ids: Callable[[str], list[int]], end: int) -> Row:
     wordings = captions(scene, 8, rng)
     asked = questions(scene, rng)
     description = ids(rng.choice(wordings))
@@ -188,26 +187,89 @@ def _row(scene: Scene, rng: random.Random, ids: "Encoder", end: int) -> Row:
         torch.full((start,), IGNORED),
         torch.arange(start),
         torch.zeros(start, dtype=torch.long),
-        torch.zeros(start, dtype=torch.long),
     )
     parts = [row]
     for segment in range(1, CONTINUATIONS + 1):
         if rng.random() < QUESTION_SHARE:
             question = rng.choice(asked)
             read = ids(QUESTION_FORMAT.format(question.question))
-            said, is_answer = ids(question.answer), 1
+            said = ids(question.answer)
         else:
-            read, said, is_answer = [], ids(rng.choice(wordings)), 0
+            read, said = [], ids(rng.choice(wordings))
         tokens = [end, *read, *said, end]
         labels = [IGNORED] * (1 + len(read)) + [*said, end]
-        answers = [0] * (1 + len(read)) + [is_answer] * len(said) + [0]
         parts.append(
             Row(
                 torch.tensor(tokens),
                 torch.tensor(labels),
                 torch.arange(start, start + len(tokens)),
                 torch.full((len(tokens),), segment),
-                torch.tensor(answers),
             )
         )
     return Row(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+
+def _model(tokenizer: PreTrainedTokenizerBase, width: int, layers: int) -> OPTForCausalLM:
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        word_embed_proj_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 16,
+        ffn_dim=4 * width,
+        max_position_embeddings=64,
+        dropout=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        init_std=width**-0.5,  # OPT's 0.02 suits widths from 768 on
+    )
+    model = OPTForCausalLM(config)
+    # positions that start as waves: reading by distance is learned sooner than from noise
+    table = model.model.decoder.embed_positions.weight
+    angles = torch.arange(len(table))[:, None] / 100 ** torch.linspace(0, 1, width // 2)
+    with torch.no_grad():
+        table.copy_(0.1 * torch.cat([angles.sin(), angles.cos()], dim=1))
+    return model
+
+
+def _train(model: OPTForCausalLM, batches: Iterator[Row], steps: int) -> list[float]:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
+        lr=3e-3,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: cosine_factor(step, steps, warmup=min(100, steps // 10))
+    )
+    losses = []
+    model.train()
+    for _ in (bar := tqdm(range(steps), desc="language tower", unit="step", mininterval=5)):
+        loss = _loss(model, next(batches))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+    return losses
+
+
+def _loss(model: OPTForCausalLM, batch: Row) -> Tensor:
+    """Mean loss of everything that follows the description."""
+    column = torch.arange(batch.ids.shape[1])
+    earlier = column[:, None] >= column[None, :]
+    asking, asked = batch.segments[:, :, None], batch.segments[:, None, :]
+    visible = earlier & ((asked == 0) | (asked == asking))
+    # added to the scores, as transformers takes ready-made masks in four dimensions
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
+    states = model.model.decoder(
+        input_ids=batch.ids, attention_mask=mask[:, None], position_ids=batch.positions
+    ).last_hidden_state
+    labels = batch.labels[:, 1:]
+    learned = labels != IGNORED
+    return F.cross_entropy(model.lm_head(states[:, :-1][learned]), labels[learned])
