@@ -30,7 +30,7 @@ def make_call(shape: Shape) -> dict[str, object]:
         "image_embeds": torch.randn(B, shape.image_tokens, width, generator=generator),
         "input_ids": ids * mask,
         "attention_mask": mask,
-        "negatives": (others, others.flip(0)),
+        "negatives": (others, (others + 1) % B),
     }
 
 

@@ -33,6 +33,7 @@ from blip2fast.stage1 import Blip2Stage1
 from blip2fast.stage1_types import Stage1Config
 from blip2fast.stage2 import Blip2Stage2
 from blip2fast.stage2_types import Stage2Config
+from blip2fast.state_dicts import check_state
 
 _FORMAT = 1
 _MODEL, _DESCRIPTION = "model.safetensors", "model.json"
@@ -148,19 +149,7 @@ def load_parameters(model: nn.Module, state: Mapping[str, Tensor], source: str) 
         ValueError: a parameter that is missing, unknown or of another shape, with both shapes.
     """
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    wrong = [f"{name}: missing" for name in own if name not in state]
-    wrong += [f"{name}: unknown" for name in state if name not in own]
-    wrong += [
-        f"{name}: {tuple(state[name].shape)} there, {tuple(p.shape)} in this model"
-        for name, p in own.items()
-        if name in state and state[name].shape != p.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError(
-            f"{source} does not fit this model's sizes: {'; '.join(wrong[:4])}{more}. Use the "
-            "model section that it was trained with"
-        )
+    check_state(source, state, own)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])

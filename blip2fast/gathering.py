@@ -62,24 +62,3 @@ def gather_with_grad(x: Tensor) -> Tensor:
         return x
     gathered: Tensor = _GatherWithGrad.apply(x)
     return gathered
-
-
-def gather_text(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int) -> tuple[Tensor, ...]:
-    """Gather `[b, T]` token ids and masks of all ranks, padded to the longest T among them.
-
-    Raises:
-        ValueError: the ranks hold batches of different sizes.
-    """
-    if world_size() == 1:
-        return input_ids, attention_mask
-    shapes = gather_detached(torch.tensor([input_ids.shape], device=input_ids.device)).tolist()
-    if any(b != shapes[0][0] for b, _ in shapes):
-        sizes = [b for b, _ in shapes]
-        raise ValueError(
-            f"batch size: expected the same on every rank, got {sizes}; drop the last partial batch"
-        )
-    extra = max(t for _, t in shapes) - input_ids.shape[1]
-    if extra:
-        input_ids = torch.nn.functional.pad(input_ids, (0, extra), value=pad_token_id)
-        attention_mask = torch.nn.functional.pad(attention_mask, (0, extra), value=0)
-    return gather_detached(input_ids), gather_detached(attention_mask)

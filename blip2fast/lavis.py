@@ -7,7 +7,7 @@ LAVIS wraps a BERT language model: its word embeddings, layers and generation he
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -75,34 +75,3 @@ def from_lavis(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif not name.startswith(_IGNORED):
             renamed[from_lavis_name(name)] = value
     return renamed
-
-
-def check_complete(
-    given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str
-) -> None:
-    """Raise unless `given` has exactly the names and shapes of `expected`.
-
-    Raises:
-        ValueError: tensors are missing, unknown, or of another shape; names them with values.
-    """
-    problems = []
-    missing, unknown = expected.keys() - given.keys(), given.keys() - expected.keys()
-    if missing:
-        problems.append(f"missing {_some(missing)}")
-    if unknown:
-        problems.append(f"unknown {_some(unknown)}")
-    shapes = [
-        f"{name}: expected {tuple(expected[name].shape)}, got {tuple(given[name].shape)}"
-        for name in expected.keys() & given.keys()
-        if expected[name].shape != given[name].shape
-    ]
-    if shapes:
-        problems.append(f"other shapes: {_some(shapes)}")
-    if problems:
-        raise ValueError(f"{source} does not fit the config: " + "; ".join(problems))
-
-
-def _some(names: Iterable[str], most: int = 4) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -13,8 +13,14 @@ from torch import Tensor
 from blip2fast.gathering import GradMode, gather_detached, gather_with_grad, rank
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is in fp64: what statistics and losses are computed in."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors `[..., D]` over their length; half precision would be off by 4e-3."""
+    return F.normalize(wide(x), dim=-1)
 
 
 def max_query_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -29,7 +35,7 @@ def max_query_similarity(image_features: Tensor, text_features: Tensor) -> Tenso
     """
     M, Q, D = image_features.shape
     with torch.autocast(image_features.device.type, enabled=False):
-        per_query = _wide(image_features).reshape(M * Q, D) @ _wide(text_features).T
+        per_query = wide(image_features).reshape(M * Q, D) @ wide(text_features).T
         # max with an index, not amax: amax splits the gradient between ties
         return per_query.view(M, Q, -1).max(dim=1).values
 
@@ -58,8 +64,8 @@ def itc_logits(
         raise ValueError(f"grad_mode: expected 'local' or 'full', got {grad_mode!r}")
     gather = gather_detached if grad_mode == "local" else gather_with_grad
     image_all, text_all = gather(image_features), gather(text_features)
-    sim_i2t = max_query_similarity(image_features, text_all) / _wide(temp)
-    sim_t2i = max_query_similarity(image_all, text_features).T / _wide(temp)
+    sim_i2t = max_query_similarity(image_features, text_all) / wide(temp)
+    sim_t2i = max_query_similarity(image_all, text_features).T / wide(temp)
     return sim_i2t, sim_t2i
 
 
@@ -158,7 +164,7 @@ def itm_loss(itm_logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     pairs = itm_logits.shape[0]
     labels = (torch.arange(pairs, device=itm_logits.device) < pairs // 3).long()
-    return F.cross_entropy(_wide(itm_logits), labels), labels
+    return F.cross_entropy(wide(itm_logits), labels), labels
 
 
 def itg_labels(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -186,5 +192,5 @@ def itg_loss(itg_logits: Tensor, labels: Tensor, label_smoothing: float = 0.1) -
         Scalar, mean over the labels that are not ignored.
     """
     return F.cross_entropy(
-        _wide(itg_logits).flatten(0, 1), labels.flatten(), label_smoothing=label_smoothing
+        wide(itg_logits).flatten(0, 1), labels.flatten(), label_smoothing=label_smoothing
     )

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import BertForMaskedLM, Blip2ForImageTextRetrieval
 
-from blip2fast.lavis import check_complete
 from blip2fast.stage1 import Blip2Stage1
 from blip2fast.stage1_types import Stage1Config
+from blip2fast.state_dicts import check_state
 
 # (transformers' prefix in BERT, ours); the first that fits is used
 _BERT_PREFIXES = (
@@ -48,10 +48,16 @@ def initialise_from_bert(
         bert: The model, or a folder or hub name, for example `"bert-base-uncased"`.
 
     Raises:
-        ValueError: sizes differ; names the tensors with both shapes.
+        ValueError: not there; sizes differ (names the tensors with both shapes).
     """
     if not isinstance(bert, BertForMaskedLM):
-        bert = BertForMaskedLM.from_pretrained(bert)
+        try:
+            bert = BertForMaskedLM.from_pretrained(bert)
+        except OSError as error:
+            raise ValueError(
+                f"BERT {str(bert)!r} is not there: give a local folder or a hub name that can be "
+                f"reached ({error})"
+            ) from error
     own = model.state_dict()
     loaded = _rename_bert(bert.state_dict(), own)
     expected = {
@@ -61,7 +67,7 @@ def initialise_from_bert(
         and "crossattention" not in name
         and "_query." not in name
     }
-    check_complete(loaded, expected, "BERT")
+    check_state("BERT", loaded, expected)
     queries = {name: loaded[name.replace("_query.", ".")] for name in own if "_query." in name}
     model.load_state_dict(loaded | queries, strict=False)
 
@@ -127,7 +133,7 @@ def stage1_from_retrieval(model: Blip2ForImageTextRetrieval) -> Blip2Stage1:
     own = stage1.state_dict()
     expected = {k: v for k, v in own.items() if not k.startswith("lm_head.") and k != "temp"}
     loaded = {name: value for name, value in theirs.items() if name in expected}
-    check_complete(loaded, expected, type(model).__name__)
+    check_state(type(model).__name__, loaded, expected)
     stage1.to(model.query_tokens.dtype)
     stage1.load_state_dict(loaded, strict=False)
     return stage1

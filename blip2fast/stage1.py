@@ -12,15 +12,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2fast import lavis, losses, stage1_inputs
-from blip2fast.gathering import gather_detached, gather_text, gather_with_grad
+from blip2fast.gathering import gather_detached, gather_with_grad
 from blip2fast.masks import MaskKind, qformer_mask
 from blip2fast.qformer import QFormer
 from blip2fast.stage1_types import Stage1Config, Stage1Output
+from blip2fast.state_dicts import check_state
 from blip2fast.text_modules import LMHead, TextEmbeddings, copy_text_ffn_to_queries
+from blip2fast.text_packing import pad_text
 
 
 class Blip2Stage1(nn.Module):
@@ -85,7 +86,7 @@ class Blip2Stage1(nn.Module):
             config = Stage1Config.from_dict(config)
         model = cls(config)
         renamed = lavis.from_lavis(state_dict)
-        lavis.check_complete(renamed, model.state_dict(), "LAVIS state dict")
+        check_state("LAVIS state dict", renamed, model.state_dict())
         if any(value.dtype == torch.float64 for value in renamed.values()):
             model.double()
         model.load_state_dict(renamed)
@@ -111,7 +112,7 @@ class Blip2Stage1(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"num_query_tokens={self.config.num_query_tokens}, path=plain"
+        return f"num_query_tokens={self.config.num_query_tokens}"
 
     def forward(
         self,
@@ -149,8 +150,9 @@ class Blip2Stage1(nn.Module):
         image_embeds = self._image_tokens(image_embeds, images)
         input_ids, attention_mask = self._text(input_ids, attention_mask, cu_seqlens)
         stage1_inputs.check_pairs(image_embeds, input_ids)
-        stage1_inputs.check_training_batch(input_ids, image_ids)
+        stage1_inputs.check_training_batch(input_ids, attention_mask, image_ids)
         visible = stage1_inputs.check_image_mask(image_embeds, image_attention_mask)
+        longest = stage1_inputs.check_ranks_agree(image_embeds, input_ids, image_ids, visible)
         B = image_embeds.shape[0]
 
         query_output, itg_logits = self._generation_pass(
@@ -168,7 +170,7 @@ class Blip2Stage1(nn.Module):
         if negatives is None:
             negatives = losses.sample_hard_negatives(sim_i2t, sim_t2i, positives)
         itm_logits = self._matching_pass(
-            image_embeds, input_ids, attention_mask, visible, negatives
+            image_embeds, (input_ids, attention_mask), visible, negatives, longest
         )
         loss_itm, itm_labels = losses.itm_loss(itm_logits)
 
@@ -241,7 +243,7 @@ class Blip2Stage1(nn.Module):
             query_length=0,
             attention_mask=qformer_mask(MaskKind.UNIMODAL, 0, attention_mask),
         ).last_hidden_state
-        return F.normalize(self.text_projection(states[:, 0]), dim=-1)
+        return losses.unit(self.text_projection(states[:, 0]))
 
     def match(
         self,
@@ -332,10 +334,10 @@ class Blip2Stage1(nn.Module):
     def _matching_pass(
         self,
         image_embeds: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        text: tuple[Tensor, Tensor],
         visible: Tensor | None,
         negatives: tuple[Tensor, Tensor],
+        longest: int,
     ) -> Tensor:
         """ITM logits `[3B, 2]`: own pairs, then with a negative image, then a negative text."""
         B = image_embeds.shape[0]
@@ -343,11 +345,9 @@ class Blip2Stage1(nn.Module):
         # an encoder in training needs the gradient of its tokens on other ranks; a frozen one none
         gather = gather_with_grad if image_embeds.requires_grad else gather_detached
         image_neg = gather(image_embeds)[negative_image]
-        ids_world, mask_world = gather_text(input_ids, attention_mask, self.config.pad_token_id)
-        ids_neg, mask_neg = ids_world[negative_text], mask_world[negative_text]
-        extra = ids_neg.shape[1] - input_ids.shape[1]
-        input_ids = F.pad(input_ids, (0, extra), value=self.config.pad_token_id)
-        attention_mask = F.pad(attention_mask, (0, extra), value=0)
+        input_ids, attention_mask = pad_text(*text, longest, self.config.pad_token_id)
+        ids_neg = gather_detached(input_ids)[negative_text]
+        mask_neg = gather_detached(attention_mask)[negative_text]
         if visible is not None:
             visible = torch.cat([visible, gather_detached(visible)[negative_image], visible])
         tokens, tokens_neg = self.ln_vision(image_embeds), self.ln_vision(image_neg)
@@ -364,7 +364,7 @@ class Blip2Stage1(nn.Module):
         query_states, _ = self._joint_states(
             tokens, input_ids, attention_mask, visible, MaskKind.BIDIRECTIONAL
         )
-        return self.itm_head(query_states).mean(dim=1)
+        return losses.wide(self.itm_head(query_states)).mean(dim=1)
 
     def _joint_states(
         self,
@@ -388,11 +388,13 @@ class Blip2Stage1(nn.Module):
         return states[:, :Q], states[:, Q:]
 
     def _image_features(self, query_output: Tensor) -> Tensor:
-        return F.normalize(self.vision_projection(query_output), dim=-1)
+        return losses.unit(self.vision_projection(query_output))
 
     def _image_tokens(self, image_embeds: Tensor | None, images: Tensor | None) -> Tensor:
         width = self.config.encoder_hidden_size
-        return stage1_inputs.image_tokens(image_embeds, images, self.image_encoder, width)
+        tokens = stage1_inputs.image_tokens(image_embeds, images, self.image_encoder, width)
+        stage1_inputs.check_gathered(self.query_tokens)
+        return tokens.to(self.ln_vision.weight.dtype)
 
     def _text(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, cu_seqlens: Tensor | None

@@ -8,8 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from blip2fast.gathering import world_size
+from blip2fast.gathering import gather_detached, rank, world_size
 from blip2fast.text_packing import unpack_text
+
+
+def is_float(x: Tensor) -> bool:
+    """Whether a tensor cannot hold indices."""
+    return x.is_floating_point() or x.dtype == torch.bool
 
 
 def describe(x: Tensor) -> str:
@@ -61,7 +66,7 @@ def padded_text(
         if attention_mask is not None:
             raise ValueError("attention_mask: packed text has no padding; give cu_seqlens alone")
         input_ids, attention_mask = unpack_text(input_ids, cu_seqlens, pad_token_id)
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
+    if input_ids.dim() != 2 or is_float(input_ids):
         raise ValueError(f"input_ids: expected [B, T] integers, got {describe(input_ids)}")
     if attention_mask is None:
         attention_mask = (input_ids != pad_token_id).long()
@@ -88,7 +93,7 @@ def padded_text(
         if not bool(attention_mask[:, 0].bool().all()):
             row = int((~attention_mask[:, 0].bool()).nonzero()[0])
             raise ValueError(f"attention_mask: text {row} starts with padding; pad on the right")
-    return input_ids, attention_mask
+    return input_ids.long(), attention_mask.long()
 
 
 def check_pairs(image_embeds: Tensor, input_ids: Tensor) -> None:
@@ -100,7 +105,9 @@ def check_pairs(image_embeds: Tensor, input_ids: Tensor) -> None:
         )
 
 
-def check_training_batch(input_ids: Tensor, image_ids: Tensor | None) -> None:
+def check_training_batch(
+    input_ids: Tensor, attention_mask: Tensor, image_ids: Tensor | None
+) -> None:
     """What only the losses need: something to contrast with, something to predict."""
     B, T = input_ids.shape
     if B * world_size() < 2:
@@ -108,10 +115,52 @@ def check_training_batch(input_ids: Tensor, image_ids: Tensor | None) -> None:
             "batch of 1 pair on 1 process: the contrastive and matching losses need negatives; "
             "use a batch of 2 or more"
         )
-    if T < 2:
-        raise ValueError(f"input_ids: texts need 2 tokens or more to predict one, got T={T}")
-    if image_ids is not None and image_ids.numel() != B:
-        raise ValueError(f"image_ids: expected [B] = [{B}], got {describe(image_ids)}")
+    if T < 2 or (input_ids.device.type == "cpu" and not bool(attention_mask[:, 1:].any())):
+        raise ValueError(
+            f"input_ids: no text has a token after its first one, so there is none to predict; "
+            f"got {describe(input_ids)}"
+        )
+    if image_ids is not None and (image_ids.shape not in ((B,), (B, 1)) or is_float(image_ids)):
+        raise ValueError(f"image_ids: expected [B] = [{B}] integers, got {describe(image_ids)}")
+
+
+def check_ranks_agree(
+    image_embeds: Tensor, input_ids: Tensor, image_ids: Tensor | None, visible: Tensor | None
+) -> int:
+    """The longest T of all ranks; all else that is gathered must have one shape everywhere.
+
+    A mismatch found by the collectives themselves would abort the processes.
+
+    Raises:
+        ValueError: on every rank, with the values of all.
+    """
+    B, S, _ = image_embeds.shape
+    T = input_ids.shape[1]
+    if world_size() == 1:
+        return T
+    own = torch.tensor([[B, S, image_ids is not None, visible is not None, T]])
+    ranks = gather_detached(own.to(image_embeds.device)).T.tolist()
+    names = ("batch size", "image tokens", "image_ids given", "image_attention_mask given")
+    for name, values in zip(names, ranks, strict=False):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"{name}: expected the same on every rank, got {values}; drop the last partial "
+                "batch, pad image tokens to one length with a mask, give ids and masks everywhere"
+            )
+    return max(ranks[-1])
+
+
+def check_gathered(query_tokens: Tensor) -> None:
+    """Refuse parameters that DeepSpeed ZeRO-3 has partitioned.
+
+    Raises:
+        RuntimeError: they are; says how to gather them.
+    """
+    if query_tokens.dim() != 3:
+        raise RuntimeError(
+            "the parameters are partitioned (DeepSpeed ZeRO-3); outside the engine's forward, "
+            "gather them: with deepspeed.zero.GatheredParameters(list(model.parameters()))"
+        )
 
 
 def check_image_mask(image_embeds: Tensor, image_attention_mask: Tensor | None) -> Tensor | None:
@@ -128,7 +177,7 @@ def check_negatives(negatives: tuple[Tensor, Tensor], batch: int) -> tuple[Tenso
     """The two index tensors, if they point into the batch of all ranks."""
     world_batch = batch * world_size()
     for name, index in zip(("negative_image", "negative_text"), negatives, strict=True):
-        if index.shape != (batch,) or index.is_floating_point():
+        if index.shape != (batch,) or is_float(index):
             raise ValueError(f"{name}: expected [B] = [{batch}] integers, got {describe(index)}")
         outside = index.device.type == "cpu" and bool(((index < 0) | (index >= world_batch)).any())
         if outside:
@@ -136,4 +185,8 @@ def check_negatives(negatives: tuple[Tensor, Tensor], batch: int) -> tuple[Tenso
                 f"{name}: expected indices from 0 to {world_batch - 1} (the batch of all ranks), "
                 f"got {index.tolist()[:8]}"
             )
-    return negatives
+        own = torch.arange(batch, device=index.device) + rank() * batch
+        if index.device.type == "cpu" and bool((index == own).any()):
+            rows = (index == own).nonzero().flatten().tolist()
+            raise ValueError(f"{name}: rows {rows[:8]} point at their own pair, which matches")
+    return negatives[0].long(), negatives[1].long()

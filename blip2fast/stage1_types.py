@@ -54,6 +54,20 @@ class Stage1Config:
     initial_temp: float = 0.07
     grad_mode: GradMode = "local"
 
+    def __post_init__(self) -> None:
+        check_sizes(self)
+        for name in ("bos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if not 0 <= value < self.vocab_size:
+                raise ValueError(
+                    f"{name} is {value}, vocab_size {self.vocab_size}: the token is not in the "
+                    "table; give the tokenizer's own ids"
+                )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; expected 0 to below 1")
+        if self.grad_mode not in ("local", "full"):
+            raise ValueError(f"grad_mode: expected 'local' or 'full', got {self.grad_mode!r}")
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Stage1Config:
         """Build from a mapping of field names; missing ones keep their defaults.
@@ -82,6 +96,28 @@ class Stage1Config:
         }
         sizes = {name: getattr(self, name) for name in shared}
         return Blip2QFormerConfig(**sizes, use_qformer_text_input=True)
+
+
+def check_sizes(config: Any) -> None:
+    """Refuse integer fields of a sizes dataclass that are no integers, or not positive.
+
+    Token ids may be 0. The hidden width must be a multiple of the number of heads.
+
+    Raises:
+        ValueError: naming field and value.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type != "int":
+            continue
+        least = 0 if field.name.endswith("_id") else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{field.name}: expected an integer from {least} on, got {value!r}")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
+            f"{config.num_attention_heads}"
+        )
 
 
 @dataclass

@@ -21,6 +21,7 @@ from blip2fast.qformer import QFormer
 from blip2fast.stage1 import Blip2Stage1
 from blip2fast.stage2_text import IGNORED, Stage2Text
 from blip2fast.stage2_types import Stage2Config, Stage2Output
+from blip2fast.state_dicts import check_state
 
 __all__ = ["Blip2Stage2", "Stage2Config", "Stage2Output"]
 
@@ -251,11 +252,7 @@ class Blip2Stage2(nn.Module):
         Returns:
             `(prompts [B, Q, L], query_output [B, Q, C])`.
         """
-        if self.query_tokens.dim() != 3:
-            raise RuntimeError(
-                "the parameters are partitioned (DeepSpeed ZeRO-3); outside the engine's forward, "
-                "gather them: with deepspeed.zero.GatheredParameters(list(model.parameters()))"
-            )
+        stage1_inputs.check_gathered(self.query_tokens)
         tokens = stage1_inputs.image_tokens(
             image_embeds, images, self.image_encoder, self.config.encoder_hidden_size
         )
@@ -358,7 +355,7 @@ class Blip2Stage2(nn.Module):
         self._load("trained state", state, self.trainable_state_dict())
 
     def _load(self, what: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-        stage2_convert.check_state(what, state, wanted)
+        check_state(what, state, wanted)
         self.load_state_dict(dict(state), strict=False)
 
     def _empty_text(self, prompts: Tensor) -> Tensor:

@@ -152,24 +152,3 @@ def _transformers_config(
         num_query_tokens=sizes.num_query_tokens,
         image_token_index=image_token_id,
     )
-
-
-def check_state(what: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are missing, unknown or of another shape, naming both.
-
-    Raises:
-        ValueError: naming the first few.
-    """
-    wrong = [
-        f"{name}: expected {tuple(value.shape)}, got {tuple(state[name].shape)}"
-        for name, value in wanted.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    wrong += [f"{name}: missing" for name in wanted if name not in state]
-    wrong += [f"{name}: unknown" for name in state if name not in wanted]
-    if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(
-            f"{what} does not fit the model's sizes: {'; '.join(wrong[:5])}{more}. "
-            "Build the model with the config that the weights were trained with"
-        )

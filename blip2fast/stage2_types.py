@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Blip2QFormerConfig
 from transformers.utils import ModelOutput
 
-from blip2fast.stage1_types import Stage1Config
+from blip2fast.stage1_types import Stage1Config, check_sizes
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class Stage2Config:
     max_txt_len: int = 32
     prompt: str = ""
     end_text: str | None = None
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
 
     @classmethod
     def from_stage1(cls, config: Stage1Config, **settings: Any) -> Stage2Config:

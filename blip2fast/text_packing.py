@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -60,3 +61,11 @@ def unpack_text(packed_ids: Tensor, cu_seqlens: Tensor, pad_token_id: int) -> tu
     input_ids = packed_ids.new_full((len(lengths), T), pad_token_id)
     input_ids[mask] = packed_ids
     return input_ids, mask.long()
+
+
+def pad_text(
+    input_ids: Tensor, attention_mask: Tensor, length: int, pad_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """Pad `[B, T]` ids and mask on the right to `[B, length]`; `length` is T or more."""
+    extra = length - input_ids.shape[1]
+    return F.pad(input_ids, (0, extra), value=pad_token_id), F.pad(attention_mask, (0, extra))

@@ -12,8 +12,6 @@ import torch
 from PIL import Image
 from small_run import config, write_world
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2VisionConfig,
@@ -30,7 +28,6 @@ from transformers import (
     ViTModel,
 )
 
-from blip2fast.bert_start import start_from_bert
 from blip2fast.cache_features import cache_images, main
 from blip2fast.caption_data import CaptionRecord, read_captions, write_records
 from blip2fast.feature_cache import FeatureCache
@@ -340,52 +337,6 @@ def _stage1(**changes: int) -> Blip2Stage1:
     sizes |= {"intermediate_size": 16, "encoder_hidden_size": 12, "vocab_size": 21, "embed_dim": 4}
     torch.manual_seed(1)
     return Blip2Stage1(Stage1Config(**(sizes | {"bos_token_id": 20} | changes)))
-
-
-def _bert(folder: Path, **changes: int) -> BertForMaskedLM:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(2)
-    bert = BertForMaskedLM(
-        BertConfig(**(sizes | {"intermediate_size": 16, "vocab_size": 20} | changes))
-    )
-    bert.save_pretrained(folder)
-    return bert.eval()
-
-
-def test_bert_gives_the_text_branch_its_weights(tmp_path: Path) -> None:
-    """A BERT without token types computes what the text branch and the word head compute."""
-    bert = _bert(tmp_path)
-    with torch.no_grad():
-        bert.bert.embeddings.token_type_embeddings.weight.zero_()
-    before, model = _stage1().state_dict(), _stage1().eval()
-    start_from_bert(model, str(tmp_path))
-    ids = torch.tensor([[2, 5, 9, 3], [2, 7, 3, 1]])
-    with torch.no_grad():
-        expected = bert(input_ids=ids).logits
-        states = model.qformer(query_embeds=model.embeddings(ids), query_length=0).last_hidden_state
-        logits = model.lm_head(states, model.embeddings.word_embeddings.weight)
-    torch.testing.assert_close(logits[..., :20], expected, rtol=1e-4, atol=1e-5)
-    after = model.state_dict()
-    layer = "qformer.encoder.layer.0."
-    name = "intermediate{}.dense.weight"
-    assert torch.equal(after[layer + name.format("")], after[layer + name.format("_query")])
-    kept = [n for n in before if torch.equal(before[n], after[n])]
-    assert {"query_tokens", "ln_vision.weight", "itm_head.weight"} <= set(kept)
-    assert any("crossattention.attention.key.weight" in n for n in kept)
-    words = "embeddings.word_embeddings.weight"
-    assert torch.equal(before[words][20], after[words][20])
-    assert not torch.equal(before[words][:20], after[words][:20])
-
-
-def test_another_bert_is_refused(tmp_path: Path) -> None:
-    _bert(tmp_path / "wide", intermediate_size=32)
-    with pytest.raises(ValueError, match=r"has shape \(32, 8\), this model's is \(16, 8\)"):
-        start_from_bert(_stage1(), str(tmp_path / "wide"))
-    _bert(tmp_path / "deep", num_hidden_layers=3)
-    with pytest.raises(ValueError, match=r"layer\.2\..*this model does not: fewer layers"):
-        start_from_bert(_stage1(), str(tmp_path / "deep"))
-    with pytest.raises(ValueError, match=r"model.bert '.*none': not there"):
-        start_from_bert(_stage1(), str(tmp_path / "none"))
 
 
 def test_the_encoder_class_is_what_the_model_takes() -> None:

@@ -14,8 +14,8 @@ from conftest import SMALL, make_batch
 from torch import Tensor
 
 from blip2fast import losses
-from blip2fast.gathering import gather_text
 from blip2fast.stage1 import Blip2Stage1
+from blip2fast.stage1_types import Stage1Output
 
 NEGATIVES = (torch.tensor([2, 3, 0, 1]), torch.tensor([3, 2, 1, 0]))
 
@@ -94,9 +94,45 @@ def _global_batch() -> dict[str, Tensor]:
     return batch
 
 
+def _ragged_batch() -> dict[str, Tensor]:
+    """Texts of rank 1 are shorter, image masks differ, and the tokens want a gradient."""
+    batch = make_batch(SMALL, batch=4, seed=1)
+    batch["attention_mask"][2:, 6:] = 0
+    batch["input_ids"][2:, 6:] = SMALL.pad_token_id
+    lengths = torch.tensor([7, 4, 5, 2])
+    batch["image_attention_mask"] = (torch.arange(7)[None] < lengths[:, None]).long()
+    batch["image_embeds"].requires_grad_()
+    return batch
+
+
 def _model(grad_mode: str) -> Blip2Stage1:
     torch.manual_seed(0)
     return Blip2Stage1(replace(SMALL, grad_mode=grad_mode)).double().eval()
+
+
+def _forward(model: Blip2Stage1, share: dict[str, Tensor], rank: int, ranks: int) -> Stage1Output:
+    return model(**share, negatives=tuple(n.chunk(ranks)[rank] for n in NEGATIVES))
+
+
+REFUSALS = (
+    "batch size: expected the same on every rank, got [1, 2]",
+    "image tokens: expected the same on every rank, got [6, 7]",
+    "image_ids given: expected the same on every rank, got [1, 0]",
+)
+
+
+def _refusals(rank: int, ranks: int) -> list[str]:
+    """Batches that differ between ranks end in an error on all of them, not in an abort."""
+    share = _share(_global_batch(), rank, ranks)
+    pairs = {name: value[: 1 + rank] for name, value in share.items()}
+    tokens = {**share, "image_embeds": share["image_embeds"][:, : 6 + rank]}
+    ids = {**share, "image_ids": torch.arange(2)} if rank == 0 else share
+    messages = []
+    for batch in (pairs, tokens, ids):
+        with pytest.raises(ValueError) as caught:
+            _model("local")(**batch)
+        messages.append(str(caught.value))
+    return messages
 
 
 def _worker(rank: int, ranks: int, path: str, ids: Tensor | None) -> None:
@@ -118,12 +154,15 @@ def _worker(rank: int, ranks: int, path: str, ids: Tensor | None) -> None:
         }
     sampled = _model("local")(**_share(_global_batch(), rank, ranks))
     results["negatives"] = (sampled.negative_image, sampled.negative_text)
-    ragged = torch.full((2, 3 + rank), 5)
-    results["ragged"] = gather_text(ragged, torch.ones_like(ragged), pad_token_id=0)
-    try:
-        gather_text(torch.ones(1 + rank, 3), torch.ones(1 + rank, 3), 0)
-    except ValueError as error:
-        results["error"] = str(error)
+    share = _share(_ragged_batch(), rank, ranks)
+    share["image_embeds"] = share["image_embeds"].detach().requires_grad_()
+    if rank == 1:
+        share["input_ids"] = share["input_ids"][:, :6]
+        share["attention_mask"] = share["attention_mask"][:, :6]
+    out = _forward(_model("full"), share, rank, ranks)
+    (out.loss_itc + out.loss_itm).backward()
+    results["ragged"] = (out.loss_itm.detach(), share["image_embeds"].grad)
+    results["refused"] = _refusals(rank, ranks)
     torch.save(results, f"{path}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -149,7 +188,14 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, with_ids: bo
         own = torch.arange(2) + 2 * rank
         for negative in result["negatives"]:
             assert bool(((negative >= 0) & (negative < 4) & (negative != own)).all())
-        ids_all, mask_all = result["ragged"]
-        assert ids_all.tolist() == [[5, 5, 5, 0]] * 2 + [[5, 5, 5, 5]] * 2
-        assert mask_all.sum(1).tolist() == [3, 3, 4, 4]
-        assert "batch size: expected the same on every rank, got [1, 2]" in result["error"]
+        for message, expected in zip(result["refused"], REFUSALS, strict=True):
+            assert expected in message
+
+    batch = _ragged_batch()
+    truth = _model("full")(**batch, negatives=NEGATIVES)
+    (truth.loss_itc + truth.loss_itm).backward()
+    losses_itm = torch.stack([r["ragged"][0] for r in ranks])
+    assert float(losses_itm.mean()) == pytest.approx(float(truth.loss_itm.detach()), rel=1e-12)
+    # each rank's loss is a mean over its own half: their sum is twice that of the whole
+    tokens = torch.cat([r["ragged"][1] for r in ranks]) / 2
+    assert torch.allclose(tokens, batch["image_embeds"].grad, rtol=1e-9, atol=1e-11)

@@ -76,9 +76,9 @@ def test_lavis_extras_are_understood_and_contradictions_refused(reference: Refer
 def test_lavis_state_dict_errors_name_tensors_and_shapes(reference: ReferenceCase) -> None:
     weight = dict(reference.weight)
     del weight["temp"]
-    with pytest.raises(ValueError, match="missing temp"):
+    with pytest.raises(ValueError, match="temp: missing"):
         Blip2Stage1.from_lavis_state_dict(weight, reference.config)
-    with pytest.raises(ValueError, match="unknown extra"):
+    with pytest.raises(ValueError, match="extra: unknown"):
         Blip2Stage1.from_lavis_state_dict(
             {**reference.weight, "extra": weight["itm_head.bias"]}, reference.config
         )
@@ -178,16 +178,48 @@ def test_packed_text_is_the_same_batch(
 def test_padded_image_tokens_are_not_seen(
     small_config: Stage1Config, small_batch: dict[str, Tensor]
 ) -> None:
+    """Every image has another number of tokens; what stands in the padding must not matter."""
     torch.manual_seed(0)
     model = Blip2Stage1(small_config).double().eval()
     negatives = (torch.tensor([2, 3, 0, 1, 5, 4]), torch.tensor([5, 4, 1, 0, 2, 1]))
-    short = {**small_batch, "image_embeds": small_batch["image_embeds"][:, :5]}
-    mask = torch.tensor([1] * 5 + [0] * 2).expand(6, 7)
-    truth = model(**short, negatives=negatives)
-    masked = model(**small_batch, negatives=negatives, image_attention_mask=mask)
+    mask = torch.arange(7)[None] < torch.tensor([7, 1, 3, 5, 2, 6])[:, None]
+    junk = small_batch["image_embeds"] + 9.0 * torch.randn(6, 7, 1).double() * ~mask[..., None]
+    batch = {**small_batch, "image_attention_mask": mask.long()}
+    truth = model(**batch, negatives=negatives)
+    padded = model(**{**batch, "image_embeds": junk}, negatives=negatives)
     for name in LOSSES:
-        assert relative_error(masked[name], truth[name]) < 1e-12, name
+        assert relative_error(padded[name], truth[name]) < 1e-12, name
     assert relative_error(model(**small_batch, negatives=negatives).loss, truth.loss) > 1e-6
+
+    features, _ = model.encode_image(junk, mask)
+    assert torch.allclose(features, truth.image_features, atol=1e-12)
+    match = model.match(junk, small_batch["input_ids"], small_batch["attention_mask"], mask)
+    assert torch.allclose(match, truth.itm_logits[:6], atol=1e-12)
+    written = [
+        model.generate(x, 3, 5, image_attention_mask=mask) for x in (junk, junk + ~mask[..., None])
+    ]
+    assert torch.equal(*written)
+    one = small_batch["image_embeds"][1:2, :1]
+    assert torch.equal(
+        written[0][1, : model.generate(one, 3, 5).shape[1]], model.generate(one, 3, 5)[0]
+    )
+
+
+def test_other_dtypes_of_inputs_are_taken(
+    small_config: Stage1Config, small_batch: dict[str, Tensor]
+) -> None:
+    """int32 ids and fp32 tokens into an fp64 model: cached features rarely match the weights."""
+    torch.manual_seed(0)
+    model = Blip2Stage1(small_config).double().eval()
+    negatives = (torch.tensor([2, 3, 0, 1, 5, 4]), torch.tensor([5, 4, 1, 0, 2, 1]))
+    truth = model(**small_batch, negatives=negatives)
+    narrow = {
+        "image_embeds": small_batch["image_embeds"].float(),
+        "input_ids": small_batch["input_ids"].int(),
+        "attention_mask": small_batch["attention_mask"].bool(),
+    }
+    out = model(**narrow, negatives=tuple(n.int() for n in negatives))
+    assert relative_error(out.loss, truth.loss) < 1e-6
 
 
 def test_accuracies_are_shares_of_right_answers(
@@ -295,9 +327,13 @@ class TestBadInput:
             ({"attention_mask": torch.ones(6, 8)}, r"the shape of input_ids \(6, 9\)"),
             ({"attention_mask": torch.zeros(6, 9)}, "text 0 starts with padding"),
             ({"image_ids": torch.arange(5)}, r"image_ids: expected \[B\] = \[6\]"),
-            ({"image_ids": torch.zeros(6)}, "no negative exists for rows"),
+            ({"image_ids": torch.zeros(6).long()}, "no negative exists for rows"),
+            ({"image_ids": torch.rand(6)}, r"expected \[B\] = \[6\] integers"),
+            ({"image_ids": torch.arange(6).view(2, 3)}, r"expected \[B\] = \[6\] integers"),
             ({"image_attention_mask": torch.ones(6, 8)}, r"expected \[B, S\] = \[6, 7\]"),
-            ({"negatives": (torch.arange(6), torch.arange(1, 7))}, "indices from 0 to 5"),
+            ({"negatives": (torch.arange(1, 7), torch.arange(1, 7))}, "indices from 0 to 5"),
+            ({"negatives": (torch.arange(6), torch.arange(6))}, "point at their own pair"),
+            ({"attention_mask": torch.eye(9)[:1].expand(6, 9)}, "none to predict"),
             ({"negatives": (torch.arange(5), torch.arange(6))}, r"negative_image: expected \[B\]"),
             ({"cu_seqlens": torch.tensor([0, 54])}, "packed text has no padding"),
         ],
@@ -343,9 +379,26 @@ class TestBadInput:
         with pytest.raises(ValueError, match="rising from 0 to 30"):
             model(**call)
 
-    def test_unknown_grad_mode(
-        self, small_config: Stage1Config, small_batch: dict[str, Tensor]
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"grad_mode": "global"}, "expected 'local' or 'full', got 'global'"),
+            ({"bos_token_id": 50}, "bos_token_id is 50, vocab_size 50"),
+            ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
+            ({"num_query_tokens": 0}, "num_query_tokens: expected an integer from 1 on, got 0"),
+            ({"hidden_size": "32"}, "hidden_size: expected an integer from 1 on, got '32'"),
+            ({"num_attention_heads": 5}, "32 is not a multiple of num_attention_heads 5"),
+        ],
+    )
+    def test_sizes_are_checked_when_the_config_is_built(
+        self, small_config: Stage1Config, change: dict, message: str
     ) -> None:
-        model = Blip2Stage1(replace(small_config, grad_mode="global")).double()
-        with pytest.raises(ValueError, match="expected 'local' or 'full', got 'global'"):
-            model(**small_batch)
+        with pytest.raises(ValueError, match=message):
+            replace(small_config, **change)
+
+    def test_partitioned_parameters_say_how_to_gather_them(
+        self, model: Blip2Stage1, small_batch: dict[str, Tensor]
+    ) -> None:
+        model.query_tokens.data = torch.empty(0)
+        with pytest.raises(RuntimeError, match="GatheredParameters"):
+            model.encode_image(small_batch["image_embeds"])
