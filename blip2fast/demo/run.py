@@ -19,6 +19,7 @@ import torch
 import transformers
 from rich.console import Console
 
+from blip2fast.demo.data import SPLIT_SIZES, cache_features, write_texts
 from blip2fast.demo.phases import Phases
 from blip2fast.demo.report import evaluate_demo
 from blip2fast.demo.settings import (
@@ -27,11 +28,11 @@ from blip2fast.demo.settings import (
     DemoSettings,
     Places,
     cores,
+    digest,
     fast,
     training_processes,
 )
 from blip2fast.demo.table import check_gates, render
-from blip2fast.demo.towers import SPLIT_SIZES, cache_features, train_towers, write_texts
 from blip2fast.demo.training import train
 from blip2fast.run_config import config_values, load_config
 from blip2fast.scenes.world import Source
@@ -90,7 +91,7 @@ def run_demo(
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     start = time.perf_counter()
-    places = Places(output)
+    places = Places(output, settings.source)
     output.mkdir(parents=True, exist_ok=True)
     phases = Phases(output, version("blip2fast"), console, fresh)
     names = ("source", "seed", "captions_per_scene", "question_rounds", *SPLIT_SIZES.values())
@@ -99,20 +100,13 @@ def run_demo(
         "scenes and texts",
         lambda: write_texts(settings, places),
         scenes,
-        products=[places.captions("train"), places.questions("held_out"), places.qformer_tokenizer],
-    )
-    phases.run(
-        "image and language towers, side by side",
-        lambda: train_towers(settings, places),
-        [settings.image_tower, settings.language_tower],
-        after=["scenes and texts"],
-        products=[places.image_tower, places.language_tower],
+        products=[places.captions("train"), places.questions("held_out")],
     )
     phases.run(
         "frozen features",
         lambda: cache_features(settings, places, console),
-        None,
-        after=["image and language towers, side by side"],
+        digest(places.image_tower),
+        after=["scenes and texts"],
         products=[places.features(split) for split in SPLIT_SIZES],
     )
     earlier = "frozen features"
@@ -153,7 +147,7 @@ def _train_phase(
     phases.run(
         TITLES[run],
         lambda: train(config, overrides, processes, places.log(run), phases.console),
-        [config_values(load_config(config, overrides)), processes],
+        [config_values(load_config(config, overrides)), processes, digest(places.language_tower)],
         after=[earlier],
         products=[places.run(run) / "model.safetensors", places.run(run) / "metrics.jsonl"],
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,6 +14,7 @@ from blip2fast.scenes import SceneSpec
 from blip2fast.scenes.world import Source
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+TOWERS = REPOSITORY / "blip2fast" / "scenes" / "towers"
 TRAINING_RUNS = ("stage1", "stage2", "vqa")
 
 
@@ -23,11 +24,10 @@ class DemoSettings:
 
     Attributes:
         source: drawn shapes or handwritten digits.
-        seed: of the scenes, the towers, the training runs and the controls.
+        seed: of the scenes, the training runs and the controls.
         train_scenes, held_out_scenes, unseen_scenes: images of each split.
         captions_per_scene: paraphrases of a training scene's caption.
         question_rounds: questions of each type about a training scene.
-        image_tower, language_tower: keyword arguments of the towers' training.
         rerank_k: candidates that ITM re-ranks.
         overrides: of the training configurations, by run.
     """
@@ -39,8 +39,6 @@ class DemoSettings:
     unseen_scenes: int = 500
     captions_per_scene: int = 4
     question_rounds: int = 1
-    image_tower: dict[str, Any] = dataclasses.field(default_factory=dict)
-    language_tower: dict[str, Any] = dataclasses.field(default_factory=dict)
     rerank_k: int = 10
     overrides: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
@@ -68,8 +66,6 @@ def fast(settings: DemoSettings) -> DemoSettings:
         train_scenes=96,
         held_out_scenes=40,
         unseen_scenes=20,
-        image_tower={"steps": 4, "batch_size": 16},
-        language_tower={"steps": 4, "batch_size": 16},
         rerank_k=2,
         overrides=dict.fromkeys(TRAINING_RUNS, few_steps),
     )
@@ -77,29 +73,26 @@ def fast(settings: DemoSettings) -> DemoSettings:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the demo's files are, all below one folder."""
+    """Where the demo's files are: its own below one folder, the towers in the package."""
 
     output: Path
+    source: Source = "shapes"
 
     @property
     def data(self) -> Path:
         return self.output / "data"
 
     @property
-    def towers(self) -> Path:
-        return self.output / "towers"
-
-    @property
     def image_tower(self) -> Path:
-        return self.towers / "image"
+        return TOWERS / f"image_{self.source}"
 
     @property
     def language_tower(self) -> Path:
-        return self.towers / "language"
+        return TOWERS / "language"
 
     @property
     def qformer_tokenizer(self) -> Path:
-        return self.towers / "qformer_tokenizer"
+        return TOWERS / "qformer_tokenizer"
 
     def captions(self, split: str) -> Path:
         return self.data / f"captions_{split}.jsonl"
@@ -127,11 +120,24 @@ class Places:
             f"data.eval_features={self.features('held_out')}",
         ]
         if run == "stage1":
-            values.append(f"model.tokenizer={self.qformer_tokenizer}")
+            values.append(f"model.tokenizer={_from_here(self.qformer_tokenizer)}")
         else:
-            values.append(f"language_model.path={self.language_tower}")
+            values.append(f"language_model.path={_from_here(self.language_tower)}")
             values.append(f"init_from={self.run('stage1' if run == 'stage2' else 'stage2')}")
         return tuple(values)
+
+
+def digest(folder: Path) -> str:
+    """A short hash of a model folder's weights."""
+    whole = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        whole.update(file.read_bytes())
+    return whole.hexdigest()[:16]
+
+
+def _from_here(path: Path) -> str:
+    """Relative to the working folder, as in the configurations, which start at the repository."""
+    return os.path.relpath(path)
 
 
 def cores() -> int:

@@ -1,0 +1,57 @@
+"""Scenes on disk, and the shipped image tower's features of every image."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from blip2fast.demo.settings import DemoSettings, Places
+from blip2fast.demo.training import progress_bar
+from blip2fast.feature_cache import FeatureCache
+from blip2fast.image_encoders import load_image_encoder
+from blip2fast.scenes import SceneSplit, make_split, write_records
+from blip2fast.scenes.image_tower import to_pixel_values
+from blip2fast.scenes.world import Split
+
+SPLIT_SIZES: dict[Split, str] = {
+    "train": "train_scenes",
+    "held_out": "held_out_scenes",
+    "unseen_pairs": "unseen_scenes",
+}
+BATCH = 256
+
+
+def load_split(settings: DemoSettings, split: Split) -> SceneSplit:
+    """Render a split; the same seed gives the same pixels."""
+    count: int = getattr(settings, SPLIT_SIZES[split])
+    return make_split(settings.spec, split, count, settings.seed)
+
+
+def write_texts(settings: DemoSettings, places: Places) -> None:
+    """Caption and question records of the training and held-out scenes."""
+    for name in ("train", "held_out"):
+        split = load_split(settings, name)
+        write_records(places.captions(name), split.caption_records(settings.captions_per_scene))
+        write_records(places.questions(name), split.question_records(settings.question_rounds))
+
+
+def cache_features(settings: DemoSettings, places: Places, console: Console) -> None:
+    """Frozen features of every image of every split."""
+    encoder = load_image_encoder(str(places.image_tower))
+    sizes = {split: getattr(settings, name) for split, name in SPLIT_SIZES.items()}
+    with progress_bar(console) as progress:
+        bar = progress.add_task("images", total=sum(sizes.values()), note="")
+        for name in sizes:
+            split = load_split(settings, name)
+            with FeatureCache.create(
+                places.features(name),
+                split.keys,
+                encoder.num_tokens,
+                encoder.width,
+                "bfloat16",
+                encoder.encoder_id,
+                when_there="replace",
+            ) as writer:
+                for start in range(0, len(split.keys), BATCH):
+                    images = split.images[start : start + BATCH]
+                    writer.write(start, encoder(to_pixel_values(images)))
+                    progress.advance(bar, len(images))
