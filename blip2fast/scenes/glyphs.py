@@ -14,7 +14,7 @@ from blip2fast.scenes.world import KINDS, Split
 
 Floats = NDArray[np.floating]
 
-# First sample of each filled-in form in scikit-learn's digits; see `handwriting`.
+# First sample of each filled-in form in scikit-learn's digits, and their end; see `handwriting`.
 FORM_STARTS = (0, 130, 256, 386, 516, 646, 776, 915, 1029, 1157, 1287, 1415, 1545, 1667, 1797)
 TRAIN_FORMS = slice(0, 9)
 HELD_OUT_FORMS = slice(10, 14)
@@ -43,12 +43,12 @@ def handwriting(split: Split) -> tuple[NDArray[np.float32], list[NDArray[np.int6
     """Handwritten digits for a split: training scenes and the others are by different people.
 
     scikit-learn's digits are the test part of the UCI set: 1,797 digits that 13 people wrote on
-    preprinted forms. Who wrote what is not recorded, but the order shows it: the sequence of
-    labels restarts, with the same run of digits, at the 14 indices of `FORM_STARTS`, and a digit's
-    nearest neighbour is 59 % of the time within 138 positions (chance: 15 %). So the set is cut
-    between forms: the first nine train, the next one is dropped (14 forms of 13 people: two
-    neighbours may share a writer), the last four (510 digits) are held out. That a writer came back
-    after a pause cannot be excluded.
+    preprinted forms. Who wrote what is not recorded, but the order shows it: the labels run through
+    nearly the same sequence 14 times, from the indices in `FORM_STARTS`, and a digit's nearest
+    neighbour comes from the same form in 53 % of cases (chance: 7 %). So the set is cut between
+    forms: the first nine train, the next is dropped (14 forms of 13 people: neighbours may share a
+    writer), the last four (510 digits) are held out. That a writer came back after a pause is not
+    excluded by this.
 
     Returns:
         Digits [n, 8, 8] in [0, 1], and for each kind the rows that show it.
