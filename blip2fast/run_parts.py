@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from blip2fast import checkpointing
-from blip2fast.bert_start import start_from_bert
 from blip2fast.caption_data import (
     AnswerTargets,
     Batch,
@@ -29,6 +28,7 @@ from blip2fast.checkpointing import Description
 from blip2fast.feature_cache import FeatureCache
 from blip2fast.image_encoders import FrozenImageEncoder, load_image_encoder
 from blip2fast.image_files import ImageTransform, read_image, transform_for
+from blip2fast.pretrained import initialise_from_bert
 from blip2fast.run_config import RunConfig
 from blip2fast.stage1 import Blip2Stage1
 from blip2fast.stage1_types import Stage1Config
@@ -290,7 +290,7 @@ def _stage1(
         state = checkpointing.read_parameters(str(config.init_from))
         checkpointing.load_parameters(model, state, f"init_from {config.init_from!r}")
     elif config.model.bert is not None:
-        start_from_bert(model, config.model.bert)
+        initialise_from_bert(model, config.model.bert)
     return model, tokenizer
 
 

@@ -41,7 +41,14 @@ def test_without_warmup_the_first_rate_is_the_peak() -> None:
 def test_decay_is_on_matrices_alone() -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = Blip2Stage1(
-        Stage1Config(**sizes, intermediate_size=8, encoder_hidden_size=8, vocab_size=9, embed_dim=4)
+        Stage1Config(
+            **sizes,
+            intermediate_size=8,
+            encoder_hidden_size=8,
+            vocab_size=9,
+            bos_token_id=8,
+            embed_dim=4,
+        )
     )
     model.vision_projection.weight.requires_grad_(False)
     decayed, others = parameter_groups(model, 0.05)

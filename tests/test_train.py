@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from small_run import config, distance, weights, write_world
+from transformers import BertConfig, BertForMaskedLM
 from transformers.models.opt.modeling_opt import OPTAttention
 
 from blip2fast import checkpointing
@@ -156,6 +157,21 @@ def test_keeps_the_last_checkpoints(finished: Callable[..., Path]) -> None:
         "step-00000005",
         "step-00000006",
     ]
+
+
+def test_stage1_starts_from_bert(
+    finished: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("bert")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 16}
+    vocabulary = len(weights(finished(1))["lm_head.bias"]) - 1  # [DEC] is not BERT's
+    bert = BertForMaskedLM(BertConfig(**sizes, vocab_size=vocabulary))
+    bert.save_pretrained(folder)
+    still = {"lr": 1e-9, "min_lr": 0.0, "max_steps": 1, "warmup_steps": 0}
+    run = finished(1, model={"bert": str(folder)}, optim=still)
+    name = "encoder.layer.1.output.dense.weight"
+    torch.testing.assert_close(weights(run)[f"qformer.{name}"], bert.state_dict()[f"bert.{name}"])
 
 
 def test_accumulation_takes_the_same_samples(finished: Callable[..., Path]) -> None:
