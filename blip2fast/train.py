@@ -55,7 +55,9 @@ def _share_cores() -> None:
     Two processes of two threads each on two cores take sixty times as long for a step.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
-    cores = len(os.sched_getaffinity(0))
+    # Not on macOS, where a process cannot be bound to cores either.
+    bound = getattr(os, "sched_getaffinity", None)
+    cores = len(bound(0)) if bound is not None else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
 

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from blip2fast.caption_data import CaptionRecord, QuestionRecord, write_records
 from blip2fast.feature_cache import FeatureCache
@@ -50,8 +56,25 @@ def small_opt(tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
     return OPTForCausalLM(config)
 
 
+def small_t5(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
+    torch.manual_seed(8)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=16,
+        d_ff=48,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    return T5ForConditionalGeneration(config)
+
+
 def write_world(folder: Path) -> Path:
-    """Records, caches, tokenizers and a language model under ``folder``."""
+    """Records, caches, tokenizers and two language models under ``folder``."""
     draw = random.Random(0)
     qformer = word_tokenizer(
         {
@@ -70,6 +93,10 @@ def write_world(folder: Path) -> Path:
     )
     language.save_pretrained(folder / "opt")
     small_opt(language).save_pretrained(folder / "opt")
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
+    translator = word_tokenizer(special, "$A </s>")
+    translator.save_pretrained(folder / "t5")
+    small_t5(translator).save_pretrained(folder / "t5")
     # What an image shows is written into its features, so that there is something to learn.
     codes = torch.randn(len(WORDS), NUM_TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
     for split, count in (("train", 22), ("eval", 8)):

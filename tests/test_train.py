@@ -141,6 +141,23 @@ def _without_time(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def test_an_encoder_decoder_trains_and_resumes_exactly(
+    finished: Callable[..., Path], world: Path, tmp_path: Path
+) -> None:
+    """The random split of prefix and suffix is drawn from the sample's number, not from a state."""
+    settings = {"language_model": {"path": str(world / "t5")}, "save_every": 3, "eval_every": 3}
+    whole = finished(2, **settings)
+    resumed = _interrupted_copy(whole, tmp_path / "resumed", step=3)
+    train(config(world, resumed, 2, resume=True, **settings), say=_quiet)
+    assert _without_time(resumed) == _without_time(whole)
+    assert distance(resumed, whole) == 0
+    spread = finished(2, zero_stage=3, gradient_checkpointing=True, **settings)
+    torch.testing.assert_close(_losses(spread), _losses(whole), rtol=2e-6, atol=0)
+    longer = {"max_steps": 40, "warmup_steps": 2, "batch_size": 8}
+    losses = _losses(finished(2, language_model=settings["language_model"], optim=longer))
+    assert losses[-1] < losses[0] - 0.05
+
+
 def test_a_checkpoint_goes_to_another_zero_stage(
     finished: Callable[..., Path], world: Path, tmp_path: Path
 ) -> None:
