@@ -67,7 +67,7 @@ def train_language_tower(
     *,
     width: int = 96,
     layers: int = 3,
-    steps: int = 5000,
+    steps: int = 3000,
     batch_size: int = 32,
     seed: int = 0,
 ) -> LanguageTowerReport:
@@ -96,7 +96,7 @@ def train_language_tower(
         started = time.perf_counter()
         losses = _train(model, _batches(tokenizer, scenes, batch_size, seed), steps)
         seconds = time.perf_counter() - started
-    model.eval().save_pretrained(out_dir)
+    model.eval().half().save_pretrained(out_dir)  # half the bytes to ship
     tokenizer.save_pretrained(out_dir)
     tail = losses[-max(1, steps // 10) :]
     return LanguageTowerReport(steps, sum(tail) / len(tail), seconds)
@@ -265,10 +265,8 @@ def _loss(model: OPTForCausalLM, batch: Row) -> Tensor:
     earlier = column[:, None] >= column[None, :]
     asking, asked = batch.segments[:, :, None], batch.segments[:, None, :]
     visible = earlier & ((asked == 0) | (asked == asking))
-    # added to the scores, as transformers takes ready-made masks in four dimensions
-    mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
     states = model.model.decoder(
-        input_ids=batch.ids, attention_mask=mask[:, None], position_ids=batch.positions
+        input_ids=batch.ids, attention_mask=visible[:, None], position_ids=batch.positions
     ).last_hidden_state
     labels = batch.labels[:, 1:]
     learned = labels != IGNORED
