@@ -61,17 +61,13 @@ def captions(scene: Scene, count: int, rng: random.Random) -> list[str]:
 def parse_caption(caption: str, spec: SceneSpec) -> frozenset[SceneObject] | None:
     """The set of objects that a caption names, or None if it is no caption of this world.
 
-    Filler words are skipped; what is left must be colour, kind and place, or place, colour and
-    kind, again and again, with no place named twice.
+    Filler words are skipped; what is left must be colour, kind and place, again and again, with no
+    place named twice.
     """
     words = [word for word in _WORDS.findall(caption.lower()) if word not in _FILLERS]
     if not words or len(words) % 3:
         return None
-    order = (0, 1, 2) if words[2] in spec.places else (1, 2, 0)
-    objects = [
-        SceneObject(*(words[start + offset] for offset in order))
-        for start in range(0, len(words), 3)
-    ]
+    objects = [SceneObject(*words[start : start + 3]) for start in range(0, len(words), 3)]
     known = all(
         o.colour in spec.colours and o.kind in spec.kinds and o.place in spec.places
         for o in objects
