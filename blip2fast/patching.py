@@ -160,7 +160,7 @@ def _check_replaceable(original: PreTrainedModel) -> None:
         if "forward" in vars(module) and len(module._modules) > 0:
             raise ValueError(
                 f"forward of {name}.{path} was replaced on the instance, as a device map does: "
-                "patch the model first, then dispatch it"
+                "load the model without one"
             )
 
 

@@ -54,14 +54,14 @@ def attention(
 def _explicit_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    # Half-precision softmax loses what the kernels keep: they sum in float32.
+    # The lowest half-precision number, a usual mask, and a score can add up to -inf.
     dtype = torch.promote_types(query.dtype, torch.float32)
     scores = (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).to(dtype)
     if mask is None:
         weights = scores.softmax(-1)
     else:
-        # The lowest finite score, not -inf: a row without any visible token stays finite in the
-        # backward pass, and its weights are zeroed afterwards.
+        # The lowest finite score, not -inf: a row without any visible token then makes no NaN,
+        # and its weights are zeroed afterwards.
         lowest = torch.finfo(dtype).min
         if mask.dtype == torch.bool:
             hidden = ~mask

@@ -170,11 +170,10 @@ def test_mode_precision_and_checkpointing_follow_both_ways() -> None:
 
 def test_buffers_of_the_original_follow_the_device() -> None:
     model, _ = build(INSTRUCT)
-    original = patch(model).qformer
-    model.to("meta")
+    patch(model).to("meta")
     unpatch(model)
+    assert type(model.qformer) is InstructBlipQFormerModel
     assert model.qformer.embeddings.position_ids.device.type == "meta"
-    assert original is not model.qformer
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:

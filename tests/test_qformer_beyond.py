@@ -112,29 +112,33 @@ def test_one_query_batch_is_attended_once_and_broadcast() -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("value", ["boolean", "-inf"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", ["boolean", "-inf", "lowest"])
 def test_a_row_that_sees_nothing_is_finite(attention: str, dtype: torch.dtype, value: str) -> None:
     _, qformer = make_pair(blip2_config(), dtype, attention)
     mask = pair_mask()[:, None]
     mask[1] = False
     image_mask = up_to(IMAGE_LENGTHS, S)[:, None, None].bool()
     image_mask[0] = False
-    if value == "-inf":
+    if value != "boolean":
+        low = float("-inf") if value == "-inf" else torch.finfo(dtype).min
         mask, image_mask = (
-            torch.zeros(m.shape).masked_fill(~m, float("-inf")) for m in (mask, image_mask)
+            torch.zeros(m.shape, dtype=dtype).masked_fill(~m, low) for m in (mask, image_mask)
         )
     inputs = cast({"query_embeds": rows(), "encoder_hidden_states": images()}, dtype)
     inputs |= {"query_length": Q, "attention_mask": mask, "encoder_attention_mask": image_mask}
-    outputs, gradients = run_with_gradients(qformer, inputs)
+    # raises where a NaN is made, also where a later step would hide it
+    with torch.autograd.set_detect_anomaly(True):
+        outputs, gradients = run_with_gradients(qformer, inputs)
     # the float mask itself is no parameter: masks are not learned here
     assert all(output.isfinite().all() for output in outputs)
     for name, gradient in gradients.items():
         assert gradient is None or "mask" in name or gradient.isfinite().all(), name
 
     recorded = qformer(**inputs, output_attentions=True)
-    assert not recorded.cross_attentions[0][0].any()
-    assert not recorded.attentions[0][1].any()
+    # the lowest number everywhere hides nothing: softmax is blind to a constant
+    assert recorded.cross_attentions[0][0].any() == (value == "lowest")
+    assert recorded.attentions[0][1].any() == (value == "lowest")
     assert_near(outputs[0], recorded[0].detach(), 0.05, "explicit")
 
 
