@@ -72,7 +72,7 @@ def train_image_tower(
         started = time.perf_counter()
         losses = _train(model, images, steps, batch_size, seed)
         seconds = time.perf_counter() - started
-    tower = ViTModel(config, add_pooling_layer=False)
+        tower = ViTModel(config, add_pooling_layer=False)
     tower.load_state_dict(model.vit.state_dict())
     # Half precision halves what the package ships; it is read back as float32 where asked for.
     tower.half().save_pretrained(out_dir)
