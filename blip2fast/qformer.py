@@ -171,13 +171,14 @@ class QFormer(PreTrainedModel):
             query_length: Q, how many rows are queries; they alone see the images. Default: all
                 rows of `query_embeds`. 0: text only.
             attention_mask: `[B, L]` (1: real token), `[B, L, L]` (1: row may see column), or
-                `[B, 1 or H, L, L]` (boolean, 0/1, or a float that is added to the scores).
+                `[B, 1 or H, L, L]` (boolean, integer 0/1, or a float that is added to the scores).
             encoder_hidden_states: image tokens `[B, S, E]`, or one `[S_b, E]` per sample.
             encoder_attention_mask: `[B, S]` (1: real token), `[B]` integers (numbers of real
                 tokens), `[B, Q, S]` or `[B, 1 or H, Q, S]` as above.
             input_ids: token ids `[B, T]`, for a Q-Former with embeddings.
             position_ids: `[B, T]` or `[1, T]`, positions of `input_ids`; default 0 to T-1.
-            kwargs: `output_attentions`, `output_hidden_states`, `return_dict` as everywhere in
+            kwargs: (arguments of the InstructBLIP form stand in another order in transformers: pass
+                them by name) `output_attentions`, `output_hidden_states`, `return_dict` as everywhere in
                 transformers; others are ignored.
 
         Returns:
@@ -366,6 +367,16 @@ def _read_config(
 
 
 def _check_rows(name: str, states: Tensor, width: int) -> None:
+    if not states.is_floating_point():
+        raise ValueError(
+            f"{name} holds {states.dtype}, expected floating-point states [B, tokens, {width}]; "
+            "token ids go into input_ids=..., by name"
+        )
+    if not states.is_floating_point():
+        raise ValueError(
+            f"{name} holds {states.dtype}, expected floating-point states [B, tokens, {width}]; "
+            "token ids go into input_ids=..., by name"
+        )
     if states.ndim != 3 or states.shape[-1] != width or 0 in states.shape:
         shape = list(states.shape)
         what = "is empty" if 0 in shape else f"has shape {shape}"

@@ -177,7 +177,7 @@ def _granite_vision() -> tuple[PreTrainedModel, Inputs]:
         "model_type": "blip_2_qformer",
         "hidden_size": 64,
         "encoder_hidden_size": 64,
-        "num_attention_heads": 1,
+        "num_attention_heads": 4,
         "num_hidden_layers": 2,
         "intermediate_size": 48,
         "cross_attention_frequency": 1,
@@ -187,7 +187,7 @@ def _granite_vision() -> tuple[PreTrainedModel, Inputs]:
         text_config=text,
         qformer_config=qformer,
         image_token_index=IMAGE_TOKEN,
-        downsample_rate="1/2",
+        downsample_rate="2/4",  # windows of 16 tokens and 4 queries
         deepstack_layer_map=[[-1, 0]],
         spatial_target_layers=[0, 0, 1, 1],
         image_grid_pinpoints=[[16, 16]],

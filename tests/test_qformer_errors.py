@@ -62,6 +62,14 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
         {"attention_mask": torch.ones(B, 3, L, L)},
         r"attention_mask has 3 heads in its shape \[3, 3, 9, 9\]; expected 1 or 4",
     ),
+    "additive mask without heads": (
+        {"attention_mask": torch.zeros(B, L, L).masked_fill(torch.eye(L) == 0, -torch.inf)},
+        r"attention_mask of shape \[3, 9, 9\] holds negative values.*give an additive mask four",
+    ),
+    "ids as rows": (
+        {"query_embeds": torch.zeros(B, L, C).long()},
+        r"query_embeds holds torch.int64.*token ids go into input_ids=\.\.\., by name",
+    ),
     "mask dimensions": (
         {"attention_mask": torch.ones(B, 1, 1, L, L)},
         r"attention_mask has shape \[3, 1, 1, 9, 9\]",
