@@ -54,7 +54,9 @@ def _share_cores() -> None:
 
     Two processes of two threads each on two cores take sixty times as long for a step.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    # On this machine, as torchrun and as DeepSpeed's launcher say it; in all, as others do.
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    processes = int(next((os.environ[name] for name in names if os.environ.get(name)), 1))
     # Not on macOS, where a process cannot be bound to cores either.
     bound = getattr(os, "sched_getaffinity", None)
     cores = len(bound(0)) if bound is not None else os.cpu_count() or 1

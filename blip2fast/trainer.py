@@ -57,7 +57,11 @@ class TrainingStep(nn.Module):
 
 @dataclass
 class Progress:
-    """Sums of the scalars since the last log line; kept on the device, so no step waits."""
+    """Sums of the scalars since the last log line; kept on the device, so no step waits.
+
+    Attributes:
+        since: the time of that line, in seconds; pauses are added to it.
+    """
 
     sums: dict[str, Tensor]
     count: int = 0
@@ -69,10 +73,14 @@ class Progress:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.count += 1
 
-    def take(self, samples_per_micro_step: int) -> dict[str, float]:
+    def take(self, steps: int, samples_per_step: int) -> dict[str, float]:
         """Means over micro-steps and processes, and the speed; starts anew.
 
         Every process must call this.
+
+        Args:
+            steps: optimizer steps since the last call.
+            samples_per_step: of all processes.
         """
         names = sorted(self.sums)
         means = torch.stack([self.sums[name] for name in names]) / self.count
@@ -82,7 +90,8 @@ class Progress:
         values = means.tolist()
         now = time.perf_counter()
         metrics = dict(zip(names, values, strict=True))
-        metrics["samples_per_second"] = self.count * samples_per_micro_step / (now - self.since)
+        metrics["seconds_per_step"] = (now - self.since) / steps
+        metrics["samples_per_second"] = steps * samples_per_step / (now - self.since)
         self.sums, self.count, self.since = {}, 0, now
         return metrics
 
@@ -226,17 +235,19 @@ class Trainer:
             if log is not None:
                 log.advance()
             if self.step % config.log_every == 0 or self.step == last:
-                metrics = progress.take(config.optim.batch_size * self.world_size)
+                steps = progress.count // config.optim.accumulation
+                metrics = progress.take(steps, self.parts.batches.plan.samples_per_step)
                 _check_finite(metrics, self.step)
                 if log is not None:
                     log.write(self.step, {**metrics, "lr": rate})
+            paused = time.perf_counter()
             if config.save_every and self.step % config.save_every == 0:
                 self._save_checkpoint()
             if self._evaluates_now():
                 metrics = self.evaluate()
-                progress.since = time.perf_counter()
                 if log is not None:
                     log.write(self.step, metrics)
+            progress.since += time.perf_counter() - paused
         return metrics
 
     def _evaluates_now(self) -> bool:
