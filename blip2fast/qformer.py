@@ -165,6 +165,9 @@ class QFormer(PreTrainedModel):
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Runs the Q-Former over L = Q + T rows.
 
+        The order of the arguments is that of `Blip2QFormerModel`; for the InstructBLIP forms,
+        whose order differs in transformers, pass them by name.
+
         Args:
             query_embeds: `[B, L, C]`, queries first, then embedded text. Batch 1 serves every
                 image. With `input_ids` the queries alone, `[B, Q, C]`.
@@ -177,8 +180,7 @@ class QFormer(PreTrainedModel):
                 tokens), `[B, Q, S]` or `[B, 1 or H, Q, S]` as above.
             input_ids: token ids `[B, T]`, for a Q-Former with embeddings.
             position_ids: `[B, T]` or `[1, T]`, positions of `input_ids`; default 0 to T-1.
-            kwargs: (arguments of the InstructBLIP form stand in another order in transformers: pass
-                them by name) `output_attentions`, `output_hidden_states`, `return_dict` as everywhere in
+            kwargs: `output_attentions`, `output_hidden_states`, `return_dict` as everywhere in
                 transformers; others are ignored.
 
         Returns:
