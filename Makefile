@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 
 # one process a core, one thread a process
 test: $(TESTS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not demo" tests benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not demo and not fullsize" tests benchmarks
 
 lint: $(TESTS)
 	$(BIN)/ruff check .

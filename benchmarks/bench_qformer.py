@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from shapes import SHAPES
+from shapes import NAMES, SHAPES
 from transformers import Blip2QFormerModel
 
 from blip2fast import QFormer
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("batch", [1, 4])
 def bench_forward(name: str, batch: int, race: Callable[..., None]) -> None:
     shape = SHAPES[name]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import pytest
+
 from blip2fast import Stage1Config
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -46,3 +48,8 @@ SHAPES = {
     "vit_l": Shape(replace(VIT_G, encoder_hidden_size=1024), batch=4, image_tokens=257),
     "vit_g": Shape(VIT_G, batch=4, image_tokens=257),
 }
+# the full sizes are timed, not tested
+NAMES = [
+    "scenes",
+    *(pytest.param(name, marks=pytest.mark.fullsize) for name in SHAPES if name != "scenes"),
+]

@@ -141,20 +141,20 @@ def retrieval_recall(
     return recall | {f"t2i_r{k}": (rank_t2i < k).float().mean().item() for k in ks}
 
 
-def match_scores(
+def match_logits(
     model: Blip2Stage1,
     images: ImageReader,
     texts: Texts,
     pairs: tuple[Tensor, Tensor],
     batch_size: int = 64,
 ) -> Tensor:
-    """ITM logit of "match" minus that of "no match" for (image, text) pairs.
+    """ITM logits of (image, text) pairs.
 
     Args:
         pairs: image numbers [P] and text numbers [P].
 
     Returns:
-        [P] on the CPU; positive means that the model says "match".
+        [P, 2] on the CPU; class 1 is "match".
     """
     image_rows, text_rows = pairs
     scores = []
@@ -166,8 +166,8 @@ def match_scores(
                 texts.input_ids[chosen].to(device),
                 texts.attention_mask[chosen].to(device),
             ).float()
-            scores.append((logits[:, 1] - logits[:, 0]).cpu())
-    return torch.cat(scores) if scores else torch.empty(0)
+            scores.append(logits.cpu())
+    return torch.cat(scores) if scores else torch.empty(0, 2)
 
 
 def rerank(
@@ -180,8 +180,8 @@ def rerank(
 ) -> tuple[Tensor, Tensor]:
     """Re-rank the k best candidates of each row and column by matching score (paper 4.4).
 
-    A candidate's score is its ITC similarity plus the ITM match logit; candidates stay in front
-    of all others, which keep their ITC order.
+    A candidate's score is its ITC similarity plus the logit of "match", as LAVIS adds them up;
+    candidates stay in front of all others, which keep their ITC order.
 
     Args:
         similarity: [I, J] ITC similarity, of cosines.
@@ -203,9 +203,8 @@ def rerank(
     # A pair chosen in both directions is matched once.
     image_rows, text_rows = (candidates_i2t | candidates_t2i).nonzero(as_tuple=True)
     match = torch.zeros_like(similarity)
-    match[image_rows, text_rows] = match_scores(
-        model, images, texts, (image_rows, text_rows), batch_size
-    )
+    logits = match_logits(model, images, texts, (image_rows, text_rows), batch_size)
+    match[image_rows, text_rows] = logits[:, 1]
     above_all = 2 * (match.abs().max() + similarity.abs().max()) + 1
     score = similarity + match
     return (
@@ -237,8 +236,10 @@ def swapped_match_accuracy(
             f"{len(texts)} true, {len(swapped)} swapped"
         )
     numbers = torch.arange(len(texts))
-    true_score = match_scores(model, images, texts, (texts.image, numbers), batch_size)
-    wrong_score = match_scores(model, images, swapped, (swapped.image, numbers), batch_size)
+    true_score, wrong_score = (
+        match_logits(model, images, some, (some.image, numbers), batch_size).diff(dim=1).squeeze(1)
+        for some in (texts, swapped)
+    )
     right_true = (true_score > 0).float().mean().item()
     right_wrong = (wrong_score <= 0).float().mean().item()
     return {

@@ -20,7 +20,7 @@ from blip2fast.evaluation import (
 from blip2fast.retrieval import (
     Texts,
     encode_all,
-    match_scores,
+    match_logits,
     query_similarity,
     rerank,
     retrieval_recall,
@@ -144,7 +144,7 @@ def test_rerank_against_loops(toy, k):
             logits = model.eval().match(
                 embeds[i : i + 1], texts.input_ids[j : j + 1], texts.attention_mask[j : j + 1]
             )[0]
-        return (similarity[i, j] + logits[1] - logits[0]).item()
+        return (similarity[i, j] + logits[1]).item()
 
     for i in range(NUM_IMAGES):
         order = sorted(range(J), key=lambda j: -similarity[i, j].item())
@@ -251,7 +251,7 @@ def test_texts_refuse_wrong_shapes():
 def test_match_scores_of_no_pairs(toy):
     model, embeds, texts = toy
     none = torch.empty(0, dtype=torch.long)
-    assert match_scores(model, embeds.__getitem__, texts, (none, none)).shape == (0,)
+    assert match_logits(model, embeds.__getitem__, texts, (none, none)).shape == (0, 2)
 
 
 def test_exact_match_uses_the_callers_match():

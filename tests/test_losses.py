@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import SMALL, make_batch
+from stage1_cases import SMALL, make_batch
 from torch import Tensor
 
 from blip2fast import losses

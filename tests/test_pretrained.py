@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from stage1_cases import SMALL
 from torch import Tensor
 from transformers import (
     BertConfig,

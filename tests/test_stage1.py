@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ReferenceCase, make_batch
+from stage1_cases import ReferenceCase, make_batch
 from textbook_stage1 import TextbookStage1
 from torch import Tensor, nn
 
