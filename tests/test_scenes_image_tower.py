@@ -118,7 +118,7 @@ def test_colour_and_kind_can_be_read_from_the_shipped_tower(source):
     spec = SceneSpec(source=source)
     encoder = load_image_encoder(str(FOLDER / f"image_{source}"))
     features, colours, kinds = {}, {}, {}
-    for name, count in (("train", 2000), ("held_out", 400)):
+    for name, count in (("train", 1200), ("held_out", 300)):
         made = make_split(spec, name, count, seed=5)
         features[name] = by_place(encoder(to_pixel_values(made.images)))
         colours[name] = labels(made, "colour", spec.colours)
