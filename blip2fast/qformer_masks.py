@@ -60,11 +60,6 @@ def prepare_mask(
             f"{name} of shape {list(mask.shape)} holds negative values: masks of two or three "
             "dimensions are 0/1 (1: may be seen); give an additive mask four dimensions"
         )
-    if not additive and mask.is_floating_point() and _is_additive(mask):
-        raise ValueError(
-            f"{name} of shape {list(mask.shape)} holds negative values: masks of two or three "
-            "dimensions are 0/1 (1: may be seen); give an additive mask four dimensions"
-        )
     if not additive and mask.dtype != torch.bool:
         mask = mask != 0
     if mask.ndim == 2:
@@ -74,13 +69,6 @@ def prepare_mask(
     if not additive and _hides_nothing(mask):
         return None
     return mask
-
-
-def _is_additive(mask: Tensor) -> bool:
-    """True where a float mask, were it read as 0/1, would show what it means to hide."""
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return bool((mask < 0).any())
 
 
 def _is_additive(mask: Tensor) -> bool:
