@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blip2fast.demo.table import SECTIONS
 from blip2fast.evaluation import (
     accuracy_by_type,
     continue_texts,
@@ -314,12 +315,13 @@ def number_of_contents(split: SceneSplit) -> int:
 
 
 def merge(*parts: Rows) -> Rows:
-    """All rows with all their columns, in the order of the first mention of their section."""
+    """All rows with all their columns, in the order of the table's sections."""
     merged: Rows = {}
     for part in parts:
         for name, row in part.items():
             merged.setdefault(name, {}).update(row)
-    return merged
+    order = list(SECTIONS)
+    return dict(sorted(merged.items(), key=lambda item: order.index(item[0].partition("/")[0])))
 
 
 def _add(rows: Rows, section: str, column: str, accuracies: dict[str, float]) -> None:

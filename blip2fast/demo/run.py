@@ -9,7 +9,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,7 @@ import transformers
 from rich.console import Console
 
 from blip2fast.demo.data import SPLIT_SIZES, cache_features, write_texts
-from blip2fast.demo.phases import Phases
+from blip2fast.demo.phases import Clock, Phases
 from blip2fast.demo.report import evaluate_demo
 from blip2fast.demo.settings import (
     REPOSITORY,
@@ -90,7 +89,7 @@ def run_demo(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    start = time.perf_counter()
+    clock = Clock()
     places = Places(output, settings.source)
     output.mkdir(parents=True, exist_ok=True)
     phases = Phases(output, version("blip2fast"), console, fresh)
@@ -113,20 +112,20 @@ def run_demo(
     for run in TRAINING_RUNS:
         _train_phase(phases, settings, places, run, earlier)
         earlier = TITLES[run]
-    evaluation_start = time.perf_counter()
+    evaluation_clock = Clock()
     console.print("[bold]evaluation[/bold]")
     table, details = evaluate_demo(settings, places, console)
-    phases.times["evaluation"] = {
-        "seconds": time.perf_counter() - evaluation_start,
-        "reused": False,
-    }
+    phases.times["evaluation"] = {**evaluation_clock.read(), "reused": False}
     summary = {
         "source": settings.source,
         "table": table,
         **details,
         "phases": phases.times,
-        "seconds": time.perf_counter() - start,
-        "seconds_from_nothing": sum(phase["seconds"] for phase in phases.times.values()),
+        "this_run": clock.read(),
+        "from_nothing": {
+            key: sum(phase[key] for phase in phases.times.values())
+            for key in ("seconds", "cpu_seconds")
+        },
         "settings": dataclasses.asdict(settings),
         "machine": _machine(),
     }
@@ -204,8 +203,11 @@ def _write(summary: dict[str, Any], places: Places, console: Console) -> None:
         Console(file=file, width=140).print(rendered)
     wide = console if console.width >= 120 else Console(file=sys.stdout, width=120)
     wide.print(rendered)
-    for name, phase in summary["phases"].items():
-        note = ", reused" if phase["reused"] else ""
-        console.print(f"  {phase['seconds']:7.1f} s  {name}{note}", highlight=False)
-    console.print(f"  {summary['seconds']:7.1f} s  in total", highlight=False)
+    lines = {
+        **{n + (", reused" if p["reused"] else ""): p for n, p in summary["phases"].items()},
+        "in total, from nothing": summary["from_nothing"],
+    }
+    for name, spent in lines.items():
+        times = f"{spent['seconds']:7.1f} s ({spent['cpu_seconds']:.0f} s of CPU)"
+        console.print(f"  {times}  {name}", highlight=False)
     console.print(f"Everything is in {places.output}: tensorboard --logdir {places.output}")

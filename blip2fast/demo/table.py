@@ -26,27 +26,26 @@ COLUMNS = {
 }
 SECTIONS = {
     "loss": "Held-out losses",
-    "retrieval": "Retrieval by ITC features",
-    "rerank": "Retrieval, re-ranked by ITM",
-    "itm": "ITM, true against one attribute swapped",
-    "caption": "Captions of the language model (stage 2)",
-    "vqa_direct": "VQA direct, zero-shot after stage 2",
-    "vqa_read": "VQA, the language model reads the generated caption",
-    "vqa_tuned": "VQA fine-tuned",
+    "retrieval": "Retrieval by ITC",
+    "rerank": "Retrieval, ITM re-ranks",
+    "itm": "ITM, one attribute swapped",
+    "caption": "Captions by the language model",
+    "vqa_direct": "VQA, zero-shot",
+    "vqa_read": "VQA, caption then read",
+    "vqa_tuned": "VQA, fine-tuned",
 }
 ROW_NAMES = {
     "itc": "contrastive (ITC)",
     "itm": "matching (ITM)",
     "itg": "generation (ITG)",
-    "stage2": "language modelling (stage 2)",
-    "vqa": "answers (VQA fine-tuning)",
+    "stage2": "language modelling",
     "t2i_r1": "text to image R@1",
     "t2i_r5": "text to image R@5",
     "i2t_r1": "image to text R@1",
     "i2t_r5": "image to text R@5",
     "accuracy": "accuracy",
-    "ranked": "true caption ranked first",
-    "exact": "exact (objects, colours, places)",
+    "ranked": "true one ranked first",
+    "exact": "exact",
     "all": "all questions",
 }
 
@@ -105,7 +104,7 @@ def _value(rows: Rows, name: str, column: str) -> float:
 def render(rows: Rows, title: str) -> Table:
     """The table for a terminal."""
     table = Table(title=title, title_justify="left", pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading in COLUMNS.values():
         table.add_column(heading, justify="right")
     section = ""
