@@ -72,6 +72,8 @@ class LanguageModelSection:
         path: local folder or hub name.
         prompt: text before every caption; with ``{}`` in it, where the question goes (vqa).
         end_text: what ends a decoder-only target; None: the tokenizer's end token.
+        match_embedding_scale: start soft prompts at the size of its token embeddings (a small
+            language model learns sooner); False: PyTorch's default, as LAVIS.
     """
 
     __pydantic_config__ = _STRICT
@@ -79,6 +81,7 @@ class LanguageModelSection:
     path: str
     prompt: str = ""
     end_text: str | None = None
+    match_embedding_scale: bool = False
 
 
 @dataclass

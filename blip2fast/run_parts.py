@@ -305,6 +305,7 @@ def _stage2(
         max_txt_len=config.data.max_txt_len,
         prompt=config.language_model.prompt,
         end_text=config.language_model.end_text,
+        match_embedding_scale=config.language_model.match_embedding_scale,
     )
     path = config.language_model.path
     language_model = checkpointing.load_language_model(path, DTYPES[config.precision])

@@ -64,6 +64,8 @@ class Blip2Stage2(nn.Module):
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
         self.qformer = QFormer(config.qformer_config())
         self.language_projection = nn.Linear(config.hidden_size, width)
+        if config.match_embedding_scale:
+            stage2_llm.match_embedding_scale(self.language_projection, language_model)
         self.language_model = language_model
         self.image_encoder = image_encoder
         stage2_llm.freeze(language_model)

@@ -17,6 +17,14 @@ from blip2fast.stage1_inputs import describe
 from blip2fast.stage2_text import IGNORED
 
 
+@torch.no_grad()
+def match_embedding_scale(projection: nn.Linear, language_model: PreTrainedModel) -> None:
+    """Draw the projection anew: inputs of unit variance give outputs of the embeddings' spread."""
+    spread = float(language_model.get_input_embeddings().weight.float().std())
+    nn.init.normal_(projection.weight, std=spread * projection.in_features**-0.5)
+    nn.init.zeros_(projection.bias)
+
+
 def freeze(module: nn.Module) -> None:
     """No gradients on the weights and no dropout; gradients still flow to the inputs."""
     module.requires_grad_(False)

@@ -267,3 +267,17 @@ def test_gradient_checkpointing_needs_layers():
     model = Blip2Stage2(stage2_config(), language_model)
     with pytest.raises(ValueError, match="OPTForCausalLM has no layers that support gradient"):
         model.gradient_checkpointing_enable()
+
+
+def test_soft_prompts_start_at_the_size_of_the_embeddings():
+    torch.manual_seed(0)
+    language_model = OPTForCausalLM(opt_config())
+    spread = language_model.get_input_embeddings().weight.detach().std()
+    prompts = {}
+    for matched in (False, True):
+        config = stage2_config(match_embedding_scale=matched)
+        model = Blip2Stage2(config, language_model)
+        tokens = torch.randn(64, 5, config.encoder_hidden_size)
+        prompts[matched] = model.encode_image(tokens)[0].detach().std()
+    assert 0.7 < float(prompts[True] / spread) < 1.4
+    assert float(prompts[False] / spread) > 3
