@@ -17,7 +17,7 @@ from blip2fast.demo.measure import merge
 from blip2fast.demo.phases import Phases
 from blip2fast.demo.settings import TRAINING_RUNS, DemoSettings, Places
 from blip2fast.demo.table import COLUMNS, FLOORS, render
-from blip2fast.demo.training import MetricsTail
+from blip2fast.demo.training import MetricsTail, needed
 from blip2fast.run_config import load_config
 from blip2fast.stage1 import Blip2Stage1, Stage1Config
 
@@ -168,7 +168,11 @@ def test_the_demo_passes_the_paths_that_its_configurations_name(source, run, mon
     monkeypatch.chdir(REPOSITORY)
     alone = load_config(path)
     assert load_config(path, Places(folder, source).overrides(run)) == alone
-    assert load_config(path, Places(Path("elsewhere"), source).overrides(run)) != alone
+    assert needed(path, Places(folder, source).overrides(run)) == []
+    elsewhere = [*Places(Path("elsewhere"), source).overrides(run), "seed=0", "seed=1"]
+    assert f"output_dir={Path('elsewhere', run)}" in needed(path, elsewhere)
+    assert needed(path, elsewhere)[-1] == "seed=1"
+    assert load_config(path, needed(path, elsewhere)) == load_config(path, elsewhere)
 
 
 def test_attention_maps_are_the_mean_over_queries_and_heads(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -49,10 +50,12 @@ def train(
     run = load_config(config, overrides)
     output = Path(run.output_dir)
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [*launcher(processes), str(TRAIN_SCRIPT), "--config", str(config)]
-    for override in overrides:
+    script, file = os.path.relpath(TRAIN_SCRIPT), os.path.relpath(config)
+    command = [*launcher(processes), script, "--config", file]
+    for override in needed(config, overrides):
         command += ["--set", override]
-    console.print(f"  $ {shlex.join(command)}", highlight=False, soft_wrap=True)
+    shown = shlex.join(["deepspeed", *command[1:]])
+    console.print(f"  $ {shown}", highlight=False, soft_wrap=True)
     if output.exists():
         # train.py refuses to mix two runs; this one starts over.
         shutil.rmtree(output)
@@ -79,6 +82,12 @@ def train(
         with log.open(encoding="utf-8") as lines:
             tail = "".join(deque(lines, maxlen=25))
         raise RuntimeError(f"{output.name} failed with status {process.returncode}; {log}:\n{tail}")
+
+
+def needed(config: Path, overrides: Sequence[str]) -> list[str]:
+    """The overrides that change something; the command is to be short enough to read."""
+    plain = load_config(config)
+    return [override for override in overrides if load_config(config, [override]) != plain]
 
 
 def launcher(processes: int) -> list[str]:
