@@ -32,7 +32,7 @@ def cache_images(
     dtype: CacheDtype = "bfloat16",
     batch_size: int = 32,
 ) -> FeatureCache:
-    """Encode ``images/key`` for every key and write a cache; resumes an interrupted one.
+    """Encode `images/key` for every key and write a cache; resumes an interrupted one.
 
     Args:
         images: folder.

@@ -39,7 +39,7 @@ class CaptionRecord:
 
 @dataclass(frozen=True)
 class QuestionRecord:
-    """A question about an image; ``type`` groups the answers in evaluation."""
+    """A question about an image; `type` groups the answers in evaluation."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -53,7 +53,7 @@ Record = TypeVar("Record", CaptionRecord, QuestionRecord)
 
 
 def read_captions(path: str | Path) -> list[CaptionRecord]:
-    """Read caption records, one JSON object a line: ``{"image": key, "captions": [text, ...]}``.
+    """Read caption records, one JSON object a line: `{"image": key, "captions": [text, ...]}`.
 
     Raises:
         ValueError: not there, empty, or a line that is not such an object; its number is named.
@@ -68,10 +68,10 @@ def read_captions(path: str | Path) -> list[CaptionRecord]:
 
 
 def read_questions(path: str | Path) -> list[QuestionRecord]:
-    """Read question records: ``{"image": key, "question": ..., "answer": ..., "type": ...}``.
+    """Read question records: `{"image": key, "question": ..., "answer": ..., "type": ...}`.
 
     Raises:
-        ValueError: as :func:`read_captions`.
+        ValueError: as `read_captions`.
     """
     records = _read_lines(path, QuestionRecord)
     for number, record in enumerate(records, 1):
@@ -107,7 +107,7 @@ def image_keys(path: str | Path) -> list[str]:
     """The images that caption or question records name, sorted, each once.
 
     Raises:
-        ValueError: as :func:`read_captions`.
+        ValueError: as `read_captions`.
     """
     path = Path(path)
     try:
@@ -121,7 +121,7 @@ def image_keys(path: str | Path) -> list[str]:
 
 
 def write_records(path: str | Path, records: Sequence[CaptionRecord | QuestionRecord]) -> None:
-    """Write records as JSON lines, the form that :func:`read_captions` reads."""
+    """Write records as JSON lines, the form that `read_captions` reads."""
     lines = (json.dumps(vars(record), ensure_ascii=False) for record in records)
     Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
@@ -139,7 +139,7 @@ class BatchPlan:
     """Deterministic shuffled batches; every record at most once per epoch.
 
     An epoch is one permutation, drawn from (seed, epoch), cut into optimizer steps of
-    ``batch_size * world_size * accumulation`` records each, and those into slices: micro-steps of
+    `batch_size * world_size * accumulation` records each, and those into slices: micro-steps of
     all processes. Which records a step takes depends on that product alone. The records that do not
     fill the last step wait for the next epoch, so no step holds a record twice.
 
@@ -208,7 +208,7 @@ def _caption_draws(seed: int, epoch: int, count: int) -> npt.NDArray[np.float64]
 
 
 def drawn_captions(records: Sequence[CaptionRecord], batch: Batch, seed: int) -> list[str]:
-    """One caption per sample of ``batch``, drawn from (seed, epoch, sample number) alone."""
+    """One caption per sample of `batch`, drawn from (seed, epoch, sample number) alone."""
     draws = _caption_draws(seed, batch.epoch, len(records))[batch.indices]
     chosen = [records[i].captions for i in batch.indices]
     return [c[int(draw * len(c))] for c, draw in zip(chosen, draws, strict=True)]
@@ -219,13 +219,13 @@ ImageReader = Callable[[Sequence[str], Batch], dict[str, Tensor]]
 
 
 class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
-    """Item i is the whole batch of micro-step i; for a DataLoader with ``batch_size=None``.
+    """Item i is the whole batch of micro-step i; for a DataLoader with `batch_size=None`.
 
     Args:
         records: caption or question records.
         plan: which records a step takes.
         read_images: gives the image part of a batch.
-        make_text: ``(records, batch) -> tensors``, the text part of a batch.
+        make_text: `(records, batch) -> tensors`, the text part of a batch.
     """
 
     def __init__(
@@ -248,9 +248,9 @@ class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
 
 @dataclass
 class Stage1TextMaker:
-    """Stage 1: token ids ``[CLS] w1 .. wn [SEP]`` of one drawn caption, and the image's number.
+    """Stage 1: token ids `[CLS] w1 .. wn [SEP]` of one drawn caption, and the image's number.
 
-    Records of the same image carry the same ``image_ids`` entry, so that ITC counts their captions
+    Records of the same image carry the same `image_ids` entry, so that ITC counts their captions
     as positives of each other and ITM draws none of them as a negative.
 
     Args:
@@ -276,7 +276,7 @@ class Stage1TextMaker:
 def tokenize_captions(
     tokenizer: Any, captions: Sequence[str], max_txt_len: int
 ) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` [B, T], padded to the longest and cut to max_txt_len."""
+    """`input_ids` and `attention_mask` [B, T], padded to the longest and cut to max_txt_len."""
     tokens = tokenizer(
         list(captions),
         padding="longest",

@@ -6,7 +6,7 @@
     random_<rank>.pt       random states of a process                            (checkpoint only)
     state.json             step, and the configuration of the run                (checkpoint only)
 
-A folder is written as ``<name>.partial`` and renamed when complete, so a run that is killed while
+A folder is written as `<name>.partial` and renamed when complete, so a run that is killed while
 writing leaves the checkpoint before it as the last one.
 """
 
@@ -42,7 +42,7 @@ _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What ``model.json`` says of the trained parameters beside it.
+    """What `model.json` says of the trained parameters beside it.
 
     Attributes:
         stage: 1 or 2.
@@ -71,7 +71,7 @@ def trained_names(model: nn.Module) -> list[str]:
 
 
 def save_model(folder: Path, state: Mapping[str, Tensor], description: Description) -> None:
-    """Write ``model.safetensors`` and ``model.json`` into ``folder``, each whole or not at all."""
+    """Write `model.safetensors` and `model.json` into `folder`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / _MODEL, lambda path: save_file(_on_cpu(state), path))
     values = {"format": _FORMAT, **dataclasses.asdict(description)}
@@ -79,7 +79,7 @@ def save_model(folder: Path, state: Mapping[str, Tensor], description: Descripti
 
 
 def read_description(path: str | Path) -> Description:
-    """Read ``model.json`` of a finished run, or of a checkpoint.
+    """Read `model.json` of a finished run, or of a checkpoint.
 
     Raises:
         ValueError: not there, or of another format.
@@ -102,7 +102,7 @@ def load_trained(
 
     Args:
         path: output folder of a finished run, or one of its checkpoints.
-        language_model: stage 2: use this one instead of loading the one that ``model.json`` names.
+        language_model: stage 2: use this one instead of loading the one that `model.json` names.
 
     Returns:
         The model in fp32, on the CPU, in evaluation mode.
@@ -169,7 +169,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Restore what :func:`random_states` gave."""
+    """Restore what `random_states` gave."""
     random.setstate(states["python"])
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy(), *rest))  # noqa: NPY002
@@ -179,7 +179,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in ``folder``; half-written ones do not count."""
+    """The checkpoint of the highest step in `folder`; half-written ones do not count."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
     return max(found, key=lambda path: int(path.name[5:]), default=None)
 
@@ -192,13 +192,13 @@ def save_checkpoint(
     run: Mapping[str, Any],
     keep_last: int,
 ) -> Path:
-    """Write ``folder/step-<step>``; every process calls this, the first one writes the tensors.
+    """Write `folder/step-<step>`; every process calls this, the first one writes the tensors.
 
     Args:
         folder: the run's checkpoints.
-        description, parameters: as for :func:`save_model`.
-        moments: AdamW's, ``exp_avg/<name>`` and ``exp_avg_sq/<name>``.
-        run: what ``state.json`` says besides the step; compared when resuming.
+        description, parameters: as for `save_model`.
+        moments: AdamW's, `exp_avg/<name>` and `exp_avg_sq/<name>`.
+        run: what `state.json` says besides the step; compared when resuming.
         keep_last: older checkpoints beyond this many are deleted.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -226,7 +226,7 @@ def save_checkpoint(
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read back; see :func:`read_checkpoint`."""
+    """A checkpoint read back; see `read_checkpoint`."""
 
     path: Path
     step: int
@@ -235,13 +235,13 @@ class Checkpoint:
     moments: dict[str, Tensor]
 
     def random_states(self, rank: int) -> dict[str, Any]:
-        """The random states of process ``rank``."""
+        """The random states of process `rank`."""
         states: dict[str, Any] = torch.load(self.path / f"random_{rank:05d}.pt", weights_only=True)
         return states
 
 
 def read_checkpoint(path: Path, run: Mapping[str, Any]) -> Checkpoint:
-    """Read a checkpoint that a run of configuration ``run`` wrote.
+    """Read a checkpoint that a run of configuration `run` wrote.
 
     Raises:
         ValueError: half-written, or written by a run of another configuration; every key that

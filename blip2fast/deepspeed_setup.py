@@ -61,7 +61,7 @@ def deepspeed_config(
 
 
 def start_processes() -> torch.device:
-    """Join the launcher's process group, or start one of a single process (plain ``python``).
+    """Join the launcher's process group, or start one of a single process (plain `python`).
 
     Returns:
         This process's device.
@@ -103,10 +103,10 @@ def start_processes() -> torch.device:
 
 
 def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, dict[str, Any]]:
-    """A DeepSpeed engine around ``model``, and the json that it was given.
+    """A DeepSpeed engine around `model`, and the json that it was given.
 
     Args:
-        model: trained parameters in fp32; the engine casts the model to ``config.precision``, and
+        model: trained parameters in fp32; the engine casts the model to `config.precision`, and
             scalars (the temperature) become tensors of shape [1].
     """
     import deepspeed

@@ -181,6 +181,8 @@ def generate_texts(
                 image_embeds=images(image_rows[rows]).to(device),
                 **{name: value.to(device) for name, value in prompt.items()},
                 max_new_tokens=max_new_tokens,
+                eos_token_id=text.end_token_id,
+                pad_token_id=text.pad_token_id,
                 do_sample=False,
                 num_beams=1,
             )
@@ -225,6 +227,8 @@ def continue_texts(
             tokens = language_model.generate(
                 **{name: value.to(device) for name, value in inputs.items()},
                 max_new_tokens=max_new_tokens,
+                eos_token_id=text.end_token_id,
+                pad_token_id=text.pad_token_id,
                 do_sample=False,
                 num_beams=1,
             )

@@ -46,12 +46,12 @@ class FeatureCache:
     """Read a feature cache.
 
     Args:
-        path: the folder that :meth:`create` wrote.
+        path: the folder that `create` wrote.
 
     Attributes:
         keys: one name per image, in row order.
         num_images, num_tokens, width: n, S and E.
-        dtype: how features are stored: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+        dtype: how features are stored: `"float32"`, `"bfloat16"` or `"int8"`.
         encoder_id: which encoder computed them, as its writer said.
         relative_error: root mean square of (stored - given) over that of the given features.
 
@@ -104,14 +104,14 @@ class FeatureCache:
         encoder_id: str = "",
         when_there: WhenThere = "refuse",
     ) -> "FeatureCacheWriter":
-        """Start writing a cache of ``len(keys)`` images; see :class:`FeatureCacheWriter`.
+        """Start writing a cache of `len(keys)` images; see `FeatureCacheWriter`.
 
         Args:
-            path: folder of the finished cache; until then ``<path>.partial`` is written.
+            path: folder of the finished cache; until then `<path>.partial` is written.
             keys: one distinct name per image.
             num_tokens: S.
             width: E.
-            dtype: ``"int8"`` stores absmax / 127 per token beside the integers: each element is
+            dtype: `"int8"` stores absmax / 127 per token beside the integers: each element is
                 off by at most absmax / 254, and the manifest states the measured relative error.
             encoder_id: which encoder the features come from.
             when_there: an interrupted write is refused, resumed (it must have the same keys, shape,
@@ -130,7 +130,7 @@ class FeatureCache:
         return type(self), (self.path,)
 
     def row(self, key: str) -> int:
-        """The row of image ``key``."""
+        """The row of image `key`."""
         try:
             return self._row_of[key]
         except KeyError:
@@ -141,7 +141,7 @@ class FeatureCache:
             ) from None
 
     def read(self, rows: Tensor | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Features ``[n, S, E]`` of ``rows``, on the CPU.
+        """Features `[n, S, E]` of `rows`, on the CPU.
 
         Raises:
             ValueError: a row that is not in the cache.
@@ -162,10 +162,10 @@ class FeatureCache:
 
 
 class FeatureCacheWriter:
-    """Writes a cache under ``<path>.partial`` and renames it in :meth:`close`.
+    """Writes a cache under `<path>.partial` and renames it in `close`.
 
     A context manager: leaving it without an error closes it; with one, the partial folder stays and
-    can be resumed. Made by :meth:`FeatureCache.create`.
+    can be resumed. Made by `FeatureCache.create`.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class FeatureCacheWriter:
         return np.flatnonzero(~self._written).tolist()
 
     def write(self, start_row: int, features: Tensor) -> None:
-        """Store ``features`` [n, S, E] (any float dtype and device) at rows ``start_row`` onwards.
+        """Store `features` [n, S, E] (any float dtype and device) at rows `start_row` onwards.
 
         Raises:
             ValueError: another shape, rows beyond the end, or values that are not finite.
@@ -333,7 +333,7 @@ def _write_json(path: Path, value: Any) -> None:
 def _map(
     path: Path, dtype: Any, shape: tuple[int, ...], mode: Literal["r", "r+", "w+"] = "r"
 ) -> "np.memmap[Any, np.dtype[Any]]":
-    """Map a file of exactly ``shape`` elements."""
+    """Map a file of exactly `shape` elements."""
     if mode != "w+":
         expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
         found = path.stat().st_size if path.is_file() else 0

@@ -28,13 +28,13 @@ ToTokens = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 def evaluate(
     model: Blip2Stage1 | Blip2Stage2, parts: RunParts, config: RunConfig, to_tokens: ToTokens
 ) -> dict[str, float]:
-    """Metrics of ``model`` on ``parts.held_out``.
+    """Metrics of `model` on `parts.held_out`.
 
     Args:
         to_tokens: moves a batch to the device, images as tokens in the run's precision.
 
     Returns:
-        Losses and accuracies; ``i2t_r1``, ``t2i_r1``, ... (stage 1); ``exact``, the share of
+        Losses and accuracies; `i2t_r1`, `t2i_r1`, ... (stage 1); `exact`, the share of
         generated captions that are one of their image's, or of right answers (stage 2).
 
     Raises:
@@ -51,7 +51,7 @@ def evaluate(
 
 
 class _Reader:
-    """Images by number (the order of ``held_out.keys()``), as tokens on the device."""
+    """Images by number (the order of `held_out.keys()`), as tokens on the device."""
 
     def __init__(self, held_out: HeldOut, to_tokens: ToTokens) -> None:
         self.records, self._images, self._to_tokens = held_out.records, held_out.images, to_tokens
@@ -128,22 +128,16 @@ def _stage2(
             yield {"image_embeds": reader(_numbers(reader, chosen)), **tensors}
 
     results = _mean_over_processes(evaluation.evaluate_stage2(model, batches()))
-    right = 0
-    with retrieval.evaluating(model) as device:
-        for rows in torch.arange(len(records)).split(config.eval_batch_size):
-            chosen = [records[i] for i in rows.tolist()]
-            questions = [r.question for r in chosen] if on_questions else None
-            prompt = text.prompt_batch(questions, batch_size=len(chosen))
-            written = model.generate(
-                image_embeds=reader(_numbers(reader, chosen)),
-                **{name: value.to(device) for name, value in prompt.items()},
-                max_new_tokens=config.data.max_txt_len,
-                do_sample=False,
-                num_beams=1,
-                eos_token_id=text.end_token_id,
-                pad_token_id=text.pad_token_id,
-            )
-            right += sum(map(_is_right, text.decode(written), chosen))
+    written = evaluation.generate_texts(
+        model,
+        text,
+        reader,
+        _numbers(reader, records),
+        [r.question for r in records] if on_questions else None,
+        max_new_tokens=config.data.max_txt_len,
+        batch_size=config.eval_batch_size,
+    )
+    right = sum(map(_is_right, written, records))
     return results | {"exact": right / len(records)}
 
 

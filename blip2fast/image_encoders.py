@@ -1,7 +1,7 @@
 """Frozen image encoders from transformers' checkpoints: images to the tokens that a Q-Former reads.
 
 BLIP-2 reads ViT-g/14 (EVA-CLIP) with its last block removed, and CLIP's ViT-L/14 up to its
-second-to-last block (paper, section 3.4). The last norm is never applied: ``ln_vision`` takes its
+second-to-last block (paper, section 3.4). The last norm is never applied: `ln_vision` takes its
 place and is trained.
 
 Legend: B images, S image tokens (the class token first), E their width.

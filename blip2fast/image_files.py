@@ -23,7 +23,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class ImageTransform:
     """PIL image to a normalised tensor [3, h, w].
 
-    Evaluation resizes the whole image to a square, bicubic. Training (``augment``) takes a random
+    Evaluation resizes the whole image to a square, bicubic. Training (`augment`) takes a random
     crop of half the area or more, of aspect 3:4 to 4:3, and mirrors every other image (paper,
     section 3.4); the randomness comes from the generator that is passed in.
 
@@ -39,10 +39,10 @@ class ImageTransform:
     augment: bool = False
 
     def __call__(self, image: Image.Image, draws: np.random.Generator | None = None) -> Tensor:
-        """Transform one image; ``draws`` is needed with ``augment``.
+        """Transform one image; `draws` is needed with `augment`.
 
         Raises:
-            ValueError: ``augment`` without a generator.
+            ValueError: `augment` without a generator.
         """
         image = image.convert("RGB")
         box = None
@@ -78,7 +78,7 @@ def transform_for(encoder: str, size: int, augment: bool = False) -> ImageTransf
 
 
 def read_image(folder: Path, key: str) -> Image.Image:
-    """Open ``folder/key``.
+    """Open `folder/key`.
 
     Raises:
         ValueError: not there, outside the folder, or not an image.

@@ -12,10 +12,10 @@ from blip2fast.run_config import OptimSection
 
 
 def learning_rate(step: int, optim: OptimSection) -> float:
-    """Learning rate of optimizer step ``step``, counted from 0.
+    """Learning rate of optimizer step `step`, counted from 0.
 
-    A linear rise that reaches ``lr`` at step ``warmup_steps``, then a cosine that would reach
-    ``min_lr`` at step ``max_steps``. A pure function: nothing to save for a resume.
+    A linear rise that reaches `lr` at step `warmup_steps`, then a cosine that would reach
+    `min_lr` at step `max_steps`. A pure function: nothing to save for a resume.
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / (optim.warmup_steps + 1)

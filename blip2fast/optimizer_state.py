@@ -7,8 +7,8 @@ and AdamW's two moments, by parameter name.
 Where DeepSpeed keeps them:
     fp32, stage 0        in the parameters, and in AdamW's state under them
     bf16/fp16, stage 0   in fp32 copies, one for each parameter
-    stages 1 and 2       in flat fp32 shards; ``_hp_mapping`` says which part is whose
-    stage 3              in flat fp32 shards; ``deepspeed.utils`` has functions for them
+    stages 1 and 2       in flat fp32 shards; `_hp_mapping` says which part is whose
+    stage 3              in flat fp32 shards; `deepspeed.utils` has functions for them
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def master_parameters(engine: DeepSpeedEngine, model: nn.Module) -> dict[str, Te
 
 
 def optimizer_moments(engine: DeepSpeedEngine, model: nn.Module) -> dict[str, Tensor]:
-    """AdamW's moments as ``<moment>/<name>``, whole; every process must call this.
+    """AdamW's moments as `<moment>/<name>`, whole; every process must call this.
 
     There are none before the first step.
     """
@@ -50,13 +50,13 @@ def restore(
     moments: dict[str, Tensor] | None = None,
     step: int = 0,
 ) -> None:
-    """Put back what the two functions above gave, as after ``step`` steps.
+    """Put back what the two functions above gave, as after `step` steps.
 
     At step 0 this undoes what DeepSpeed 0.19 does to a new bf16 engine of stage 0: its fp32 copies
     are rounded to bf16, and a first AdamW step without gradients is already counted.
 
     Args:
-        engine: built around ``model`` after ``parameters`` were loaded into it, so that its
+        engine: built around `model` after `parameters` were loaded into it, so that its
             low-precision copies are right already.
         parameters, moments: whole; checked by the caller against the model. No moments: zeros.
         step: optimizer steps taken.

@@ -31,7 +31,7 @@ def check_machine(config: RunConfig, world_size: int = 1) -> None:
 
 
 def check_pretrained(key: str, name: str) -> str | None:
-    """Why the transformers model or tokenizer ``name`` cannot be loaded; None if it can be.
+    """Why the transformers model or tokenizer `name` cannot be loaded; None if it can be.
 
     A folder is looked into; any other name is asked of the hub or its local cache.
     """
@@ -53,7 +53,7 @@ def check_pretrained(key: str, name: str) -> str | None:
 
 
 def check_weights(key: str, name: str) -> str | None:
-    """As :func:`check_pretrained`, and a local folder must hold weights."""
+    """As `check_pretrained`, and a local folder must hold weights."""
     folder = Path(name).expanduser()
     fault = check_pretrained(key, name)
     if fault is None and folder.is_dir() and not any(any(folder.glob(w)) for w in _WEIGHTS):

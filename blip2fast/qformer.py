@@ -135,6 +135,12 @@ class QFormer(PreTrainedModel):
             )
         return (model, report) if output_loading_info else model
 
+    def recompute_layers(self) -> None:
+        """Gradient checkpointing, under the name that any version of transformers gives it."""
+        renamed = hasattr(self, "activation_checkpointing_enable")  # transformers 5.23
+        name = "activation" if renamed else "gradient"
+        getattr(self, f"{name}_checkpointing_enable")({"use_reentrant": False})
+
     def get_input_embeddings(self) -> nn.Module | None:
         """The word embeddings, None where the Q-Former owns none."""
         return self.embeddings.word_embeddings if self.has_embeddings else None

@@ -3,7 +3,7 @@
     config = load_config("configs/scenes_stage1.yaml", ["optim.lr=3e-4", "zero_stage=2"])
 
 A key that is not known or not of its type is refused, and the nearest known key is named. Whether
-the run can start on this machine is the business of :mod:`blip2fast.preflight`.
+the run can start on this machine is the business of `blip2fast.preflight`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass
 class ModelSection:
-    """Sizes of the Q-Former. None: BLIP-2's, or in stage 2 those of ``init_from``.
+    """Sizes of the Q-Former. None: BLIP-2's, or in stage 2 those of `init_from`.
 
     The width of the image tokens and the vocabulary come from the data and the tokenizer.
 
@@ -70,7 +70,7 @@ class LanguageModelSection:
 
     Attributes:
         path: local folder or hub name.
-        prompt: text before every caption; with ``{}`` in it, where the question goes (vqa).
+        prompt: text before every caption; with `{}` in it, where the question goes (vqa).
         end_text: what ends a decoder-only target; None: the tokenizer's end token.
         match_embedding_scale: start soft prompts at the size of its token embeddings (a small
             language model learns sooner); False: PyTorch's default, as LAVIS.
@@ -86,16 +86,16 @@ class LanguageModelSection:
 
 @dataclass
 class DataSection:
-    """Images and texts. Give either ``features`` or ``images`` and ``image_encoder``.
+    """Images and texts. Give either `features` or `images` and `image_encoder`.
 
     Attributes:
-        records: JSON lines, as in :mod:`blip2fast.caption_data`.
+        records: JSON lines, as in `blip2fast.caption_data`.
         task: caption or (stage 2) vqa.
         features: folder of a feature cache.
         images: folder of image files; the frozen encoder then runs in the loop.
-        image_encoder: folder or hub name of a transformers vision model, for ``images``.
+        image_encoder: folder or hub name of a transformers vision model, for `images`.
         image_encoder_layer: how many of its blocks to run; None: BLIP-2's choice for its kind.
-        augment: random crops and flips (``images`` only).
+        augment: random crops and flips (`images` only).
         eval_records, eval_features, eval_images: held-out data; None: no evaluation.
         max_txt_len: longer texts are cut.
         workers: processes that read batches ahead; 0 reads in the training process.
@@ -123,8 +123,8 @@ class OptimSection:
     """AdamW, and its learning rate over the steps (paper, section 3.4).
 
     Attributes:
-        lr: peak, reached after ``warmup_steps`` of linear rise.
-        min_lr: where the cosine ends, at ``max_steps``.
+        lr: peak, reached after `warmup_steps` of linear rise.
+        min_lr: where the cosine ends, at `max_steps`.
         weight_decay: not on biases, norms, the temperature and the queries.
         max_steps: optimizer steps; one takes batch_size x accumulation samples per process.
         clip_norm: limit on the norm of the gradient; 0 for none.
@@ -156,12 +156,12 @@ class RunConfig:
         zero_stage: what DeepSpeed ZeRO spreads over the processes: 0 nothing, 1 the optimizer's
             states, 2 gradients too, 3 parameters too (the language model's).
         offload_param, offload_optimizer: where ZeRO keeps them (param: stage 3 alone).
-        nvme_path: folder for offloading to ``nvme``.
+        nvme_path: folder for offloading to `nvme`.
         gradient_checkpointing: recompute activations in the backward pass.
         eval_every, save_every: in steps; 0: only at the end (evaluation), never (checkpoints).
         keep_last: checkpoints that stay on disk.
         eval_batch_size: samples per evaluation batch, over all processes.
-        resume: continue from the last checkpoint in ``output_dir``, where there is one.
+        resume: continue from the last checkpoint in `output_dir`, where there is one.
     """
 
     __pydantic_config__ = _STRICT
@@ -189,7 +189,7 @@ class RunConfig:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe yaml in which ``1e-4`` is a number (yaml 1.1 wants ``1.0e-4``)."""
+    """Safe yaml in which `1e-4` is a number (yaml 1.1 wants `1.0e-4`)."""
 
 
 _Loader.add_implicit_resolver(
@@ -204,7 +204,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: a yaml file.
-        overrides: ``section.key=value``, values as in yaml; later ones win.
+        overrides: `section.key=value`, values as in yaml; later ones win.
 
     Raises:
         ValueError: the file is not there or not yaml; a key is unknown, missing or ill-typed; or
@@ -222,7 +222,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_config(values: Mapping[str, Any], source: str = "configuration") -> RunConfig:
-    """Check nested keys and values; ``source`` is named in errors. See :func:`load_config`."""
+    """Check nested keys and values; `source` is named in errors. See `load_config`."""
     try:
         # Through JSON: strict about types, while a list may be a tuple, as in yaml.
         config = TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str), strict=True)
@@ -242,7 +242,7 @@ def config_values(config: RunConfig) -> dict[str, Any]:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write ``config``, every default filled in, so that :func:`load_config` reads it back."""
+    """Write `config`, every default filled in, so that `load_config` reads it back."""
     path.write_text(yaml.safe_dump(config_values(config), sort_keys=False), encoding="utf-8")
 
 
@@ -270,7 +270,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def known_keys(section: type = RunConfig, prefix: str = "") -> list[str]:
-    """Every key of the configuration with its sections, such as ``optim.lr``."""
+    """Every key of the configuration with its sections, such as `optim.lr`."""
     names: list[str] = []
     hints = typing.get_type_hints(section)
     for each in dataclasses.fields(section):
@@ -285,7 +285,7 @@ def known_keys(section: type = RunConfig, prefix: str = "") -> list[str]:
 
 
 def nearest_key(name: str) -> str:
-    """The known key most like ``name``, by spelling and initials; its section counts less."""
+    """The known key most like `name`, by spelling and initials; its section counts less."""
     last = name.rpartition(".")[2]
     initials = "".join(part[:1] for part in last.split("_"))
 

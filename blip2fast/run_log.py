@@ -22,7 +22,7 @@ class RunLog:
     """Writes the metrics of a run.
 
     Args:
-        folder: the run's output; lines of ``metrics.jsonl`` after ``start_step`` are dropped, so
+        folder: the run's output; lines of `metrics.jsonl` after `start_step` are dropped, so
             that a resumed run leaves the file of an uninterrupted one.
         start_step: steps already taken.
         max_steps: of the run.
@@ -49,7 +49,7 @@ class RunLog:
         self._bar.update()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write ``metrics`` after ``step`` steps to the file, the board and the bar."""
+        """Write `metrics` after `step` steps to the file, the board and the bar."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
@@ -75,7 +75,7 @@ class RunLog:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``."""
+    """The lines of a run's `metrics.jsonl`."""
     path = Path(folder) / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 

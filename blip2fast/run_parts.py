@@ -47,7 +47,7 @@ class CachedImages:
     cache: FeatureCache
 
     def __call__(self, keys: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-        """``{"image_embeds": [B, S, E]}``."""
+        """`{"image_embeds": [B, S, E]}`."""
         return {"image_embeds": self.cache.read([self.cache.row(key) for key in keys])}
 
     def check(self, keys: set[str]) -> None:
@@ -65,7 +65,7 @@ class FileImages:
     seed: int
 
     def __call__(self, keys: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-        """``{"images": [B, 3, h, w]}``."""
+        """`{"images": [B, 3, h, w]}`."""
         pixels = []
         for key, index in zip(keys, batch.indices.tolist(), strict=True):
             # A fourth number keeps these draws apart from the split points'.
@@ -101,7 +101,7 @@ class RunParts:
 
     Attributes:
         model: parameters in fp32; frozen ones in the precision of the run.
-        description: what ``model.json`` says of it.
+        description: what `model.json` says of it.
         tokenizer: the Q-Former's (stage 1) or the language model's (stage 2).
         text: stage 2's text preparation.
         batches: item i is the batch of micro-step i.
@@ -119,7 +119,7 @@ class RunParts:
 
 
 def build_run(config: RunConfig, rank: int, world_size: int) -> RunParts:
-    """Load and build everything; parameters start from ``init_from`` or the seed.
+    """Load and build everything; parameters start from `init_from` or the seed.
 
     Raises:
         ValueError: parts that do not fit together, with the values.

@@ -111,6 +111,10 @@ class Blip2Stage1(nn.Module):
             self.image_encoder.eval()
         return self
 
+    def gradient_checkpointing_enable(self) -> None:
+        """Trade time for memory: recompute the Q-Former's layers in the backward pass."""
+        self.qformer.recompute_layers()
+
     def extra_repr(self) -> str:
         return f"num_query_tokens={self.config.num_query_tokens}"
 
@@ -158,7 +162,7 @@ class Blip2Stage1(nn.Module):
         query_output, itg_logits = self._generation_pass(
             image_embeds, input_ids, attention_mask, visible
         )
-        image_features = self._image_features(query_output)
+        image_features = losses.unit(self.vision_projection(query_output))
         text_features = self.encode_text(input_ids, attention_mask)
 
         sim_i2t, sim_t2i = losses.itc_logits(
@@ -225,7 +229,7 @@ class Blip2Stage1(nn.Module):
                 image_embeds, image_attention_mask
             ),
         ).last_hidden_state
-        return self._image_features(states), states
+        return losses.unit(self.vision_projection(states)), states
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Features of texts that saw no image: the projected [CLS] state, normalised.
@@ -298,7 +302,9 @@ class Blip2Stage1(nn.Module):
         ended = torch.zeros_like(ids[:, 0], dtype=torch.bool)
         tokens = self.ln_vision(image_embeds)
         for _ in range(max_new_tokens):
-            _, states = self._causal_states(tokens, ids, torch.ones_like(ids), visible)
+            _, states = self._joint_states(
+                tokens, ids, torch.ones_like(ids), visible, MaskKind.MULTIMODAL_CAUSAL
+            )
             logits = self.lm_head(states[:, -1], self.embeddings.word_embeddings.weight)
             word = logits.argmax(-1).masked_fill(ended, self.config.pad_token_id)
             ids = torch.cat([ids, word[:, None]], dim=1)
@@ -318,18 +324,12 @@ class Blip2Stage1(nn.Module):
         decoder_ids = torch.cat(
             [torch.full_like(input_ids[:, :1], self.config.bos_token_id), input_ids[:, 1:]], dim=1
         )
-        query_states, text_states = self._causal_states(
-            self.ln_vision(image_embeds), decoder_ids, attention_mask, visible
+        tokens = self.ln_vision(image_embeds)
+        query_states, text_states = self._joint_states(
+            tokens, decoder_ids, attention_mask, visible, MaskKind.MULTIMODAL_CAUSAL
         )
         logits = self.lm_head(text_states, self.embeddings.word_embeddings.weight)
         return query_states, logits
-
-    def _causal_states(
-        self, tokens: Tensor, decoder_ids: Tensor, attention_mask: Tensor, visible: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return self._joint_states(
-            tokens, decoder_ids, attention_mask, visible, MaskKind.MULTIMODAL_CAUSAL
-        )
 
     def _matching_pass(
         self,
@@ -386,9 +386,6 @@ class Blip2Stage1(nn.Module):
             encoder_attention_mask=visible,
         ).last_hidden_state
         return states[:, :Q], states[:, Q:]
-
-    def _image_features(self, query_output: Tensor) -> Tensor:
-        return losses.unit(self.vision_projection(query_output))
 
     def _image_tokens(self, image_embeds: Tensor | None, images: Tensor | None) -> Tensor:
         width = self.config.encoder_hidden_size

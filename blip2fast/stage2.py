@@ -161,9 +161,7 @@ class Blip2Stage2(nn.Module):
             ValueError: a language model whose layers cannot be recomputed.
         """
         stage2_llm.recompute_layers(self.language_model)
-        renamed = hasattr(self.qformer, "activation_checkpointing_enable")  # transformers 5.23
-        name = "activation" if renamed else "gradient"
-        getattr(self.qformer, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        self.qformer.recompute_layers()
 
     def text(self, tokenizer: Any, seed: int = 0) -> Stage2Text:
         """The text preparation that fits this model and its configuration."""

@@ -13,11 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    apply_activation_checkpointing,
-)
 from torch.utils.data import DataLoader
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blip2fast import checkpointing, optimizer_state
 from blip2fast.deepspeed_setup import start_engine, start_processes
@@ -45,7 +41,7 @@ class TrainingStep(nn.Module):
         self.model = model
 
     def forward(self, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Keyword arguments of the model to ``(loss, scalars)``."""
+        """Keyword arguments of the model to `(loss, scalars)`."""
         output = self.model(**batch)
         scalars = {
             name: value.detach().float()
@@ -97,7 +93,7 @@ class Progress:
 
 
 def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, float]:
-    """Run a whole training, from where ``config.resume`` finds it to the end.
+    """Run a whole training, from where `config.resume` finds it to the end.
 
     Every process of the run calls this; a process group is started where there is none.
 
@@ -109,7 +105,7 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
         The last evaluation's metrics, or without held-out data the last logged ones.
 
     Raises:
-        ValueError: the run cannot start; see :func:`blip2fast.preflight.check_machine`.
+        ValueError: the run cannot start; see `blip2fast.preflight.check_machine`.
     """
     device = start_processes()
     check_machine(config, dist.get_world_size())
@@ -138,7 +134,7 @@ class Trainer:
         self.model = parts.model
         self.step = 0
         if config.gradient_checkpointing:
-            _checkpoint_activations(self.model)
+            self.model.gradient_checkpointing_enable()
         if parts.image_encoder is not None:
             parts.image_encoder.to(device)
         self.engine = self._start()
@@ -195,7 +191,7 @@ class Trainer:
         return {**same, "samples_per_step": self.parts.batches.plan.samples_per_step}
 
     def run(self) -> dict[str, float]:
-        """Train to ``optim.max_steps``; returns the last metrics."""
+        """Train to `optim.max_steps`; returns the last metrics."""
         config, parts = self.config, self.parts
         plan, trained = parts.batches.plan, len(checkpointing.trained_names(self.model))
         self.say(
@@ -257,7 +253,7 @@ class Trainer:
         return self.step == self.config.optim.max_steps or bool(every and self.step % every == 0)
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics on the held-out data, named ``eval_*``; every process must call this."""
+        """Metrics on the held-out data, named `eval_*`; every process must call this."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             metrics = evaluate(self._whole_model(), self.parts, self.config, self.tokens)
         self.engine.train()
@@ -331,21 +327,6 @@ class Trainer:
 
 def _silent(_: str) -> None:
     """Prints nothing: every process but the first."""
-
-
-def _checkpoint_activations(model: Blip2Stage1 | Blip2Stage2) -> None:
-    """Keep the inputs of layers only, and compute the rest again in the backward pass."""
-    qformer: Any = model.qformer
-    if hasattr(qformer, "activation_checkpointing_enable"):
-        qformer.activation_checkpointing_enable()
-    else:  # older transformers
-        qformer.gradient_checkpointing_enable()
-    if isinstance(model, Blip2Stage2):
-        # transformers' switch works in training mode alone, and the frozen language model is never
-        # in it; PyTorch's wrapper does not ask.
-        apply_activation_checkpointing(
-            model.language_model, check_fn=lambda m: isinstance(m, GradientCheckpointingLayer)
-        )
 
 
 def _check_finite(metrics: Mapping[str, float], step: int) -> None:

@@ -74,7 +74,7 @@ def small_t5(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
 
 
 def write_world(folder: Path) -> Path:
-    """Records, caches, tokenizers and two language models under ``folder``."""
+    """Records, caches, tokenizers and two language models under `folder`."""
     draw = random.Random(0)
     qformer = word_tokenizer(
         {
@@ -125,7 +125,7 @@ def write_world(folder: Path) -> Path:
 
 
 def values(world: Path, output: Path, stage: int = 1, **changes: Any) -> dict[str, Any]:
-    """The keys of a run on ``world``; ``changes`` are top-level, sections are merged."""
+    """The keys of a run on `world`; `changes` are top-level, sections are merged."""
     base: dict[str, Any] = {
         "stage": stage,
         "output_dir": str(output),
@@ -160,7 +160,7 @@ def values(world: Path, output: Path, stage: int = 1, **changes: Any) -> dict[st
 
 
 def config(world: Path, output: Path, stage: int = 1, **changes: Any) -> RunConfig:
-    """As :func:`values`, checked."""
+    """As `values`, checked."""
     return parse_config(values(world, output, stage, **changes))
 
 

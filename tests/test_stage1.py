@@ -291,6 +291,34 @@ def test_images_go_through_the_frozen_encoder(
     assert not any(name.startswith("image_encoder") for name in model.to_lavis_state_dict())
 
 
+def test_gradient_checkpointing_changes_nothing_but_what_is_kept(
+    small_config: Stage1Config, small_batch: dict[str, Tensor]
+) -> None:
+    negatives = (torch.tensor([2, 3, 0, 1, 5, 4]), torch.tensor([5, 4, 1, 0, 2, 1]))
+    runs = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = Blip2Stage1(replace(small_config, hidden_dropout_prob=0.2)).double().train()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        kept = 0
+
+        def pack(x: Tensor) -> Tensor:
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = model(**small_batch, negatives=negatives).loss
+        loss.backward()
+        runs.append((loss, {n: p.grad for n, p in model.named_parameters()}, kept))
+    (loss, grads, kept), (loss_again, grads_again, kept_again) = runs
+    assert torch.equal(loss, loss_again)
+    assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+    assert kept_again < kept / 2
+
+
 def test_bf16_autocast_keeps_losses_in_fp32(
     small_config: Stage1Config, small_batch: dict[str, Tensor]
 ) -> None:

@@ -66,7 +66,7 @@ def _work(rank: int, port: int, world: Path, outputs: Path) -> None:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of one process under ``one/``, of two under ``two/``."""
+    """Runs of one process under `one/`, of two under `two/`."""
     folder = tmp_path_factory.mktemp("processes")
     world = write_world(folder / "world")
     one = folder / "one"
