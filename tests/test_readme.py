@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from blip2fast.demo.table import check_gates
+from blip2fast.demo import check_gates
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -53,4 +53,6 @@ def test_demo_in_a_fresh_clone_passes_its_gates(tmp_path: Path) -> None:
     subprocess.run(["make", "demo"], cwd=clone, env=env, check=True)
     summary = json.loads((clone / "runs/scenes/summary.json").read_text())
     assert check_gates(summary) == []
+    assert summary["settings"]["held_out_scenes"] == 1000
+    assert summary["seconds"] < 600
     shutil.rmtree(clone)
