@@ -50,7 +50,7 @@ def conditions(summary: dict[str, Any]) -> str:
     where = machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
     return (
         f"Seed {summary['settings']['seed']}, {summary['settings']['held_out_scenes']} held-out "
-        f"scenes, {summary['seconds_from_nothing']:.0f} s on {where}; {versions}; commit "
+        f"scenes, {summary['from_nothing']['seconds']:.0f} s on {where}; {versions}; commit "
         f"{machine['commit'][:8]}. Losses as they are, the rest in percent."
     )
 

@@ -280,13 +280,15 @@ def tuned_rows(trained: Blip2Stage2, reader: Reader, held_out: EvalSet, unseen: 
 def blind_vqa(reader: Reader, held_out: EvalSet, train_questions: list[dict[str, str]]) -> Rows:
     """What questions alone give, for each type: `chance` and `blind` of every VQA row.
 
-    Chance is the most frequent training answer of the type; the blind language model is asked
-    without any description.
+    Chance is the most frequent training answer to the same question, or of its type where the
+    question is new; the blind language model is asked without any description.
     """
     counts: dict[str, Counter[str]] = {}
     for question in train_questions:
-        counts.setdefault(question["type"], Counter())[question["answer"]] += 1
-    guesses = [counts[q["type"]].most_common(1)[0][0] for q in held_out.questions]
+        for key in (question["type"], question["question"]):
+            counts.setdefault(key, Counter())[question["answer"]] += 1
+    asked = [q["question"] if q["question"] in counts else q["type"] for q in held_out.questions]
+    guesses = [counts[key].most_common(1)[0][0] for key in asked]
     blind = reader.answers(held_out.asked(), [""] * len(held_out.questions))
     rows: Rows = {}
     for kind in ("vqa_direct", "vqa_read", "vqa_tuned"):
