@@ -1,9 +1,7 @@
 """Stage 1 of BLIP-2: the Q-Former learns from image-text pairs (arXiv 2301.12597, section 3.1).
 
 Three losses on frozen image features: contrastive (ITC), matching (ITM), generation (ITG).
-
-Shapes: B images, Q queries, T text tokens, S image tokens, E image token width, C hidden width,
-D feature width, N images on all ranks, V words.
+Shapes are named as in `stage1_types.py`.
 """
 
 from __future__ import annotations
@@ -184,12 +182,8 @@ class Blip2Stage1(nn.Module):
         with torch.no_grad():
             predicted = itg_labels != -100
             right = (itg_logits[:, :-1].argmax(-1) == itg_labels) & predicted
-            accuracies = {
-                "accuracy_i2t": losses.top1_accuracy(sim_i2t, positives),
-                "accuracy_t2i": losses.top1_accuracy(sim_t2i, positives),
-                "accuracy_itm": (itm_logits.argmax(-1) == itm_labels).float().mean(),
-                "accuracy_itg": right.sum() / predicted.sum(),
-            }
+            accuracy_itm = (itm_logits.argmax(-1) == itm_labels).float().mean()
+            accuracy_itg = right.sum() / predicted.sum()
         return Stage1Output(
             loss=loss_itc + loss_itm + loss_itg,
             loss_itc=loss_itc,
@@ -202,9 +196,12 @@ class Blip2Stage1(nn.Module):
             image_features=image_features,
             text_features=text_features,
             query_output=query_output,
+            accuracy_i2t=losses.top1_accuracy(sim_i2t, positives),
+            accuracy_t2i=losses.top1_accuracy(sim_t2i, positives),
+            accuracy_itm=accuracy_itm,
+            accuracy_itg=accuracy_itg,
             negative_image=negatives[0],
             negative_text=negatives[1],
-            **accuracies,
         )
 
     def encode_image(
@@ -291,9 +288,7 @@ class Blip2Stage1(nn.Module):
         Raises:
             ValueError: `max_new_tokens` is below 1 or over the position table.
         """
-        limit = self.config.max_position_embeddings
-        if not 1 <= max_new_tokens <= limit:
-            raise ValueError(f"max_new_tokens: expected 1 to {limit}, got {max_new_tokens}")
+        stage1_inputs.check_new_tokens(max_new_tokens, self.config.max_position_embeddings)
         image_embeds = self._image_tokens(image_embeds, None)
         visible = stage1_inputs.check_image_mask(image_embeds, image_attention_mask)
         ids = image_embeds.new_full(

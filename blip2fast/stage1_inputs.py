@@ -190,3 +190,9 @@ def check_negatives(negatives: tuple[Tensor, Tensor], batch: int) -> tuple[Tenso
             rows = (index == own).nonzero().flatten().tolist()
             raise ValueError(f"{name}: rows {rows[:8]} point at their own pair, which matches")
     return negatives[0].long(), negatives[1].long()
+
+
+def check_new_tokens(max_new_tokens: int, limit: int) -> None:
+    """A text to write must have a token and fit the position table."""
+    if not 1 <= max_new_tokens <= limit:
+        raise ValueError(f"max_new_tokens: expected 1 to {limit}, got {max_new_tokens}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from blip2fast.run_config import load_config
+from blip2fast.run_config import config_values, load_config
 
 TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 
@@ -86,8 +87,13 @@ def train(
 
 def needed(config: Path, overrides: Sequence[str]) -> list[str]:
     """The overrides that change something; the command is to be short enough to read."""
-    plain = load_config(config)
-    return [override for override in overrides if load_config(config, [override]) != plain]
+    plain, changed = (config_values(load_config(config, some)) for some in ((), overrides))
+
+    def value(values: Any, key: str) -> Any:
+        return functools.reduce(lambda section, name: section[name], key.split("."), values)
+
+    keys = {override: override.partition("=")[0] for override in overrides}
+    return [o for o, key in keys.items() if value(plain, key) != value(changed, key)]
 
 
 def launcher(processes: int) -> list[str]:
