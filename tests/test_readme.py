@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,9 @@ def test_demo_in_a_fresh_clone_passes_its_gates(tmp_path: Path) -> None:
     assert summary["settings"]["held_out_scenes"] == 1000
     assert summary["from_nothing"]["seconds"] < 600
     shutil.rmtree(clone / ".venv")  # the run itself stays for a look
+
+
+def test_tables_are_what_the_result_files_say() -> None:
+    report = [sys.executable, "benchmarks/report.py", "--check"]
+    done = subprocess.run(report, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
