@@ -8,8 +8,8 @@ learned, so that the model must read. In stage 2, soft prompts stand where the d
     answer: ring </s>
 
 Several continuations share one description in a row of the batch: each sees the description and
-itself, at the positions that it would have alone. That gives the same losses as separate rows for
-a third of the work.
+itself, at the positions that it would have alone. That gives the same losses as separate rows and
+reads the description once.
 """
 
 from __future__ import annotations
