@@ -1,0 +1,1 @@
+"""The fused ops, one file each: check, choose a backend, register with PyTorch."""

@@ -1,0 +1,112 @@
+"""Dropout masks as a function of a seed and a position: the same on every backend and device.
+
+Philox4x32 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011) with 7 rounds, the
+fewest that pass BigCrush. The counter of an element is `(column // 4, row, head, offset)`, the key
+the 64-bit seed; the four words of a counter serve four neighbouring columns. An element is kept
+where its word is at least `p * 2^32`. No generator state is read, so a backward pass, a replayed
+CUDA graph and a recomputed layer draw the same mask again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROUNDS = 7
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_WORD = 0xFFFFFFFF
+
+
+def philox_state(
+    seed: int | None = None, offset: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """`[2]` int64: the seed and the offset that a dropout mask is a function of.
+
+    Args:
+        seed: 0 to 2^63 - 1; None draws one from the device's default generator, without making
+            the host wait.
+        offset: 0 to 2^32 - 1, another for each use of a seed (layer, pass).
+        device: Where the op runs.
+
+    Raises:
+        ValueError: `seed` or `offset` is out of range.
+    """
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected 0 to 2^63 - 1, got {seed}")
+    if not 0 <= offset < 2**32:
+        raise ValueError(f"offset: expected 0 to 2^32 - 1, got {offset}")
+    if seed is not None:
+        return torch.tensor([seed, offset], device=device)
+    drawn = torch.randint(0, 2**63 - 1, (2,), device=device)
+    drawn[1] = offset
+    return drawn
+
+
+def with_offset(philox: Tensor, offset: int) -> Tensor:
+    """The same seed `[2]` at another offset, without making the host wait."""
+    moved = philox.clone()
+    moved[1] = offset
+    return moved
+
+
+def threshold(p: float) -> int:
+    """The least 32-bit word that is kept under dropout probability `p`.
+
+    Raises:
+        ValueError: `p` is not from 0 to below 1.
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout_p: expected 0 to below 1, got {p}")
+    return int(p * 2**32)
+
+
+def philox_words(philox: Tensor, groups: Tensor, rows: Tensor, heads: Tensor) -> Tensor:
+    """Four 32-bit words of each counter.
+
+    Args:
+        philox: `[2]` int64, seed and offset.
+        groups, rows, heads: int64 counters, 0 to 2^32 - 1, of shapes that broadcast together.
+
+    Returns:
+        `[..., 4]` int64 words, 0 to 2^32 - 1.
+    """
+    c0, c1, c2 = torch.broadcast_tensors(groups, rows, heads)
+    c3 = (philox[1] & _WORD).expand_as(c0)
+    k0, k1 = philox[0] & _WORD, (philox[0] >> 32) & _WORD
+    for _ in range(ROUNDS):
+        high_0, low_0 = _multiply(c0, _MULTIPLIER_0)
+        high_1, low_1 = _multiply(c2, _MULTIPLIER_1)
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = (k0 + _WEYL_0) & _WORD, (k1 + _WEYL_1) & _WORD
+    return torch.stack([c0, c1, c2, c3], dim=-1)
+
+
+def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32-bit product, in int64 that must not overflow its sign."""
+    low = x * (constant & 0xFFFF)  # below 2^48
+    high = x * (constant >> 16) + (low >> 16)  # below 2^49
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def keep_mask(
+    philox: Tensor, p: float, rows: Tensor, heads: Tensor, columns: int, first_column: int = 0
+) -> Tensor:
+    """Which elements dropout keeps.
+
+    Args:
+        philox: `[2]` int64, seed and offset.
+        p: Probability of dropping, 0 to below 1.
+        rows, heads: int64, of shapes that broadcast together to `[...]`.
+        columns: Number of columns.
+        first_column: Index of the first one.
+
+    Returns:
+        `[..., columns]` bool.
+    """
+    least = threshold(p)
+    first_group, last_group = first_column // 4, (first_column + columns + 3) // 4
+    groups = torch.arange(first_group, last_group, device=philox.device)
+    words = philox_words(philox, groups, rows[..., None], heads[..., None]).flatten(-2)
+    start = first_column - 4 * first_group
+    return words[..., start : start + columns] >= least
