@@ -18,6 +18,7 @@ lint: $(TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 
 # the demo in a fresh clone and a fresh environment, held to its gates
 test-demo: $(TESTS)

@@ -12,10 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blip2fast._extension import has_op
+
 ROUNDS = 7
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
+# int64 temporaries of this many counters stay in a CPU core's second-level cache
+_CHUNK = 1 << 15
+_NATIVE = has_op("philox_keep_mask")
 
 
 def philox_state(
@@ -71,22 +76,27 @@ def philox_words(philox: Tensor, groups: Tensor, rows: Tensor, heads: Tensor) ->
     Returns:
         `[..., 4]` int64 words, 0 to 2^32 - 1.
     """
-    c0, c1, c2 = torch.broadcast_tensors(groups, rows, heads)
-    c3 = (philox[1] & _WORD).expand_as(c0)
+    return torch.stack(torch.broadcast_tensors(*_words(philox, groups, rows, heads)), dim=-1)
+
+
+def _words(philox: Tensor, groups: Tensor, rows: Tensor, heads: Tensor) -> tuple[Tensor, ...]:
+    """The four words apart; what does not depend on all counters yet is kept small."""
+    c0, c1, c2, c3 = groups, rows, heads, philox[1] & _WORD
     k0, k1 = philox[0] & _WORD, (philox[0] >> 32) & _WORD
     for _ in range(ROUNDS):
         high_0, low_0 = _multiply(c0, _MULTIPLIER_0)
         high_1, low_1 = _multiply(c2, _MULTIPLIER_1)
-        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
+        c0, c1, c2, c3 = high_1 ^ (c1 ^ k0), low_1, high_0 ^ (c3 ^ k1), low_0
         k0, k1 = (k0 + _WEYL_0) & _WORD, (k1 + _WEYL_1) & _WORD
-    return torch.stack([c0, c1, c2, c3], dim=-1)
+    return c0, c1, c2, c3
 
 
 def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32-bit product, in int64 that must not overflow its sign."""
-    low = x * (constant & 0xFFFF)  # below 2^48
-    high = x * (constant >> 16) + (low >> 16)  # below 2^49
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low 32 bits of `x * constant`, both below 2^32, in int64 that does not overflow."""
+    # constants are above 2^31, so this is above -2^63; its low word is that of the full product
+    product = x * (constant - 2**32)
+    high = (product >> 32).add_(x)  # 2^32 * x was taken away
+    return high, product.bitwise_and_(_WORD)
 
 
 def keep_mask(
@@ -105,8 +115,54 @@ def keep_mask(
         `[..., columns]` bool.
     """
     least = threshold(p)
+    rows, heads = torch.broadcast_tensors(rows, heads)
+    if philox.device.type != "cpu" or torch.compiler.is_compiling():
+        return _keep(philox, least, rows[..., None], heads[..., None], columns, first_column)
+    shape = (*rows.shape, columns)
+    rows, heads = rows.flatten().contiguous(), heads.flatten().contiguous()
+    if _NATIVE:
+        op = torch.ops.blip2fast_C.philox_keep_mask
+        keep: Tensor = op(philox, rows, heads, least, columns, first_column)
+    else:
+        keep = _keep_in_chunks(philox, least, rows, heads, columns, first_column)
+    return keep.view(shape)
+
+
+def _keep(
+    philox: Tensor, least: int, rows: Tensor, heads: Tensor, columns: int, first_column: int
+) -> Tensor:
+    """`[..., columns]` from `rows` and `heads` `[..., 1]`."""
     first_group, last_group = first_column // 4, (first_column + columns + 3) // 4
     groups = torch.arange(first_group, last_group, device=philox.device)
-    words = philox_words(philox, groups, rows[..., None], heads[..., None]).flatten(-2)
+    words = torch.broadcast_tensors(*_words(philox, groups, rows, heads))
+    kept = torch.stack([word >= least for word in words], dim=-1).flatten(-2)
     start = first_column - 4 * first_group
-    return words[..., start : start + columns] >= least
+    return kept[..., start : start + columns]
+
+
+def _keep_in_chunks(
+    philox: Tensor, least: int, rows: Tensor, heads: Tensor, columns: int, first_column: int
+) -> Tensor:
+    """`[n, columns]` from `rows` and `heads` `[n]`."""
+    keep = torch.empty(rows.shape[0], columns, dtype=torch.bool, device=philox.device)
+    step = max(1, _CHUNK // (columns // 4 + 2))
+    for start in range(0, rows.shape[0], step):
+        chunk = slice(start, start + step)
+        keep[chunk] = _keep(
+            philox, least, rows[chunk, None], heads[chunk, None], columns, first_column
+        )
+    return keep
+
+
+if _NATIVE:
+
+    @torch.library.register_fake("blip2fast_C::philox_keep_mask")
+    def _keep_mask_fake(
+        philox: Tensor,
+        rows: Tensor,
+        heads: Tensor,
+        least: int,
+        columns: int,
+        first_column: int,
+    ) -> Tensor:
+        return rows.new_empty(rows.shape[0], columns, dtype=torch.bool)

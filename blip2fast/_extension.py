@@ -1,0 +1,44 @@
+"""The optional compiled library `blip2fast/_C.so`: C++ and, where nvcc was found, CUDA.
+
+`setup.py` builds it from `csrc/` and leaves `_C.txt` beside it, which says what was built or why
+nothing was. Everything works without it, more slowly.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).with_name("_C.so")
+BUILD_NOTE = Path(__file__).with_name("_C.txt")
+_BUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
+
+
+def _load(library: Path, note: Path) -> str:
+    """Load the operators; the reason why not, or an empty string."""
+    if not library.exists():
+        if note.exists():
+            return note.read_text().strip()
+        return f"the extension was not built: {_BUILD} (in a checkout, beside torch and g++)"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library} does not load beside torch {torch.__version__}: {error}"
+    return ""
+
+
+_WHY_NOT = _load(LIBRARY, BUILD_NOTE)
+
+
+def has_op(name: str) -> bool:
+    """Whether the operator `blip2fast_C::<name>` was compiled and loaded."""
+    return not _WHY_NOT and hasattr(torch.ops.blip2fast_C, name)
+
+
+def why_not(name: str | None = None) -> str:
+    """Why the extension, or its operator `name`, is not there; an empty string where it is."""
+    if _WHY_NOT or name is None or has_op(name):
+        return _WHY_NOT
+    note = BUILD_NOTE.read_text().strip() if BUILD_NOTE.exists() else "rebuild the extension"
+    return f"{LIBRARY.name} has no {name}: {note}"

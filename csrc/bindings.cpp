@@ -1,0 +1,60 @@
+// The operators of blip2fast/_C.so, through PyTorch's stable ABI: one binary for torch 2.10 and
+// later and for every Python. Kernels know nothing of torch; checks for users are in
+// blip2fast/ops/, those here keep a direct call from reading out of bounds.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+
+#include "philox_cpu.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check_int64(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.is_contiguous(), name,
+                  ": expected contiguous int64");
+}
+
+Tensor philox_keep_mask(const Tensor& philox, const Tensor& rows, const Tensor& heads,
+                        int64_t threshold, int64_t columns, int64_t first_column) {
+  check_int64(philox, "philox");
+  check_int64(rows, "rows");
+  check_int64(heads, "heads");
+  STD_TORCH_CHECK(philox.numel() == 2, "philox: expected 2 elements, got ", philox.numel());
+  STD_TORCH_CHECK(rows.dim() == 1 && heads.dim() == 1 && rows.size(0) == heads.size(0),
+                  "rows and heads: expected one shape [n]");
+  STD_TORCH_CHECK(threshold >= 0 && threshold < (int64_t{1} << 32),
+                  "threshold: expected 0 to 2^32 - 1, got ", threshold);
+  STD_TORCH_CHECK(columns >= 0 && first_column >= 0, "columns: expected 0 or more");
+  Tensor keep = torch::stable::new_empty(rows, {rows.size(0), columns}, ScalarType::Bool);
+  const auto key = blip2fast::philox_key(philox.const_data_ptr<int64_t>());
+  const int64_t* row = rows.const_data_ptr<int64_t>();
+  const int64_t* head = heads.const_data_ptr<int64_t>();
+  bool* out = keep.mutable_data_ptr<bool>();
+  // a thread is worth starting for about 16,000 elements
+  const int64_t grain = std::max<int64_t>(16384 / std::max<int64_t>(columns, 1), 1);
+  torch::stable::parallel_for(0, rows.size(0), grain, [&](int64_t begin, int64_t end) {
+    blip2fast::philox_keep_rows(key, row + begin, head + begin, end - begin, columns, first_column,
+                                static_cast<uint32_t>(threshold), out + begin * columns);
+  });
+  return keep;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(blip2fast_C, m) {
+  m.def(
+      "philox_keep_mask(Tensor philox, Tensor rows, Tensor heads, int threshold, int columns, "
+      "int first_column) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(blip2fast_C, CPU, m) {
+  m.impl("philox_keep_mask", TORCH_BOX(&philox_keep_mask));
+}
