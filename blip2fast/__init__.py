@@ -4,6 +4,7 @@
 model; `Blip2Stage1` and `Blip2Stage2` train it (arXiv 2301.12597).
 """
 
+from blip2fast.ops.itc import ITCLoss
 from blip2fast.patching import patch, unpatch
 from blip2fast.qformer import QFormer
 from blip2fast.stage1 import Blip2Stage1
@@ -14,6 +15,7 @@ from blip2fast.stage2_types import Stage2Config, Stage2Output
 __all__ = [
     "Blip2Stage1",
     "Blip2Stage2",
+    "ITCLoss",
     "QFormer",
     "Stage1Config",
     "Stage1Output",

@@ -10,55 +10,82 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 GradMode = Literal["local", "full"]
 
 
-def world_size() -> int:
-    """Number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def world_size(group: ProcessGroup | None = None) -> int:
+    """Number of ranks in a group (None: all of them); 1 without a process group."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank() -> int:
-    """Index of this rank; 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+def rank(group: ProcessGroup | None = None) -> int:
+    """Index of this rank in a group (None: of all); 0 without a process group."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
-def gather_detached(x: Tensor) -> Tensor:
+def gather_detached(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Concatenate `x [b, ...]` of all ranks along the batch; no gradient, own rank included.
 
     Every rank must pass the same shape.
     """
-    if world_size() == 1:
+    if world_size(group) == 1:
         return x.detach()
     x = x.detach().contiguous()
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x)
+    parts = [torch.empty_like(x) for _ in range(world_size(group))]
+    dist.all_gather(parts, x, group=group)
     return torch.cat(parts)
 
 
 class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.local_batch = x.shape[0]
-        return gather_detached(x)
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup | None) -> Tensor:
+        ctx.local_batch, ctx.group = x.shape[0], group
+        return gather_detached(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # a rank's features are used by every rank's loss: sum what each of them sends back
         grad = grad.contiguous()
-        dist.all_reduce(grad)
-        start = rank() * ctx.local_batch
-        return grad[start : start + ctx.local_batch]
+        dist.all_reduce(grad, group=ctx.group)
+        start = rank(ctx.group) * ctx.local_batch
+        return grad[start : start + ctx.local_batch], None
 
 
-def gather_with_grad(x: Tensor) -> Tensor:
+def gather_with_grad(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Concatenate `x [b, ...]` of all ranks; gradients flow back to the rank that owns a row.
 
     The gradient is that of the *sum* of the ranks' losses: data parallelism, which averages
     parameter gradients over ranks, turns it into that of their mean.
     """
-    if world_size() == 1:
+    if world_size(group) == 1:
         return x
-    gathered: Tensor = _GatherWithGrad.apply(x)
+    gathered: Tensor = _GatherWithGrad.apply(x, group)
     return gathered
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        received = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, x.contiguous(), group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        sent_back = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(sent_back, grad.contiguous(), group=ctx.group)
+        return sent_back, None
+
+
+def exchange(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Send `x[r]` of `x [ranks, ...]` to rank r; get what every rank had for this one, in order.
+
+    Differentiable: gradients go back the way the values came.
+    """
+    if world_size(group) == 1:
+        return x
+    received: Tensor = _Exchange.apply(x, group)
+    return received

@@ -1,0 +1,248 @@
+"""The ITC sweep as a PyTorch op: one look at all pairs, by the backend that is named.
+
+`kernels/itc/interface.py` says what goes in and comes out; `ops/itc.py` makes the loss of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2fast.kernels.itc import chunked, reference
+from blip2fast.kernels.itc.interface import (
+    DIFFERENTIABLE,
+    LSE,
+    Options,
+    Pairs,
+    Sweep,
+    Weights,
+    index_dtype,
+    statistics_shape,
+    wide_dtype,
+)
+from blip2fast.ops.dispatch import COMPILED_NOT_RUN, Backend
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class ITCCall:
+    """What decides whether a backend can run a sweep."""
+
+    images: int
+    texts: int
+    queries: int
+    width: int
+    dtype: torch.dtype
+    device: str
+    legacy_epsilon: float
+
+
+def _reference_reasons(call: ITCCall) -> list[str]:
+    return []
+
+
+def _reference_not_automatic(call: ITCCall) -> list[str]:
+    return ["it is the definition, with every pair in memory: force it with impl='reference'"]
+
+
+def _none(call: ITCCall) -> list[str]:
+    return []
+
+
+def _kernel_reasons(call: ITCCall) -> list[str]:
+    """What no hand-written kernel runs."""
+    reasons = []
+    if call.legacy_epsilon:
+        reasons.append(f"legacy_epsilon {call.legacy_epsilon}: only 0")
+    if not 16 <= call.width <= 1024:
+        reasons.append(f"feature width {call.width}: only 16 to 1024")
+    if call.queries > 256:
+        reasons.append(f"{call.queries} queries: at most 256")
+    return reasons
+
+
+def _cuda_reasons(call: ITCCall) -> list[str]:
+    reasons = _kernel_reasons(call)
+    if call.device != "cuda":
+        reasons.append(f"features on {call.device}: needs a CUDA device")
+    if call.dtype not in HALVES:
+        reasons.append(f"{call.dtype}: only float16 and bfloat16")
+    if not hasattr(torch.ops.blip2fast_C, "itc_sweep"):
+        reasons.append("the extension blip2fast._C is not built, or has no itc_sweep")
+    return reasons
+
+
+def _triton_reasons(call: ITCCall) -> list[str]:
+    return ["not written"]
+
+
+BACKENDS = (
+    Backend("cuda", _cuda_reasons, lambda call: [COMPILED_NOT_RUN.format(name="cuda")]),
+    Backend("triton", _triton_reasons, lambda call: [COMPILED_NOT_RUN.format(name="triton")]),
+    Backend("chunked", _none, _none),
+    Backend("reference", _reference_reasons, _reference_not_automatic),
+)
+
+torch.library.define(
+    "blip2fast::itc_sweep",
+    "(Tensor image, Tensor text, Tensor temp, Tensor? row_ids, Tensor? column_ids, "
+    "Tensor? philox, SymInt first_row, bool local, bool legacy, bool save, str impl) -> "
+    "(Tensor rows, Tensor columns, Tensor row_index, Tensor column_index, Tensor sim, Tensor arg)",
+)
+torch.library.define(
+    "blip2fast::itc_sweep_grad",
+    "(Tensor image, Tensor text, Tensor temp, Tensor row_lse, Tensor row_weight, "
+    "Tensor column_lse, Tensor column_weight, Tensor? row_ids, Tensor? column_ids, "
+    "SymInt first_row, bool local, Tensor sim, Tensor arg, str impl) -> "
+    "(Tensor d_image, Tensor d_text, Tensor d_temp)",
+)
+
+
+def _backend(impl: str) -> Any:
+    """The functions `sweep` and `sweep_grad` of a backend."""
+    if impl == "reference":
+        return reference
+    return chunked
+
+
+@torch.library.impl("blip2fast::itc_sweep", "CompositeExplicitAutograd")
+def _sweep(
+    image: Tensor,
+    text: Tensor,
+    temp: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    philox: Tensor | None,
+    first_row: int,
+    local: bool,
+    legacy: bool,
+    save: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    if impl == "cuda":
+        found: tuple[Tensor, ...] = torch.ops.blip2fast_C.itc_sweep(
+            image, text, temp, row_ids, column_ids, philox, first_row, save
+        )
+        return found
+    pairs = Pairs(first_row, row_ids, column_ids)
+    options = Options(philox, legacy, save)
+    return tuple(_backend(impl).sweep(image, text, temp, pairs, options))
+
+
+@torch.library.register_fake("blip2fast::itc_sweep")
+def _sweep_fake(
+    image: Tensor,
+    text: Tensor,
+    temp: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    philox: Tensor | None,
+    first_row: int,
+    local: bool,
+    legacy: bool,
+    save: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    (M, Q, _), N, dtype = image.shape, text.shape[0], wide_dtype(image.dtype)
+    values, indices = statistics_shape(legacy)
+    kept = (M, N) if save else (0, 0)
+    return (
+        image.new_empty(values, M, dtype=dtype),
+        image.new_empty(values, N, dtype=dtype),
+        image.new_empty(indices, M, dtype=torch.int64),
+        image.new_empty(indices, N, dtype=torch.int64),
+        image.new_empty(kept, dtype=dtype),
+        image.new_empty(kept, dtype=index_dtype(Q)),
+    )
+
+
+@torch.library.impl("blip2fast::itc_sweep_grad", "CompositeExplicitAutograd")
+def _sweep_grad(
+    image: Tensor,
+    text: Tensor,
+    temp: Tensor,
+    row_lse: Tensor,
+    row_weight: Tensor,
+    column_lse: Tensor,
+    column_weight: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    first_row: int,
+    local: bool,
+    sim: Tensor,
+    arg: Tensor,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if impl == "cuda":
+        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.blip2fast_C.itc_sweep_grad(
+            image,
+            text,
+            temp,
+            row_lse,
+            row_weight,
+            column_lse,
+            column_weight,
+            row_ids,
+            column_ids,
+            first_row,
+            local,
+            sim,
+            arg,
+        )
+        return grads
+    pairs = Pairs(first_row, row_ids, column_ids)
+    sides = Weights(row_lse, row_weight), Weights(column_lse, column_weight)
+    d_image, d_text, d_temp = _backend(impl).sweep_grad(
+        image, text, temp, pairs, sides, local, (sim, arg)
+    )
+    return d_image, d_text, d_temp
+
+
+@torch.library.register_fake("blip2fast::itc_sweep_grad")
+def _sweep_grad_fake(image: Tensor, text: Tensor, temp: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return (
+        torch.empty_like(image, memory_format=torch.contiguous_format),
+        torch.empty_like(text, memory_format=torch.contiguous_format),
+        torch.empty_like(temp),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image, text, temp, row_ids, column_ids, _, ctx.first_row, ctx.local, _, _, ctx.impl = inputs
+    swept = Sweep(*output)
+    # zeros for the gradient of `sim` would be as large as all pairs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(image, text, temp, row_ids, column_ids, *swept)
+
+
+def _backward(
+    ctx: Any, d_rows: Tensor | None, d_columns: Tensor | None, *rest: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    image, text, temp, row_ids, column_ids, *output = ctx.saved_tensors
+    swept = Sweep(*output)
+    d_rows = torch.zeros_like(swept.rows) if d_rows is None else d_rows
+    d_columns = torch.zeros_like(swept.columns) if d_columns is None else d_columns
+    grads = torch.ops.blip2fast.itc_sweep_grad(
+        image,
+        text,
+        temp,
+        swept.rows[LSE],
+        d_rows[:DIFFERENTIABLE].contiguous(),
+        swept.columns[LSE],
+        d_columns[:DIFFERENTIABLE].contiguous(),
+        row_ids,
+        column_ids,
+        ctx.first_row,
+        ctx.local,
+        swept.sim,
+        swept.arg,
+        ctx.impl,
+    )
+    return (*grads, *[None] * 8)
+
+
+torch.library.register_autograd("blip2fast::itc_sweep", _backward, setup_context=_setup_context)

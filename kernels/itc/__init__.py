@@ -1,0 +1,1 @@
+"""In-batch image-text similarity, its softmax statistics and its hard negatives."""

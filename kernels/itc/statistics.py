@@ -1,0 +1,125 @@
+"""Statistics of a part of a row or column, and how two parts are one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blip2fast.kernels.itc.interface import (
+    BEST,
+    BEST_INDEX,
+    KEY,
+    LSE,
+    NEGATIVE_INDEX,
+    POSITIVE_COUNT,
+    POSITIVE_LSE,
+    POSITIVE_SUM,
+    SUM,
+    UNIFORM_INDEX,
+    UNIFORM_KEY,
+    statistics_shape,
+)
+
+
+def of_tile(
+    x: Tensor,
+    positive: Tensor | None,
+    noise: Tensor | None,
+    first: int,
+    legacy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Statistics of each row of a tile.
+
+    Args:
+        x: `[R, C]` similarities over temperature; for columns, their transpose.
+        positive: `[R, C]` bool; None where there are none.
+        noise: `[R, C]` Gumbel noise; None draws no negatives.
+        first: The index of the first column.
+        legacy: As in `Options`.
+
+    Returns:
+        `[6 or 8, R]` in the type of x, and `[2 or 3, R]` int64.
+    """
+    count, count_index = statistics_shape(legacy)
+    values = x.new_full((count, x.shape[0]), -torch.inf)
+    index = torch.full((count_index, x.shape[0]), -1, device=x.device)
+    values[LSE] = x.logsumexp(1)
+    values[SUM] = x.sum(1)
+    values[POSITIVE_SUM] = 0 if positive is None else (x * positive).sum(1)
+    values[POSITIVE_COUNT] = 0 if positive is None else positive.sum(1)
+    values[BEST], best = x.max(1)
+    index[BEST_INDEX] = best + first
+    if noise is not None:
+        values[KEY], index[NEGATIVE_INDEX] = _greatest_negative(x + noise, positive, first)
+    if legacy and noise is not None:
+        values[UNIFORM_KEY], index[UNIFORM_INDEX] = _greatest_negative(noise, positive, first)
+        if positive is not None:
+            values[POSITIVE_LSE] = x.masked_fill(~positive, -torch.inf).logsumexp(1)
+    return values, index
+
+
+def _greatest_negative(key: Tensor, positive: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
+    if positive is not None:
+        key = key.masked_fill(positive, -torch.inf)
+    best, where = key.max(1)
+    # not above -inf: all are positives, or not a number
+    return best, torch.where(best > -torch.inf, where + first, -1)
+
+
+def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Statistics of two parts of the same rows as those of the whole.
+
+    Differentiable in the first `DIFFERENTIABLE` statistics.
+
+    Args:
+        a: What `of_tile` gives; its columns come before those of b.
+        b: Likewise.
+
+    Returns:
+        Likewise.
+    """
+    (va, ia), (vb, ib) = a, b
+    values = [
+        torch.logaddexp(va[LSE], vb[LSE]),
+        va[SUM] + vb[SUM],
+        va[POSITIVE_SUM] + vb[POSITIVE_SUM],
+        va[POSITIVE_COUNT] + vb[POSITIVE_COUNT],
+    ]
+    index = []
+    choices = [(BEST, BEST_INDEX), (KEY, NEGATIVE_INDEX)]
+    if len(va) > UNIFORM_KEY:
+        choices.append((UNIFORM_KEY, UNIFORM_INDEX))
+    for value_row, index_row in choices:
+        # strictly: the lowest index wins a tie
+        later = vb[value_row] > va[value_row]
+        values.append(torch.where(later, vb[value_row], va[value_row]))
+        index.append(torch.where(later, ib[index_row], ia[index_row]))
+    if len(va) > UNIFORM_KEY:
+        values.append(torch.logaddexp(va[POSITIVE_LSE], vb[POSITIVE_LSE]))
+    return torch.stack(values), torch.stack(index)
+
+
+def empty(count: int, like: Tensor, legacy: bool) -> tuple[Tensor, Tensor]:
+    """Statistics of no columns at all, for `count` rows: what a merge starts from."""
+    rows, rows_index = statistics_shape(legacy)
+    values = like.new_full((rows, count), -torch.inf)
+    values[SUM:BEST] = 0
+    return values, torch.full((rows_index, count), -1, device=like.device)
+
+
+def gradient(x: Tensor, positive: Tensor | None, lse: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of a loss with respect to x, from that with respect to its rows' statistics.
+
+    Args:
+        x: `[R, C]`.
+        positive: `[R, C]` bool; None where there are none.
+        lse: `[R]`.
+        weight: `[3, R]`, the gradient with respect to log-sum-exp, sum and positive sum.
+
+    Returns:
+        `[R, C]`.
+    """
+    dx = (x - lse[:, None]).exp_().mul_(weight[LSE, :, None]).add_(weight[SUM, :, None])
+    if positive is not None:
+        dx.add_(weight[POSITIVE_SUM, :, None] * positive)
+    return dx
