@@ -191,10 +191,7 @@ def _merge_ranks(columns: Side, group: ProcessGroup | None) -> Side:
         exchange(part.unflatten(1, (ranks, -1)).movedim(1, 0).contiguous(), group)
         for part in columns
     )
-    merged = values[0], index[0]
-    for r in range(1, ranks):
-        merged = statistics.merge(merged, (values[r], index[r]))
-    return merged
+    return statistics.join(values, index)
 
 
 def _cross_entropy(values: Tensor, smoothing: float, N: int) -> Tensor:

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from blip2fast._extension import why_not
 from blip2fast.kernels.itc import chunked, reference
 from blip2fast.kernels.itc.interface import (
     DIFFERENTIABLE,
@@ -25,6 +29,10 @@ from blip2fast.kernels.itc.interface import (
 )
 from blip2fast.ops.dispatch import COMPILED_NOT_RUN, Backend
 
+HAS_TRITON = find_spec("triton") is not None
+# Triton's own switch: its kernels then run on the CPU, slowly, to be checked
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+WHY_NO_CUDA = why_not("itc_sweep")
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -39,10 +47,6 @@ class ITCCall:
     dtype: torch.dtype
     device: str
     legacy_epsilon: float
-
-
-def _reference_reasons(call: ITCCall) -> list[str]:
-    return []
 
 
 def _reference_not_automatic(call: ITCCall) -> list[str]:
@@ -71,20 +75,27 @@ def _cuda_reasons(call: ITCCall) -> list[str]:
         reasons.append(f"features on {call.device}: needs a CUDA device")
     if call.dtype not in HALVES:
         reasons.append(f"{call.dtype}: only float16 and bfloat16")
-    if not hasattr(torch.ops.blip2fast_C, "itc_sweep"):
-        reasons.append("the extension blip2fast._C is not built, or has no itc_sweep")
+    if WHY_NO_CUDA:
+        reasons.append(WHY_NO_CUDA)
     return reasons
 
 
 def _triton_reasons(call: ITCCall) -> list[str]:
-    return ["not written"]
+    reasons = _kernel_reasons(call)
+    if call.device != "cuda" and not INTERPRETED:
+        reasons.append(f"features on {call.device}: needs a CUDA device")
+    if call.dtype not in (*HALVES, torch.float32):
+        reasons.append(f"{call.dtype}: only float16, bfloat16 and float32")
+    if not HAS_TRITON:
+        reasons.append("triton is not installed: pip install triton")
+    return reasons
 
 
 BACKENDS = (
     Backend("cuda", _cuda_reasons, lambda call: [COMPILED_NOT_RUN.format(name="cuda")]),
     Backend("triton", _triton_reasons, lambda call: [COMPILED_NOT_RUN.format(name="triton")]),
     Backend("chunked", _none, _none),
-    Backend("reference", _reference_reasons, _reference_not_automatic),
+    Backend("reference", _none, _reference_not_automatic),
 )
 
 torch.library.define(
@@ -104,9 +115,12 @@ torch.library.define(
 
 def _backend(impl: str) -> Any:
     """The functions `sweep` and `sweep_grad` of a backend."""
-    if impl == "reference":
-        return reference
-    return chunked
+    if impl == "triton":
+        # imported on use: Triton is optional
+        from blip2fast.kernels.itc import backward, forward
+
+        return SimpleNamespace(sweep=forward.sweep, sweep_grad=backward.sweep_grad)
+    return {"reference": reference, "chunked": chunked}[impl]
 
 
 @torch.library.impl("blip2fast::itc_sweep", "CompositeExplicitAutograd")

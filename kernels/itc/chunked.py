@@ -112,7 +112,9 @@ def _tile_statistics(
 
 def _merge_into(whole: tuple[Tensor, Tensor], at: slice, part: tuple[Tensor, Tensor]) -> None:
     values, index = whole
-    values[:, at], index[:, at] = statistics.merge((values[:, at], index[:, at]), part)
+    values[:, at], index[:, at] = statistics.join(
+        torch.stack([values[:, at], part[0]]), torch.stack([index[:, at], part[1]])
+    )
 
 
 def sweep_grad(

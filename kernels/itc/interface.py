@@ -2,7 +2,7 @@
 
 A sweep looks at M images against N texts once, `x[i, j] = max_q <image[i, q], text[j]> / temp`,
 and keeps a few numbers a row (an image) and a column (a text). Numbers of a part of a row or column
-are of the same kind as those of the whole, and `statistics.merge` joins them: tiles of a device and
+are of the same kind as those of the whole, and `statistics.join` joins them: tiles of a device and
 ranks of a job alike.
 """
 

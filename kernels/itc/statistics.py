@@ -66,37 +66,31 @@ def _greatest_negative(key: Tensor, positive: Tensor | None, first: int) -> tupl
     return best, torch.where(best > -torch.inf, where + first, -1)
 
 
-def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Statistics of two parts of the same rows as those of the whole.
+def join(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics of P parts of the same rows as those of the whole.
 
     Differentiable in the first `DIFFERENTIABLE` statistics.
 
     Args:
-        a: What `of_tile` gives; its columns come before those of b.
-        b: Likewise.
+        values: `[P, 6 or 8, R]`, what `of_tile` gives for each part, in the order of its columns.
+        index: `[P, 2 or 3, R]`, likewise.
 
     Returns:
-        Likewise.
+        `[6 or 8, R]` and `[2 or 3, R]`.
     """
-    (va, ia), (vb, ib) = a, b
-    values = [
-        torch.logaddexp(va[LSE], vb[LSE]),
-        va[SUM] + vb[SUM],
-        va[POSITIVE_SUM] + vb[POSITIVE_SUM],
-        va[POSITIVE_COUNT] + vb[POSITIVE_COUNT],
-    ]
-    index = []
+    joined = [values[:, LSE].logsumexp(0), *values[:, SUM:BEST].sum(0)]
+    where = []
     choices = [(BEST, BEST_INDEX), (KEY, NEGATIVE_INDEX)]
-    if len(va) > UNIFORM_KEY:
+    if values.shape[1] > UNIFORM_KEY:
         choices.append((UNIFORM_KEY, UNIFORM_INDEX))
     for value_row, index_row in choices:
-        # strictly: the lowest index wins a tie
-        later = vb[value_row] > va[value_row]
-        values.append(torch.where(later, vb[value_row], va[value_row]))
-        index.append(torch.where(later, ib[index_row], ia[index_row]))
-    if len(va) > UNIFORM_KEY:
-        values.append(torch.logaddexp(va[POSITIVE_LSE], vb[POSITIVE_LSE]))
-    return torch.stack(values), torch.stack(index)
+        # the first part of those that tie: the lowest index
+        best, part = values[:, value_row].max(0)
+        joined.append(best)
+        where.append(index[:, index_row].gather(0, part[None])[0])
+    if values.shape[1] > POSITIVE_LSE:
+        joined.append(values[:, POSITIVE_LSE].logsumexp(0))
+    return torch.stack(joined), torch.stack(where)
 
 
 def empty(count: int, like: Tensor, legacy: bool) -> tuple[Tensor, Tensor]:
