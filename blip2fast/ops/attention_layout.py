@@ -206,3 +206,8 @@ def _check_blocks(codes: Tensor, blocks: Tensor, num_blocks: int) -> None:
             "blocks: a block's queries see one BIDIRECTIONAL text at most; several texts share "
             f"blocks {bidirectional.tolist()[:8]}: give each pair a block of its own"
         )
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which scores are computed for data of type `dtype`, and that of an lse."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
