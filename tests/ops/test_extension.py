@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from extension_build import build_extension, needs_compiler
 
 from blip2fast import _extension
 from blip2fast.ops import philox
 
-ROOT = Path(__file__).parents[2]
-NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None
-
 needs_extension = pytest.mark.skipif(bool(_extension.why_not()), reason=_extension.why_not())
 
 
-@pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler on PATH")
+@needs_compiler
 def test_builds_and_is_up_to_date(tmp_path: Path) -> None:
-    """A build now gives the library that these tests load (ninja compiles only what changed)."""
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    built = tmp_path / "blip2fast" / "_C.so"
+    """A build now gives the library that these tests load."""
+    built = build_extension(tmp_path)
     note = built.with_suffix(".txt").read_text()
-    assert "failed" not in note
     assert built.exists(), note
     if shutil.which("nvcc"):
         assert "without CUDA" not in note
@@ -96,3 +92,62 @@ def test_philox_keep_mask_rejects_what_it_would_misread() -> None:
         op(state, rows, rows[:2], 0, 4, 0)
     with pytest.raises(RuntimeError, match="philox: expected 2 elements, got 1"):
         op(state[:1], rows, rows, 0, 4, 0)
+
+
+def _cuobjdump(*options: str) -> str:
+    """Output of the disassembler that comes with Triton's wheel."""
+    tool = shutil.which("cuobjdump")
+    found = importlib.util.find_spec("triton")
+    if tool is None and found is not None and found.origin is not None:
+        tool = str(Path(found.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    if tool is None or not Path(tool).exists():
+        pytest.skip("no cuobjdump: pip install triton")
+    command = [tool, *options, str(_extension.LIBRARY)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+needs_cuda_build = pytest.mark.skipif(
+    not _extension.has_op("qformer_cross_attention"),
+    reason="built without CUDA: " + _extension.why_not("qformer_cross_attention"),
+)
+
+# bytes of stack a kernel may use: registers that the compiler could not keep, addresses mostly
+SPILLS = {
+    # dq, and dk or dv, of 32 queries and 16 keys at once
+    "cross_attention_backward_queries_kernel<64,2,fused>": 72,
+    "cross_attention_backward_queries_kernel<128,1>": 48,
+    "cross_attention_backward_keys_kernel<128>": 72,
+}
+
+
+def _kernel_name(mangled: str) -> str:
+    """`name<numbers, fused>` of a mangled template instance."""
+    match = re.match(r"_ZN9blip2fast\d+(?P<name>\w+?_kernel)I", mangled)
+    assert match, mangled
+    numbers = re.findall(r"Li(\d+)E", mangled) + ["fused"] * ("Lb1E" in mangled)
+    return f"{match['name']}<{','.join(numbers)}>"
+
+
+@needs_cuda_build
+def test_kernels_fit_their_registers() -> None:
+    """Compiled for both architectures; no spills beyond those listed."""
+    report = _cuobjdump("-res-usage")
+    assert {"arch = sm_80", "arch = sm_90a"} <= set(report.splitlines())
+    kernels = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", report)
+    assert len(kernels) >= 2 * 2 * 16  # architectures, formats, kernels
+    spilled = {_kernel_name(name): int(stack) for name, _, stack, _ in kernels if int(stack)}
+    assert {name for name, stack in spilled.items() if stack > SPILLS.get(name, 0)} == set()
+    assert max(int(registers) for _, registers, _, _ in kernels) <= 255
+
+
+@needs_cuda_build
+def test_kernels_multiply_on_tensor_cores() -> None:
+    code = _cuobjdump("-sass", "-arch", "sm_80")
+    functions = re.split(r"Function : (\w+)", code)[1:]
+    by_name = dict(zip(functions[::2], functions[1::2], strict=True))
+    assert by_name
+    for name, body in by_name.items():
+        kind = "HMMA.16816.F32.BF16" if "BFloat16" in name else "HMMA.16816.F32 "
+        assert kind in body, name
+        assert "ATOM" not in body, name  # sums in a fixed order
+        assert "RED." not in body, name

@@ -1,0 +1,37 @@
+"""Builds parts of the extension for tests; ninja compiles only what changed."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / "extension"
+BUILD.mkdir(parents=True, exist_ok=True)
+LOCK = FileLock(BUILD / "lock")  # test processes run side by side
+
+NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None
+needs_compiler = pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler on PATH")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+
+
+def build_extension(folder: Path) -> Path:
+    """Build what an install would, into `folder`."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder)]
+    with LOCK:
+        subprocess.run(command, cwd=ROOT, check=True)
+    return folder / "blip2fast" / "_C.so"
+
+
+def build_target(name: str) -> Path:
+    """Build one target of csrc/rules.ninja; `build_extension` comes first."""
+    ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
+    with LOCK:
+        subprocess.run([*ninja, name], cwd=BUILD, check=True)
+    return BUILD / name
