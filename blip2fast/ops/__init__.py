@@ -1,13 +1,19 @@
 """The fused ops, one file each: check, choose a backend, register with PyTorch."""
 
 from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
+from blip2fast.ops.bias_gelu import bias_gelu
+from blip2fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from blip2fast.ops.itc import itc_loss
+from blip2fast.ops.lm_cross_entropy import lm_cross_entropy
 from blip2fast.ops.qformer_attention import qformer_attention, qformer_cross_attention
 
 __all__ = [
     "AttentionLayout",
     "KVIndex",
+    "bias_gelu",
+    "dropout_add_layer_norm",
     "itc_loss",
+    "lm_cross_entropy",
     "qformer_attention",
     "qformer_cross_attention",
 ]

@@ -1,0 +1,165 @@
+"""The chunks of `lm_cross_entropy`: logits of a few rows, their loss, their gradient, then the next.
+
+For one row with logits x, label y and smoothing s the loss is
+`lse(x) - (1 - s) * x[y] - s * mean(x)`, its gradient `softmax(x) - (1 - s) * onehot(y) - s / V`.
+
+Gradients are kept without the factor `dloss / count`: it is known only later, and in half precision
+it would make the small ones vanish. Shapes: R rows, C hidden width, V words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# bytes of logits at once, by whether they are on a CPU; the GPU's was not measured on one
+DEFAULT_BYTES = {True: 32 * 2**20, False: 512 * 2**20}
+# words are padded to a multiple of this where rows of logits would start unaligned on a GPU
+ALIGNMENT = 64
+FP16_SHIFT = 64
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    chunk_bytes: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    pad: bool | None = None,
+) -> tuple[Tensor, ...]:
+    """Loss and gradients.
+
+    Args:
+        hidden, weight, bias, labels, label_smoothing, ignore_index: As for `lm_cross_entropy`.
+        chunk_bytes: Most bytes of logits at once.
+        needs_hidden, needs_weight, needs_bias: Which gradients to compute.
+        pad: Whether to pad the words to a multiple of `ALIGNMENT`; None where that pays.
+
+    Returns:
+        `(loss, correct, count, dhidden, dweight, dbias)`: mean loss, labels that no word outscores,
+        labels that count, and the gradients of the *sum* of losses: `[R, C]` in the type of hidden,
+        `[V, C]` and `[V]` in fp32 or fp64; empty where not needed.
+    """
+    R, V = hidden.shape[0], weight.shape[0]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    counts = labels != ignore_index
+    # a row that does not count then adds nothing to any product, whatever it held
+    hidden = hidden.masked_fill(~counts[:, None], 0)
+    safe_labels = labels.where(counts, 0)[:, None]
+    pad = _pays(hidden, V) if pad is None else pad
+    table, offset = _table(weight, bias, hidden.dtype, pad)
+    step = max(1, min(R, chunk_bytes // (len(table) * wide.itemsize)))
+    logits = hidden.new_empty(step, len(table))
+    grads = _Gradients(hidden, table, V, step, (needs_hidden, needs_weight, needs_bias))
+    losses = hidden.new_empty(R, dtype=wide)
+    best = torch.empty_like(counts)
+    for start in range(0, R, step):
+        rows = slice(start, min(start + step, R))
+        padded, label = logits[: rows.stop - start], safe_labels[rows]
+        torch.addmm(offset, hidden[rows], table.T, out=padded)
+        x = padded[:, :V]
+        top, of_label = x.amax(1, keepdim=True), x.gather(1, label)
+        best[rows] = (of_label >= top)[:, 0]
+        loss = of_label.to(wide) * (label_smoothing - 1)
+        if label_smoothing > 0:
+            loss -= x.sum(1, keepdim=True, dtype=wide) * (label_smoothing / V)
+        loss += grads.add(rows, x, top, label, counts[rows], label_smoothing)
+        losses[rows] = loss[:, 0]
+    count = counts.sum()
+    mean = losses.where(counts, 0).sum() / count
+    return mean, (best & counts).sum(), count, grads.hidden, grads.weight, grads.bias
+
+
+class _Gradients:
+    """Gradients of the sum of losses, added up chunk by chunk.
+
+    Attributes:
+        hidden, weight, bias: `[R, C]`, `[V, C]` and `[V]`, empty where not needed.
+    """
+
+    def __init__(
+        self, rows: Tensor, table: Tensor, V: int, step: int, needs: tuple[bool, bool, bool]
+    ) -> None:
+        self.needs, self._rows, self._table = needs, rows, table
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        C = table.shape[1]
+        self.hidden = rows.new_zeros(rows.shape if needs[0] else (0,))
+        self.weight = rows.new_zeros((V, C) if needs[1] else (0,), dtype=wide)
+        self.bias = rows.new_zeros(V if needs[2] else 0, dtype=wide)
+        held = step if any(needs) else 0
+        self._wide = rows.new_zeros(held, len(table), dtype=wide)
+        self._narrow = self._wide if rows.dtype == wide else rows.new_zeros(held, len(table))
+
+    def add(
+        self, rows: slice, x: Tensor, top: Tensor, label: Tensor, counts: Tensor, smoothing: float
+    ) -> Tensor:
+        """Take in the gradient of a chunk.
+
+        Args:
+            rows: Which rows it is.
+            x: `[n, V]` logits.
+            top: `[n, 1]`, the greatest of each row.
+            label: `[n, 1]`, a valid one also where the row does not count.
+            counts: `[n]` bool.
+            smoothing: s.
+
+        Returns:
+            The log-sum-exp of the logits, `[n, 1]`.
+        """
+        n, V = x.shape
+        wide = self._wide.dtype
+        if not any(self.needs):
+            return x.to(wide).logsumexp(1, keepdim=True)
+        dx = self._wide[:n, :V]
+        torch.softmax(x, 1, dtype=wide, out=dx)
+        # the greatest probability is 1 / sum(exp(x - top))
+        lse = top.to(wide) - dx.amax(1, keepdim=True).log()
+        if smoothing > 0:
+            dx.sub_(smoothing / V)
+        dx.scatter_add_(1, label, dx.new_full((), smoothing - 1).expand(n, 1))
+        if self.needs[2]:
+            self.bias += counts.to(wide) @ dx
+        if self._narrow is not self._wide:
+            self._narrow[:n, :V] = dx
+        narrow = self._narrow[:n]
+        if self.needs[0]:
+            torch.mm(narrow, self._table, out=self.hidden[rows])
+            self.hidden[rows].masked_fill_(~counts[:, None], 0)
+        if self.needs[1]:
+            self._add_weight(narrow[:, :V], self._rows[rows])
+        return lse
+
+    def _add_weight(self, dx: Tensor, rows: Tensor) -> None:
+        if rows.dtype == self.weight.dtype:
+            self.weight.addmm_(dx.T, rows)
+        elif rows.dtype == torch.float16:
+            # sums over many rows would leave fp16's range, and no loss scale is in them yet
+            self.weight.add_(dx.T @ (rows / FP16_SHIFT), alpha=FP16_SHIFT)
+        else:
+            self.weight.add_(dx.T @ rows)
+
+
+def _pays(hidden: Tensor, V: int) -> bool:
+    """Whether rows of logits would start unaligned where tensor cores want them aligned."""
+    return hidden.device.type == "cuda" and hidden.dtype.itemsize == 2 and V % 8 > 0
+
+
+def _table(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, pad: bool
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias in the type of the products, with rows of zeros up to `ALIGNMENT` words."""
+    V, C = weight.shape
+    words = -(-V // ALIGNMENT) * ALIGNMENT if pad else V
+    offset = weight.new_zeros(words, dtype=dtype)
+    if bias is not None:
+        offset[:V] = bias
+    if words == V:
+        return weight.to(dtype), offset
+    table = weight.new_zeros(words, C, dtype=dtype)
+    table[:V] = weight
+    return table, offset

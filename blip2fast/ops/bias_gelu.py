@@ -1,0 +1,134 @@
+"""Bias and exact GELU in one pass each way. Shapes: R rows, F width of the feed-forward layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2fast.kernels.bias_gelu import pytorch, reference
+from blip2fast.ops._glue_checks import (
+    AS_DEFINED,
+    check_like,
+    check_rows,
+    not_run,
+    triton_reasons,
+)
+from blip2fast.ops.attention_layout import wide_dtype
+from blip2fast.ops.dispatch import Backend, choose
+
+
+@dataclass(frozen=True)
+class BiasGeluCall:
+    """What a choice of backend may depend on."""
+
+    dtype: torch.dtype
+    device: str
+
+
+def _triton_reasons(call: BiasGeluCall) -> list[str]:
+    return triton_reasons(call.device, (call.dtype,))
+
+
+BACKENDS: tuple[Backend[BiasGeluCall], ...] = (
+    Backend("triton", _triton_reasons, lambda call: not_run("triton")),
+    Backend("pytorch", lambda call: [], lambda call: []),
+    Backend("reference", lambda call: [], lambda call: [AS_DEFINED]),
+)
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tensor:
+    """`F.gelu(x + bias)`, the exact GELU.
+
+    Computed in fp32 (fp64 for fp64 data). Saved for the backward pass: x alone, so the result may
+    be changed in place. The gradient of `bias` is summed in a fixed order. The type of the result
+    is that of x: autocast changes nothing.
+
+    Args:
+        x: `[R, F]`, fp16, bf16, fp32 or fp64.
+        bias: `[F]`, of the linear layer that made x, or None; fp32 goes with data of any type.
+        impl: `"auto"`, `"triton"`, `"pytorch"` or `"reference"`.
+
+    Returns:
+        `[R, F]`, in the type of x.
+
+    Raises:
+        ValueError: a shape, type or device does not fit.
+        NotImplementedError: the backend asked for does not run this; says why.
+    """
+    check_rows("x", x)
+    check_like("bias", bias, (x.shape[1],), x)
+    impl = choose("bias_gelu", BACKENDS, BiasGeluCall(x.dtype, x.device.type), impl)
+    if impl == "reference":
+        return reference.bias_gelu(x, bias)
+    out: Tensor = torch.ops.blip2fast.bias_gelu(x.contiguous(), bias, impl)
+    return out
+
+
+torch.library.define("blip2fast::bias_gelu", "(Tensor x, Tensor? bias, str impl) -> Tensor")
+torch.library.define(
+    "blip2fast::bias_gelu_grad",
+    "(Tensor dout, Tensor x, Tensor? bias, bool needs_bias, str impl) -> (Tensor dx, Tensor dbias)",
+)
+
+
+def _backend(impl: str) -> Any:
+    """The functions `forward` and `backward` of a backend."""
+    if impl == "triton":
+        # imported on use: Triton is optional
+        from blip2fast.kernels.bias_gelu import interface
+
+        return interface
+    return pytorch
+
+
+@torch.library.impl("blip2fast::bias_gelu", "CompositeExplicitAutograd")
+def _forward(x: Tensor, bias: Tensor | None, impl: str) -> Tensor:
+    out: Tensor = _backend(impl).forward(x, bias)
+    return out
+
+
+@torch.library.register_fake("blip2fast::bias_gelu")
+def _forward_fake(x: Tensor, bias: Tensor | None, impl: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.impl("blip2fast::bias_gelu_grad", "CompositeExplicitAutograd")
+def _backward(
+    dout: Tensor, x: Tensor, bias: Tensor | None, needs_bias: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    dx, dbias = _backend(impl).backward(dout, x, bias, needs_bias)
+    return dx, dbias
+
+
+@torch.library.register_fake("blip2fast::bias_gelu_grad")
+def _backward_fake(
+    dout: Tensor, x: Tensor, bias: Tensor | None, needs_bias: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    width = x.shape[1] if needs_bias else 0
+    return x.new_empty(x.shape), x.new_empty(width, dtype=wide_dtype(x.dtype))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.impl = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, bias)
+
+
+def _autograd(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return None, None, None
+    x, bias = ctx.saved_tensors
+    dx, dbias = torch.ops.blip2fast.bias_gelu_grad(
+        dout.contiguous(), x, bias, ctx.needs_input_grad[1], ctx.impl
+    )
+    return (
+        dx if ctx.needs_input_grad[0] else None,
+        dbias.to(bias.dtype) if ctx.needs_input_grad[1] else None,
+        None,
+    )
+
+
+torch.library.register_autograd("blip2fast::bias_gelu", _autograd, setup_context=_setup_context)

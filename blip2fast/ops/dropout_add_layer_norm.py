@@ -1,0 +1,274 @@
+"""Dropout, residual and LayerNorm behind a linear layer, in one pass each way.
+
+`LayerNorm(dropout(x) + residual)` closes every block of the Q-Former (post-norm, as in BERT).
+Shapes: R rows, C hidden width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2fast.kernels.dropout_add_layer_norm import pytorch, reference
+from blip2fast.ops._attention_checks import check_dropout
+from blip2fast.ops._glue_checks import (
+    AS_DEFINED,
+    FLOATS,
+    MAX_WIDTH,
+    check_like,
+    check_rows,
+    not_run,
+    triton_reasons,
+)
+from blip2fast.ops.attention_layout import wide_dtype
+from blip2fast.ops.dispatch import Backend, choose
+
+
+@dataclass(frozen=True)
+class DropoutAddLayerNormCall:
+    """What a choice of backend may depend on."""
+
+    width: int
+    dtypes: tuple[torch.dtype, ...]
+    device: str
+
+
+def _triton_reasons(call: DropoutAddLayerNormCall) -> list[str]:
+    reasons = triton_reasons(call.device, call.dtypes)
+    if call.width > MAX_WIDTH:
+        reasons.append(f"width {call.width}: at most {MAX_WIDTH}")
+    return reasons
+
+
+BACKENDS: tuple[Backend[DropoutAddLayerNormCall], ...] = (
+    Backend("triton", _triton_reasons, lambda call: not_run("triton")),
+    Backend("pytorch", lambda call: [], lambda call: []),
+    Backend("reference", lambda call: [], lambda call: [AS_DEFINED]),
+)
+
+
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    x_bias: Tensor | None = None,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    philox: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`F.layer_norm(F.dropout(x + x_bias, dropout_p) + residual, (C,), weight, bias, eps)`.
+
+    Computed in fp32 (fp64 for fp64 data). Saved for the backward pass: the sum that is normalised
+    (none where that is x) and two statistics a row; the dropout mask is drawn again. Gradients of
+    `weight`, `bias` and `x_bias` are summed in a fixed order.
+
+    Types come from the arguments alone: autocast changes nothing.
+
+    Args:
+        x: `[R, C]`, fp16, bf16, fp32 or fp64.
+        residual: `[R, C]`, of any of these types, or None.
+        weight, bias: `[C]`, of the LayerNorm; fp32 parameters go with data of any type.
+        x_bias: `[C]`, added to x before dropout: the bias of the linear layer that made x.
+        eps: Added to the variance.
+        dropout_p: Probability of dropping an element of `x + x_bias`, 0 to below 1.
+        philox: `[2]` int64 seed and offset of the dropout mask (`ops.philox.philox_state`), a
+            different offset for each use; needed where `dropout_p` is above 0. The mask's row is
+            the row of x, its head 0.
+        out_dtype: Type of the result; by default the wider one of `x` and `residual`, in which the
+            sum is also saved.
+        impl: `"auto"`, `"triton"`, `"pytorch"` or `"reference"`.
+
+    Returns:
+        `[R, C]`.
+
+    Raises:
+        ValueError: a shape, type, device or option does not fit.
+        NotImplementedError: the backend asked for does not run this; says why.
+    """
+    check_rows("x", x)
+    check_like("residual", residual, tuple(x.shape), x)
+    width = (x.shape[1],)
+    for name, row in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
+        check_like(name, row, width, x)
+    check_dropout(dropout_p, philox, x)
+    sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out_dtype = sum_dtype if out_dtype is None else out_dtype
+    if out_dtype not in FLOATS:
+        raise ValueError(f"out_dtype: expected fp16, bf16, fp32 or fp64, got {out_dtype}")
+    call = DropoutAddLayerNormCall(x.shape[1], (x.dtype, sum_dtype, out_dtype), x.device.type)
+    impl = choose("dropout_add_layer_norm", BACKENDS, call, impl)
+    philox = philox if dropout_p > 0 else None
+    if impl == "reference":
+        return reference.dropout_add_layer_norm(
+            x, residual, weight, bias, x_bias, eps, dropout_p, philox, out_dtype
+        )
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    inputs = (x, residual, weight, bias, x_bias)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    out: Tensor = torch.ops.blip2fast.dropout_add_layer_norm(
+        *inputs, philox, eps, dropout_p, out_dtype, save, impl
+    )[0]
+    return out
+
+
+torch.library.define(
+    "blip2fast::dropout_add_layer_norm",
+    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor? x_bias, Tensor? philox, "
+    "float eps, float dropout_p, ScalarType out_dtype, bool save, str impl) "
+    "-> (Tensor out, Tensor total, Tensor mean, Tensor rstd)",
+)
+torch.library.define(
+    "blip2fast::dropout_add_layer_norm_grad",
+    "(Tensor dout, Tensor total, Tensor mean, Tensor rstd, Tensor weight, Tensor? philox, "
+    "float dropout_p, ScalarType residual_dtype, ScalarType x_dtype, bool apart, "
+    "bool needs_parameters, bool needs_x_bias, str impl) "
+    "-> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias, Tensor dx_bias)",
+)
+
+
+def _backend(impl: str) -> Any:
+    """The functions `forward` and `backward` of a backend."""
+    if impl == "triton":
+        # imported on use: Triton is optional
+        from blip2fast.kernels.dropout_add_layer_norm import interface
+
+        return interface
+    return pytorch
+
+
+@torch.library.impl("blip2fast::dropout_add_layer_norm", "CompositeExplicitAutograd")
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    philox: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    out_dtype: torch.dtype,
+    save: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    out, total, mean, rstd = _backend(impl).forward(
+        x, residual, weight, bias, x_bias, philox, eps, dropout_p, out_dtype
+    )
+    if not save:
+        return out, x.new_empty(0), mean.new_empty(0), mean.new_empty(0)
+    # an output of an op must not be one of its inputs
+    return out, x.new_empty(0) if total is x else total, mean, rstd
+
+
+@torch.library.register_fake("blip2fast::dropout_add_layer_norm")
+def _forward_fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    philox: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    out_dtype: torch.dtype,
+    save: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    kept = save and not _is_x(residual, x_bias, philox)
+    rows = (x.shape[0],) if save else (0,)
+    wide = wide_dtype(dtype)
+    return (
+        x.new_empty(x.shape, dtype=out_dtype),
+        x.new_empty(x.shape if kept else (0,), dtype=dtype),
+        x.new_empty(rows, dtype=wide),
+        x.new_empty(rows, dtype=wide),
+    )
+
+
+def _is_x(residual: Tensor | None, x_bias: Tensor | None, philox: Tensor | None) -> bool:
+    """Whether x itself is what is normalised."""
+    return residual is None and x_bias is None and philox is None
+
+
+@torch.library.impl("blip2fast::dropout_add_layer_norm_grad", "CompositeExplicitAutograd")
+def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *others, impl = arguments
+    return tuple(_backend(impl).backward(dout, *others))
+
+
+@torch.library.register_fake("blip2fast::dropout_add_layer_norm_grad")
+def _backward_fake(
+    dout: Tensor,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    philox: Tensor | None,
+    dropout_p: float,
+    residual_dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    apart: bool,
+    needs_parameters: bool,
+    needs_x_bias: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    wide, C = wide_dtype(total.dtype), weight.shape[0]
+    return (
+        total.new_empty(total.shape, dtype=residual_dtype),
+        total.new_empty(total.shape if apart else (0,), dtype=x_dtype),
+        total.new_empty(C if needs_parameters else 0, dtype=wide),
+        total.new_empty(C if needs_parameters else 0, dtype=wide),
+        total.new_empty(C if needs_x_bias else 0, dtype=wide),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, x_bias, philox, _, ctx.dropout_p, _, _, ctx.impl = inputs
+    _, total, mean, rstd = output
+    ctx.mark_non_differentiable(total, mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.types = [None if t is None else t.dtype for t in (x, residual, weight, bias, x_bias)]
+    total = x if _is_x(residual, x_bias, philox) else total
+    ctx.save_for_backward(total, mean, rstd, weight, philox)
+
+
+def _autograd(ctx: Any, dout: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 11
+    *tensors, philox = ctx.saved_tensors
+    x_dtype, residual_dtype, weight_dtype, bias_dtype, x_bias_dtype = ctx.types
+    residual_dtype = residual_dtype or x_dtype
+    apart = philox is not None or residual_dtype != x_dtype
+    needs = ctx.needs_input_grad
+    dresidual, dx, dweight, dbias, dx_bias = torch.ops.blip2fast.dropout_add_layer_norm_grad(
+        dout.contiguous(),
+        *tensors,
+        philox,
+        ctx.dropout_p,
+        residual_dtype,
+        x_dtype,
+        apart,
+        needs[2] or needs[3],
+        needs[4],
+        ctx.impl,
+    )
+    return (
+        (dx if apart else dresidual) if needs[0] else None,
+        dresidual if needs[1] else None,
+        dweight.to(weight_dtype) if needs[2] else None,
+        dbias.to(bias_dtype) if needs[3] else None,
+        dx_bias.to(x_bias_dtype) if needs[4] else None,
+        *[None] * 6,
+    )
+
+
+torch.library.register_autograd(
+    "blip2fast::dropout_add_layer_norm", _autograd, setup_context=_setup_context
+)

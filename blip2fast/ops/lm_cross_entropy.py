@@ -1,0 +1,229 @@
+"""The language-modelling head and its loss, without the logits of all rows at once.
+
+Shapes: R rows that have a label, C hidden width, V words.
+
+`torch.nn.functional.linear_cross_entropy` (torch 2.13) is not what runs here: its form in chunks
+refuses label smoothing, it counts no correct words, and `torch.compile` leaves the graph at it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blip2fast.ops import _lm_chunks
+from blip2fast.ops._glue_checks import AS_DEFINED, check_like, check_rows
+from blip2fast.ops.attention_layout import wide_dtype
+from blip2fast.ops.dispatch import Backend, choose
+
+
+@dataclass(frozen=True)
+class LMCrossEntropyCall:
+    """What a choice of backend may depend on."""
+
+    words: int
+    dtype: torch.dtype
+    device: str
+
+
+BACKENDS: tuple[Backend[LMCrossEntropyCall], ...] = (
+    Backend("chunked", lambda call: [], lambda call: []),
+    Backend("reference", lambda call: [], lambda call: [AS_DEFINED]),
+)
+
+
+def lm_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.1,
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, label_smoothing=...)`.
+
+    The mean over the labels that are not ignored, NaN where there is none. Logits exist for a few
+    rows at a time. Where a gradient is wanted it is computed then and there, up to the factor that
+    the backward pass brings, so no product is computed twice; for a frozen `weight` or `bias` none
+    is. Statistics are in fp32 (fp64 for fp64 data).
+
+    The products are computed in the type of `hidden`, under autocast in autocast's; `weight` may
+    stay in fp32 beside a narrower `hidden`, and its gradient is then summed in fp32.
+
+    Args:
+        hidden: `[R, C]`, fp16, bf16, fp32 or fp64.
+        weight: `[V, C]`; the word embeddings where they are tied.
+        bias: `[V]`, or None.
+        labels: `[R]` int64, 0 to V - 1 or `ignore_index`.
+        label_smoothing: s, 0 to 1: a target is `(1 - s) * label + s / V`.
+        ignore_index: The label of rows that do not count.
+        chunk_bytes: Most bytes of logits at once; by default what was measured best.
+        impl: `"auto"`, `"chunked"` or `"reference"`.
+
+    Returns:
+        `(loss, correct)`: scalar, fp32 or fp64; and the number of labels that no other word
+        outscores, scalar int64, without gradient.
+
+    Raises:
+        ValueError: a shape, type, device, option or (looked at on the CPU only) label does not fit.
+        NotImplementedError: the backend asked for does not run this; says why.
+    """
+    _check(hidden, weight, bias, labels, label_smoothing, chunk_bytes)
+    device = hidden.device.type
+    call = LMCrossEntropyCall(weight.shape[0], hidden.dtype, device)
+    impl = choose("lm_cross_entropy", BACKENDS, call, impl)
+    if impl == "reference":
+        return reference(hidden, weight, bias, labels, label_smoothing, ignore_index)
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    learning = torch.is_grad_enabled()
+    with torch.autocast(device, enabled=False):
+        loss, correct, *_ = torch.ops.blip2fast.lm_cross_entropy(
+            hidden.contiguous(),
+            weight,
+            bias,
+            labels,
+            label_smoothing,
+            ignore_index,
+            _lm_chunks.DEFAULT_BYTES[device == "cpu"] if chunk_bytes is None else chunk_bytes,
+            learning and hidden.requires_grad,
+            learning and weight.requires_grad,
+            learning and bias is not None and bias.requires_grad,
+        )
+    return loss, correct
+
+
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float = 0.1,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """The same as defined, all logits at once; arguments and result as in `lm_cross_entropy`."""
+    dtype = hidden.dtype
+    logits = F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = logits.to(wide_dtype(logits.dtype))
+    loss = F.cross_entropy(
+        logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing
+    )
+    with torch.no_grad():
+        counts = labels != ignore_index
+        of_label = logits.gather(1, labels.where(counts, 0)[:, None])
+        return loss, ((of_label >= logits.amax(1, keepdim=True))[:, 0] & counts).sum()
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float,
+    chunk_bytes: int | None,
+) -> None:
+    check_rows("hidden", hidden)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight: expected [V, C], V above 0, got {list(weight.shape)}")
+    check_like("weight", weight, (weight.shape[0], hidden.shape[1]), hidden)
+    check_like("bias", bias, (weight.shape[0],), hidden)
+    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels: expected [R] = {[hidden.shape[0]]} int64 like the rows of hidden, got "
+            f"{labels.dtype} {list(labels.shape)}"
+        )
+    if labels.device != hidden.device:
+        raise ValueError(f"labels: expected on {hidden.device} like hidden, got {labels.device}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
+    if chunk_bytes is not None and chunk_bytes <= 0:
+        raise ValueError(f"chunk_bytes: expected above 0, got {chunk_bytes}")
+
+
+torch.library.define(
+    "blip2fast::lm_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float label_smoothing, "
+    "int ignore_index, int chunk_bytes, bool needs_hidden, bool needs_weight, bool needs_bias) "
+    "-> (Tensor loss, Tensor correct, Tensor count, Tensor dhidden, Tensor dweight, Tensor dbias)",
+)
+
+
+@torch.library.impl("blip2fast::lm_cross_entropy", "CompositeExplicitAutograd")
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    if labels.device.type == "cpu":
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))
+        if wrong.any():
+            raise ValueError(
+                f"labels: expected 0 to {weight.shape[0] - 1} or ignore_index={ignore_index}, got "
+                f"{labels[wrong][:8].tolist()}"
+            )
+    return _lm_chunks.forward(hidden, weight, bias, labels, label_smoothing, ignore_index, *options)
+
+
+@torch.library.register_fake("blip2fast::lm_cross_entropy")
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    chunk_bytes: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, ...]:
+    wide = wide_dtype(hidden.dtype)
+    return (
+        hidden.new_empty((), dtype=wide),
+        labels.new_empty(()),
+        labels.new_empty(()),
+        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
+        hidden.new_empty(weight.shape if needs_weight else (0,), dtype=wide),
+        hidden.new_empty(weight.shape[:1] if needs_bias else (0,), dtype=wide),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weight, bias, *_ = inputs
+    _, correct, count, dhidden, dweight, dbias = output
+    ctx.mark_non_differentiable(correct, count, dhidden, dweight, dbias)
+    ctx.set_materialize_grads(False)
+    ctx.types = weight.dtype, None if bias is None else bias.dtype
+    ctx.save_for_backward(count, dhidden, dweight, dbias)
+
+
+def _autograd(ctx: Any, dloss: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 10
+    count, dhidden, dweight, dbias = ctx.saved_tensors
+    # no label, no gradient: a NaN loss then leaves the parameters as they are
+    scale = dloss / count.clamp(min=1)
+    needs = ctx.needs_input_grad
+    weight_dtype, bias_dtype = ctx.types
+    return (
+        (dhidden * scale).to(dhidden.dtype) if needs[0] else None,
+        (dweight * scale).to(weight_dtype) if needs[1] else None,
+        (dbias * scale).to(bias_dtype) if needs[2] else None,
+        *[None] * 7,
+    )
+
+
+torch.library.register_autograd(
+    "blip2fast::lm_cross_entropy", _autograd, setup_context=_setup_context
+)
