@@ -1,0 +1,162 @@
+"""The transformer blocks of a model, and the bytes that a block's weights take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from blip2fast.offload.quantised import STORAGES, Storage, decode, encode, is_encoded, parts_of
+
+ALIGNMENT = 256  # bytes; what CUDA's own allocations have, so that views suit every kernel
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The outermost layers that transformers could recompute, each once, encoder before decoder.
+
+    Raises:
+        ValueError: none.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, GradientCheckpointingLayer) and not inside:
+            found[name] = module
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no layers that transformers could recompute "
+            "(GradientCheckpointingLayer); name its blocks: blocks=model.layers"
+        )
+    return list(found.values())
+
+
+def own_parameters(
+    model: nn.Module, blocks: Iterable[nn.Module]
+) -> list[dict[str, list[tuple[nn.Module, str]]]]:
+    """For each block the parameters that nothing else uses.
+
+    A parameter that two blocks share, or a block and the rest of the model, belongs to neither.
+
+    Returns:
+        For each block, from a parameter's name in it to the places (module, attribute) that hold
+        it: several where the block ties it to itself.
+    """
+    users: Counter[int] = Counter()
+    places: list[dict[int, tuple[str, list[tuple[nn.Module, str]]]]] = []
+    inside: set[int] = set()
+    for block in blocks:
+        held: dict[int, tuple[str, list[tuple[nn.Module, str]]]] = {}
+        for prefix, module in block.named_modules():
+            inside.add(id(module))
+            for name, parameter in module.named_parameters(recurse=False):
+                full = f"{prefix}.{name}" if prefix else name
+                held.setdefault(id(parameter), (full, []))[1].append((module, name))
+        users.update(held.keys())
+        places.append(held)
+    for module in model.modules():
+        if id(module) not in inside:
+            users.update(id(p) for p in module.parameters(recurse=False))
+    return [
+        {name: where for key, (name, where) in held.items() if users[key] == 1} for held in places
+    ]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A plain tensor inside a flat buffer of bytes."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """The tensor in `buffer` (uint8), without a copy."""
+        flat = buffer[self.offset : self.offset + self.nbytes]
+        return flat.view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One parameter: where the block keeps it, and how.
+
+    Attributes:
+        places: modules and attributes that hold it.
+        parts: in the block's buffer; one where the weight is stored as it is.
+        dense: the decoded weight in the scratch buffer; None where it is stored as it is.
+    """
+
+    places: list[tuple[nn.Module, str]]
+    parts: list[Part]
+    dense: Part | None
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where the weights of a block lie in one flat buffer.
+
+    Attributes:
+        weights: by their names in the block.
+        nbytes: of the buffer.
+        dense_nbytes: of the scratch buffer that encoded weights are decoded into.
+    """
+
+    weights: dict[str, StoredWeight]
+    storage: Storage
+    nbytes: int
+    dense_nbytes: int
+
+    def write(self, buffer: Tensor, name: str, weight: Tensor) -> None:
+        """Store a weight, in its precision or encoded."""
+        stored = self.weights[name]
+        plain = stored.dense is None
+        tensors = [weight] if plain else encode(self.storage, weight)
+        for part, tensor in zip(stored.parts, tensors, strict=True):
+            part.view(buffer).copy_(tensor)
+
+    def read(self, buffer: Tensor, scratch: Tensor, name: str) -> Tensor:
+        """A weight: a view of `buffer`, or decoded into its place in `scratch`."""
+        stored = self.weights[name]
+        parts = [part.view(buffer) for part in stored.parts]
+        if stored.dense is None:
+            return parts[0]
+        return decode(self.storage, parts, stored.dense.view(scratch))
+
+
+def lay_out(own: dict[str, list[tuple[nn.Module, str]]], storage: Storage) -> BlockLayout:
+    """Places for the parameters of a block, as `own_parameters` gives them.
+
+    Raises:
+        ValueError: an unknown storage.
+    """
+    if storage not in STORAGES:
+        raise ValueError(f"storage {storage!r}: expected one of {', '.join(STORAGES)}")
+    weights: dict[str, StoredWeight] = {}
+    end = dense_end = 0
+    for name, places in own.items():
+        module, attribute = places[0]
+        parameter = module.get_parameter(attribute)
+        shape = parameter.shape
+        encoded = storage != "as_is" and is_encoded(module, attribute, parameter)
+        kinds: Sequence[tuple[torch.dtype, tuple[int, ...]]] = (
+            parts_of(storage, shape) if encoded else [(parameter.dtype, tuple(shape))]
+        )
+        parts = []
+        for dtype, part_shape in kinds:
+            parts.append(Part(end, dtype, part_shape))
+            end = _aligned(end + parts[-1].nbytes)
+        dense = Part(dense_end, parameter.dtype, tuple(shape)) if encoded else None
+        dense_end = dense_end if dense is None else _aligned(dense_end + dense.nbytes)
+        weights[name] = StoredWeight(places, parts, dense)
+    return BlockLayout(weights, storage, end, dense_end)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,327 @@
+"""Streaming of frozen transformer blocks: weights on the host, a few buffers on the device.
+
+    stream = stream_blocks(language_model, device="cuda", buffers=2)
+    ...                                      # train through the model, evaluate, generate
+    stream.undo()
+
+The weights of a block are one flat buffer in host memory. Just before the block runs they are in a
+device buffer, and while it runs the next block is on its way into another one. The forward pass
+keeps a block's inputs only; the backward pass fetches the block again, in reverse order, recomputes
+it, and takes the gradient with respect to its inputs. Nothing else is computed for frozen weights.
+
+Two blocks are on the device at a time (`buffers`), with int8 or int4 a third, the decoded one.
+Embeddings, the last norm, the head, and weights that blocks share stay on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2fast.offload.blocks import BlockLayout, find_blocks, lay_out, own_parameters
+from blip2fast.offload.copying import Copier, Slot, copier_for, host_buffer
+from blip2fast.offload.quantised import Storage
+from blip2fast.offload.recompute import Pass, recomputed
+
+__all__ = ["BlockStream", "Fetches", "stream_blocks"]
+
+_MARK = "_block_stream"  # attribute of a streamed module
+
+
+@dataclass
+class Fetches:
+    """What was copied, for tests and measurements.
+
+    Attributes:
+        forward, backward: for each block, how often it was copied for that pass.
+        late: copies that were not begun before the block was needed.
+        most_live: the most blocks that were on the device, or on their way, at once.
+    """
+
+    forward: list[int]
+    backward: list[int]
+    late: int = 0
+    most_live: int = 0
+
+
+@dataclass
+class _Block:
+    """A block: its module, its weights on the host, and the first block of its stack."""
+
+    module: nn.Module
+    layout: BlockLayout
+    host: Tensor
+    first: int
+
+
+def stream_blocks(
+    language_model: nn.Module,
+    device: torch.device | str | None = None,
+    buffers: int = 2,
+    storage: Storage = "as_is",
+    blocks: Sequence[nn.Module] | None = None,
+) -> BlockStream:
+    """Move a frozen model's blocks to host memory, the rest to the device, and stream.
+
+    Parameters on the meta device are laid out, and are to be filled with `BlockStream.write`.
+
+    Args:
+        language_model: any frozen model of `transformers` blocks; it is changed in place.
+        device: where it computes; by default CUDA where there is one.
+        buffers: device buffers for blocks, at least 2: one computes while another is filled.
+        storage: "as_is", "int8" or "int4"; see `blip2fast.offload.quantised`.
+        blocks: in the order of their execution; found by `find_blocks` by default.
+
+    Returns:
+        The stream; it lives as long as the model, or until `undo`.
+
+    Raises:
+        ValueError: fewer than two buffers, an unknown storage or device, no blocks, a model that is
+            not frozen, is streamed already, recomputes its layers, or is spread by ZeRO-3.
+    """
+    if buffers < 2:
+        raise ValueError(f"buffers {buffers}: expected at least 2, one to compute and one to fill")
+    modules = find_blocks(language_model) if blocks is None else list(dict.fromkeys(blocks))
+    if not modules:
+        raise ValueError("blocks: none given")
+    _refuse_unsuitable(language_model, modules)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return BlockStream(language_model, modules, torch.device(device), buffers, storage)
+
+
+class BlockStream:
+    """The blocks of a model, streamed; made by `stream_blocks`.
+
+    Attributes:
+        device: where the blocks compute.
+        storage: of their weights.
+        fetches: what was copied so far.
+        host_bytes, device_bytes: held for blocks, in bytes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Sequence[nn.Module],
+        device: torch.device,
+        buffers: int,
+        storage: Storage,
+    ) -> None:
+        layouts = [lay_out(own, storage) for own in own_parameters(model, modules)]
+        self._copier: Copier = copier_for(device)
+        self.device, self.storage = device, storage
+        self._model = model
+        self._blocks: list[_Block] = []
+        stacks = _stacks(model, modules)
+        for module, layout, first in zip(modules, layouts, stacks, strict=True):
+            host = host_buffer(layout.nbytes, pinned=device.type == "cuda")
+            self._blocks.append(_Block(module, layout, host, first))
+            _take_parameters(layout, host)
+        size = max(block.layout.nbytes for block in self._blocks)
+        dense = max(block.layout.dense_nbytes for block in self._blocks)
+        if _is_real(model):
+            model.to(device)
+        self._slots = [
+            Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(buffers)
+        ]
+        self._scratch = torch.empty(dense, dtype=torch.uint8, device=device)
+        for slot in self._slots:
+            self._copier.release(slot)
+        self._uses = 0
+        self.fetches = Fetches([0] * len(modules), [0] * len(modules))
+        self.host_bytes = sum(len(block.host) for block in self._blocks)
+        self.device_bytes = buffers * size + dense
+        self._handles: list[Any] = []
+        for index, block in enumerate(self._blocks):
+            forward = block.module.forward
+            block.module.forward = partial(self._run, index, forward)
+            vars(block.module)[_MARK] = self
+            self._handles += [
+                block.module.register_state_dict_post_hook(partial(self._add_weights, index)),
+                block.module.register_load_state_dict_pre_hook(partial(self._take_weights, index)),
+            ]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The streamed modules, in the order of their execution."""
+        return [block.module for block in self._blocks]
+
+    def names(self, index: int) -> list[str]:
+        """The streamed weights of a block, by their names in it."""
+        return list(self._blocks[index].layout.weights)
+
+    def write(self, index: int, name: str, weight: Tensor) -> None:
+        """Replace a weight of block `index`, named as in the block."""
+        block = self._blocks[index]
+        self._forget()
+        block.layout.write(block.host, name, weight)
+
+    def read(self, index: int, name: str) -> Tensor:
+        """A weight of block `index` on the host, decoded where it is stored in fewer bits."""
+        block = self._blocks[index]
+        scratch = torch.empty(block.layout.dense_nbytes, dtype=torch.uint8)
+        return block.layout.read(block.host, scratch, name)
+
+    def reset_fetches(self) -> None:
+        """Count from zero."""
+        self.fetches = Fetches([0] * len(self._blocks), [0] * len(self._blocks))
+
+    def undo(self) -> None:
+        """Give the blocks their parameters back, on the device, and stop streaming.
+
+        Weights that were stored in fewer bits come back as decoded.
+        """
+        self._forget()
+        self._copier.close()
+        for handle in self._handles:
+            handle.remove()
+        for index, block in enumerate(self._blocks):
+            for name, stored in block.layout.weights.items():
+                weight = self.read(index, name).to(self.device, copy=True)
+                parameter = nn.Parameter(weight, requires_grad=False)
+                for module, attribute in stored.places:
+                    module.register_parameter(attribute, parameter)
+            block.host = torch.empty(0, dtype=torch.uint8)
+            del block.module.forward, vars(block.module)[_MARK]
+        self._slots, self._scratch = [], torch.empty(0, dtype=torch.uint8)
+
+    @contextmanager
+    def resident(self, index: int, needed_by: Pass = "inference") -> Iterator[None]:
+        """Block `index` has its weights inside; the blocks that follow are on their way."""
+        slot = self._fetch(index, needed_by)
+        following = self._following(index, needed_by)
+        for number in following:
+            if all(each.block != number for each in self._slots):
+                self._start(number, needed_by, keep=[index, *following])
+        self._copier.wait(slot)
+        layout = self._blocks[index].layout
+        try:
+            for name, stored in layout.weights.items():
+                weight = layout.read(slot.buffer, self._scratch, name)
+                for module, attribute in stored.places:
+                    module.__dict__[attribute] = weight
+            yield
+        finally:
+            for stored in layout.weights.values():
+                for module, attribute in stored.places:
+                    module.__dict__.pop(attribute, None)
+            self._copier.release(slot)
+
+    def _following(self, index: int, needed_by: Pass) -> list[int]:
+        """The blocks to fetch while this one computes, the next one first.
+
+        After the last block of a forward pass comes the backward pass, whose first blocks are
+        still there; in inference the stack begins again, with the next token.
+        """
+        ahead, number = len(self._slots) - 1, len(self._blocks)
+        step = -1 if needed_by == "backward" else 1
+        wanted = [index + step * distance for distance in range(1, ahead + 1)]
+        if needed_by == "inference":
+            first = self._blocks[-1].first
+            wanted = [w if w < number else first + (w - number) for w in wanted]
+        return [w for w in dict.fromkeys(wanted) if 0 <= w < number and w != index]
+
+    def _fetch(self, index: int, needed_by: Pass) -> Slot:
+        slot = next((each for each in self._slots if each.block == index), None)
+        if slot is None:
+            self.fetches.late += 1
+            slot = self._start(index, needed_by, keep=[])
+        slot.last_used = self._uses = self._uses + 1
+        return slot
+
+    def _start(self, index: int, needed_by: Pass, keep: Sequence[int]) -> Slot:
+        """Copy a block into the slot used longest ago of those that hold none of `keep`."""
+        free = (slot for slot in self._slots if slot.block not in keep)
+        slot = min(free, key=lambda each: each.last_used)
+        slot.block = index
+        self._copier.start(slot, self._blocks[index].host)
+        counts = self.fetches.backward if needed_by == "backward" else self.fetches.forward
+        counts[index] += 1
+        live = sum(each.block is not None for each in self._slots)
+        self.fetches.most_live = max(self.fetches.most_live, live)
+        return slot
+
+    def _forget(self) -> None:
+        """Nothing in the slots is to be used again."""
+        for slot in self._slots:
+            self._copier.finish(slot)
+            slot.block = None
+
+    def _run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The block's forward: weights fetched, and recomputed in the backward pass."""
+        resident = partial(self.resident, index)
+        return recomputed(self._blocks[index].module, forward, resident, args, kwargs)
+
+    def _add_weights(
+        self, index: int, _: nn.Module, state: dict[str, Any], prefix: str, __: Any
+    ) -> None:
+        for name, stored in self._blocks[index].layout.weights.items():
+            weight = self.read(index, name)
+            for full in _full_names(self._blocks[index].module, stored.places, name):
+                state[prefix + full] = weight
+
+    def _take_weights(
+        self, index: int, _: nn.Module, state: dict[str, Any], prefix: str, *__: Any
+    ) -> None:
+        block = self._blocks[index]
+        for name, stored in block.layout.weights.items():
+            for full in _full_names(block.module, stored.places, name):
+                if prefix + full in state:
+                    self.write(index, name, state.pop(prefix + full))
+
+
+def _refuse_unsuitable(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        name = type(module).__name__
+        if _MARK in vars(module):
+            raise ValueError(f"{name}: is streamed already; undo that stream first")
+        if "forward" in vars(module):
+            raise ValueError(
+                f"{name}: its forward has been replaced (recomputed layers, another offload?); "
+                "stream the model as it was loaded: a stream recomputes its blocks anyway"
+            )
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"{name}: is trained, and streaming gives no gradients to weights: call "
+                    "requires_grad_(False) on the model"
+                )
+            if hasattr(parameter, "ds_id"):
+                raise ValueError(f"{name}: is spread by DeepSpeed ZeRO-3; stream with ZeRO 0 to 2")
+
+
+def _take_parameters(layout: BlockLayout, host: Tensor) -> None:
+    """Move parameters into the host buffer; the modules no longer have them."""
+    for name, stored in layout.weights.items():
+        module, attribute = stored.places[0]
+        parameter = module.get_parameter(attribute)
+        if parameter.device.type != "meta":
+            layout.write(host, name, parameter.detach())
+        for module, attribute in stored.places:
+            del module._parameters[attribute]
+
+
+def _full_names(block: nn.Module, places: list[tuple[nn.Module, str]], name: str) -> list[str]:
+    """All names in the block of a weight that it may hold in several places."""
+    if len(places) == 1:
+        return [name]
+    prefixes = {id(module): prefix for prefix, module in block.named_modules()}
+    return [f"{prefixes[id(module)]}.{attribute}".lstrip(".") for module, attribute in places]
+
+
+def _stacks(model: nn.Module, modules: Sequence[nn.Module]) -> list[int]:
+    """For each block the number of the first one in its list (an encoder's, a decoder's)."""
+    paths = {id(module): name.rpartition(".")[0] for name, module in model.named_modules()}
+    first: dict[str, int] = {}
+    return [first.setdefault(paths.get(id(m), ""), number) for number, m in enumerate(modules)]
+
+
+def _is_real(model: nn.Module) -> bool:
+    return all(p.device.type != "meta" for p in model.parameters())
