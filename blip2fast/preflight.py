@@ -129,11 +129,12 @@ def _device_faults(config: RunConfig) -> list[str]:
     on_cpu = not torch.cuda.is_available()
     if config.precision == "fp16" and on_cpu:
         faults.append("precision 'fp16' needs a GPU, none is found: use bf16 or fp32")
-    if config.offload_param != "none" and config.zero_stage != 3:
+    if config.offload_param != "none" and config.zero_stage != 3 and config.offload != "zero3":
         faults.append(
             f"offload_param {config.offload_param!r} needs zero_stage 3, it is {config.zero_stage}"
         )
-    if config.offload_optimizer != "none" and config.zero_stage == 0:
+    on_zero = config.zero_stage > 0 or config.offload == "zero3"
+    if config.offload_optimizer != "none" and not on_zero:
         faults.append(f"offload_optimizer {config.offload_optimizer!r} needs zero_stage 1, 2 or 3")
     if "nvme" in (config.offload_param, config.offload_optimizer):
         faults += _nvme_faults(config)
@@ -142,7 +143,7 @@ def _device_faults(config: RunConfig) -> list[str]:
 
 def _nvme_faults(config: RunConfig) -> list[str]:
     faults = []
-    if config.zero_stage != 3:
+    if config.zero_stage != 3 and config.offload != "zero3":
         faults.append(f"offloading to nvme needs zero_stage 3, it is {config.zero_stage}")
     if config.nvme_path is None or not Path(config.nvme_path).is_dir():
         faults.append(f"nvme_path {config.nvme_path!r}: not a folder; offloading to nvme needs one")

@@ -22,6 +22,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from blip2fast.offload.choices import OffloadChoice, StreamStorage, offload_faults
+
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "cpu", "nvme"]
 
@@ -157,6 +159,11 @@ class RunConfig:
             states, 2 gradients too, 3 parameters too (the language model's).
         offload_param, offload_optimizer: where ZeRO keeps them (param: stage 3 alone).
         nvme_path: folder for offloading to `nvme`.
+        offload: where the frozen language model is (stage 2): `none`, as zero_stage and
+            offload_param say; `stream`, its blocks in host memory, streamed to the device; `zero3`,
+            zero_stage 3 with offload_param; `auto`, the first of these that fits.
+        stream_buffers: device buffers for streamed blocks.
+        stream_storage: of streamed weights: `as_is`, or `int8` or `int4`, which changes the loss.
         gradient_checkpointing: recompute activations in the backward pass.
         eval_every, save_every: in steps; 0: only at the end (evaluation), never (checkpoints).
         keep_last: checkpoints that stay on disk.
@@ -179,6 +186,9 @@ class RunConfig:
     offload_param: Offload = "none"
     offload_optimizer: Offload = "none"
     nvme_path: str | None = None
+    offload: OffloadChoice = "none"
+    stream_buffers: Annotated[int, Field(ge=2)] = 2
+    stream_storage: StreamStorage = "as_is"
     gradient_checkpointing: bool = False
     eval_every: _NonNegative = 0
     eval_batch_size: Annotated[int, Field(ge=2)] = 64
@@ -335,7 +345,7 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"optim.warmup_steps {optim.warmup_steps} leaves none of optim.max_steps "
             f"{optim.max_steps} for the decay"
         )
-    return faults + _stage_faults(config)
+    return faults + _stage_faults(config) + offload_faults(config)
 
 
 def _stage_faults(config: RunConfig) -> list[str]:

@@ -28,6 +28,7 @@ from blip2fast.checkpointing import Description
 from blip2fast.feature_cache import FeatureCache
 from blip2fast.image_encoders import FrozenImageEncoder, load_image_encoder
 from blip2fast.image_files import ImageTransform, read_image, transform_for
+from blip2fast.offload.settle import load_frozen
 from blip2fast.pretrained import initialise_from_bert
 from blip2fast.run_config import RunConfig
 from blip2fast.stage1 import Blip2Stage1
@@ -307,9 +308,8 @@ def _stage2(
         end_text=config.language_model.end_text,
         match_embedding_scale=config.language_model.match_embedding_scale,
     )
-    path = config.language_model.path
-    language_model = checkpointing.load_language_model(path, DTYPES[config.precision])
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    language_model = load_frozen(config)
+    tokenizer = AutoTokenizer.from_pretrained(config.language_model.path)
     if start is None:
         return Blip2Stage2(size, language_model), tokenizer
     state = checkpointing.read_parameters(str(config.init_from))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from blip2fast import checkpointing, optimizer_state
 from blip2fast.deepspeed_setup import start_engine, start_processes
 from blip2fast.held_out import evaluate
+from blip2fast.offload.settle import settle_offload
 from blip2fast.optimisation import learning_rate
 from blip2fast.preflight import check_machine
 from blip2fast.run_config import RunConfig, config_values, save_config
@@ -109,6 +111,10 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
     """
     device = start_processes()
     check_machine(config, dist.get_world_size())
+    machines = max(1, dist.get_world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    config = settle_offload(
+        config, dist.get_world_size(), machines, say if dist.get_rank() == 0 else None
+    )
     parts = build_run(config, dist.get_rank(), dist.get_world_size())
     return Trainer(config, parts, device, say).run()
 

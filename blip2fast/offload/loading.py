@@ -214,7 +214,7 @@ def load_streamed(
             stream.write(index, weight, _read(sources, full, dtype))
     _fill(model, sources, dtype)
     model.to(stream.device)
-    _finish(model, name)
+    _finish(model, name, sources)
     return model, stream
 
 
@@ -253,7 +253,7 @@ def load_partitioned(
             # the first parameter knows how: one swapper serves them all where they go to nvme
             spread.convert_to_zero_parameters(param_list=list(block.parameters()))
     _fill(model, sources, dtype)
-    _finish(model, name)
+    _finish(model, name, sources)
     return model
 
 
@@ -274,15 +274,28 @@ def _sources(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Sources |
     for full, tensor in model.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(full)
     for tied in groups.values():
-        options = [o for full in tied for o in (full, base + full, full.removeprefix(base))]
-        found = next((files[option] for option in options if option in files), None)
-        if found is None:
+        present = {full: entry for full in tied if (entry := _entry(files, full, base))}
+        if not present:
             return None
-        sources |= dict.fromkeys(tied, found)
+        first, *others = dict.fromkeys(present.values())
+        # a model that ties them by default may come with two tensors after all (FlanT5's head)
+        equal = {first: first} | {o: first if _equal(o, first) else o for o in others}
+        sources |= {full: equal[present.get(full, first)] for full in tied}
     buffers = dict(model.named_buffers())
     if any(b.device.type == "meta" and full not in sources for full, b in buffers.items()):
         return None
     return sources
+
+
+def _entry(files: Sources, full: str, base: str) -> TensorFile | None:
+    """A tensor's place, its name with or without the prefix of the model's inner part."""
+    names = (full, base + full, full.removeprefix(base))
+    return next((files[name] for name in names if name in files), None)
+
+
+def _equal(one: TensorFile, other: TensorFile) -> bool:
+    same_type = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return same_type and torch.equal(one.read(), other.read())
 
 
 def _read(sources: Sources, full: str, dtype: torch.dtype) -> Tensor:
@@ -291,16 +304,17 @@ def _read(sources: Sources, full: str, dtype: torch.dtype) -> Tensor:
 
 def _fill(module: nn.Module, sources: Sources, dtype: torch.dtype, prefix: str = "") -> None:
     """Give every parameter and saved buffer its values; those that ZeRO-3 has are left."""
-    filled: dict[int, nn.Parameter] = {}
+    filled: dict[TensorFile, nn.Parameter] = {}
     for path, inner in module.named_modules():
         start = f"{prefix}{path}." if path else prefix
         for name, parameter in list(inner.named_parameters(recurse=False)):
             if hasattr(parameter, "ds_id"):
-                continue
-            if id(parameter) not in filled:
+                continue  # ZeRO-3 has spread it
+            source = sources[start + name]
+            if source not in filled:
                 values = _checked(sources, start + name, parameter, dtype)
-                filled[id(parameter)] = nn.Parameter(values, requires_grad=False)
-            inner._parameters[name] = filled[id(parameter)]
+                filled[source] = nn.Parameter(values, requires_grad=False)
+            inner._parameters[name] = filled[source]
         for name, buffer in list(inner.named_buffers(recurse=False)):
             if start + name in sources:
                 inner._buffers[name] = _checked(sources, start + name, buffer, dtype)
@@ -316,7 +330,11 @@ def _checked(sources: Sources, full: str, place: Tensor, dtype: torch.dtype) -> 
     return _read(sources, full, dtype)
 
 
-def _finish(model: PreTrainedModel, name: str) -> None:
+def _finish(model: PreTrainedModel, name: str, sources: Sources) -> None:
+    ties = model.all_tied_weights_keys
+    for target, source in list(ties.items()):
+        if sources[target] != sources[source]:
+            del ties[target]  # else saving would drop it
     model.name_or_path = model.config.name_or_path = name
     if model.can_generate() and _file(name, "generation_config.json") is not None:
         model.generation_config = GenerationConfig.from_pretrained(name)

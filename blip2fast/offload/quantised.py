@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 Storage = Literal["as_is", "int8", "int4"]
-STORAGES = ("as_is", "int8", "int4")
+STORAGES: tuple[Storage, ...] = ("as_is", "int8", "int4")
 GROUP = 64  # numbers that share a scale in int4
 
 
