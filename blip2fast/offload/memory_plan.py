@@ -29,6 +29,7 @@ from blip2fast.offload.measuring import (
     measure_trained,
     read_model_config,
 )
+from blip2fast.offload.quantised import Storage
 from blip2fast.run_config import RunConfig
 from blip2fast.stage2_types import Stage2Config
 
@@ -100,16 +101,23 @@ class MemoryPlan:
             return device * self.processes + host <= USED * self.memory.host
         return device <= USED * self.memory.device and host <= USED * self.memory.host
 
-    def choose(self, storage: str = "as_is") -> Option:
-        """The first option that fits, of those with this storage of streamed weights.
-
-        Raises:
-            ValueError: none; the table, and what could help.
-        """
+    def first(self, storage: str = "as_is") -> Option | None:
+        """The first option that fits, of those with this storage of streamed weights."""
         for option in self.options:
             allowed = option.offload != "stream" or option.storage == storage
             if allowed and self.fits(option):
                 return option
+        return None
+
+    def choose(self, storage: str = "as_is") -> Option:
+        """As `first`.
+
+        Raises:
+            ValueError: nothing fits; the table, and what could help.
+        """
+        option = self.first(storage)
+        if option is not None:
+            return option
         raise ValueError(
             f"offload: auto: nothing fits this machine.\n{self}\nLower optim.batch_size (raise "
             "optim.accumulation), allow stream_storage: int8, or keep the weights on a disk "
@@ -167,7 +175,7 @@ def plan_memory(
     path = config.language_model.path
     language_config = read_model_config("language_model.path", path)
     encoder_parameters, width, image_tokens = _images(config, notes)
-    sizes = _trained_config(config, width)
+    sizes = _trained_config(config, width, notes)
     batch = config.optim.batch_size
     language = measure_language_model(
         language_config, dtype, batch, sizes.num_query_tokens, config.data.max_txt_len
@@ -199,6 +207,11 @@ class _Counts:
     @property
     def itemsize(self) -> int:
         return DTYPES[self.config.precision].itemsize
+
+    def other_than_language(self, zero_stage: int) -> tuple[dict[str, int], dict[str, int]]:
+        """The trained part and the image encoder, on the device and on the host."""
+        trained, host = self.trained_bytes(zero_stage)
+        return {"image encoder": self.encoder_parameters * self.itemsize, **trained}, host
 
     def trained_bytes(self, zero_stage: int) -> tuple[dict[str, int], dict[str, int]]:
         """Weights, gradients and AdamW's states of the trained part, on the device and the host."""
@@ -235,38 +248,52 @@ class _Counts:
 
 
 def _options(counts: _Counts, memory: Memory) -> list[Option]:
-    config, language = counts.config, counts.language
-    encoder = {"image encoder": counts.encoder_parameters * counts.itemsize}
-    trained, states = counts.trained_bytes(config.zero_stage)
-    checkpointing_too = config.gradient_checkpointing
-    # transformers maps the files; the pages are gone once the weights are on the device
-    loading = {} if memory.device_is_host else {"language model, loading": language.weights}
-    options = []
-    for recomputed in (False, True):
-        if checkpointing_too and not recomputed:
-            continue
-        spread = counts.processes if config.zero_stage == 3 else 1
-        device = {"language model": language.weights // spread, **encoder, **trained}
-        device |= counts.activations(recomputed, recomputed)
-        name = "none, gradient_checkpointing" if recomputed else "none"
-        options.append(Option(name, "none", recomputed, "as_is", device, {**loading, **states}))
-    for storage, stream in language.streams.items():
-        buffers = max(2, config.stream_buffers) * stream.buffer + stream.decoded
-        device = {"language model": language.rest + buffers, **encoder, **trained}
-        device |= counts.activations(True, checkpointing_too)
-        name = "stream" if storage == "as_is" else f"stream, {storage}"
-        host = {"language model": stream.host, **states}
-        options.append(Option(name, "stream", checkpointing_too, storage, device, host))
-    trained, states = counts.trained_bytes(3)
-    live = min(language.parameters, ZERO3_LIVE) * counts.itemsize
-    device = {"language model": live, **encoder, **trained}
-    device |= counts.activations(checkpointing_too, checkpointing_too)
-    host = {"language model": -(-language.weights // counts.processes), **states}
-    if config.offload_param == "nvme":
-        host["language model"] = 0
-    options.append(Option("zero3", "zero3", checkpointing_too, "as_is", device, host))
-    # fewer bits are not chosen unasked, so they come last
-    return sorted(options, key=lambda option: option.storage != "as_is")
+    config = counts.config
+    asked = config.gradient_checkpointing
+    # recomputing changes nothing but time: offered where it is not asked for
+    ways = (True,) if asked else (False, True)
+    options = [_resident(counts, memory, recomputed) for recomputed in ways]
+    options += [_streamed(counts, "as_is", recomputed) for recomputed in ways]
+    options += [_zero3(counts, recomputed) for recomputed in ways]
+    # fewer bits change the loss and are not chosen unasked, so they come last
+    return options + [_streamed(counts, storage, asked) for storage in ("int8", "int4")]
+
+
+def _resident(counts: _Counts, memory: Memory, recomputed: bool) -> Option:
+    """The language model on the device, or spread over the devices by the run's own ZeRO-3."""
+    config, weights = counts.config, counts.language.weights
+    spread = counts.processes if config.zero_stage == 3 else 1
+    device, host = counts.other_than_language(config.zero_stage)
+    device = {"language model": weights // spread, **device}
+    device |= counts.activations(recomputed, recomputed)
+    if not memory.device_is_host:
+        host = {"language model, loading": weights, **host}
+    return Option(_name("none", recomputed), "none", recomputed, "as_is", device, host)
+
+
+def _streamed(counts: _Counts, storage: Storage, qformer_recomputed: bool) -> Option:
+    config, stream = counts.config, counts.language.streams[storage]
+    device, host = counts.other_than_language(config.zero_stage)
+    buffers = config.stream_buffers * stream.buffer + stream.decoded
+    device = {"language model": counts.language.rest + buffers, **device}
+    device |= counts.activations(True, qformer_recomputed)
+    host = {"language model": stream.host, **host}
+    name = _name("stream" if storage == "as_is" else f"stream, {storage}", qformer_recomputed)
+    return Option(name, "stream", qformer_recomputed, storage, device, host)
+
+
+def _zero3(counts: _Counts, recomputed: bool) -> Option:
+    device, host = counts.other_than_language(3)
+    live = min(counts.language.parameters, ZERO3_LIVE) * counts.itemsize
+    device = {"language model": live, **device, **counts.activations(recomputed, recomputed)}
+    share = -(-counts.language.weights // counts.processes)
+    if counts.config.offload_param != "nvme":
+        host = {"language model": share, **host}
+    return Option(_name("zero3", recomputed), "zero3", recomputed, "as_is", device, host)
+
+
+def _name(name: str, recomputed: bool) -> str:
+    return f"{name}, gradient_checkpointing" if recomputed else name
 
 
 def _images(config: RunConfig, notes: list[str]) -> tuple[int, int | None, int]:
@@ -284,13 +311,15 @@ def _images(config: RunConfig, notes: list[str]) -> tuple[int, int | None, int]:
     return 0, None, 257
 
 
-def _trained_config(config: RunConfig, width: int | None) -> Stage2Config:
+def _trained_config(config: RunConfig, width: int | None, notes: list[str]) -> Stage2Config:
     """Sizes of the trained part: the model section's, else those of `init_from`, else BLIP-2's."""
     known = {field.name for field in dataclasses.fields(Stage2Config)}
     sizes: dict[str, Any] = {}
     if config.init_from is not None and Path(config.init_from, "model.json").is_file():
         start = checkpointing.read_description(config.init_from).sizes
         sizes |= {name: value for name, value in start.items() if name in known}
+    elif config.init_from is not None:
+        notes.append(f"init_from {config.init_from!r} is not there yet: BLIP-2's sizes assumed")
     section = dataclasses.asdict(config.model)
     sizes |= {name: v for name, v in section.items() if name in known and v is not None}
     if width is not None:

@@ -61,7 +61,8 @@ def _least_memory() -> Memory:
     where = "cpu" if found.device_is_host else "cuda"
     sizes = torch.tensor([found.device, found.host], device=where)
     dist.all_reduce(sizes, dist.ReduceOp.MIN)
-    return Memory(*sizes.tolist(), found.device_is_host)
+    device, host = (int(size) for size in sizes)
+    return Memory(device, host, found.device_is_host)
 
 
 def describe_choice(plan: MemoryPlan, chosen: Option) -> str:

@@ -1,0 +1,120 @@
+"""The command `blip2fast`.
+
+blip2fast plan --config configs/vitg_opt6.7b_stage2.yaml --processes 8 --device-gib 80
+blip2fast storage-loss --config configs/scenes_stage2.yaml --storage int4 --batches 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; exits with one line of text on bad input."""
+    parser = argparse.ArgumentParser(prog="blip2fast", description="Plan stage-2 runs of BLIP-2.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    plan = commands.add_parser(
+        "plan",
+        help="print what a run takes in memory, for every way to keep its language model",
+        description="Count parameters, optimiser and activations of a stage-2 run, and the memory "
+        "of every way to keep its frozen language model. Nothing is loaded but config.json.",
+    )
+    _add_config(plan)
+    plan.add_argument("--processes", type=_positive, default=1, help="of the run, one a device")
+    plan.add_argument("--machines", type=_positive, default=1, help="that the processes share")
+    plan.add_argument(
+        "--device-gib", type=float, metavar="GIB", help="of each device, instead of what is free"
+    )
+    plan.add_argument(
+        "--host-gib", type=float, metavar="GIB", help="of each machine, instead of what is free"
+    )
+    loss = commands.add_parser(
+        "storage-loss",
+        help="print what storing the language model in 8 or 4 bits does to the loss",
+        description="Load a stage-2 run as it starts (init_from), on the CPU, and compare the loss "
+        "of its first batches with the language model's weights as they are and in fewer bits.",
+    )
+    _add_config(loss)
+    loss.add_argument("--storage", choices=("int8", "int4"), action="append")
+    loss.add_argument("--batches", type=_positive, default=4)
+    given = parser.parse_args(arguments)
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        print(_plan(given) if given.command == "plan" else _storage_loss(given))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", required=True, metavar="FILE", help="a yaml file, such as those in configs/"
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key, such as optim.batch_size=8; repeatable",
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: expected at least 1")
+    return number
+
+
+def _plan(given: argparse.Namespace) -> str:
+    from blip2fast.offload.memory_plan import GIB, Memory, machine_memory, plan_memory
+    from blip2fast.run_config import load_config
+
+    memory = machine_memory()
+    if given.device_gib is not None or given.host_gib is not None:
+        device = memory.device if given.device_gib is None else int(given.device_gib * GIB)
+        host = memory.host if given.host_gib is None else int(given.host_gib * GIB)
+        on_host = memory.device_is_host and given.device_gib is None
+        memory = Memory(host if on_host else device, host, on_host)
+    config = load_config(given.config, given.set)
+    plan = plan_memory(config, given.processes, given.machines, memory)
+    chosen = plan.first(config.stream_storage)
+    verdict = "nothing fits" if chosen is None else f"offload: auto would choose {chosen.name!r}"
+    return f"{plan}\n{verdict}"
+
+
+def _storage_loss(given: argparse.Namespace) -> str:
+    from dataclasses import replace
+
+    from blip2fast.offload.blocks import find_blocks
+    from blip2fast.offload.quantised import Storage, loss_difference
+    from blip2fast.run_config import load_config
+    from blip2fast.run_parts import build_run
+    from blip2fast.stage2 import Blip2Stage2
+
+    config = load_config(given.config, given.set)
+    if config.stage != 2:
+        raise ValueError("stage 1 has no language model: give a configuration of stage 2")
+    if config.data.images is not None:
+        raise ValueError("storage-loss reads a feature cache: set data.features, not data.images")
+    parts = build_run(
+        replace(config, offload="none", zero_stage=0, stream_storage="as_is", stream_buffers=2),
+        rank=0,
+        world_size=1,
+    )
+    if not isinstance(parts.model, Blip2Stage2):
+        raise ValueError("stage 2 expected")
+    model = parts.model.eval()
+    batches = [parts.batches[number] for number in range(given.batches)]
+    storages: list[Storage] = given.storage or ["int8", "int4"]
+    blocks = find_blocks(model.language_model)
+    return "\n".join(str(loss_difference(model, batches, each, blocks)) for each in storages)
+
+
+if __name__ == "__main__":
+    main()
