@@ -1,7 +1,7 @@
 """Evaluation while training: held-out losses, retrieval (stage 1), captions or answers (stage 2).
 
-With several processes the losses are those of the whole batch, which is spread over them; the rest
-every process computes alike, so that none waits for another.
+With several processes the losses are those of the whole batch, which is spread over them, and each
+writes captions or answers to its share of the images. Retrieval every process computes alike.
 """
 
 from __future__ import annotations
@@ -128,17 +128,31 @@ def _stage2(
             yield {"image_embeds": reader(_numbers(reader, chosen)), **tensors}
 
     results = _mean_over_processes(evaluation.evaluate_stage2(model, batches()))
+    mine = _share(records, config)
     written = evaluation.generate_texts(
         model,
         text,
         reader,
-        _numbers(reader, records),
-        [r.question for r in records] if on_questions else None,
+        _numbers(reader, mine),
+        [r.question for r in mine] if on_questions else None,
         max_new_tokens=config.data.max_txt_len,
         batch_size=config.eval_batch_size,
     )
-    right = sum(map(_is_right, written, records))
+    right = float(sum(map(_is_right, written, mine)))
+    if len(mine) < len(records):
+        right = dist.get_world_size() * _mean_over_processes({"right": right})["right"]
     return results | {"exact": right / len(records)}
+
+
+def _share(records: list[Any], config: RunConfig) -> list[Any]:
+    """The records that this process writes for.
+
+    Under ZeRO-3 all: the processes fetch the language model's layers together, so none may stop
+    writing before another.
+    """
+    if config.zero_stage == 3 or len(records) < dist.get_world_size():
+        return records
+    return records[dist.get_rank() :: dist.get_world_size()]
 
 
 def _numbers(reader: _Reader, records: list[Any]) -> Tensor:

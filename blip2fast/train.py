@@ -3,6 +3,7 @@
 deepspeed blip2fast/train.py --config configs/scenes_stage1.yaml
 deepspeed --num_gpus 2 blip2fast/train.py --config ... --set optim.lr=3e-4 --set zero_stage=2
 python blip2fast/train.py --config ...                       (one process)
+deepspeed blip2fast/train.py --config STAGE1 --set ... --config STAGE2 --set ...   (one start)
 """
 
 from __future__ import annotations
@@ -12,19 +13,47 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+
+class _Runs(argparse.Action):
+    """`--config` begins a run, `--set` changes the one that was begun last."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        runs = [*(getattr(namespace, self.dest) or ())]
+        if self.metavar == "FILE":
+            runs.append((values, ()))
+        elif runs:
+            config, overrides = runs[-1]
+            runs[-1] = (config, (*overrides, values))
+        else:
+            parser.error(f"--set {values}: comes before the --config that it changes")
+        setattr(namespace, self.dest, runs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exits with one line of text on bad input."""
     parser = argparse.ArgumentParser(description="Train stage 1 or stage 2 of BLIP-2.")
-    parser.add_argument("--config", required=True, help="a yaml file, such as those in configs/")
+    parser.add_argument(
+        "--config",
+        action=_Runs,
+        required=True,
+        metavar="FILE",
+        dest="runs",
+        help="a yaml file, such as those in configs/; several run one after another",
+    )
     parser.add_argument(
         "--set",
-        action="append",
-        default=[],
+        action=_Runs,
         metavar="KEY=VALUE",
-        dest="overrides",
-        help="override one key, such as optim.lr=1e-4; may be given several times",
+        dest="runs",
+        help="override one key of the --config before it, such as optim.lr=1e-4; repeatable",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
     given = parser.parse_args(arguments)
@@ -39,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        train(load_config(given.config, given.overrides))
+        for run in [load_config(config, overrides) for config, overrides in given.runs]:
+            train(run)
     except (ValueError, FloatingPointError) as error:
         # The launcher ends all processes as soon as one has: each says why.
         rank = os.environ.get("RANK", "0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -15,8 +16,10 @@ import torch.multiprocessing as mp
 import yaml
 from small_run import config, distance, values, write_world
 
+from blip2fast import evaluation, held_out
 from blip2fast import train as train_script
 from blip2fast.run_log import read_metrics
+from blip2fast.run_parts import build_run
 from blip2fast.trainer import train
 
 TRAIN = Path(train_script.__file__)
@@ -61,7 +64,27 @@ def _work(rank: int, port: int, world: Path, outputs: Path) -> None:
             train(config(world, outputs / f"{stage}-{zero_stage}", stage, **settings), say=_quiet)
     resume = {"zero_stage": 1, "resume": True, **_two(PLAIN)}
     train(config(world, outputs / "resumed", 2, **resume), say=_quiet)
+    for zero_stage in (2, 3):
+        _evaluate_with_known_captions(world, outputs / f"shares-{zero_stage}-{rank}", zero_stage)
     torch.distributed.destroy_process_group()
+
+
+def _evaluate_with_known_captions(world: Path, output: Path, zero_stage: int) -> None:
+    """Evaluate with right captions of images 0, 2 and 5; keeps which images were asked for."""
+    settings = config(world, output, 2, zero_stage=zero_stage)
+    parts = build_run(settings, torch.distributed.get_rank(), 2)
+    assert parts.held_out is not None
+    records = parts.held_out.records
+    asked: list[int] = []
+
+    def write(model: Any, text: Any, images: Any, numbers: torch.Tensor, *_: Any, **__: Any) -> Any:
+        asked.extend(numbers.tolist())
+        return [records[i].captions[0] if i in (0, 2, 5) else "no" for i in numbers.tolist()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "generate_texts", write)
+        results = held_out.evaluate(parts.model, parts, settings, lambda batch: batch)
+    output.with_suffix(".json").write_text(json.dumps([asked, results["exact"]]))
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +147,17 @@ def test_zero_stages_train_alike_on_two_processes(
     assert distance(spread, reference) < 3e-4
 
 
+@pytest.mark.slow
+def test_processes_share_what_they_write_in_evaluation(outputs: Path) -> None:
+    """Each its part of the images, one score for all; under ZeRO-3 they stay in step instead."""
+
+    def seen(zero_stage: int, rank: int) -> Any:
+        return json.loads((outputs / "two" / f"shares-{zero_stage}-{rank}.json").read_text())
+
+    assert [seen(2, rank) for rank in (0, 1)] == [[[0, 2, 4, 6], 3 / 8], [[1, 3, 5, 7], 3 / 8]]
+    assert [seen(3, rank) for rank in (0, 1)] == [[list(range(8)), 3 / 8]] * 2
+
+
 def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "OMP_NUM_THREADS")}
     return subprocess.run(
@@ -140,9 +174,13 @@ def test_the_launcher_and_plain_python_train_alike(tmp_path: Path) -> None:
     script = [str(TRAIN), "--config", str(file)]
     launched = _run([launcher, "--master_port", str(_free_port()), *script])
     assert launched.returncode == 0, launched.stdout + launched.stderr
-    plain = _run([sys.executable, *script, "--set", f"output_dir={tmp_path / 'plain'}"])
+    second = tmp_path / "second.yaml"
+    second.write_text(yaml.safe_dump(values(world, tmp_path / "after", 2)))
+    then = ["--config", str(second), "--set", f"init_from={tmp_path / 'plain'}"]
+    plain = _run([sys.executable, *script, "--set", f"output_dir={tmp_path / 'plain'}", *then])
     assert plain.returncode == 0, plain.stdout + plain.stderr
     assert "stage 1: 6 steps of 4 samples" in plain.stdout
+    assert "stage 2: 6 steps of 4 samples" in plain.stdout
     assert "Warning" not in plain.stdout + plain.stderr
     names = {p.name for p in (tmp_path / "launched").iterdir()}
     assert names == {
@@ -171,6 +209,25 @@ def test_bad_input_is_one_error_and_no_traceback(
     assert str(refused.value) == (
         f"error: {file}:\n  optim.learning_rate: no such key; the nearest is optim.lr"
     )
+
+
+def test_several_configurations_run_in_order_each_with_its_overrides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "one.yaml", tmp_path / "two.yaml"]
+    for stage, file in enumerate(files, 1):
+        file.write_text(yaml.safe_dump(values(tmp_path, tmp_path / str(stage), stage)))
+    runs: list[Any] = []
+    monkeypatch.setattr("blip2fast.trainer.train", runs.append)
+    one, two = (["--config", str(file)] for file in files)
+    train_script.main([*one, "--set", "seed=3", "--set", "optim.lr=0.5", *two, "--set", "seed=4"])
+    assert [(run.stage, run.seed, run.optim.lr) for run in runs] == [(1, 3, 0.5), (2, 4, 1e-2)]
+    with pytest.raises(SystemExit):
+        train_script.main([*one, *two, "--set", "seed=x"])
+    assert len(runs) == 2, "nothing runs where a later configuration is refused"
+    with pytest.raises(SystemExit):
+        train_script.main(["--set", "seed=3", *one])
+    assert "--set seed=3: comes before the --config that it changes" in capsys.readouterr().err
 
 
 def test_cores_are_shared_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 from rich.console import Console
 
 LEDGER = "phases.json"
 
 
 class Clock:
-    """Wall and CPU time since its making, the latter with all finished child processes.
+    """Wall and CPU time since its making, the latter with all child processes.
 
     On a busy machine the wall says little; the CPU time divided by the cores is its floor.
     """
@@ -32,8 +33,13 @@ class Clock:
 
     @staticmethod
     def _now() -> tuple[float, float]:
-        used = os.times()
-        return time.perf_counter(), sum(used[:4])
+        used = sum(os.times()[:4])
+        for child in psutil.Process().children(recursive=True):
+            try:
+                used += sum(child.cpu_times()[:4])
+            except psutil.NoSuchProcess:
+                continue  # it ended meanwhile and counts as its parent's
+        return time.perf_counter(), used
 
 
 @dataclass
@@ -55,6 +61,7 @@ class Phases:
     console: Console
     fresh: bool = False
     hashes: dict[str, str] = field(default_factory=dict)
+    products: dict[str, tuple[Path, ...]] = field(default_factory=dict)
     times: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def run(
@@ -65,18 +72,29 @@ class Phases:
         after: Sequence[str] = (),
         products: Sequence[Path] = (),
     ) -> None:
-        """Run `action`, unless the phase is finished.
+        """Run `action`, which makes `products`, unless the phase is finished; else as `due`.
+
+        Raises:
+            RuntimeError: when the action leaves a product out.
+        """
+        if self.due(name, settings, after, products):
+            clock = self.begin(name)
+            action()
+            self.end(name, clock)
+
+    def due(
+        self, name: str, settings: Any, after: Sequence[str] = (), products: Sequence[Path] = ()
+    ) -> bool:
+        """Whether the phase is still to run; says so where it is not.
 
         Args:
             name: of the phase, a sentence fragment such as "stage 1".
-            action: makes `products`.
             settings: whatever the products depend on, as JSON.
             after: names of earlier phases whose products it reads.
             products: files and folders that must be there for the phase to count as finished.
 
         Raises:
-            ValueError: when an earlier phase is named that has not been run.
-            RuntimeError: when the action leaves a product out.
+            ValueError: when an earlier phase is named that is not known.
         """
         missing = [earlier for earlier in after if earlier not in self.hashes]
         if missing:
@@ -84,26 +102,38 @@ class Phases:
         plan = [self.version, name, settings, [self.hashes[earlier] for earlier in after]]
         digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
         self.hashes[name] = digest
+        self.products[name] = tuple(products)
         done = self._finished().get(name, {})
-        there = all(product.exists() for product in products)
-        if not self.fresh and done.get("hash") == digest and there:
-            spent = {key: done[key] for key in ("seconds", "cpu_seconds")}
-            self.times[name] = {**spent, "reused": True}
-            self.console.print(
-                f"[green]{name}[/green]: reused from {self.output} "
-                f"({done['seconds']:.0f} s when it ran; --fresh runs it again)"
-            )
-            return
+        if self.fresh or done.get("hash") != digest or self._absent(name):
+            return True
+        spent = {key: done[key] for key in ("seconds", "cpu_seconds")}
+        self.times[name] = {**spent, "reused": True}
+        self.console.print(
+            f"[green]{name}[/green]: reused from {self.output} "
+            f"({done['seconds']:.0f} s when it ran; --fresh runs it again)"
+        )
+        return False
+
+    def begin(self, name: str) -> Clock:
+        """Announce a phase that is due; its time counts from here."""
         self.console.print(f"[bold]{name}[/bold]")
-        clock = Clock()
-        action()
+        return Clock()
+
+    def end(self, name: str, clock: Clock) -> None:
+        """Remember a phase as finished.
+
+        Raises:
+            RuntimeError: when a product is not there.
+        """
         spent = clock.read()
-        absent = [str(product) for product in products if not product.exists()]
-        if absent:
+        if absent := self._absent(name):
             raise RuntimeError(f"phase {name!r} ended without {', '.join(absent)}")
         self.times[name] = {**spent, "reused": False}
-        self._remember(name, {"hash": digest, **spent})
+        self._remember(name, {"hash": self.hashes[name], **spent})
         self.console.print(f"[green]{name}[/green]: {spent['seconds']:.1f} s")
+
+    def _absent(self, name: str) -> list[str]:
+        return [str(product) for product in self.products[name] if not product.exists()]
 
     def _finished(self) -> dict[str, dict[str, Any]]:
         ledger = self.output / LEDGER

@@ -9,7 +9,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -32,7 +33,7 @@ from blip2fast.demo.settings import (
     training_processes,
 )
 from blip2fast.demo.table import check_gates, render
-from blip2fast.demo.training import train
+from blip2fast.demo.training import TrainingRun, train
 from blip2fast.run_config import config_values, load_config
 from blip2fast.scenes.world import Source
 
@@ -108,10 +109,7 @@ def run_demo(
         after=["scenes and texts"],
         products=[places.features(split) for split in SPLIT_SIZES],
     )
-    earlier = "frozen features"
-    for run in TRAINING_RUNS:
-        _train_phase(phases, settings, places, run, earlier)
-        earlier = TITLES[run]
+    _train(phases, settings, places, after="frozen features")
     evaluation_clock = Clock()
     console.print("[bold]evaluation[/bold]")
     table, details = evaluate_demo(settings, places, console)
@@ -133,23 +131,44 @@ def run_demo(
     return summary
 
 
-def _train_phase(
-    phases: Phases, settings: DemoSettings, places: Places, run: str, earlier: str
-) -> None:
-    config = settings.config(run)
-    overrides = [*places.overrides(run), f"seed={settings.seed}", *settings.overrides.get(run, ())]
+def _train(phases: Phases, settings: DemoSettings, places: Places, after: str) -> None:
+    """The training runs that are due, each a phase, in one start of the launcher."""
     processes = training_processes()
+    due: dict[str, TrainingRun] = {}
+    for name in TRAINING_RUNS:
+        run = _training_run(settings, places, name, processes)
+        if phases.due(
+            TITLES[name],
+            [config_values(run.load()), processes, digest(places.language_tower)],
+            after=[after],
+            products=[places.run(name) / file for file in ("model.safetensors", "metrics.jsonl")],
+        ):
+            due[TITLES[name]] = run
+        after = TITLES[name]
+    titles = list(due)
+
+    @contextmanager
+    def watch(number: int) -> Iterator[None]:
+        clock = phases.begin(titles[number])
+        yield
+        phases.end(titles[number], clock)
+
+    if due:
+        train(list(due.values()), processes, places.training_log, phases.console, watch)
+
+
+def _training_run(settings: DemoSettings, places: Places, name: str, processes: int) -> TrainingRun:
+    config = settings.config(name)
+    overrides = (
+        *places.overrides(name),
+        f"seed={settings.seed}",
+        *settings.overrides.get(name, ()),
+    )
     # The configurations are written for two processes; one takes the batch of both.
     if processes == 1:
         whole = 2 * load_config(config, overrides).optim.batch_size
-        overrides.append(f"optim.batch_size={whole}")
-    phases.run(
-        TITLES[run],
-        lambda: train(config, overrides, processes, places.log(run), phases.console),
-        [config_values(load_config(config, overrides)), processes, digest(places.language_tower)],
-        after=[earlier],
-        products=[places.run(run) / "model.safetensors", places.run(run) / "metrics.jsonl"],
-    )
+        overrides += (f"optim.batch_size={whole}",)
+    return TrainingRun(config, overrides)
 
 
 def _machine() -> dict[str, Any]:

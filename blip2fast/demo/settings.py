@@ -106,8 +106,9 @@ class Places:
     def run(self, name: str) -> Path:
         return self.output / name
 
-    def log(self, name: str) -> Path:
-        return self.output / "logs" / f"{name}.log"
+    @property
+    def training_log(self) -> Path:
+        return self.output / "logs" / "training.log"
 
     def overrides(self, run: str) -> tuple[str, ...]:
         """The paths that a training configuration reads and writes, as `key=value`."""

@@ -10,14 +10,23 @@ import shutil
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-from blip2fast.run_config import config_values, load_config
+from blip2fast.run_config import RunConfig, config_values, load_config
 
 TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 
@@ -34,55 +43,90 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
+@dataclass(frozen=True)
+class TrainingRun:
+    """A configuration of train.py, and `key=value` overrides of it."""
+
+    config: Path
+    overrides: tuple[str, ...]
+
+    def load(self) -> RunConfig:
+        return load_config(self.config, self.overrides)
+
+
 def train(
-    config: Path, overrides: Sequence[str], processes: int, log: Path, console: Console
+    runs: Sequence[TrainingRun],
+    processes: int,
+    log: Path,
+    console: Console,
+    watch: Callable[[int], AbstractContextManager[None]],
 ) -> None:
-    """Train with `deepspeed blip2fast/train.py --config <config> --set ...`.
+    """Train with `deepspeed blip2fast/train.py --config <config> --set ... --config ...`.
+
+    One start of the launcher serves all runs: starting costs seconds, most of them imports.
 
     Args:
-        config: a configuration of train.py.
-        overrides: `key=value` each.
+        runs: one after another; each may start from what an earlier one leaves.
         processes: how many the launcher starts; on CPU they share the cores evenly.
         log: file for everything that the launcher and train.py print.
+        watch: entered with the number of a run when it begins, left when its model is written.
 
     Raises:
         RuntimeError: when training fails; the message ends with the log's last lines.
     """
-    run = load_config(config, overrides)
-    output = Path(run.output_dir)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    script, file = os.path.relpath(TRAIN_SCRIPT), os.path.relpath(config)
-    command = [*launcher(processes), script, "--config", file]
-    for override in needed(config, overrides):
-        command += ["--set", override]
+    command = [*launcher(processes), os.path.relpath(TRAIN_SCRIPT)]
+    for run in runs:
+        command += ["--config", os.path.relpath(run.config)]
+        for override in needed(run.config, run.overrides):
+            command += ["--set", override]
     shown = shlex.join(["deepspeed", *command[1:]])
     console.print(f"  $ {shown}", highlight=False, soft_wrap=True)
-    if output.exists():
-        # train.py refuses to mix two runs; this one starts over.
-        shutil.rmtree(output)
-    metrics = MetricsTail(output / "metrics.jsonl")
+    configs = [run.load() for run in runs]
+    for config in configs:
+        # train.py refuses to mix two runs; these start over.
+        shutil.rmtree(config.output_dir, ignore_errors=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
         try:
-            with progress_bar(console) as progress:
-                bar = progress.add_task(output.name, total=run.optim.max_steps, note="starting")
-                while True:
-                    for line in metrics.new_lines():
-                        progress.update(bar, completed=line.get("step", 0), note=_note(line))
-                    if process.poll() is not None:
-                        break
-                    try:
-                        process.wait(timeout=0.5)
-                    except subprocess.TimeoutExpired:
-                        continue
+            for number, config in enumerate(configs):
+                with watch(number), progress_bar(console) as progress:
+                    bar = progress.add_task("steps", total=config.optim.max_steps, note="starting")
+                    last = number == len(configs) - 1
+                    if not _follow(process, Path(config.output_dir), progress, bar, last):
+                        raise RuntimeError(_what_failed(config, process, log))
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    if process.returncode != 0:
-        with log.open(encoding="utf-8") as lines:
-            tail = "".join(deque(lines, maxlen=25))
-        raise RuntimeError(f"{output.name} failed with status {process.returncode}; {log}:\n{tail}")
+
+
+def _follow(
+    process: subprocess.Popen[bytes], output: Path, progress: Progress, bar: TaskID, last: bool
+) -> bool:
+    """Show a run's metrics until it has written its model (the last: until the launcher ends).
+
+    Returns:
+        Whether that went well.
+    """
+    metrics = MetricsTail(output / "metrics.jsonl")
+    while True:
+        ended = process.poll() is not None
+        written = (output / "model.json").exists()
+        for line in metrics.new_lines():
+            progress.update(bar, completed=line.get("step", 0), note=_note(line))
+        if ended or (written and not last):
+            return written and process.returncode in (None, 0)
+        try:
+            process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _what_failed(config: RunConfig, process: subprocess.Popen[bytes], log: Path) -> str:
+    with log.open(encoding="utf-8") as lines:
+        tail = "".join(deque(lines, maxlen=25))
+    return f"{config.output_dir} failed with status {process.returncode}; {log}:\n{tail}"
 
 
 def needed(config: Path, overrides: Sequence[str]) -> list[str]:
