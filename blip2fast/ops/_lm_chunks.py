@@ -1,4 +1,4 @@
-"""The chunks of `lm_cross_entropy`: logits of a few rows, their loss, their gradient, then the next.
+"""The chunks of `lm_cross_entropy`: logits of a few rows, their loss and gradient, then the next.
 
 For one row with logits x, label y and smoothing s the loss is
 `lse(x) - (1 - s) * x[y] - s * mean(x)`, its gradient `softmax(x) - (1 - s) * onehot(y) - s / V`.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # bytes of logits at once, by whether they are on a CPU; the GPU's was not measured on one
-DEFAULT_BYTES = {True: 32 * 2**20, False: 512 * 2**20}
+DEFAULT_BYTES = {True: 128 * 2**20, False: 512 * 2**20}
 # words are padded to a multiple of this where rows of logits would start unaligned on a GPU
 ALIGNMENT = 64
 FP16_SHIFT = 64
@@ -43,7 +43,7 @@ def forward(
     Returns:
         `(loss, correct, count, dhidden, dweight, dbias)`: mean loss, labels that no word outscores,
         labels that count, and the gradients of the *sum* of losses: `[R, C]` in the type of hidden,
-        `[V, C]` and `[V]` in fp32 or fp64; empty where not needed.
+        `[V, C]` in `weight_grad_dtype`, `[V]` in fp32 or fp64; empty where not needed.
     """
     R, V = hidden.shape[0], weight.shape[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -72,27 +72,28 @@ def forward(
         losses[rows] = loss[:, 0]
     count = counts.sum()
     mean = losses.where(counts, 0).sum() / count
-    return mean, (best & counts).sum(), count, grads.hidden, grads.weight, grads.bias
+    dweight = grads.weight(weight_grad_dtype(hidden.dtype, weight.dtype))
+    return mean, (best & counts).sum(), count, grads.hidden, dweight, grads.bias
 
 
 class _Gradients:
     """Gradients of the sum of losses, added up chunk by chunk.
 
     Attributes:
-        hidden, weight, bias: `[R, C]`, `[V, C]` and `[V]`, empty where not needed.
+        hidden, bias: `[R, C]` and `[V]`, empty where not needed.
     """
 
     def __init__(
         self, rows: Tensor, table: Tensor, V: int, step: int, needs: tuple[bool, bool, bool]
     ) -> None:
-        self.needs, self._rows, self._table = needs, rows, table
+        self.needs, self._rows, self._table, self._V = needs, rows, table, V
         wide = torch.promote_types(rows.dtype, torch.float32)
-        C = table.shape[1]
-        self.hidden = rows.new_zeros(rows.shape if needs[0] else (0,))
-        self.weight = rows.new_zeros((V, C) if needs[1] else (0,), dtype=wide)
+        self.hidden = rows.new_empty(rows.shape if needs[0] else (0,))
         self.bias = rows.new_zeros(V if needs[2] else 0, dtype=wide)
+        self._weight: Tensor | None = None
         held = step if any(needs) else 0
         self._wide = rows.new_zeros(held, len(table), dtype=wide)
+        # columns of padding stay 0
         self._narrow = self._wide if rows.dtype == wide else rows.new_zeros(held, len(table))
 
     def add(
@@ -131,17 +132,53 @@ class _Gradients:
             torch.mm(narrow, self._table, out=self.hidden[rows])
             self.hidden[rows].masked_fill_(~counts[:, None], 0)
         if self.needs[1]:
-            self._add_weight(narrow[:, :V], self._rows[rows])
+            self._add_weight(narrow[:, :V].T, self._rows[rows])
         return lse
 
     def _add_weight(self, dx: Tensor, rows: Tensor) -> None:
-        if rows.dtype == self.weight.dtype:
-            self.weight.addmm_(dx.T, rows)
-        elif rows.dtype == torch.float16:
-            # sums over many rows would leave fp16's range, and no loss scale is in them yet
-            self.weight.add_(dx.T @ (rows / FP16_SHIFT), alpha=FP16_SHIFT)
+        if rows.dtype == self._wide.dtype:
+            if self._weight is None:
+                self._weight = torch.mm(dx, rows)
+            else:
+                self._weight.addmm_(dx, rows)
+            return
+        # sums over many rows would leave fp16's range, and no loss scale is in them yet
+        shift = FP16_SHIFT if rows.dtype == torch.float16 else 1
+        part = torch.mm(dx, rows / shift if shift > 1 else rows)
+        if self._weight is not None:
+            self._weight.add_(part, alpha=shift)
+        elif len(rows) == len(self._rows) and shift == 1:
+            self._weight = part
         else:
-            self.weight.add_(dx.T @ rows)
+            self._weight = part.to(self._wide.dtype).mul_(shift)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """`[V, C]` in this type; empty where not needed."""
+        if not self.needs[1]:
+            return self._rows.new_empty(0, dtype=dtype)
+        if self._weight is None:
+            return self._rows.new_zeros(self._V, self._table.shape[1], dtype=dtype)
+        return self._weight.to(dtype)
+
+
+def weight_grad_dtype(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
+    """In what the gradient of the weight waits for its factor: bf16, or fp32 or wider."""
+    wide = torch.promote_types(hidden, torch.float32)
+    return weight if weight == torch.bfloat16 else wide
+
+
+def backward(
+    dloss: Tensor, count: Tensor, gradients: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...]
+) -> tuple[Tensor, ...]:
+    """The gradients that `forward` gave times `dloss / count`, each in a type of its own."""
+    # no label, no gradient: a NaN loss then leaves the parameters as they are
+    scale = dloss / count.clamp(min=1)
+    if dloss.device.type == "cpu":
+        # a number goes into the product unrounded, also where the gradient is in 16 bits
+        factor = scale.item()
+        return tuple(torch.mul(x, factor).to(t) for x, t in zip(gradients, dtypes, strict=True))
+    scale = scale[None]
+    return tuple((x * scale).to(t) for x, t in zip(gradients, dtypes, strict=True))
 
 
 def _pays(hidden: Tensor, V: int) -> bool:

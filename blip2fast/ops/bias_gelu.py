@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from blip2fast.kernels.bias_gelu import pytorch, reference
+from blip2fast.kernels.bias_gelu import reference
 from blip2fast.ops._glue_checks import (
     AS_DEFINED,
     check_like,
@@ -63,71 +64,69 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tens
     impl = choose("bias_gelu", BACKENDS, BiasGeluCall(x.dtype, x.device.type), impl)
     if impl == "reference":
         return reference.bias_gelu(x, bias)
-    out: Tensor = torch.ops.blip2fast.bias_gelu(x.contiguous(), bias, impl)
+    if impl == "pytorch":
+        return F.gelu(x if bias is None else x + bias.to(x.dtype))
+    out: Tensor = torch.ops.blip2fast.bias_gelu(x.contiguous(), bias)
     return out
 
 
-torch.library.define("blip2fast::bias_gelu", "(Tensor x, Tensor? bias, str impl) -> Tensor")
+torch.library.define("blip2fast::bias_gelu", "(Tensor x, Tensor? bias) -> Tensor")
 torch.library.define(
     "blip2fast::bias_gelu_grad",
-    "(Tensor dout, Tensor x, Tensor? bias, bool needs_bias, str impl) -> (Tensor dx, Tensor dbias)",
+    "(Tensor dout, Tensor x, Tensor? bias, bool needs_bias) -> (Tensor dx, Tensor dbias)",
 )
 
 
-def _backend(impl: str) -> Any:
-    """The functions `forward` and `backward` of a backend."""
-    if impl == "triton":
-        # imported on use: Triton is optional
-        from blip2fast.kernels.bias_gelu import interface
+def _kernels() -> Any:
+    """The functions `forward` and `backward`; imported on use: Triton is optional."""
+    from blip2fast.kernels.bias_gelu import interface
 
-        return interface
-    return pytorch
+    return interface
 
 
 @torch.library.impl("blip2fast::bias_gelu", "CompositeExplicitAutograd")
-def _forward(x: Tensor, bias: Tensor | None, impl: str) -> Tensor:
-    out: Tensor = _backend(impl).forward(x, bias)
+def _forward(x: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = _kernels().forward(x, bias)
     return out
 
 
 @torch.library.register_fake("blip2fast::bias_gelu")
-def _forward_fake(x: Tensor, bias: Tensor | None, impl: str) -> Tensor:
+def _forward_fake(x: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.impl("blip2fast::bias_gelu_grad", "CompositeExplicitAutograd")
 def _backward(
-    dout: Tensor, x: Tensor, bias: Tensor | None, needs_bias: bool, impl: str
+    dout: Tensor, x: Tensor, bias: Tensor | None, needs_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    dx, dbias = _backend(impl).backward(dout, x, bias, needs_bias)
+    dx, dbias = _kernels().backward(dout, x, bias, needs_bias)
     return dx, dbias
 
 
 @torch.library.register_fake("blip2fast::bias_gelu_grad")
 def _backward_fake(
-    dout: Tensor, x: Tensor, bias: Tensor | None, needs_bias: bool, impl: str
+    dout: Tensor, x: Tensor, bias: Tensor | None, needs_bias: bool
 ) -> tuple[Tensor, Tensor]:
     width = x.shape[1] if needs_bias else 0
     return x.new_empty(x.shape), x.new_empty(width, dtype=wide_dtype(x.dtype))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, ctx.impl = inputs
+    x, bias = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, bias)
 
 
 def _autograd(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return None, None, None
+        return None, None
     x, bias = ctx.saved_tensors
     dx, dbias = torch.ops.blip2fast.bias_gelu_grad(
-        dout.contiguous(), x, bias, ctx.needs_input_grad[1], ctx.impl
+        dout.contiguous(), x, bias, ctx.needs_input_grad[1]
     )
     return (
         dx if ctx.needs_input_grad[0] else None,
         dbias.to(bias.dtype) if ctx.needs_input_grad[1] else None,
-        None,
     )
 
 

@@ -109,6 +109,8 @@ def dropout_add_layer_norm(
         return reference.dropout_add_layer_norm(
             x, residual, weight, bias, x_bias, eps, dropout_p, philox, out_dtype
         )
+    if impl == "pytorch" and philox is None:
+        return pytorch.without_dropout(x, residual, weight, bias, x_bias, eps, out_dtype)
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     inputs = (x, residual, weight, bias, x_bias)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -158,7 +160,7 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, ...]:
     out, total, mean, rstd = _backend(impl).forward(
-        x, residual, weight, bias, x_bias, philox, eps, dropout_p, out_dtype
+        x, residual, weight, bias, x_bias, philox, eps, dropout_p, out_dtype, save
     )
     if not save:
         return out, x.new_empty(0), mean.new_empty(0), mean.new_empty(0)

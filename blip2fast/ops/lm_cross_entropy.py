@@ -153,6 +153,11 @@ torch.library.define(
     "int ignore_index, int chunk_bytes, bool needs_hidden, bool needs_weight, bool needs_bias) "
     "-> (Tensor loss, Tensor correct, Tensor count, Tensor dhidden, Tensor dweight, Tensor dbias)",
 )
+torch.library.define(
+    "blip2fast::lm_cross_entropy_grad",
+    "(Tensor dloss, Tensor count, Tensor dhidden, Tensor dweight, Tensor dbias, "
+    "ScalarType weight_dtype, ScalarType bias_dtype) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @torch.library.impl("blip2fast::lm_cross_entropy", "CompositeExplicitAutograd")
@@ -189,13 +194,45 @@ def _forward_fake(
     needs_bias: bool,
 ) -> tuple[Tensor, ...]:
     wide = wide_dtype(hidden.dtype)
+    weight_dtype = _lm_chunks.weight_grad_dtype(hidden.dtype, weight.dtype)
     return (
         hidden.new_empty((), dtype=wide),
         labels.new_empty(()),
         labels.new_empty(()),
         hidden.new_empty(hidden.shape if needs_hidden else (0,)),
-        hidden.new_empty(weight.shape if needs_weight else (0,), dtype=wide),
+        hidden.new_empty(weight.shape if needs_weight else (0,), dtype=weight_dtype),
         hidden.new_empty(weight.shape[:1] if needs_bias else (0,), dtype=wide),
+    )
+
+
+@torch.library.impl("blip2fast::lm_cross_entropy_grad", "CompositeExplicitAutograd")
+def _backward(
+    dloss: Tensor,
+    count: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    dtypes = (dhidden.dtype, weight_dtype, bias_dtype)
+    return _lm_chunks.backward(dloss, count, (dhidden, dweight, dbias), dtypes)
+
+
+@torch.library.register_fake("blip2fast::lm_cross_entropy_grad")
+def _backward_fake(
+    dloss: Tensor,
+    count: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    return (
+        torch.empty_like(dhidden),
+        torch.empty_like(dweight, dtype=weight_dtype),
+        torch.empty_like(dbias, dtype=bias_dtype),
     )
 
 
@@ -204,24 +241,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, correct, count, dhidden, dweight, dbias = output
     ctx.mark_non_differentiable(correct, count, dhidden, dweight, dbias)
     ctx.set_materialize_grads(False)
-    ctx.types = weight.dtype, None if bias is None else bias.dtype
+    ctx.types = weight.dtype, weight.dtype if bias is None else bias.dtype
     ctx.save_for_backward(count, dhidden, dweight, dbias)
 
 
 def _autograd(ctx: Any, dloss: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 10
-    count, dhidden, dweight, dbias = ctx.saved_tensors
-    # no label, no gradient: a NaN loss then leaves the parameters as they are
-    scale = dloss / count.clamp(min=1)
-    needs = ctx.needs_input_grad
-    weight_dtype, bias_dtype = ctx.types
-    return (
-        (dhidden * scale).to(dhidden.dtype) if needs[0] else None,
-        (dweight * scale).to(weight_dtype) if needs[1] else None,
-        (dbias * scale).to(bias_dtype) if needs[2] else None,
-        *[None] * 7,
-    )
+    count, *gradients = ctx.saved_tensors
+    scaled = torch.ops.blip2fast.lm_cross_entropy_grad(dloss, count, *gradients, *ctx.types)
+    needed = [x if needs else None for x, needs in zip(scaled, ctx.needs_input_grad, strict=False)]
+    return (*needed, *[None] * 7)
 
 
 torch.library.register_autograd(

@@ -40,14 +40,14 @@ def dropout_add_layer_norm(
     if x_bias is not None:
         total = total + x_bias.to(wide)
     if dropout_p > 0 and philox is not None:
-        total = total * keep(*x.shape, philox, dropout_p) / (1 - dropout_p)
+        total = total * keep(x.shape[0], x.shape[1], philox, dropout_p) / (1 - dropout_p)
     if residual is not None:
         total = total + residual.to(wide)
     out = F.layer_norm(total, total.shape[-1:], weight.to(wide), bias.to(wide), eps)
     return out.to(x.dtype if out_dtype is None else out_dtype)
 
 
-def keep(R: int, C: int, philox: Tensor, dropout_p: float, first_row: int = 0) -> Tensor:
-    """`[R, C]` bool: what dropout keeps of the rows from `first_row` on."""
-    rows = torch.arange(first_row, first_row + R, device=philox.device)
+def keep(R: int, C: int, philox: Tensor, dropout_p: float) -> Tensor:
+    """`[R, C]` bool: what dropout keeps."""
+    rows = torch.arange(R, device=philox.device)
     return keep_mask(philox, dropout_p, rows, torch.zeros_like(rows), C)
