@@ -59,7 +59,7 @@ class KeptTensors:
             if self.current is not None:
                 taken = self.by_block.get(self.current, 0)
                 self.by_block[self.current] = taken + storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output itself would keep its own graph alive
 
 
 @contextmanager

@@ -153,6 +153,11 @@ class BlockStream:
         """The streamed modules, in the order of their execution."""
         return [block.module for block in self._blocks]
 
+    @property
+    def copier(self) -> str:
+        """What copies: a CUDA stream, a C++ thread or a Python thread."""
+        return self._copier.name
+
     def names(self, index: int) -> list[str]:
         """The streamed weights of a block, by their names in it."""
         return list(self._blocks[index].layout.weights)
