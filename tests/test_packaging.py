@@ -49,7 +49,7 @@ def _copy_of_the_sources(folder: Path) -> Path:
     """A build leaves files behind that the next one would pick up."""
     copy = folder / "source"
     skipped = shutil.ignore_patterns(
-        ".git", ".venv", "build", "runs", "*.egg-info", "__pycache__", "_C.*"
+        ".git", ".venv", "build", "runs", "*.egg-info", "__pycache__", "_C.*", "_block_stream.*"
     )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=skipped)
     return copy
@@ -104,6 +104,8 @@ def test_wheel(tmp_path: Path, compilers: str, note: str) -> None:
     expected |= {name.replace(".", "/") + ".py" for name in _kernel_modules()}
     assert expected <= set(names)
     assert ("blip2fast/_C.so" in names) == (compilers == "g++")
+    streamers = [name for name in names if name.startswith("blip2fast/_block_stream")]
+    assert len(streamers) == (compilers == "g++")
     assert wheel.read("blip2fast/_C.txt").decode().startswith(note)
 
     wheel.extractall(tmp_path / "installed")
