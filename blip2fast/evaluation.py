@@ -200,7 +200,8 @@ def continue_texts(
 ) -> list[str]:
     """Greedy continuations by the language model alone: it reads, it sees nothing.
 
-    With captions in the prompts this is caption-then-read VQA; without, the blind control.
+    With captions in the prompts this is caption-then-read VQA; without, the blind control. Equal
+    prompts are continued once, and prompts of like length together.
 
     Args:
         language_model: a transformers causal or sequence-to-sequence model.
@@ -215,10 +216,11 @@ def continue_texts(
     """
     if not all(prompts):
         raise ValueError("a prompt without tokens; begin it with a special token at least")
+    unique = sorted({tuple(prompt) for prompt in prompts}, key=lambda prompt: (len(prompt), prompt))
     texts: list[str] = []
     with evaluating(language_model) as device:
-        for rows in chunks(len(prompts), batch_size):
-            ids = [torch.tensor(prompts[p]) for p in rows.tolist()]
+        for rows in chunks(len(unique), batch_size):
+            ids = [torch.tensor(unique[p]) for p in rows.tolist()]
             side = "right" if text.is_encoder_decoder else "left"
             inputs = {
                 "input_ids": pad_sequence(ids, True, text.pad_token_id, side),
@@ -234,7 +236,8 @@ def continue_texts(
             )
             start = 1 if text.is_encoder_decoder else inputs["input_ids"].shape[1]
             texts += text.decode(tokens[:, start:])
-    return texts
+    continuation = dict(zip(unique, texts, strict=True))
+    return [continuation[tuple(prompt)] for prompt in prompts]
 
 
 def exact_match(

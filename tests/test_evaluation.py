@@ -368,11 +368,23 @@ def test_generate_texts_refuses_other_numbers_of_questions(stage2):
         generate_texts(model, text, torch.zeros(2, 4, E).__getitem__, torch.arange(2), ["what ?"])
 
 
-def test_continued_texts_are_those_of_one_by_one_generation(stage2):
+def test_continued_texts_are_those_of_one_by_one_generation(stage2, monkeypatch):
+    """Also where prompts return, which are continued once."""
     model, tokenizer = stage2
     text = Stage2Text(tokenizer, model.language_model.config.is_encoder_decoder)
-    prompts = tokenizer(QUESTIONS)["input_ids"]
-    together = continue_texts(model.language_model, text, prompts, max_new_tokens=5, batch_size=3)
+    prompts = tokenizer([*QUESTIONS, *QUESTIONS[::-1]])["input_ids"]
+    generate, rows = model.language_model.generate, []
+
+    def counted(**inputs):
+        rows.append(len(inputs["input_ids"]))
+        return generate(**inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.language_model, "generate", counted)
+        together = continue_texts(
+            model.language_model, text, prompts, max_new_tokens=5, batch_size=3
+        )
+    assert sum(rows) == len(set(QUESTIONS))
     alone = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
