@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORED = -100  # the label that no loss counts
+# Texts whose tokens are kept; questions and the captions of a small data set return every epoch.
+KNOWN_TEXTS = 50_000
 
 
 class Stage2Text:
@@ -64,6 +66,7 @@ class Stage2Text:
         self.max_txt_len = max_txt_len
         self.seed = seed
         self.end_token_id = _end_token_id(tokenizer, is_encoder_decoder, end_text)
+        self._known: dict[str, list[int]] = {}
         self._before, self._after = _special_tokens(tokenizer)
         # masked and ignored everywhere, so a tokenizer without a pad token works as well
         self.pad_token_id = (
@@ -165,8 +168,15 @@ class Stage2Text:
         return [template.replace("{}", question).rstrip() for question in questions]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text, without special ones."""
-        return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"])
+        """Tokens of each text, without special ones; texts that return are not read again."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if len(self._known) + len(new) > KNOWN_TEXTS:
+            self._known.clear()
+            new = list(dict.fromkeys(texts))
+        if new:
+            ids = self.tokenizer(new, add_special_tokens=False)["input_ids"]
+            self._known.update(zip(new, ids, strict=True))
+        return [self._known[text] for text in texts]
 
     def _prompt_ids(self, prompts: list[str]) -> list[list[int]]:
         """What the model reads before it writes, special tokens included."""

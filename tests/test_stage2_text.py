@@ -264,3 +264,24 @@ def test_learns_to_answer():
     asked = text.prompt_batch([QUESTIONS[2]] * 4)
     written = model.generate(embeds, **asked, max_new_tokens=1, eos_token_id=text.end_token_id)
     assert text.decode(written) == answers
+
+
+@pytest.mark.parametrize("known_texts", [50_000, 5, 1])
+def test_texts_that_return_are_tokenized_once_while_there_is_room(known_texts, monkeypatch):
+    """The same tensors whatever is kept, and a bound on how much that is."""
+    monkeypatch.setattr("blip2fast.stage2_text.KNOWN_TEXTS", known_texts)
+    tokenizer = opt_tokenizer()
+    text = Stage2Text(tokenizer, False, prompt=TEMPLATE)
+    expected = Stage2Text(tokenizer, False, prompt=TEMPLATE).train_batch(ANSWERS, QUESTIONS)
+    read = []
+    monkeypatch.setattr(
+        text,
+        "tokenizer",
+        lambda texts, **kwargs: read.append(len(texts)) or tokenizer(texts, **kwargs),
+    )
+    for _ in range(3):
+        batch = text.train_batch(ANSWERS, QUESTIONS)
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+        assert len(text._known) <= max(known_texts, len(QUESTIONS))
+    assert sum(read) == (8 if known_texts == 50_000 else 24)
