@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -79,9 +80,9 @@ torch.library.define(
 
 def _kernels() -> Any:
     """The functions `forward` and `backward`; imported on use: Triton is optional."""
-    from blip2fast.kernels.bias_gelu import interface
+    from blip2fast.kernels.bias_gelu import backward, forward
 
-    return interface
+    return SimpleNamespace(forward=forward.forward, backward=backward.backward)
 
 
 @torch.library.impl("blip2fast::bias_gelu", "CompositeExplicitAutograd")

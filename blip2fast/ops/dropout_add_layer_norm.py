@@ -7,6 +7,7 @@ Shapes: R rows, C hidden width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -139,9 +140,9 @@ def _backend(impl: str) -> Any:
     """The functions `forward` and `backward` of a backend."""
     if impl == "triton":
         # imported on use: Triton is optional
-        from blip2fast.kernels.dropout_add_layer_norm import interface
+        from blip2fast.kernels.dropout_add_layer_norm import backward, forward
 
-        return interface
+        return SimpleNamespace(forward=forward.forward, backward=backward.backward)
     return pytorch
 
 

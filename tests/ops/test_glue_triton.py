@@ -1,0 +1,198 @@
+"""The Triton kernels of the glue ops: on a GPU where there is one, else through the interpreter.
+
+The interpreter has to be asked for before Triton is imported, so `test_through_the_interpreter`
+runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from glue_cases import assert_as_exact_as, make_rows, poisoned_memory
+from torch import Tensor
+
+from blip2fast.kernels.dropout_add_layer_norm import pytorch, reference
+from blip2fast.ops import bias_gelu, dropout_add_layer_norm
+from blip2fast.ops._glue_checks import HAS_TRITON, INTERPRETED
+from blip2fast.ops.philox import philox_state
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+# the interpreter computes bf16 wrongly
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+P = 0.3
+runs_kernels = pytest.mark.skipif(
+    not (HAS_TRITON and (GPU or INTERPRETED)), reason="needs a GPU or TRITON_INTERPRET=1"
+)
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    with poisoned_memory():
+        yield
+
+
+@pytest.mark.skipif(not HAS_TRITON or GPU or INTERPRETED, reason="the tests below run anyway")
+def test_through_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    # all but this test itself
+    assert "1 skipped" in done.stdout, done.stdout[-4000:]
+
+
+def make_inputs(R: int, C: int, dtype: torch.dtype) -> list[Tensor]:
+    """x, residual, weight, bias, x_bias."""
+    shapes = [(R, C), (R, C), (C,), (C,), (C,)]
+    return [make_rows(*s, seed=i, dtype=dtype, device=DEVICE) for i, s in enumerate(shapes)]
+
+
+def plain(p: float, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor):
+    total = x + x_bias
+    if p > 0:
+        total = total * reference.keep(*x.shape, philox_state(5, 2, DEVICE), p) / (1 - p)
+    return F.layer_norm(total + residual, x.shape[-1:], weight, bias, 1e-12)
+
+
+def op(
+    p: float, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, **options
+):
+    philox = philox_state(5, 2, DEVICE) if p > 0 else None
+    return dropout_add_layer_norm(
+        x, residual, weight, bias, x_bias=x_bias, dropout_p=p, philox=philox, impl="triton"
+    )
+
+
+@runs_kernels
+@pytest.mark.parametrize("p", [0.0, P])
+@pytest.mark.parametrize("dtype", DTYPES)
+# a tile of 4 rows and one row more
+@pytest.mark.parametrize(("R", "C"), [(1, 1), (3, 33), (5, 768), (4, 1024), (37, 7)])
+def test_layer_norm_is_as_exact_as_pytorch(R: int, C: int, dtype: torch.dtype, p: float) -> None:
+    inputs = make_inputs(R, C, dtype)
+    dout = make_rows(R, C, seed=9, device=DEVICE).detach()
+    if C == 1:
+        # a row of one has no spread: nothing but the bias comes out, nothing goes back
+        out = op(p, *inputs)
+        torch.testing.assert_close(out, inputs[3].expand_as(out))
+        return
+    assert_as_exact_as(partial(op, p), partial(plain, p), inputs, dout)
+
+
+@runs_kernels
+@pytest.mark.parametrize("p", [0.0, P])
+def test_layer_norm_alone(p: float) -> None:
+    """Without residual and bias of x, the sum that is saved may be x itself."""
+    x, _, weight, bias, _ = make_inputs(6, 40, torch.float32)
+    philox = philox_state(5, 2, DEVICE) if p > 0 else None
+    got, expected = (
+        dropout_add_layer_norm(x, None, weight, bias, dropout_p=p, philox=philox, impl=impl)
+        for impl in ("triton", "reference")
+    )
+    torch.testing.assert_close(got, expected)
+    grads, wanted = (torch.autograd.grad(y.sin().sum(), (x, weight, bias)) for y in (got, expected))
+    for a, b in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@runs_kernels
+def test_layer_norm_types() -> None:
+    x, residual, weight, bias, x_bias = make_inputs(6, 40, torch.float32)
+    half = x.detach().half().requires_grad_()
+    inputs = (half, residual, weight, bias, x_bias)
+    out = op(P, *inputs)
+    assert out.dtype == torch.float32
+    grads = torch.autograd.grad(out.sin().sum(), inputs)
+    assert [g.dtype for g in grads] == [y.dtype for y in inputs]
+    with torch.no_grad():
+        torch.testing.assert_close(op(P, *inputs), out)
+
+
+@runs_kernels
+@pytest.mark.parametrize("p", [0.0, P])
+def test_layer_norm_no_rows_and_opcheck(p: float) -> None:
+    inputs = make_inputs(0, 6, torch.float32)
+    grads = torch.autograd.grad(op(p, *inputs).sum(), inputs)
+    assert [g.shape for g in grads] == [x.shape for x in inputs]
+    assert all((g == 0).all() for g in grads)
+    philox = philox_state(5, 2, DEVICE) if p > 0 else None
+    rows = make_inputs(5, 6, torch.float32)
+    arguments = (*rows, philox, 1e-12, p, torch.float32, True, "triton")
+    torch.library.opcheck(torch.ops.blip2fast.dropout_add_layer_norm.default, arguments)
+    alone = (rows[0], None, *rows[2:4], None, philox, 1e-12, p, torch.float32, True, "triton")
+    torch.library.opcheck(torch.ops.blip2fast.dropout_add_layer_norm.default, alone)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+# a tile of 8 x 256 and one more
+@pytest.mark.parametrize(("R", "width"), [(1, 1), (7, 33), (9, 257), (37, 8)])
+def test_gelu_is_as_exact_as_pytorch(R: int, width: int, dtype: torch.dtype) -> None:
+    x, bias = (make_rows(*s, seed=0, dtype=dtype, device=DEVICE) for s in ((R, width), (width,)))
+    dout = make_rows(R, width, seed=9, device=DEVICE).detach()
+
+    def plain_gelu(x: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(x + bias)
+
+    assert_as_exact_as(partial(bias_gelu, impl="triton"), plain_gelu, (x, bias), dout)
+    assert_as_exact_as(partial(bias_gelu, impl="triton"), F.gelu, (x,), dout)
+
+
+@runs_kernels
+def test_few_programs_take_turns() -> None:
+    """Backward passes in which a program has several blocks of rows, the last one not full."""
+    from blip2fast.kernels.bias_gelu import backward as gelu_backward
+    from blip2fast.kernels.bias_gelu import config as gelu_config
+    from blip2fast.kernels.dropout_add_layer_norm import backward, config, forward
+
+    x, residual, weight, bias, x_bias = (y.detach() for y in make_inputs(37, 20, torch.float32))
+    dout = make_rows(37, 20, seed=9, device=DEVICE).detach().float()
+    philox = philox_state(5, 2, DEVICE)
+    few = replace(config.rows_config(20), programs=2)
+    _, *saved = forward.forward(
+        x, residual, weight, bias, x_bias, philox, 1e-12, P, x.dtype, True, few
+    )
+    rest = (weight, philox, P, x.dtype, x.dtype, True, True, True)
+    expected = pytorch.backward(dout, *saved, *rest)
+    for got, wanted in zip(backward.backward(dout, *saved, *rest, few), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+    tile = gelu_config.TileConfig(block_r=4, block_f=8, num_warps=4, programs=6)
+    dx, dbias = gelu_backward.backward(dout, x, bias, True, tile)
+    wanted = torch.ops.aten.gelu_backward(dout, x + bias)
+    torch.testing.assert_close(dx, wanted)
+    torch.testing.assert_close(dbias, wanted.sum(0), rtol=1e-4, atol=1e-5)
+
+
+@runs_kernels
+def test_gelu_no_rows_opcheck_and_compile() -> None:
+    x, bias = (make_rows(*s, seed=0, dtype=torch.float32, device=DEVICE) for s in ((0, 5), (5,)))
+    dx, dbias = torch.autograd.grad(bias_gelu(x, bias, "triton").sum(), (x, bias))
+    assert dx.shape == (0, 5)
+    assert torch.equal(dbias, torch.zeros_like(bias))
+    rows = make_rows(6, 5, seed=1, dtype=torch.float32, device=DEVICE)
+    torch.library.opcheck(torch.ops.blip2fast.bias_gelu.default, (rows, bias))
+    torch.library.opcheck(torch.ops.blip2fast.bias_gelu.default, (rows, None))
+    compiled = torch.compile(bias_gelu, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rows, bias, "triton"), bias_gelu(rows, bias, "triton"))
+
+
+@runs_kernels
+def test_gelu_result_may_be_changed_in_place() -> None:
+    x, bias = (make_rows(*s, seed=0, dtype=torch.float32, device=DEVICE) for s in ((6, 5), (5,)))
+    out = bias_gelu(x, bias, "triton")
+    expected = torch.autograd.grad(out.sum(), (x, bias), retain_graph=True)
+    out.data.fill_(torch.nan)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), (x, bias)), expected)
