@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip2fast.kernels.itc.config import TritonConfig, triton_config
-from blip2fast.kernels.itc.forward import _dense_width, precision, shares
+from blip2fast.kernels.itc.config import TritonConfig, backward_config
+from blip2fast.kernels.itc.forward import capability, dense_width, precision, shares
 from blip2fast.kernels.itc.interface import Pairs, Weights
 from blip2fast.kernels.itc.tiles import (
     is_positive,
@@ -313,8 +313,8 @@ def sweep_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.sweep_grad`, for fp16, bf16 and fp32 on a GPU."""
     (M, Q, D), N, device = image.shape, text.shape[0], image.device
-    config = config or triton_config(Q, D, image.dtype.itemsize)
-    image, text = _dense_width(image), _dense_width(text)
+    config = config or backward_config(Q, D, image.dtype.itemsize, capability(device))
+    image, text = dense_width(image), dense_width(text)
     count, per_share = shares(M, N, config)
     image_blocks, widths = triton.cdiv(M, config.block_i), triton.cdiv(D, config.out_d)
     d_image = torch.empty(M, Q, D, dtype=image.dtype, device=device)

@@ -49,7 +49,7 @@ class TritonConfig:
         block_i: Images of a tile.
         block_q: Q up to a power of two; `block_i * block_q` are the columns of the product.
         block_d: Feature width of one product; D or more: the whole of it at once.
-        out_d: Feature width of the gradient that a program of the backward pass owns.
+        out_d: Feature width of the gradient that a program of the backward pass owns; 0 forward.
         num_warps, num_stages: Triton's.
     """
 
@@ -66,27 +66,56 @@ class TritonConfig:
 PROGRAMS = 264
 
 
-def triton_config(Q: int, D: int, itemsize: int) -> TritonConfig:
-    """The tiles for a shape.
+def forward_config(Q: int, D: int, itemsize: int, capability: int) -> TritonConfig:
+    """The tiles of the sweep.
 
     Args:
         Q: Queries, 1 to 256.
         D: Feature width, 16 to 1024.
         itemsize: Bytes of a feature.
+        capability: The GPU's compute capability times 10.
     """
-    block_q = _power_of_two(Q)
-    half = itemsize == 2
-    width = _power_of_two(D)
-    columns = max(128 if half else 64, block_q)
+    half, hopper = itemsize == 2, capability >= 90
+    block_q, width = _power_of_two(Q), _power_of_two(D)
+    narrow = 64 if half else 32
+    # 128 columns of products on sm_80 are 255 registers and spill; 64 are 166
+    columns = 128 if half and hopper else 64
     return TritonConfig(
-        block_t=128 if half and block_q <= 128 else 64,
-        block_i=columns // block_q,
+        block_t=_texts(128 if half else 64, block_q, hopper),
+        block_i=_images(columns, block_q),
         block_q=block_q,
-        block_d=width if half and width <= 256 else min(width, 64),
-        out_d=min(width, 256 if half else 64),
+        # the whole width at once keeps a block's texts in shared memory: 194 KB on sm_90
+        block_d=width if half and width <= 256 and block_q <= 128 else min(width, narrow),
+        out_d=0,
         num_warps=8,
-        num_stages=3,
+        num_stages=2,
     )
+
+
+def backward_config(Q: int, D: int, itemsize: int, capability: int) -> TritonConfig:
+    """The tiles of the gradient; arguments as in `forward_config`."""
+    half, hopper = itemsize == 2, capability >= 90
+    block_q, width = _power_of_two(Q), _power_of_two(D)
+    return TritonConfig(
+        block_t=_texts(64, block_q, False) if half else 32,
+        block_i=_images(128 if half else 64, block_q),
+        block_q=block_q,
+        block_d=min(width, 64 if half else 32),
+        # 256 wide on sm_80 spill
+        out_d=min(width, (256 if hopper else 128) if half and block_q <= 128 else 64),
+        num_warps=8,
+        num_stages=2,
+    )
+
+
+def _texts(texts: int, block_q: int, hopper: bool) -> int:
+    """Texts of a tile; 256 columns of products leave registers for fewer."""
+    return texts if block_q <= 128 else 64 if hopper else 32
+
+
+def _images(columns: int, block_q: int) -> int:
+    """Images of a tile; with few queries the statistics of more than 16 would spill."""
+    return min(max(1, columns // block_q), 16)
 
 
 def _power_of_two(count: int) -> int:

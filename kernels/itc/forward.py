@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blip2fast.kernels.itc import statistics
-from blip2fast.kernels.itc.config import PROGRAMS, TritonConfig, triton_config
+from blip2fast.kernels.itc.config import PROGRAMS, TritonConfig, forward_config
 from blip2fast.kernels.itc.interface import (
     POSITIVE_COUNT,
     POSITIVE_SUM,
@@ -194,6 +194,14 @@ def shares(M: int, N: int, config: TritonConfig) -> tuple[int, int]:
     return triton.cdiv(blocks, per_share), per_share
 
 
+def capability(device: torch.device) -> int:
+    """The GPU's compute capability times 10; under Triton's interpreter that of an H100."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def precision(dtype: torch.dtype) -> str:
     """How fp32 features are multiplied: as PyTorch does by default."""
     return "ieee" if dtype == torch.float32 else "tf32"
@@ -209,8 +217,8 @@ def sweep(
 ) -> Sweep:
     """As `reference.sweep`, for fp16, bf16 and fp32 on a GPU; `legacy` is not there."""
     (M, Q, D), N, device = image.shape, text.shape[0], image.device
-    config = config or triton_config(Q, D, image.dtype.itemsize)
-    image, text = _dense_width(image), _dense_width(text)
+    config = config or forward_config(Q, D, image.dtype.itemsize, capability(device))
+    image, text = dense_width(image), dense_width(text)
     text_blocks = triton.cdiv(N, config.block_t)
     count, per_share = shares(M, N, config)
     rows = torch.zeros(text_blocks, 6, M, device=device)
@@ -263,7 +271,8 @@ def sweep(
     return Sweep(by_image[0], by_text[0], by_image[1], by_text[1], sim, arg)
 
 
-def _dense_width(x: Tensor) -> Tensor:
+def dense_width(x: Tensor) -> Tensor:
+    """The features with neighbours in memory along D: the kernels take any other stride."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
