@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from rich.console import Console
 
 from blip2fast.demo.settings import DemoSettings, Places
 from blip2fast.demo.training import progress_bar
 from blip2fast.feature_cache import FeatureCache
 from blip2fast.image_encoders import load_image_encoder
-from blip2fast.scenes import SceneSplit, make_split, write_records
+from blip2fast.scenes import SceneSpec, SceneSplit, make_split, write_records
 from blip2fast.scenes.image_tower import to_pixel_values
 from blip2fast.scenes.world import Split
 
@@ -21,9 +23,13 @@ BATCH = 256
 
 
 def load_split(settings: DemoSettings, split: Split) -> SceneSplit:
-    """Render a split; the same seed gives the same pixels."""
-    count: int = getattr(settings, SPLIT_SIZES[split])
-    return make_split(settings.spec, split, count, settings.seed)
+    """Render a split, once for texts, features and evaluation."""
+    return _split(settings.spec, split, getattr(settings, SPLIT_SIZES[split]), settings.seed)
+
+
+@lru_cache(maxsize=len(SPLIT_SIZES))
+def _split(spec: SceneSpec, split: Split, count: int, seed: int) -> SceneSplit:
+    return make_split(spec, split, count, seed)
 
 
 def write_texts(settings: DemoSettings, places: Places) -> None:
