@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ from rich.console import Console
 from blip2fast.demo import check_gates
 from blip2fast.demo.attention import matching_attention
 from blip2fast.demo.measure import merge
-from blip2fast.demo.phases import Phases
+from blip2fast.demo.phases import Clock, Phases
 from blip2fast.demo.settings import TRAINING_RUNS, DemoSettings, Places
 from blip2fast.demo.table import COLUMNS, FLOORS, render
-from blip2fast.demo.training import MetricsTail, needed
+from blip2fast.demo.training import MetricsTail, TrainingRun, needed, train
 from blip2fast.run_config import load_config
 from blip2fast.stage1 import Blip2Stage1, Stage1Config
 
@@ -173,6 +174,74 @@ def test_the_demo_passes_the_paths_that_its_configurations_name(source, run, mon
     assert f"output_dir={Path('elsewhere', run)}" in needed(path, elsewhere)
     assert needed(path, elsewhere)[-1] == "seed=1"
     assert load_config(path, needed(path, elsewhere)) == load_config(path, elsewhere)
+
+
+# Stands for the launcher: writes what train.py would, run by run; fails at run number `fails_at`.
+LAUNCHED = """
+import sys, time
+from pathlib import Path
+from blip2fast.run_config import load_config
+fails_at, words = int(sys.argv[1]), sys.argv[3:]
+starts = [i for i, word in enumerate(words) if word == "--config"] + [len(words)]
+for number, (start, end) in enumerate(zip(starts, starts[1:])):
+    folder = Path(load_config(words[start + 1], words[start + 3 : end : 2]).output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\\n')
+    if number == fails_at:
+        sys.exit(f"no room in {folder}")
+    (folder / "model.json").write_text("{}")
+    while not (folder / "seen").exists():
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("fails_at", [-1, 1])
+def test_one_start_trains_all_runs_and_tells_them_apart(fails_at, tmp_path, monkeypatch):
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    command = [sys.executable, str(script), str(fails_at)]
+    monkeypatch.setattr("blip2fast.demo.training.launcher", lambda processes: command)
+    monkeypatch.chdir(REPOSITORY)
+    places = Places(tmp_path)
+    runs = [TrainingRun(DemoSettings().config(run), places.overrides(run)) for run in TRAINING_RUNS]
+    (places.run("vqa")).mkdir()
+    (places.run("vqa") / "model.json").write_text("left by an earlier demo")
+    seen = []
+
+    @contextmanager
+    def watch(number):
+        folder = places.run(TRAINING_RUNS[number])
+        if number == len(TRAINING_RUNS) - 1:  # the last one ends with the launcher
+            folder.mkdir(exist_ok=True)
+            (folder / "seen").touch()
+        yield
+        seen.append(number)
+        assert (folder / "model.json").exists(), "a run ends when its model is written"
+        (folder / "seen").touch()
+
+    def train_all():
+        train(runs, 2, places.training_log, Console(quiet=True), watch)
+
+    if fails_at < 0:
+        train_all()
+        assert seen == [0, 1, 2]
+    else:
+        with pytest.raises(RuntimeError, match=r"(?s)stage2 failed with status 1; .*no room in"):
+            train_all()
+        assert seen == [0]
+
+
+def test_cpu_time_counts_children_that_still_run():
+    clock = Clock()
+    busy = "import time\nwhile time.process_time() < 0.6: pass\nprint(flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE)
+    try:
+        child.stdout.readline()
+        running = clock.read()["cpu_seconds"]
+    finally:
+        child.kill()
+        child.communicate()
+    assert 0.5 < running <= clock.read()["cpu_seconds"] + 0.05
 
 
 def test_attention_maps_are_the_mean_over_queries_and_heads(tmp_path):
