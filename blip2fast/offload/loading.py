@@ -2,8 +2,8 @@
 
 transformers maps a file into memory and copies where the precision differs, so that for a while a
 process holds the weights twice. Here the model is built without weights, and every tensor is read
-from its file straight into the streamed blocks (`load_streamed`), or into one block at a time,
-which DeepSpeed spreads before the next one is read (`load_partitioned`).
+from its file straight into the streamed blocks (`load_streamed`), or handed to DeepSpeed,
+which spreads it before the next one is read (`load_partitioned`).
 
 A checkpoint whose names are not the model's (one that transformers would rename, or not of
 safetensors) is loaded by transformers instead, and then moved.
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
 }
-_PIECE = 64 << 20  # bytes read at a time where the precision differs
+_OWN_PAGES = 1 << 20  # bytes from which a tensor gets pages of its own
+_PIECE = 4 << 20  # bytes read at a time where the precision differs
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,15 @@ class TensorFile:
             ValueError: the file ends before the tensor does.
         """
         convert = dtype is not None and self.dtype.is_floating_point
-        out = torch.empty(self.shape, dtype=dtype if convert else self.dtype)
+        out = _own_pages(self.shape, dtype if convert else self.dtype)
         flat, done = out.view(-1), 0
+        most = min(flat.numel(), max(1, _PIECE // self.dtype.itemsize))
+        scratch = None if out.dtype == self.dtype else _own_pages((most,), self.dtype)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
             while done < flat.numel():
-                count = min(flat.numel() - done, max(1, _PIECE // self.dtype.itemsize))
-                target = flat[done : done + count]
-                piece = target if out.dtype == self.dtype else torch.empty(count, dtype=self.dtype)
+                target = flat[done : done + most]
+                piece = target if scratch is None else scratch[: len(target)]
                 memory = memoryview(piece.view(torch.uint8).numpy().data)
                 while memory:
                     got = file.readinto(memory)
@@ -81,8 +85,20 @@ class TensorFile:
                     memory = memory[got:]
                 if piece is not target:
                     target.copy_(piece)
-                done += count
+                done += len(target)
         return out
+
+
+def _own_pages(shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    """An empty tensor; a large one goes back to the system as soon as it is dropped.
+
+    malloc would keep it: between weights that stay, a third of a model has been seen lying idle.
+    """
+    dtype = dtype or torch.float32
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _OWN_PAGES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape)
 
 
 def tensor_files(name: str) -> dict[str, TensorFile]:
@@ -211,7 +227,7 @@ def load_streamed(
     for index, block in enumerate(stream.blocks):
         for weight in stream.names(index):
             full = f"{paths[id(block)]}.{weight}"
-            stream.write(index, weight, _read(sources, full, dtype))
+            stream.write(index, weight, sources[full].read(dtype))
     _fill(model, sources, dtype)
     model.to(stream.device)
     _finish(model, name, sources)
@@ -243,15 +259,19 @@ def load_partitioned(
     if sources is None:
         return load_language_model(name, dtype)
     paths = {id(module): path for path, module in model.named_modules()}
-    spread: Any = None
+    first: list[Any] = []
+
+    def spread(parameter: nn.Parameter) -> None:
+        if first:
+            # it knows how: one swapper serves all where they go to nvme
+            first[0].convert_to_zero_parameters(param_list=[parameter])
+            return
+        holder = nn.ParameterList([parameter])
+        deepspeed.zero.Init(module=holder, config_dict_or_path=deepspeed_values, dtype=dtype)
+        first.append(parameter)
+
     for block in find_blocks(model):
-        _fill(block, sources, dtype, f"{paths[id(block)]}.")
-        if spread is None:
-            deepspeed.zero.Init(module=block, config_dict_or_path=deepspeed_values, dtype=dtype)
-            spread = next(block.parameters())
-        else:
-            # the first parameter knows how: one swapper serves them all where they go to nvme
-            spread.convert_to_zero_parameters(param_list=list(block.parameters()))
+        _fill(block, sources, dtype, f"{paths[id(block)]}.", spread)
     _fill(model, sources, dtype)
     _finish(model, name, sources)
     return model
@@ -271,8 +291,10 @@ def _sources(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Sources |
     base = f"{model.base_model_prefix}."
     sources: Sources = {}
     groups: dict[int, list[str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for full, tensor in model.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(full)
+        shapes[full] = tuple(tensor.shape)
     for tied in groups.values():
         present = {full: entry for full in tied if (entry := _entry(files, full, base))}
         if not present:
@@ -281,6 +303,12 @@ def _sources(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Sources |
         # a model that ties them by default may come with two tensors after all (FlanT5's head)
         equal = {first: first} | {o: first if _equal(o, first) else o for o in others}
         sources |= {full: equal[present.get(full, first)] for full in tied}
+    for full, source in sources.items():
+        if source.shape != shapes[full]:
+            raise ValueError(
+                f"{source.path}: {full} has the shape {source.shape}, the model's is "
+                f"{shapes[full]}; do config.json and the weights belong together?"
+            )
     buffers = dict(model.named_buffers())
     if any(b.device.type == "meta" and full not in sources for full, b in buffers.items()):
         return None
@@ -298,12 +326,20 @@ def _equal(one: TensorFile, other: TensorFile) -> bool:
     return same_type and torch.equal(one.read(), other.read())
 
 
-def _read(sources: Sources, full: str, dtype: torch.dtype) -> Tensor:
-    return sources[full].read(dtype)
+def _fill(
+    module: nn.Module,
+    sources: Sources,
+    dtype: torch.dtype,
+    prefix: str = "",
+    then: Callable[[nn.Parameter], None] | None = None,
+) -> None:
+    """Give every parameter and saved buffer its values; those that ZeRO-3 has are left.
 
-
-def _fill(module: nn.Module, sources: Sources, dtype: torch.dtype, prefix: str = "") -> None:
-    """Give every parameter and saved buffer its values; those that ZeRO-3 has are left."""
+    Args:
+        module, prefix: what is filled, and the start of its names.
+        sources, dtype: where from, and in which precision.
+        then: called with each parameter before the next one is read.
+    """
     filled: dict[TensorFile, nn.Parameter] = {}
     for path, inner in module.named_modules():
         start = f"{prefix}{path}." if path else prefix
@@ -312,22 +348,13 @@ def _fill(module: nn.Module, sources: Sources, dtype: torch.dtype, prefix: str =
                 continue  # ZeRO-3 has spread it
             source = sources[start + name]
             if source not in filled:
-                values = _checked(sources, start + name, parameter, dtype)
-                filled[source] = nn.Parameter(values, requires_grad=False)
+                filled[source] = nn.Parameter(source.read(dtype), requires_grad=False)
+                if then is not None:
+                    then(filled[source])
             inner._parameters[name] = filled[source]
-        for name, buffer in list(inner.named_buffers(recurse=False)):
+        for name in [name for name, _ in inner.named_buffers(recurse=False)]:
             if start + name in sources:
-                inner._buffers[name] = _checked(sources, start + name, buffer, dtype)
-
-
-def _checked(sources: Sources, full: str, place: Tensor, dtype: torch.dtype) -> Tensor:
-    source = sources[full]
-    if source.shape != tuple(place.shape):
-        raise ValueError(
-            f"{source.path}: {full} has the shape {source.shape}, the model's is "
-            f"{tuple(place.shape)}; do config.json and the weights belong together?"
-        )
-    return _read(sources, full, dtype)
+                inner._buffers[name] = sources[start + name].read(dtype)
 
 
 def _finish(model: PreTrainedModel, name: str, sources: Sources) -> None:
