@@ -1,0 +1,81 @@
+"""Tiles and launches, with what each was chosen by.
+
+Chosen by what compiles for sm_80, sm_90 and sm_100 without spilling registers
+(`tests/ops/test_qformer_attention_aot.py`); no choice was timed on a GPU. Sizes enter as powers of
+two with a cap, so the number of compiled variants does not grow with batch, text length or tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blip2fast.ops.attention_layout import AttentionLayout
+
+# multiply-adds contract in every kernel, whatever TRITON_DEFAULT_FP_FUSION says: the backward pass
+# computes the forward's scores again and must get the same ones
+FP_FUSION = True
+# the least that a matrix product takes
+MIN_TILE = 16
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One program's share.
+
+    Attributes:
+        block_m: Rows of a tile.
+        block_n: Keys of a tile.
+        block_d: D up to a power of two.
+        heads: Heads that a program takes one after the other; divides H.
+        single: Whether all keys of a row fit one tile.
+        num_warps, num_stages: Triton's.
+    """
+
+    block_m: int
+    block_n: int
+    block_d: int
+    heads: int
+    single: bool
+    num_warps: int
+    num_stages: int = 2
+
+
+def power_of_two(count: int, cap: int) -> int:
+    """The least power of two that holds `count`, from 16 to `cap`."""
+    return min(max(MIN_TILE, 1 << (count - 1).bit_length()), cap)
+
+
+def heads_together(H: int, block_m: int, block_n: int) -> int:
+    """Heads of a program: with tiny tiles, enough that starting it does not cost more than it does.
+
+    A tile of 16 x 16 x 64 in bf16 is 8 KB in and out; a GPU starts a block in the time in which it
+    moves about 30 KB.
+    """
+    most = max(1, 1024 // (block_m * block_n))
+    return max(heads for heads in range(1, most + 1) if H % heads == 0)
+
+
+def self_sizes(layout: AttentionLayout) -> tuple[int, int]:
+    """Most rows and most keys of a unit of self-attention, each at least 1."""
+    Q, T = layout.num_queries, layout.max_seqlen
+    queries = Q if layout.num_blocks else 0
+    rows = queries + T if layout.has_bidirectional else max(queries, T)
+    # keys start at a multiple of 4
+    keys = T + (Q if layout.num_blocks else Q % 4)
+    return max(rows, 1), max(keys, 1)
+
+
+def self_forward_tiles(rows: int, keys: int, H: int, D: int, itemsize: int) -> Tiles:
+    """Tiles of `_qformer_attention_fwd_kernel`, for units of at most `rows` by `keys`."""
+    half = itemsize == 2
+    block_d = power_of_two(D, 128)
+    block_m = power_of_two(rows, 64 if half else 32)
+    block_n = power_of_two(keys, 128 if half and keys <= 128 else 64)
+    return Tiles(
+        block_m,
+        block_n,
+        block_d,
+        heads_together(H, block_m, block_n),
+        keys <= block_n,
+        num_warps=block_m // 16 if half else 4,
+    )

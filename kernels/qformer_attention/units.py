@@ -1,0 +1,64 @@
+"""Triton functions that find the rows and keys of a unit of self-attention.
+
+A unit is a block (its queries, and the BIDIRECTIONAL text that they see) or a text of another kind.
+Its rows and keys are numbered by place: queries 0..Q-1, text Q and on. That is the column of the
+dropout mask, and `c <= r` is the causal mask as it stands.
+"""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_text(text, cu_seqlens_ptr, first_text_row):
+    """Row of the token buffer where a text starts, and its length; 0 rows where `text` is -1."""
+    there = text >= 0
+    start = tl.load(cu_seqlens_ptr + text, mask=there, other=0)
+    end = tl.load(cu_seqlens_ptr + text + 1, mask=there, other=0)
+    return first_text_row + start, end - start
+
+
+@triton.jit
+def find_unit(
+    unit,
+    cu_seqlens_ptr,
+    kinds_ptr,
+    blocks_ptr,
+    block_text_ptr,
+    N,
+    Q,
+    HAS_BIDIRECTIONAL: tl.constexpr,
+):
+    """Unit 0..N-1 is a block, the rest are texts.
+
+    Returns:
+        `(block, text_row, first_row, first_key, end, causal)`: the block whose queries are seen,
+        where the text starts in the token buffer, the first place that is a row, the first that is
+        a key, the end of both. A BIDIRECTIONAL text has no rows: they are its block's.
+    """
+    is_text = unit >= N
+    text = unit - N
+    if HAS_BIDIRECTIONAL:
+        seen = tl.load(block_text_ptr + unit, mask=unit < N, other=-1)
+        text = tl.where(is_text, text, seen)
+    else:
+        text = tl.where(is_text, text, -1)
+    text_row, length = find_text(text, cu_seqlens_ptr, N * Q)
+    kind = tl.load(kinds_ptr + text, mask=is_text, other=1)
+    block = tl.where(is_text, tl.load(blocks_ptr + text, mask=is_text, other=0), unit)
+    end = Q + length
+    first_row = tl.where(is_text, Q, 0)
+    if HAS_BIDIRECTIONAL:
+        first_row = tl.where(is_text & (kind == 1), end, first_row)
+    first_key = tl.where(kind == 0, Q, 0)
+    return block, text_row, first_row, first_key, end, kind == 2
+
+
+@triton.jit
+def row_of(place, block, text_row, Q):
+    """The row of the token buffer at each place, int64."""
+    in_block = block.to(tl.int64) * Q + place
+    return tl.where(place < Q, in_block, text_row.to(tl.int64) + place - Q)
