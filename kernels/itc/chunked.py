@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from blip2fast.kernels.itc.interface import (
     index_dtype,
     wide_dtype,
 )
+
+# a tile's images, texts and best queries, the gradients for image and text -> their gradients
+AddUp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _features(x: Tensor) -> Tensor:
@@ -126,15 +129,20 @@ def sweep_grad(
     local: bool,
     saved: tuple[Tensor, Tensor],
     config: ChunkedConfig | None = None,
+    add_up: AddUp | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.sweep_grad`, tile by tile; what was not saved is computed again."""
+    """As `reference.sweep_grad`, tile by tile; what was not saved is computed again.
+
+    `config` and `add_up`, the way to the features' gradients, default to the device's.
+    """
     M, Q, D = image.shape
     N, dtype = text.shape[0], wide_dtype(image.dtype)
     config = config or chunked_config(image.device.type)
     m, n = config.tile(M, N, Q, dtype.itemsize)
     d_image, d_text = torch.empty_like(image), text.new_zeros(N, D, dtype=dtype)
     d_temp = text.new_zeros((), dtype=dtype)
-    add_up = _gather_and_add if image.device.type == "cpu" else _one_hot_products
+    on_cpu = image.device.type == "cpu"
+    add_up = add_up or (_gather_and_add if on_cpu else _one_hot_products)
     with torch.autocast(image.device.type, enabled=False):
         text_wide = _features(text)
         for i in _tiles(M, m):
