@@ -90,6 +90,7 @@ class LanguageModelSizes:
         streams: by storage.
         kept: bytes that the backward pass needs of one forward pass.
         kept_block: most of that within one block.
+        kept_outside: what of it no block keeps.
         block_inputs: bytes of the blocks' inputs, all that is kept where blocks are recomputed.
         words: V.
         width: of its embeddings.
@@ -101,6 +102,7 @@ class LanguageModelSizes:
     streams: dict[Storage, StreamBytes]
     kept: int
     kept_block: int
+    kept_outside: int
     block_inputs: int
     words: int
     width: int
@@ -159,7 +161,8 @@ def measure_language_model(
             ids = torch.zeros(batch, text, dtype=torch.long)
             more = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
             base = model if config.is_encoder_decoder else model.base_model
-            base(inputs_embeds=embeds, use_cache=False, **more)
+            mask = torch.ones(batch, prompts + text, dtype=torch.long)
+            base(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **more)
     weights = sum(p.numel() * p.itemsize for p in model.parameters())
     streamed = sum(
         places[0][0].get_parameter(places[0][1]).nbytes
@@ -173,6 +176,7 @@ def measure_language_model(
         streams={storage: _stream_bytes(own, storage) for storage in STORAGES},
         kept=kept.nbytes,
         kept_block=max(kept.by_block.values()),
+        kept_outside=kept.nbytes - sum(kept.by_block.values()),
         block_inputs=inputs.nbytes,
         words=embeddings.num_embeddings,
         width=embeddings.embedding_dim,

@@ -240,7 +240,8 @@ class _Counts:
             qformer = qformer // layers + B * inputs * item
         language = self.language.kept
         if recomputed:
-            language = self.language.block_inputs + self.language.kept_block
+            language = self.language.block_inputs + self.language.kept_outside
+            language += self.language.kept_block
         # logits and their gradient, and in fp32 a copy, or none, and the log-softmax
         each = 12 if item == 4 else 2 * item + 8
         logits = B * self.config.data.max_txt_len * self.language.words * each
