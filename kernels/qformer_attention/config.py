@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from blip2fast.ops.attention_layout import AttentionLayout
 
 # multiply-adds contract in every kernel, whatever TRITON_DEFAULT_FP_FUSION says: the backward pass
@@ -16,6 +18,12 @@ from blip2fast.ops.attention_layout import AttentionLayout
 FP_FUSION = True
 # the least that a matrix product takes
 MIN_TILE = 16
+# with fewer programs than these (two for each of an H100's 132 processors) keys are split
+PROGRAMS = 264
+# a part has enough tiles that putting parts together costs little beside it
+MIN_TILES_OF_SPLIT = 4
+# rows of a program that puts parts together
+COMBINE_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -79,3 +87,51 @@ def self_forward_tiles(rows: int, keys: int, H: int, D: int, itemsize: int) -> T
         keys <= block_n,
         num_warps=block_m // 16 if half else 4,
     )
+
+
+@dataclass(frozen=True)
+class CrossTiles(Tiles):
+    """One program's share of cross-attention: full tiles of keys, then one of what is left.
+
+    257 image tokens are 4 tiles of 64 and one of 16, not 5 of 64.
+
+    Attributes:
+        full: Whether there are full tiles.
+        tail: Keys of the last tile; 0: none.
+    """
+
+    full: bool = False
+    tail: int = 0
+
+
+def cross_forward_tiles(q: Tensor, kv: Tensor, N: int) -> CrossTiles:
+    """Tiles of `_qformer_cross_attention_fwd_kernel`; arguments as in its launcher."""
+    _, Q, H, D = q.shape
+    half = q.dtype.itemsize == 2
+    block_d = power_of_two(D, 128)
+    block_m = power_of_two(rows_of_chunk(N, kv.shape[0], Q), 64 if half else 32)
+    return cross_tiles(kv.shape[1], H, block_m, 64, block_d, block_m // 16 if half else 4)
+
+
+def cross_tiles(
+    S: int, H: int, block_m: int, block_n: int, block_d: int, num_warps: int
+) -> CrossTiles:
+    """Full tiles of `block_n` keys and the tail; several heads where one tile is all there is."""
+    full, rest = S >= block_n, S % block_n
+    tail = power_of_two(rest, block_n) if rest else 0
+    heads = 1 if full else heads_together(H, block_m, max(tail, MIN_TILE))
+    return CrossTiles(block_m, block_n, block_d, heads, not full, num_warps, full=full, tail=tail)
+
+
+def rows_of_chunk(N: int, B: int, Q: int) -> int:
+    """Rows that read an image, on average."""
+    return max(1, Q * max(1, round(N / max(B, 1))))
+
+
+def splits(programs: int, key_tiles: int, full: bool) -> tuple[int, int]:
+    """Into how many parts the keys are split, and how many tiles a part has."""
+    if not full or programs >= PROGRAMS or key_tiles < 2 * MIN_TILES_OF_SPLIT:
+        return 1, key_tiles
+    parts = min(-(-PROGRAMS // programs), key_tiles // MIN_TILES_OF_SPLIT)
+    tiles_of_split = -(-key_tiles // parts)
+    return -(-key_tiles // tiles_of_split), tiles_of_split

@@ -99,8 +99,9 @@ def softmax_step(
 def softmax_end(top, total, mixed, keep_scale):
     """Output [M, BLOCK_D] and natural-log lse [M]: 0 and -inf where a row saw nothing."""
     seen = total > 0.0
-    factor = tl.where(seen, keep_scale / tl.where(seen, total, 1.0), 0.0)
-    lse = tl.where(seen, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    some = tl.where(seen, total, 1.0)
+    factor = tl.where(seen, keep_scale / some, 0.0)
+    lse = tl.where(seen, (top + tl.log2(some)) * 0.6931471805599453, float("-inf"))
     return mixed * factor[:, None], lse
 
 

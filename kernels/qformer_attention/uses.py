@@ -1,0 +1,116 @@
+"""Triton functions that find who reads an image, and its keys: cross-attention.
+
+The rows of all the blocks that read an image stand one after the other, `offsets[image] * Q` and
+on, in the order of `order`: an image's keys then serve them together. Shapes: N blocks, B images,
+Q queries, S image tokens.
+"""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from blip2fast.kernels.qformer_attention.tiles import load_rows
+
+
+@triton.jit
+def rows_of_image(image, offsets_ptr, Q, HAS_INDEX: tl.constexpr):
+    """The first and the end of an image's rows; without an index block i reads image i."""
+    if HAS_INDEX:
+        first = tl.load(offsets_ptr + image) * Q
+        end = tl.load(offsets_ptr + image + 1) * Q
+    else:
+        first = image * Q
+        end = first + Q
+    return first, end
+
+
+@triton.jit
+def find_chunk(
+    chunk,
+    index_ptr,
+    order_ptr,
+    offsets_ptr,
+    B,
+    N,
+    Q,
+    BLOCK_M: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+):
+    """Which image's rows a chunk has: `(image, first, end, end of the image's rows)`.
+
+    Chunks 0..B-1 are the first BLOCK_M rows of each image. Of further chunks, at most one starts in
+    any window of BLOCK_M rows, because chunks of an image are that far apart and the first of an
+    image is not among them: chunk B + j is the one that starts in window j, and empty if none does.
+    """
+    if HAS_INDEX:
+        row = (chunk - B) * BLOCK_M + tl.arange(0, BLOCK_M)
+        there = (row >= 0) & (row < N * Q)
+        block = tl.load(order_ptr + row // Q, mask=there, other=0)
+        read = tl.load(index_ptr + block, mask=there, other=0)
+        start = tl.load(offsets_ptr + read, mask=there, other=0) * Q
+        starts_here = there & (row > start) & ((row - start) % BLOCK_M == 0)
+        first = tl.max(tl.where(starts_here, row, -1), 0)
+        image = tl.max(tl.where(starts_here, read, -1), 0)
+        own = chunk < B
+        image = tl.where(own, chunk, image)
+        some = image >= 0
+        first = tl.where(own, tl.load(offsets_ptr + chunk, mask=own, other=0) * Q, first)
+        end = tl.load(offsets_ptr + image + 1, mask=some, other=0) * Q
+        image, first = tl.where(some, image, 0), tl.where(some, first, 0)
+    else:
+        chunks = tl.cdiv(Q, BLOCK_M)
+        image = chunk // chunks
+        first = image * Q + chunk % chunks * BLOCK_M
+        end = image * Q + Q
+    return image, first, end
+
+
+@triton.jit
+def place_rows(first, end, order_ptr, Q, BLOCK_M: tl.constexpr, HAS_INDEX: tl.constexpr):
+    """BLOCK_M rows: which are there, their block, query, and `block * Q + query`, all int64."""
+    position = first + tl.arange(0, BLOCK_M)
+    there = position < end
+    block = position // Q
+    query = position % Q
+    if HAS_INDEX:
+        block = tl.load(order_ptr + block, mask=there, other=0)
+    block, query = block.to(tl.int64), query.to(tl.int64)
+    return there, block, query, block * Q + query
+
+
+@triton.jit
+def load_keys(
+    kv_ptr,
+    key_mask_ptr,
+    image,
+    first_key,
+    head,
+    S,
+    stride_image,
+    stride_token,
+    stride_kv,
+    stride_head,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    """Keys and values of an image's tokens, [BLOCK_N, BLOCK_D] each, and which are there.
+
+    With `BOUNDED` no token is past the last.
+    """
+    key = first_key + tl.arange(0, BLOCK_N)
+    there = tl.full([BLOCK_N], True, tl.int1)
+    if not BOUNDED:
+        there = key < S
+    if HAS_MASK:
+        real = tl.load(key_mask_ptr + image.to(tl.int64) * S + key, mask=there, other=0)
+        there = there & (real != 0)
+    at = image.to(tl.int64) * stride_image + key.to(tl.int64) * stride_token
+    at += head.to(tl.int64) * stride_head
+    k = load_rows(kv_ptr, at, there, D, BLOCK_D)
+    v = load_rows(kv_ptr, at + stride_kv, there, D, BLOCK_D)
+    return k, v, there
