@@ -58,7 +58,7 @@ def _least_memory() -> Memory:
     found = machine_memory()
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return found
-    where = "cpu" if found.device_is_host else "cuda"
+    where = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = torch.tensor([found.device, found.host], device=where)
     dist.all_reduce(sizes, dist.ReduceOp.MIN)
     device, host = (int(size) for size in sizes)
