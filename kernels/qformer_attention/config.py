@@ -135,3 +135,14 @@ def splits(programs: int, key_tiles: int, full: bool) -> tuple[int, int]:
     parts = min(-(-PROGRAMS // programs), key_tiles // MIN_TILES_OF_SPLIT)
     tiles_of_split = -(-key_tiles // parts)
     return -(-key_tiles // tiles_of_split), tiles_of_split
+
+
+def self_backward_tiles(rows: int, keys: int, H: int, D: int, itemsize: int) -> Tiles:
+    """Tiles of self-attention's backward kernels, for units of at most `rows` by `keys`."""
+    half = itemsize == 2
+    block_d = power_of_two(D, 128)
+    block_m = power_of_two(rows, 64 if half else 32)
+    block_n = power_of_two(keys, 64 if half else 32)
+    single = rows <= block_m and keys <= block_n
+    heads = heads_together(H, block_m, block_n) if single else 1
+    return Tiles(block_m, block_n, block_d, heads, single, num_warps=4)

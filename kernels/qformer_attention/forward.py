@@ -61,7 +61,7 @@ def _qformer_attention_fwd_kernel(
     first_head = program % (H // HEADS) * HEADS
     row_tile = program // (H // HEADS) % row_tiles
     unit = program // (H // HEADS) // row_tiles
-    block, text_row, first_row, first_key, end, causal = find_unit(
+    block, text_row, first_row, first_key, end, kind = find_unit(
         unit, cu_seqlens_ptr, kinds_ptr, blocks_ptr, block_text_ptr, N, Q, HAS_BIDIRECTIONAL
     )
     first_place = first_row + row_tile * BLOCK_M
@@ -75,7 +75,7 @@ def _qformer_attention_fwd_kernel(
     if SINGLE:
         key_tiles = 1
     else:
-        c_end = tl.where(causal, tl.minimum(end, first_place + BLOCK_M), end)
+        c_end = tl.where(kind == 2, tl.minimum(end, first_place + BLOCK_M), end)
         key_tiles = tl.cdiv(c_end - c_begin, BLOCK_N)
     for h in tl.range(0, HEADS):
         head = first_head + h
@@ -90,7 +90,7 @@ def _qformer_attention_fwd_kernel(
             key_at = row_of(key, block, text_row, Q) * stride_row + (H + head) * D
             k = load_rows(qkv_ptr, key_at, key_there, D, BLOCK_D)
             v = load_rows(qkv_ptr, key_at + H * D, key_there, D, BLOCK_D)
-            visible = key_there[None, :] & ((key[None, :] <= place[:, None]) | (causal == 0))
+            visible = key_there[None, :] & ((key[None, :] <= place[:, None]) | (kind != 2))
             top, total, mixed = softmax_step(
                 base_2_scores(q, k, visible, scale, PRECISION),
                 v,

@@ -35,9 +35,10 @@ def find_unit(
     """Unit 0..N-1 is a block, the rest are texts.
 
     Returns:
-        `(block, text_row, first_row, first_key, end, causal)`: the block whose queries are seen,
+        `(block, text_row, first_row, first_key, end, kind)`: the block whose queries are seen,
         where the text starts in the token buffer, the first place that is a row, the first that is
-        a key, the end of both. A BIDIRECTIONAL text has no rows: they are its block's.
+        a key, the end of both; a block's kind is BIDIRECTIONAL, code 1. A BIDIRECTIONAL text has no
+        rows: they are its block's.
     """
     is_text = unit >= N
     text = unit - N
@@ -54,7 +55,7 @@ def find_unit(
     if HAS_BIDIRECTIONAL:
         first_row = tl.where(is_text & (kind == 1), end, first_row)
     first_key = tl.where(kind == 0, Q, 0)
-    return block, text_row, first_row, first_key, end, kind == 2
+    return block, text_row, first_row, first_key, end, kind
 
 
 @triton.jit
