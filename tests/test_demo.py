@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from blip2fast.demo.measure import merge
 from blip2fast.demo.phases import Clock, Phases
 from blip2fast.demo.settings import TRAINING_RUNS, DemoSettings, Places
 from blip2fast.demo.table import COLUMNS, FLOORS, render
-from blip2fast.demo.training import MetricsTail, TrainingRun, needed, train
+from blip2fast.demo.training import MetricsTail, TrainingRun, launcher, needed, train
 from blip2fast.run_config import load_config
 from blip2fast.stage1 import Blip2Stage1, Stage1Config
 
@@ -229,6 +230,21 @@ def test_one_start_trains_all_runs_and_tells_them_apart(fails_at, tmp_path, monk
         with pytest.raises(RuntimeError, match=r"(?s)stage2 failed with status 1; .*no room in"):
             train_all()
         assert seen == [0]
+
+
+def test_the_launcher_takes_another_port_where_the_usual_one_is_taken():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.listen()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("blip2fast.demo.training.LAUNCHER_PORT", port)
+            *_, option, other = launcher(2)
+    assert option == "--master_port"
+    assert 0 < int(other) != port
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blip2fast.demo.training.LAUNCHER_PORT", port)
+        assert launcher(2)[1:] == ["--num_gpus", "2"]
 
 
 def test_cpu_time_counts_children_that_still_run():

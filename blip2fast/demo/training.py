@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections import deque
@@ -28,6 +29,7 @@ from rich.progress import (
 
 from blip2fast.run_config import RunConfig, config_values, load_config
 
+LAUNCHER_PORT = 29500  # DeepSpeed's default
 TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 
 
@@ -149,7 +151,14 @@ def launcher(processes: int) -> list[str]:
     found = Path(sys.executable).with_name("deepspeed")
     if not found.is_file():
         raise RuntimeError(f"no DeepSpeed launcher at {found}; install the package's requirements")
-    return [str(found), "--num_gpus", str(processes)]
+    command = [str(found), "--num_gpus", str(processes)]
+    with socket.socket() as usual:
+        try:
+            usual.bind(("127.0.0.1", LAUNCHER_PORT))
+        except OSError:
+            usual.bind(("127.0.0.1", 0))  # another run has it
+            command += ["--master_port", str(usual.getsockname()[1])]
+    return command
 
 
 class MetricsTail:
