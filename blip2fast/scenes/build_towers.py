@@ -7,7 +7,7 @@
     language                     `OPTForCausalLM` with its tokenizer, on texts of both worlds
     qformer_tokenizer            words of both worlds
 
-An image tower takes three minutes on one core, the language tower five. Everything is seeded.
+The image tower of shapes takes three minutes on one core, the others five. Everything is seeded.
 """
 
 import argparse
@@ -22,6 +22,10 @@ from blip2fast.scenes.world import KINDS, Scene, SceneSpec
 
 FOLDER = Path(__file__).parent / "towers"
 TRAINING_SCENES = 8000
+# Handwriting takes more than drawn shapes: read from 64 features a patch, the kind of a digit that
+# another person wrote is right in 77 %, from 96 in 80 %.
+DIGITS = {"width": 96}
+DIGITS_SCENES = 16_000
 NAMES = (*(f"image_{source}" for source in KINDS), "language", "qformer_tokenizer")
 
 
@@ -42,8 +46,10 @@ def build(name: str, folder: Path) -> str:
     specs = {f"image_{spec.source}": spec for spec in _specs()}
     if name not in specs:
         raise ValueError(f"no tower {name!r}; there are {', '.join(NAMES)}")
-    train = make_split(specs[name], "train", TRAINING_SCENES)
-    return str(train_image_tower(train.images, folder / name))
+    spec = specs[name]
+    digits = spec.source == "digits"
+    train = make_split(spec, "train", DIGITS_SCENES if digits else TRAINING_SCENES)
+    return str(train_image_tower(train.images, folder / name, **(DIGITS if digits else {})))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
