@@ -11,6 +11,8 @@ from blip2fast.ops.dispatch import COMPILED_NOT_RUN, Backend
 
 MIN_WIDTH, MAX_WIDTH = 16, 128
 MAX_QUERIES, MAX_TEXT_TOKENS, MAX_IMAGE_TOKENS = 256, 512, 16384
+_FORWARD_OPS = {True: "qformer_cross_attention_fwd", False: "qformer_attention_fwd"}
+_NOT_BUILT = {cross: _extension.why_not(name) for cross, name in _FORWARD_OPS.items()}
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -53,8 +55,7 @@ def _kernel_reasons(call: AttentionCall) -> list[str]:
 
 
 def _cuda_reasons(call: AttentionCall) -> list[str]:
-    name = "qformer_cross_attention_fwd" if call.cross else "qformer_attention_fwd"
-    reasons = [] if _extension.has_op(name) else [_extension.why_not(name)]
+    reasons = [_NOT_BUILT[call.cross]] if _NOT_BUILT[call.cross] else []
     if call.dtype not in HALVES:
         reasons.append(f"{call.dtype}: only float16 and bfloat16")
     return reasons + _kernel_reasons(call)

@@ -167,7 +167,7 @@ class KVIndex:
         index = torch.as_tensor(index).to(torch.int32)
         if index.dim() != 1:
             raise ValueError(f"kv_index: expected [N], got shape {list(index.shape)}")
-        if index.device.type == "cpu" and len(index):
+        if index.device.type == "cpu" and len(index) and not torch.compiler.is_compiling():
             low, high = int(index.min()), int(index.max())
             if low < 0 or high >= num_images:
                 raise ValueError(
@@ -211,3 +211,7 @@ def _check_blocks(codes: Tensor, blocks: Tensor, num_blocks: int) -> None:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which scores are computed for data of type `dtype`, and that of an lse."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+for _container in (AttentionLayout, KVIndex):
+    torch.export.register_dataclass(_container)
