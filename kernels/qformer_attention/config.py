@@ -146,3 +146,19 @@ def self_backward_tiles(rows: int, keys: int, H: int, D: int, itemsize: int) -> 
     single = rows <= block_m and keys <= block_n
     heads = heads_together(H, block_m, block_n) if single else 1
     return Tiles(block_m, block_n, block_d, heads, single, num_warps=4)
+
+
+def cross_backward_tiles(q: Tensor, kv: Tensor, N: int) -> tuple[CrossTiles, CrossTiles]:
+    """Tiles of images whose rows fit one tile, and of those with more readers."""
+    _, Q, H, D = q.shape
+    half = q.dtype.itemsize == 2
+    block_d = power_of_two(D, 128)
+    most = 64 if half else 32
+    block_n = 64 if half else 32
+    whole_m = power_of_two(rows_of_chunk(N, kv.shape[0], Q), most)
+    chunk_m = power_of_two(N * Q, most)
+    S = kv.shape[1]
+    return (
+        cross_tiles(S, H, whole_m, block_n, block_d, 4),
+        cross_tiles(S, H, chunk_m, block_n, block_d, 4),
+    )

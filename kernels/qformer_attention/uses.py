@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blip2fast.kernels.qformer_attention.tiles import load_rows
+from blip2fast.kernels.qformer_attention.tiles import gradient_tile, load_rows, store_rows
 
 
 @triton.jit
@@ -114,3 +114,98 @@ def load_keys(
     k = load_rows(kv_ptr, at, there, D, BLOCK_D)
     v = load_rows(kv_ptr, at + stride_kv, there, D, BLOCK_D)
     return k, v, there
+
+
+@triton.jit
+def store_key_gradients(
+    dkv_ptr,
+    image,
+    first_key,
+    head,
+    S,
+    dk,
+    dv,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dk and dv [BLOCK_N, BLOCK_D] of an image's tokens, to dkv [B, S, 2, H, D]."""
+    key = first_key + tl.arange(0, dk.shape[0])
+    at = ((image.to(tl.int64) * S + key) * 2 * H + head) * D
+    store_rows(dkv_ptr, at, dk, key < S, D, BLOCK_D)
+    store_rows(dkv_ptr, at + H * D, dv, key < S, D, BLOCK_D)
+
+
+@triton.jit
+def gradients_of_keys(
+    q,
+    dout,
+    lse,
+    delta,
+    dq,
+    row,
+    kv_ptr,
+    key_mask_ptr,
+    philox_ptr,
+    dkv_ptr,
+    image,
+    first_key,
+    head,
+    S,
+    stride_image,
+    stride_token,
+    stride_kv,
+    stride_head,
+    scale,
+    score_scale,
+    keep_scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    STORE: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq without its scale, with this tile of keys added; with STORE write the keys' dk and dv."""
+    k, v, key_there = load_keys(
+        kv_ptr,
+        key_mask_ptr,
+        image,
+        first_key,
+        head,
+        S,
+        stride_image,
+        stride_token,
+        stride_kv,
+        stride_head,
+        D,
+        BLOCK_N,
+        BLOCK_D,
+        HAS_MASK,
+        BOUNDED,
+    )
+    dropped, d_scores = gradient_tile(
+        q,
+        k,
+        v,
+        dout,
+        lse,
+        delta,
+        key_there[None, :],
+        philox_ptr,
+        head,
+        row,
+        first_key,
+        score_scale,
+        keep_scale,
+        THRESHOLD,
+        PRECISION,
+    )
+    if STORE:
+        dv = tl.dot(tl.trans(dropped), dout, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(d_scores), q, input_precision=PRECISION) * scale
+        store_key_gradients(dkv_ptr, image, first_key, head, S, dk, dv, H, D, BLOCK_D)
+    return tl.dot(d_scores, k, dq, input_precision=PRECISION)
