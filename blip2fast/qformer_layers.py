@@ -19,6 +19,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from blip2fast import absorption
+
 
 def attention(
     query: Tensor,
@@ -85,6 +87,7 @@ class QFormerMultiHeadAttention(nn.Module):
                 f"num_attention_heads {config.num_attention_heads}"
             )
         self.config = config
+        self.is_cross_attention = is_cross_attention
         self.head_dim = config.hidden_size // config.num_attention_heads
         width = config.encoder_hidden_size if is_cross_attention else config.hidden_size
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
@@ -99,13 +102,23 @@ class QFormerMultiHeadAttention(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the attended values `[B, L, C]` and the weights `[B, H, L, S]` if asked for."""
+        explicit = output_attentions or self.config._attn_implementation == "eager"
+        query = self.query(hidden_states)
+        heads = self.config.num_attention_heads
+        if self.is_cross_attention and absorption.pays(
+            query, attended_states, heads, self.key, self.value, explicit
+        ):
+            output = absorption.absorbed_attention(
+                self._split_heads(query), attended_states, self.key, self.value, mask
+            )
+            return output.transpose(1, 2).flatten(2), None
         output, weights = attention(
-            self._split_heads(self.query(hidden_states)),
+            self._split_heads(query),
             self._split_heads(self.key(attended_states)),
             self._split_heads(self.value(attended_states)),
             mask,
             self.config.attention_probs_dropout_prob if self.training else 0.0,
-            output_attentions or self.config._attn_implementation == "eager",
+            explicit,
         )
         return output.transpose(1, 2).flatten(2), weights
 
