@@ -120,4 +120,11 @@ def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, 
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=adamw(model, config.optim), config=values
     )
+    kept: list[Any] = [
+        p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_persist")
+    ]
+    if kept:
+        # Stage 3 fetches a weight when its module is called; the fused passes read weights without
+        # calling modules. Fetched once, the trained part stays whole (see `deepspeed_config`).
+        kept[0].all_gather(kept)
     return engine, values

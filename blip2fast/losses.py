@@ -153,18 +153,27 @@ def top1_accuracy(similarity: Tensor, positives: Tensor) -> Tensor:
     return positives.gather(1, best).float().mean()
 
 
-def itm_loss(itm_logits: Tensor) -> tuple[Tensor, Tensor]:
+def itm_loss(
+    itm_logits: Tensor, negatives: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Image-text matching loss over b matching pairs followed by 2b that do not match.
 
     Args:
         itm_logits: `[3b, 2]`; class 1 is "match".
+        negatives: Negative image and text of each pair, `[b]`; where one is below 0 there was none
+            to draw, and its pair counts for nothing.
 
     Returns:
-        `(loss, labels)`: scalar, and `[3b]` int64.
+        `(loss, accuracy)`: scalars; the accuracy without gradient.
     """
     pairs = itm_logits.shape[0]
     labels = (torch.arange(pairs, device=itm_logits.device) < pairs // 3).long()
-    return F.cross_entropy(wide(itm_logits), labels), labels
+    if negatives is not None:
+        missing = torch.cat([labels[: pairs // 3] < 0, negatives[0] < 0, negatives[1] < 0])
+        labels = labels.masked_fill(missing, -100)
+    counted = labels >= 0
+    right = (itm_logits.detach().argmax(-1) == labels) & counted
+    return F.cross_entropy(wide(itm_logits), labels), right.sum() / counted.sum()
 
 
 def itg_labels(input_ids: Tensor, attention_mask: Tensor) -> Tensor:

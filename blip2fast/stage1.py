@@ -1,7 +1,8 @@
 """Stage 1 of BLIP-2: the Q-Former learns from image-text pairs (arXiv 2301.12597, section 3.1).
 
-Three losses on frozen image features: contrastive (ITC), matching (ITM), generation (ITG).
-Shapes are named as in `stage1_types.py`.
+Three losses on frozen image features: contrastive (ITC), matching (ITM), generation (ITG), in two
+passes over token buffers without padding (`stage1_passes.py`). The keys and values of an image are
+computed once for both. Shapes are named as in `stage1_types.py`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from blip2fast import lavis, losses, stage1_inputs
-from blip2fast.gathering import gather_detached, gather_with_grad
-from blip2fast.masks import MaskKind, qformer_mask
+from blip2fast.fused_weights import not_plain
+from blip2fast.gathering import rank
+from blip2fast.masks import MaskKind
+from blip2fast.negatives import NegativeExchange
+from blip2fast.ops import itc_loss, lm_cross_entropy
+from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
+from blip2fast.ops.philox import philox_state, with_offset
+from blip2fast.packed_qformer import Dropout, PackedPass, PackedQFormer
 from blip2fast.qformer import QFormer
+from blip2fast.stage1_generation import generate, padded_logits
+from blip2fast.stage1_passes import (
+    PackedTexts,
+    contrast_pass,
+    images_of_pairs,
+    matching_pass,
+)
 from blip2fast.stage1_types import Stage1Config, Stage1Output
 from blip2fast.state_dicts import check_state
 from blip2fast.text_modules import LMHead, TextEmbeddings, copy_text_ffn_to_queries
-from blip2fast.text_packing import pad_text
+
+# beyond every offset of a dropout mask: negatives and masks share a step's seed
+_NEGATIVES_OFFSET = 2**31
 
 
 class Blip2Stage1(nn.Module):
@@ -114,7 +130,12 @@ class Blip2Stage1(nn.Module):
         self.qformer.recompute_layers()
 
     def extra_repr(self) -> str:
-        return f"num_query_tokens={self.config.num_query_tokens}"
+        called = not_plain(self.qformer)
+        how = "image keys and values once, ln_vision folded where the image tokens are frozen"
+        if called:
+            how = f"called, not fused: {', '.join(called[:4])}"
+            how += f" and {len(called) - 4} more" if len(called) > 4 else ""
+        return f"num_query_tokens={self.config.num_query_tokens}, {how}"
 
     def forward(
         self,
@@ -141,7 +162,8 @@ class Blip2Stage1(nn.Module):
                 all ranks, instead of sampled ones.
             images: `[B, 3, h, w]` for the image encoder, instead of `image_embeds`.
             image_attention_mask: `[B, S]`, nonzero where an image token is real.
-            cu_seqlens: `[B+1]`, where each text starts in a packed `input_ids`.
+            cu_seqlens: `[B+1]`, where each text starts in a packed `input_ids`; on the CPU, so
+                that the host need not wait for the device.
 
         Returns:
             A `Stage1Output`.
@@ -149,59 +171,70 @@ class Blip2Stage1(nn.Module):
         Raises:
             ValueError: an input is missing, has the wrong shape, or leaves no negative.
         """
-        image_embeds = self._image_tokens(image_embeds, images)
-        input_ids, attention_mask = self._text(input_ids, attention_mask, cu_seqlens)
-        stage1_inputs.check_pairs(image_embeds, input_ids)
-        stage1_inputs.check_training_batch(input_ids, attention_mask, image_ids)
+        image_embeds = self.image_tokens(image_embeds, images)
+        texts = self._texts(input_ids, attention_mask, cu_seqlens)
+        stage1_inputs.check_pairs(image_embeds, texts)
+        stage1_inputs.check_training_batch(texts, image_ids)
         visible = stage1_inputs.check_image_mask(image_embeds, image_attention_mask)
-        longest = stage1_inputs.check_ranks_agree(image_embeds, input_ids, image_ids, visible)
-        B = image_embeds.shape[0]
+        longest = stage1_inputs.check_ranks_agree(image_embeds, texts, image_ids, visible)
+        B, Q = texts.count, self.config.num_query_tokens
+        philox = philox_state(device=image_embeds.device)
 
-        query_output, itg_logits = self._generation_pass(
-            image_embeds, input_ids, attention_mask, visible
+        packed = PackedQFormer(self.qformer, self.computing_dtype(image_embeds.device))
+        keys_values = packed.image_keys_values(image_embeds, self.ln_vision)
+        contrast = contrast_pass(texts, Q, self.config.bos_token_id, visible)
+        query_output, text_states = packed(
+            self.query_tokens[0],
+            self.embeddings(contrast.ids, contrast.positions),
+            keys_values,
+            contrast.packed,
+            Dropout.of(self.qformer, philox, 0),
         )
         image_features = losses.unit(self.vision_projection(query_output))
-        text_features = self.encode_text(input_ids, attention_mask)
-
-        sim_i2t, sim_t2i = losses.itc_logits(
-            image_features, text_features, self.temp, self.config.grad_mode
+        text_features = losses.unit(self.text_projection(text_states[:B]))
+        itc = itc_loss(
+            image_features,
+            text_features,
+            self.temp,
+            label_smoothing=self.config.label_smoothing,
+            image_ids=image_ids,
+            grad_mode=self.config.grad_mode,
+            negatives="sample" if negatives is None else "none",
+            philox=with_offset(philox, _NEGATIVES_OFFSET),
         )
-        positives = losses.positive_pairs(B, sim_i2t.shape[1], image_ids, sim_i2t.device)
-        loss_itc = losses.itc_loss(sim_i2t, sim_t2i, positives, self.config.label_smoothing)
+        loss_itg, accuracy_itg = self._generation_loss(text_states[B:], contrast.labels)
 
         if negatives is None:
-            negatives = losses.sample_hard_negatives(sim_i2t, sim_t2i, positives)
-        itm_logits = self._matching_pass(
-            image_embeds, (input_ids, attention_mask), visible, negatives, longest
+            stage1_inputs.check_some_negative(itc.without_negative, image_ids)
+            negatives = itc.negative_image, itc.negative_text
+        else:
+            negatives = stage1_inputs.check_negatives(negatives, B)
+        itm_logits = self._matching_logits(
+            packed, image_embeds, keys_values, texts, visible, negatives, longest, philox
         )
-        loss_itm, itm_labels = losses.itm_loss(itm_logits)
-
-        itg_labels = losses.itg_labels(input_ids, attention_mask)
-        loss_itg = losses.itg_loss(itg_logits[:, :-1], itg_labels, self.config.label_smoothing)
-
-        with torch.no_grad():
-            predicted = itg_labels != -100
-            right = (itg_logits[:, :-1].argmax(-1) == itg_labels) & predicted
-            accuracy_itm = (itm_logits.argmax(-1) == itm_labels).float().mean()
-            accuracy_itg = right.sum() / predicted.sum()
-        return Stage1Output(
-            loss=loss_itc + loss_itm + loss_itg,
-            loss_itc=loss_itc,
+        loss_itm, accuracy_itm = losses.itm_loss(itm_logits, negatives)
+        output = Stage1Output(
+            loss=itc.loss + loss_itm + loss_itg,
+            loss_itc=itc.loss,
             loss_itm=loss_itm,
             loss_itg=loss_itg,
-            sim_i2t=sim_i2t,
-            sim_t2i=sim_t2i,
             itm_logits=itm_logits,
-            itg_logits=itg_logits,
             image_features=image_features,
             text_features=text_features,
             query_output=query_output,
-            accuracy_i2t=losses.top1_accuracy(sim_i2t, positives),
-            accuracy_t2i=losses.top1_accuracy(sim_t2i, positives),
+            accuracy_i2t=itc.accuracy_i2t,
+            accuracy_t2i=itc.accuracy_t2i,
             accuracy_itm=accuracy_itm,
             accuracy_itg=accuracy_itg,
             negative_image=negatives[0],
             negative_text=negatives[1],
+        )
+        length = attention_mask.shape[1] if attention_mask is not None else texts.longest
+        return output.when_asked(
+            lambda: losses.itc_logits(
+                image_features, text_features, self.temp, self.config.grad_mode
+            ),
+            lambda: padded_logits(self, image_embeds, texts, length, visible),
         )
 
     def encode_image(
@@ -218,14 +251,12 @@ class Blip2Stage1(nn.Module):
         Returns:
             `(image_features [B, Q, D], query_output [B, Q, C])`; the features are normalised.
         """
-        image_embeds = self._image_tokens(image_embeds, None)
-        states = self.qformer(
-            query_embeds=self.query_tokens.expand(image_embeds.shape[0], -1, -1),
-            encoder_hidden_states=self.ln_vision(image_embeds),
-            encoder_attention_mask=stage1_inputs.check_image_mask(
-                image_embeds, image_attention_mask
-            ),
-        ).last_hidden_state
+        image_embeds = self.image_tokens(image_embeds)
+        visible = stage1_inputs.check_image_mask(image_embeds, image_attention_mask)
+        layout = AttentionLayout.build(
+            len(image_embeds), self.config.num_query_tokens, device=image_embeds.device
+        )
+        states, _ = self._one_pass(image_embeds, None, PackedPass(layout, image_mask=visible))
         return losses.unit(self.vision_projection(states)), states
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -238,13 +269,13 @@ class Blip2Stage1(nn.Module):
         Returns:
             `[B, D]`.
         """
-        input_ids, attention_mask = self._text(input_ids, attention_mask, None)
-        states = self.qformer(
-            query_embeds=self.embeddings(input_ids),
-            query_length=0,
-            attention_mask=qformer_mask(MaskKind.UNIMODAL, 0, attention_mask),
-        ).last_hidden_state
-        return losses.unit(self.text_projection(states[:, 0]))
+        texts = self._texts(input_ids, attention_mask, None)
+        layout = AttentionLayout.build(
+            0, 0, texts.lengths, MaskKind.UNIMODAL, device=texts.ids.device
+        )
+        packed = PackedPass(layout, kept_text=texts.cu_seqlens[:-1])
+        _, states = self._one_pass(None, (texts.ids, texts.positions), packed)
+        return losses.unit(self.text_projection(states))
 
     def match(
         self,
@@ -252,19 +283,29 @@ class Blip2Stage1(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
+        *,
+        image_index: Tensor | None = None,
     ) -> Tensor:
-        """Does text i describe image i? Logits `[B, 2]`; class 1 is "match".
+        """Does text i describe its image? Logits `[B, 2]`; class 1 is "match".
 
         Args:
             image_embeds: `[B, S, E]`, before `ln_vision`.
             input_ids, attention_mask: `[B, T]`.
             image_attention_mask: `[B, S]`, nonzero where an image token is real.
+            image_index: `[B]`, the image of each text, where `image_embeds` `[images, S, E]` holds
+                each image once: its keys and values then serve all its texts. Default: image i.
         """
-        image_embeds = self._image_tokens(image_embeds, None)
-        input_ids, attention_mask = self._text(input_ids, attention_mask, None)
-        stage1_inputs.check_pairs(image_embeds, input_ids)
+        image_embeds = self.image_tokens(image_embeds)
+        texts = self._texts(input_ids, attention_mask, None)
+        index = None
+        if image_index is None:
+            stage1_inputs.check_pairs(image_embeds, texts)
+        else:
+            index = KVIndex.build(image_index.to(image_embeds.device), len(image_embeds))
         visible = stage1_inputs.check_image_mask(image_embeds, image_attention_mask)
-        return self._match(self.ln_vision(image_embeds), input_ids, attention_mask, visible)
+        pairs = matching_pass(texts, None, self.config.num_query_tokens, index, visible)
+        states, _ = self._one_pass(image_embeds, (pairs.ids, pairs.positions), pairs.packed)
+        return self._judge(states)
 
     @torch.no_grad()
     def generate(
@@ -288,110 +329,94 @@ class Blip2Stage1(nn.Module):
         Raises:
             ValueError: `max_new_tokens` is below 1 or over the position table.
         """
-        stage1_inputs.check_new_tokens(max_new_tokens, self.config.max_position_embeddings)
-        image_embeds = self._image_tokens(image_embeds, None)
-        visible = stage1_inputs.check_image_mask(image_embeds, image_attention_mask)
-        ids = image_embeds.new_full(
-            (image_embeds.shape[0], 1), self.config.bos_token_id, dtype=torch.long
-        )
-        ended = torch.zeros_like(ids[:, 0], dtype=torch.bool)
-        tokens = self.ln_vision(image_embeds)
-        for _ in range(max_new_tokens):
-            _, states = self._joint_states(
-                tokens, ids, torch.ones_like(ids), visible, MaskKind.MULTIMODAL_CAUSAL
-            )
-            logits = self.lm_head(states[:, -1], self.embeddings.word_embeddings.weight)
-            word = logits.argmax(-1).masked_fill(ended, self.config.pad_token_id)
-            ids = torch.cat([ids, word[:, None]], dim=1)
-            ended = ended | (word == eos_token_id)
-            if bool(ended.all()):
-                break
-        return ids[:, 1:]
+        return generate(self, image_embeds, eos_token_id, max_new_tokens, image_attention_mask)
 
-    def _generation_pass(
+    def computing_dtype(self, device: torch.device) -> torch.dtype:
+        """The precision of products: autocast's where it is on, else the parameters'."""
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.query_tokens.dtype
+
+    def _one_pass(
         self,
-        image_embeds: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        visible: Tensor | None,
+        image_embeds: Tensor | None,
+        words: tuple[Tensor, Tensor] | None,
+        packed: PackedPass,
     ) -> tuple[Tensor, Tensor]:
-        """ITG and the image half of ITC in one pass: queries see no text, so they serve both."""
-        decoder_ids = torch.cat(
-            [torch.full_like(input_ids[:, :1], self.config.bos_token_id), input_ids[:, 1:]], dim=1
-        )
-        tokens = self.ln_vision(image_embeds)
-        query_states, text_states = self._joint_states(
-            tokens, decoder_ids, attention_mask, visible, MaskKind.MULTIMODAL_CAUSAL
-        )
-        logits = self.lm_head(text_states, self.embeddings.word_embeddings.weight)
-        return query_states, logits
+        """Query and text states of a pass of its own; words are ids and positions."""
+        device = self.query_tokens.device
+        runner = PackedQFormer(self.qformer, self.computing_dtype(device))
+        keys_values = []
+        if image_embeds is not None:
+            keys_values = runner.image_keys_values(image_embeds, self.ln_vision)
+        text = self.query_tokens.new_empty(0, self.config.hidden_size)
+        if words is not None:
+            text = self.embeddings(*words)
+        dropout = Dropout.of(self.qformer, philox_state(device=device), 0)
+        return runner(self.query_tokens[0], text, keys_values, packed, dropout)
 
-    def _matching_pass(
+    def _generation_loss(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """ITG's loss and accuracy from the rows that predict a word, `[K, C]`."""
+        hidden = self.lm_head.transform(states)
+        words = self.embeddings.word_embeddings.weight
+        loss, right = lm_cross_entropy(
+            hidden,
+            words,
+            self.lm_head.bias,
+            labels,
+            label_smoothing=self.config.label_smoothing,
+        )
+        return loss, right / max(len(labels), 1)
+
+    def _matching_logits(
         self,
+        packed: PackedQFormer,
         image_embeds: Tensor,
-        text: tuple[Tensor, Tensor],
+        keys_values: list[Tensor | None],
+        texts: PackedTexts,
         visible: Tensor | None,
         negatives: tuple[Tensor, Tensor],
         longest: int,
+        philox: Tensor,
     ) -> Tensor:
         """ITM logits `[3B, 2]`: own pairs, then with a negative image, then a negative text."""
-        B = image_embeds.shape[0]
-        negative_image, negative_text = stage1_inputs.check_negatives(negatives, B)
-        # an encoder in training needs the gradient of its tokens on other ranks; a frozen one none
-        gather = gather_with_grad if image_embeds.requires_grad else gather_detached
-        image_neg = gather(image_embeds)[negative_image]
-        input_ids, attention_mask = pad_text(*text, longest, self.config.pad_token_id)
-        ids_neg = gather_detached(input_ids)[negative_text]
-        mask_neg = gather_detached(attention_mask)[negative_text]
-        if visible is not None:
-            visible = torch.cat([visible, gather_detached(visible)[negative_image], visible])
-        tokens, tokens_neg = self.ln_vision(image_embeds), self.ln_vision(image_neg)
-        return self._match(
-            torch.cat([tokens, tokens_neg, tokens]),
-            torch.cat([input_ids, input_ids, ids_neg]),
-            torch.cat([attention_mask, attention_mask, mask_neg]),
-            visible,
+        B, device = texts.count, image_embeds.device
+        # a row without a negative (-1) stands beside itself, and the loss leaves it out
+        own = torch.arange(B, device=device) + rank() * B
+        negative_image, negative_text = (
+            torch.where(index < 0, own, index.long()) for index in negatives
         )
-
-    def _match(
-        self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor, visible: Tensor | None
-    ) -> Tensor:
-        query_states, _ = self._joint_states(
-            tokens, input_ids, attention_mask, visible, MaskKind.BIDIRECTIONAL
+        words, lengths = texts.padded(longest, self.config.pad_token_id)
+        chosen = NegativeExchange(negative_text, B)
+        words, lengths = chosen.rows(words), chosen.rows(lengths)
+        keys_values, visible, index = images_of_pairs(
+            packed, image_embeds, self.ln_vision, keys_values, visible, negative_image
         )
-        return losses.wide(self.itm_head(query_states)).mean(dim=1)
+        pairs = matching_pass(texts, (words, lengths), self.config.num_query_tokens, index, visible)
+        states, _ = packed(
+            self.query_tokens[0],
+            self.embeddings(pairs.ids, pairs.positions),
+            keys_values,
+            pairs.packed,
+            Dropout.of(self.qformer, philox, 1),
+        )
+        return self._judge(states)
 
-    def _joint_states(
-        self,
-        tokens: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        visible: Tensor | None,
-        kind: MaskKind,
-    ) -> tuple[Tensor, Tensor]:
-        """Query states `[B, Q, C]` and text states `[B, T, C]` under a mask kind."""
-        Q = self.config.num_query_tokens
-        queries = self.query_tokens.expand(tokens.shape[0], -1, -1)
-        text = self.embeddings(input_ids)
-        states = self.qformer(
-            query_embeds=torch.cat([queries.to(text.dtype), text], dim=1),
-            query_length=Q,
-            attention_mask=qformer_mask(kind, Q, attention_mask),
-            encoder_hidden_states=tokens,
-            encoder_attention_mask=visible,
-        ).last_hidden_state
-        return states[:, :Q], states[:, Q:]
+    def _judge(self, states: Tensor) -> Tensor:
+        """ITM logits of query states `[N, Q, C]`; the mean over queries goes through the head."""
+        return losses.wide(self.itm_head(losses.wide(states).mean(1).to(states.dtype)))
 
-    def _image_tokens(self, image_embeds: Tensor | None, images: Tensor | None) -> Tensor:
+    def image_tokens(self, image_embeds: Tensor | None, images: Tensor | None = None) -> Tensor:
+        """`[B, S, E]` tokens, given or computed by the image encoder, checked."""
         width = self.config.encoder_hidden_size
         tokens = stage1_inputs.image_tokens(image_embeds, images, self.image_encoder, width)
         stage1_inputs.check_gathered(self.query_tokens)
-        return tokens.to(self.ln_vision.weight.dtype)
+        return tokens
 
-    def _text(
+    def _texts(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return stage1_inputs.padded_text(
+    ) -> PackedTexts:
+        return stage1_inputs.packed_texts(
             input_ids,
             attention_mask,
             cu_seqlens,

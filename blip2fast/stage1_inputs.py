@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from blip2fast.gathering import gather_detached, rank, world_size
-from blip2fast.text_packing import unpack_text
+from blip2fast.stage1_passes import PackedTexts
+from blip2fast.text_packing import check_packed
 
 
 def is_float(x: Tensor) -> bool:
@@ -50,7 +51,7 @@ def image_tokens(
     return image_embeds
 
 
-def padded_text(
+def packed_texts(
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -58,74 +59,99 @@ def padded_text(
     pad_token_id: int,
     vocab_size: int,
     max_positions: int,
-) -> tuple[Tensor, Tensor]:
-    """`(input_ids, attention_mask)`, both `[B, T]`, from padded or packed text."""
+) -> PackedTexts:
+    """The texts without padding, from padded `[B, T]` or packed `[T_total]` ids."""
     if input_ids is None:
         raise ValueError("input_ids: expected [B, T] token ids, got none")
     if cu_seqlens is not None:
         if attention_mask is not None:
             raise ValueError("attention_mask: packed text has no padding; give cu_seqlens alone")
-        input_ids, attention_mask = unpack_text(input_ids, cu_seqlens, pad_token_id)
-    if input_ids.dim() != 2 or is_float(input_ids):
-        raise ValueError(f"input_ids: expected [B, T] integers, got {describe(input_ids)}")
-    if attention_mask is None:
-        attention_mask = (input_ids != pad_token_id).long()
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)}, "
-            f"got {describe(attention_mask)}"
-        )
-    B, T = input_ids.shape
-    if B == 0:
-        raise ValueError(f"input_ids: the batch is empty, got {describe(input_ids)}")
-    if T > max_positions:
-        raise ValueError(
-            f"input_ids: texts of {T} tokens do not fit the position table of {max_positions}; "
-            f"truncate the captions or raise max_position_embeddings"
-        )
-    if input_ids.device.type == "cpu":
-        if int(input_ids.max()) >= vocab_size or int(input_ids.min()) < 0:
+        check_packed(input_ids, cu_seqlens)
+        _check_ids(input_ids, vocab_size)
+        texts = PackedTexts.of(input_ids.long(), cu_seqlens.cpu().diff())
+    else:
+        if input_ids.dim() != 2 or is_float(input_ids):
+            raise ValueError(f"input_ids: expected [B, T] integers, got {describe(input_ids)}")
+        if attention_mask is None:
+            attention_mask = input_ids != pad_token_id
+        if attention_mask.shape != input_ids.shape:
             raise ValueError(
-                f"input_ids: expected ids from 0 to {vocab_size - 1} (vocab_size={vocab_size}), "
-                f"got {int(input_ids.min())} to {int(input_ids.max())}; does the tokenizer belong "
-                "to this model?"
+                f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)}, "
+                f"got {describe(attention_mask)}"
             )
-        if not bool(attention_mask[:, 0].bool().all()):
-            row = int((~attention_mask[:, 0].bool()).nonzero()[0])
-            raise ValueError(f"attention_mask: text {row} starts with padding; pad on the right")
-    return input_ids.long(), attention_mask.long()
+        if 0 in input_ids.shape:
+            raise ValueError(f"input_ids: the batch is empty, got {describe(input_ids)}")
+        _check_ids(input_ids, vocab_size)
+        _check_padding(attention_mask.bool())
+        texts = PackedTexts.from_padded(input_ids.long(), attention_mask)
+    if texts.count == 0:
+        raise ValueError(f"input_ids: the batch is empty, got {describe(input_ids)}")
+    if int(texts.lengths.min()) < 1:
+        row = int(texts.lengths.argmin())
+        raise ValueError(f"input_ids: text {row} has no token; each needs at least its [CLS]")
+    if texts.longest > max_positions:
+        raise ValueError(
+            f"input_ids: texts of {texts.longest} tokens do not fit the position table of "
+            f"{max_positions}; truncate the captions or raise max_position_embeddings"
+        )
+    return texts
 
 
-def check_pairs(image_embeds: Tensor, input_ids: Tensor) -> None:
+def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    if is_float(input_ids):
+        raise ValueError(f"input_ids: expected integers, got {describe(input_ids)}")
+    if input_ids.device.type != "cpu" or input_ids.numel() == 0:
+        return
+    if int(input_ids.max()) >= vocab_size or int(input_ids.min()) < 0:
+        raise ValueError(
+            f"input_ids: expected ids from 0 to {vocab_size - 1} (vocab_size={vocab_size}), "
+            f"got {int(input_ids.min())} to {int(input_ids.max())}; does the tokenizer belong "
+            "to this model?"
+        )
+
+
+def _check_padding(real: Tensor) -> None:
+    if real.device.type != "cpu":
+        return
+    if not bool(real[:, 0].all()):
+        row = int((~real[:, 0]).nonzero()[0])
+        raise ValueError(f"attention_mask: text {row} starts with padding; pad on the right")
+    holes = (real[:, 1:] & ~real[:, :-1]).any(dim=1)
+    if bool(holes.any()):
+        row = int(holes.nonzero()[0])
+        raise ValueError(
+            f"attention_mask: text {row} has a real token after padding; pad on the right"
+        )
+
+
+def check_pairs(image_embeds: Tensor, texts: PackedTexts) -> None:
     """One text to each image."""
-    if len(image_embeds) != len(input_ids):
+    if len(image_embeds) != texts.count:
         raise ValueError(
             f"input_ids: expected one text for each of {len(image_embeds)} images, got "
-            f"{len(input_ids)} texts"
+            f"{texts.count} texts"
         )
 
 
-def check_training_batch(
-    input_ids: Tensor, attention_mask: Tensor, image_ids: Tensor | None
-) -> None:
+def check_training_batch(texts: PackedTexts, image_ids: Tensor | None) -> None:
     """What only the losses need: something to contrast with, something to predict."""
-    B, T = input_ids.shape
+    B = texts.count
     if B * world_size() < 2:
         raise ValueError(
             "batch of 1 pair on 1 process: the contrastive and matching losses need negatives; "
             "use a batch of 2 or more"
         )
-    if T < 2 or (input_ids.device.type == "cpu" and not bool(attention_mask[:, 1:].any())):
+    if texts.longest < 2:
         raise ValueError(
             f"input_ids: no text has a token after its first one, so there is none to predict; "
-            f"got {describe(input_ids)}"
+            f"got {B} texts of one token"
         )
     if image_ids is not None and (image_ids.shape not in ((B,), (B, 1)) or is_float(image_ids)):
         raise ValueError(f"image_ids: expected [B] = [{B}] integers, got {describe(image_ids)}")
 
 
 def check_ranks_agree(
-    image_embeds: Tensor, input_ids: Tensor, image_ids: Tensor | None, visible: Tensor | None
+    image_embeds: Tensor, texts: PackedTexts, image_ids: Tensor | None, visible: Tensor | None
 ) -> int:
     """The longest T of all ranks; all else that is gathered must have one shape everywhere.
 
@@ -135,7 +161,7 @@ def check_ranks_agree(
         ValueError: on every rank, with the values of all.
     """
     B, S, _ = image_embeds.shape
-    T = input_ids.shape[1]
+    T = texts.longest
     if world_size() == 1:
         return T
     own = torch.tensor([[B, S, image_ids is not None, visible is not None, T]])
@@ -164,13 +190,13 @@ def check_gathered(query_tokens: Tensor) -> None:
 
 
 def check_image_mask(image_embeds: Tensor, image_attention_mask: Tensor | None) -> Tensor | None:
-    """The mask itself, if it fits the tokens."""
+    """The mask `[B, S]` as booleans, if it fits the tokens."""
     if image_attention_mask is not None and image_attention_mask.shape != image_embeds.shape[:2]:
         raise ValueError(
             f"image_attention_mask: expected [B, S] = {list(image_embeds.shape[:2])}, got "
             f"{describe(image_attention_mask)}"
         )
-    return image_attention_mask
+    return None if image_attention_mask is None else image_attention_mask.bool()
 
 
 def check_negatives(negatives: tuple[Tensor, Tensor], batch: int) -> tuple[Tensor, Tensor]:
@@ -190,6 +216,19 @@ def check_negatives(negatives: tuple[Tensor, Tensor], batch: int) -> tuple[Tenso
             rows = (index == own).nonzero().flatten().tolist()
             raise ValueError(f"{name}: rows {rows[:8]} point at their own pair, which matches")
     return negatives[0].long(), negatives[1].long()
+
+
+def check_some_negative(without: Tensor, image_ids: Tensor | None) -> None:
+    """Every row has a pair of another image to be told from; looked at on the CPU only."""
+    if without.device.type == "cpu" and bool(without.any()):
+        rows = without.nonzero().flatten().tolist()
+        why = "every pair in the batch shares their image id"
+        if image_ids is None:
+            why = "their similarities are not finite: the step before this one went wrong"
+        raise ValueError(
+            f"no negative exists for rows {rows[:8]} of {len(without)}: {why}; use a larger batch "
+            "or one with more than one image"
+        )
 
 
 def check_new_tokens(max_new_tokens: int, limit: int) -> None:

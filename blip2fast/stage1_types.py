@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,9 +127,7 @@ class Stage1Output(ModelOutput):
 
     Attributes:
         loss: `loss_itc + loss_itm + loss_itg`, scalars with gradient.
-        sim_i2t, sim_t2i: `[B, N]` similarities over temperature.
         itm_logits: `[3B, 2]`; B matching pairs, B with another image, B with another text.
-        itg_logits: `[B, T, V]`; position t predicts token t+1, the last one nothing.
         image_features: `[B, Q, D]`, normalised.
         text_features: `[B, D]`, normalised.
         query_output: `[B, Q, C]`, the queries' last states without text.
@@ -136,16 +135,17 @@ class Stage1Output(ModelOutput):
         accuracy_itm: Share of the 3B pairs judged rightly.
         accuracy_itg: Share of next tokens predicted rightly.
         negative_image, negative_text: `[B]`, indices into the batch of all ranks.
+        sim_i2t, sim_t2i: `[B, N]` similarities over temperature. A step never holds them: they are
+            computed when first asked for, on all ranks or none.
+        itg_logits: `[B, T, V]`; position t predicts token t+1, the last one nothing. Computed when
+            first asked for, in a padded pass of its own (which draws its own dropout).
     """
 
     loss: Tensor | None = None
     loss_itc: Tensor | None = None
     loss_itm: Tensor | None = None
     loss_itg: Tensor | None = None
-    sim_i2t: Tensor | None = None
-    sim_t2i: Tensor | None = None
     itm_logits: Tensor | None = None
-    itg_logits: Tensor | None = None
     image_features: Tensor | None = None
     text_features: Tensor | None = None
     query_output: Tensor | None = None
@@ -155,3 +155,33 @@ class Stage1Output(ModelOutput):
     accuracy_itg: Tensor | None = None
     negative_image: Tensor | None = None
     negative_text: Tensor | None = None
+
+    def when_asked(
+        self,
+        similarities: Callable[[], tuple[Tensor, Tensor]],
+        itg_logits: Callable[[], Tensor],
+    ) -> Stage1Output:
+        """Say how to compute what a step itself does without."""
+        self.__dict__["_similarities"] = functools.cache(similarities)
+        self.__dict__["_itg_logits"] = functools.cache(itg_logits)
+        return self
+
+    @property
+    def sim_i2t(self) -> Tensor:
+        sim: Tensor = self.__dict__["_similarities"]()[0]
+        return sim
+
+    @property
+    def sim_t2i(self) -> Tensor:
+        sim: Tensor = self.__dict__["_similarities"]()[1]
+        return sim
+
+    @property
+    def itg_logits(self) -> Tensor:
+        logits: Tensor = self.__dict__["_itg_logits"]()
+        return logits
+
+    def __getitem__(self, key: Any) -> Any:
+        if key in ("sim_i2t", "sim_t2i", "itg_logits"):
+            return getattr(self, key)
+        return super().__getitem__(key)

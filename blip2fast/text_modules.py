@@ -25,9 +25,10 @@ class TextEmbeddings(nn.Module):
         with torch.no_grad():
             self.word_embeddings.weight[config.pad_token_id].zero_()
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """`[B, T]` token ids to `[B, T, C]`."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Token ids `[..., T]` to `[..., T, C]`; `positions` `[..., T]`, by default 0 to T-1."""
+        if positions is None:
+            positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
         return self.word_embeddings(input_ids) + self.position_embeddings(positions)
 
 

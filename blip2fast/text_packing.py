@@ -6,10 +6,7 @@ attention kernels.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -43,19 +40,9 @@ def unpack_text(packed_ids: Tensor, cu_seqlens: Tensor, pad_token_id: int) -> tu
     Raises:
         ValueError: the offsets do not cover `packed_ids`.
     """
-    offsets = cu_seqlens.long()
-    if packed_ids.dim() != 1:
-        raise ValueError(
-            f"input_ids: expected [T_total] with cu_seqlens, got shape {tuple(packed_ids.shape)}"
-        )
-    bounds = offsets.tolist()
-    if bounds[:1] != [0] or bounds[-1] != len(packed_ids) or bounds != sorted(bounds):
-        raise ValueError(
-            f"cu_seqlens: expected offsets rising from 0 to {len(packed_ids)}, the number of "
-            f"packed tokens, got {bounds[:8]}{'...' if len(bounds) > 8 else ''}"
-        )
-    lengths = offsets.diff()
-    T = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
+    check_packed(packed_ids, cu_seqlens)
+    lengths = cu_seqlens.long().diff()
+    T = int(lengths.max()) if len(lengths) else 0
     column = torch.arange(T, device=packed_ids.device)
     mask = column[None, :] < lengths[:, None]
     input_ids = packed_ids.new_full((len(lengths), T), pad_token_id)
@@ -63,9 +50,19 @@ def unpack_text(packed_ids: Tensor, cu_seqlens: Tensor, pad_token_id: int) -> tu
     return input_ids, mask.long()
 
 
-def pad_text(
-    input_ids: Tensor, attention_mask: Tensor, length: int, pad_token_id: int
-) -> tuple[Tensor, Tensor]:
-    """Pad `[B, T]` ids and mask on the right to `[B, length]`; `length` is T or more."""
-    extra = length - input_ids.shape[1]
-    return F.pad(input_ids, (0, extra), value=pad_token_id), F.pad(attention_mask, (0, extra))
+def check_packed(packed_ids: Tensor, cu_seqlens: Tensor) -> None:
+    """Refuse offsets that do not cover the packed ids; offsets on the CPU keep this free.
+
+    Raises:
+        ValueError: naming the offsets.
+    """
+    if packed_ids.dim() != 1:
+        raise ValueError(
+            f"input_ids: expected [T_total] with cu_seqlens, got shape {tuple(packed_ids.shape)}"
+        )
+    bounds = cu_seqlens.tolist()
+    if bounds[:1] != [0] or bounds[-1] != len(packed_ids) or bounds != sorted(bounds):
+        raise ValueError(
+            f"cu_seqlens: expected offsets rising from 0 to {len(packed_ids)}, the number of "
+            f"packed tokens, got {bounds[:8]}{'...' if len(bounds) > 8 else ''}"
+        )
