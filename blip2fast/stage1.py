@@ -154,7 +154,8 @@ class Blip2Stage1(nn.Module):
         Args:
             image_embeds: `[B, S, E]`, the frozen encoder's tokens before `ln_vision`.
             input_ids: `[B, T]`, each text as [CLS] words [SEP] padding; or `[T_total]`,
-                without padding, together with `cu_seqlens`.
+                without padding, together with `cu_seqlens`. Texts on the CPU are packed there,
+                which spares an accelerator's host the wait for their lengths.
             attention_mask: `[B, T]`, nonzero where a token is real; by default, where
                 `input_ids` is not padding.
             image_ids: `[B]` integers; pairs of equal id are positives of one another.
@@ -416,7 +417,7 @@ class Blip2Stage1(nn.Module):
     def _texts(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> PackedTexts:
-        return stage1_inputs.packed_texts(
+        texts = stage1_inputs.packed_texts(
             input_ids,
             attention_mask,
             cu_seqlens,
@@ -424,3 +425,4 @@ class Blip2Stage1(nn.Module):
             vocab_size=self.config.vocab_size,
             max_positions=self.config.max_position_embeddings,
         )
+        return texts.to(self.query_tokens.device)

@@ -10,7 +10,7 @@ Shapes: B pairs on this rank, T tokens of a text at most, T_total of all texts, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,15 @@ class PackedTexts:
         """From padded ids and mask, `[B, T]` each; on an accelerator the host waits for them."""
         ids, cu_seqlens = pack_text(input_ids, attention_mask)
         return cls.of(ids, cu_seqlens.cpu().diff())
+
+    def to(self, device: torch.device) -> PackedTexts:
+        """The same texts on a device; the lengths stay on the CPU."""
+        if self.ids.device == device:
+            return self
+        ids, positions, cu_seqlens = (
+            x.to(device, non_blocking=True) for x in (self.ids, self.positions, self.cu_seqlens)
+        )
+        return replace(self, ids=ids, positions=positions, cu_seqlens=cu_seqlens)
 
     @property
     def count(self) -> int:

@@ -287,8 +287,15 @@ class Trainer:
         return whole
 
     def tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on this device, images as tokens [B, S, E] in the precision of the run."""
-        moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        """A batch on this device, images as tokens [B, S, E] in the precision of the run.
+
+        Stage 1 packs its texts on the CPU, where their lengths are known without waiting.
+        """
+        kept = {"input_ids", "attention_mask"} if isinstance(self.model, Blip2Stage1) else set()
+        moved = {
+            name: value if name in kept else value.to(self.device, non_blocking=True)
+            for name, value in batch.items()
+        }
         if "images" in moved:
             if self.parts.image_encoder is None:
                 raise ValueError("the batch has images, but there is no image encoder")
