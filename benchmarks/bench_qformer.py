@@ -1,32 +1,99 @@
-"""`blip2fast.QFormer` against transformers' Q-Former: queries on image tokens, forward, eval."""
+"""`blip2fast.QFormer` against transformers' Q-Former: queries on image tokens, forward, eval.
+
+On a GPU whole calls are timed, launches included; "CUDA graph" means that the caller replays one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from shapes import NAMES, SHAPES
+from comparing import Contender, Provider, Work, plain
+from shapes import INFERENCE_SHAPES, Shape, cells
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Blip2QFormerModel
 
 from blip2fast import QFormer
 
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+}
+# relative norm by which last states may differ: roundings of 12 layers in another order
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("batch", [1, 4])
-def bench_forward(name: str, batch: int, race: Callable[..., None]) -> None:
-    shape = SHAPES[name]
+
+def models(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:
+    """The same random weights in ours and theirs."""
     torch.manual_seed(0)
     config = shape.config.qformer_config()
-    theirs = Blip2QFormerModel(config).eval()
-    ours = QFormer(config).eval()
-    ours.load_state_dict(theirs.state_dict())
-    queries = torch.randn(1, shape.config.num_query_tokens, config.hidden_size)
-    queries = queries.expand(batch, -1, -1)
-    tokens = torch.randn(batch, shape.image_tokens, config.encoder_hidden_size)
-    call = {"query_embeds": queries, "encoder_hidden_states": tokens}
-    with torch.no_grad():
-        torch.testing.assert_close(
-            ours(**call).last_hidden_state, theirs(**call).last_hidden_state, rtol=1e-4, atol=1e-4
-        )
-        race(lambda: ours(**call), {"transformers": lambda: theirs(**call)}, rounds=10)
+    eager = Blip2QFormerModel._from_config(config, attn_implementation="eager")
+    sdpa = Blip2QFormerModel._from_config(config, attn_implementation="sdpa")
+    ours = QFormer(config)
+    for model in (sdpa, ours):
+        model.load_state_dict(eager.state_dict())
+    named = {"blip2fast": ours, "transformers sdpa": sdpa, "transformers eager": eager}
+    return {name: model.to(device, dtype).eval() for name, model in named.items()}
+
+
+def forward_of(model: nn.Module, queries: Tensor) -> Callable[[Tensor], Tensor]:
+    """From image tokens to last states, without gradients."""
+
+    @torch.no_grad()
+    def forward(tokens: Tensor) -> Tensor:
+        batch = queries.expand(len(tokens), -1, -1)
+        return model(query_embeds=batch, encoder_hidden_states=tokens).last_hidden_state
+
+    return forward
+
+
+def graphed(forward: Callable[[Tensor], Tensor]) -> Provider[Tensor]:
+    """A provider that replays a CUDA graph of the forward pass."""
+
+    def provider(tokens: Tensor) -> Contender:
+        if tokens.device.type != "cuda":
+            raise NotImplementedError("CUDA graphs need a CUDA device")
+        return Contender({"": lambda: forward(tokens)})
+
+    return provider
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("name", cells(INFERENCE_SHAPES))
+def bench_forward(
+    name: str, dtype: str, device: torch.device, timed: bool, compare: Callable[..., None]
+) -> None:
+    shape, kind = INFERENCE_SHAPES[name], DTYPES[dtype]
+    C, E = shape.config.hidden_size, shape.config.encoder_hidden_size
+    held = models(shape, kind, device)
+    queries = torch.randn(1, shape.config.num_query_tokens, C).to(device, kind)
+    forwards = {which: forward_of(model, queries) for which, model in held.items()}
+    if timed:
+        forwards["transformers sdpa, compiled"] = torch.compile(forwards["transformers sdpa"])
+
+    def make_inputs(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        size = (shape.batch, shape.image_tokens, E)
+        return torch.randn(size, generator=generator).to(device, kind)
+
+    def agree(tokens: Tensor, states: Tensor) -> None:
+        expected = forwards["transformers eager"](tokens).double()
+        error = (states.double() - expected).norm() / expected.norm()
+        assert error < TOLERANCE[kind], f"relative error {error:.1e}"
+
+    providers: dict[str, Any] = {which: plain(forward) for which, forward in forwards.items()}
+    for which in ("blip2fast", "transformers sdpa"):
+        providers[f"{which}, CUDA graph"] = graphed(forwards[which])
+    tokens = make_inputs(0)
+    with FlopCounterMode(display=False) as counter:
+        forwards["transformers eager"](tokens)
+    weights = sum(p.nbytes for p in held["blip2fast"].parameters())
+    work = Work(
+        counter.get_total_flops(),
+        weights + tokens.nbytes + shape.batch * queries.nbytes,
+        input_bytes=tokens.nbytes,
+    )
+    compare(providers, make_inputs, agree, work=work, dtype=kind)

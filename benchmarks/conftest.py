@@ -1,62 +1,169 @@
-"""Timing rules: parity before time, rounds interleaved between rivals, conditions in the result."""
+"""Fixtures of the suites: agreement before time, contenders in turns, conditions in the result."""
 
 from __future__ import annotations
 
-import os
-import platform
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
-import transformers
+from comparing import Contender, Provider, Race, Work, plain
+from machines import ceilings, run_conditions
+
+
+class DeviceClock:
+    """What pytest-benchmark reads: seconds measured elsewhere, added up."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+CLOCK = DeviceClock()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--bench-commit`, for a copy of the files without their git history."""
+    parser.addoption("--bench-commit", help="the commit that results name where there is no .git")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let every benchmark's columns come from the device's clock."""
+    for item in items:
+        if "benchmark" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
+@pytest.fixture(scope="session")
+def run_facts(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Conditions that all benchmarks of a run share."""
+    return run_conditions(request.config.getoption("bench_commit"))
 
 
 @pytest.fixture
-def conditions() -> dict[str, Any]:
-    """What a number is worth nothing without."""
-    return {
-        "device": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "dtype": "float32",
-    }
+def conditions(run_facts: dict[str, Any]) -> dict[str, Any]:
+    """What a number is worth nothing without; a suite adds its own, such as the dtype."""
+    return {**copy.deepcopy(run_facts), "dtype": "float32"}
 
 
 @pytest.fixture
-def race(benchmark: Any, conditions: dict[str, Any]) -> Callable[..., None]:
-    """Time `ours` with the rivals interleaved round by round, so that noise hits all alike.
+def device() -> torch.device:
+    """The CUDA device, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    pytest-benchmark's own columns are of ours; medians of all, and the ratios, are in
-    `extra_info`.
+
+@pytest.fixture
+def timed(benchmark: Any) -> bool:
+    """Whether benchmarks are timed; otherwise contenders are only looked at."""
+    return bool(benchmark.enabled)
+
+
+@pytest.fixture
+def compare(
+    benchmark: Any,
+    conditions: dict[str, Any],
+    device: torch.device,
+    request: pytest.FixtureRequest,
+) -> Callable[..., None]:
+    """Time contenders in turns, after each has been seen to agree.
+
+    pytest-benchmark's columns are of the first that runs; everything is in `extra_info`.
     """
 
-    def run(ours: Callable[[], Any], rivals: Mapping[str, Callable[[], Any]], rounds: int) -> None:
-        times: dict[str, list[float]] = {name: [] for name in rivals}
+    def run(
+        providers: Mapping[str, Provider[Any]],
+        make_inputs: Callable[[int], Any],
+        agree: Callable[[Any, Any], None],
+        *,
+        work: Work | None = None,
+        dtype: torch.dtype = torch.float32,
+        judged: Mapping[str, Provider[Any]] | None = None,
+        rounds: int | None = None,
+    ) -> None:
+        """See `comparing.Race`.
 
-        def rivals_first() -> None:
-            for name, rival in rivals.items():
-                times[name].append(seconds(rival))
+        Args:
+            providers: By name, ours first.
+            make_inputs: From a seed to one input set.
+            agree: Raises AssertionError where a result is wrong.
+            work: FLOPs and bytes that the floor is computed from.
+            dtype: Of the matrix products.
+            judged: Providers whose results are looked at instead (without dropout, say).
+            rounds: How many; by default as many as fit `--benchmark-max-time` each.
+        """
+        race = Race(make_inputs, agree, device, benchmark.enabled)
 
-        benchmark.pedantic(ours, setup=rivals_first, rounds=rounds, warmup_rounds=1)
-        benchmark.extra_info |= conditions
-        if benchmark.disabled:
-            return
-        median_s = benchmark.stats.stats.median
-        for name, taken in times.items():
-            rival_s = sorted(taken)[len(taken) // 2]
-            benchmark.extra_info[f"{name}_median_s"] = rival_s
-            benchmark.extra_info[f"{name}_over_ours"] = rival_s / median_s
+        def enter() -> None:
+            size = work.input_bytes if work else 0
+            for name, provider in providers.items():
+                race.enter(name, provider, (judged or {}).get(name), size)
+
+        if benchmark.enabled:
+            enter()
+        else:
+            benchmark.pedantic(enter)
+        conditions["dtype"] = str(dtype).removeprefix("torch.")
+        benchmark.extra_info["conditions"] = conditions
+        if benchmark.enabled and race.running():
+            _time(race, benchmark, rounds or _rounds(race, request.config))
+            benchmark.extra_info |= _numbers(race, work, device, dtype)
+        if race.failures():
+            pytest.fail(race.failures(), pytrace=False)
+        if all(entry.reason for entry in race.entries):
+            pytest.skip("; ".join(f"{e.name}: {e.reason}" for e in race.entries))
 
     return run
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """Wall time of one call on the CPU."""
-    import time
+@pytest.fixture
+def race(compare: Callable[..., None], conditions: dict[str, Any]) -> Callable[..., None]:
+    """Time `ours` against rivals by whole calls; whether they agree, the suite has seen to."""
 
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    def run(ours: Callable[[], Any], rivals: Mapping[str, Callable[[], Any]], rounds: int) -> None:
+        def call(function: Callable[[], Any]) -> Callable[[Any], Contender]:
+            return plain(lambda _: function())
+
+        providers = {"ours": call(ours)} | {name: call(rival) for name, rival in rivals.items()}
+        dtype = getattr(torch, conditions["dtype"].removeprefix("torch."))
+        compare(providers, lambda seed: None, lambda *_: None, dtype=dtype, rounds=rounds)
+
+    return run
+
+
+def _rounds(race: Race[Any], config: pytest.Config) -> int:
+    seconds = float(config.getoption("benchmark_max_time"))
+    return race.rounds(seconds, int(config.getoption("benchmark_min_rounds")))
+
+
+def _time(race: Race[Any], benchmark: Any, rounds: int) -> None:
+    first, *others = race.running()
+    turn = 0
+
+    def in_turns() -> None:
+        nonlocal turn  # another of the others begins each round
+        turn += 1
+        for place in range(len(others)):
+            others[(turn + place) % len(others)].take()
+
+    def timed() -> None:
+        CLOCK.seconds += first.take()
+
+    benchmark.pedantic(timed, setup=in_turns, rounds=rounds)
+
+
+def _numbers(
+    race: Race[Any], work: Work | None, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    rates = ceilings(device, dtype) if work is not None else None
+    numbers: dict[str, Any] = {
+        "contenders": {entry.name: entry.result(work, rates) for entry in race.entries}
+    }
+    if work is not None and rates is not None:
+        floor_s, bound = work.floor(rates)
+        numbers["work"] = {"flops": work.flops, "bytes": work.bytes}
+        numbers["work"] |= {"floor_s": floor_s, "bound": bound}
+        numbers["ceilings"] = dict(vars(rates))
+    return numbers

@@ -1,17 +1,160 @@
-"""BLIP-2's shapes by name, and how many samples a step of each takes on a CPU.
+"""BLIP-2's shapes by name, and where each is timed.
 
-B images, Q queries, T text tokens, S image tokens, E image token width, C hidden width.
+B images, N query blocks, Q queries, T text tokens, S image tokens, E image token width, C hidden
+width, H heads, D head or feature width. A model's name says its image encoder: vit_g (E = 1408) or
+vit_l (E = 1024); attention sees keys and values of width H * D and is the same for both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import pytest
+import torch
 
 from blip2fast import Stage1Config
+from blip2fast.masks import MaskKind
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+Where = Literal["test", "cpu", "cuda"]
+
+UNI, BI, CAUSAL = MaskKind.UNIMODAL, MaskKind.BIDIRECTIONAL, MaskKind.MULTIMODAL_CAUSAL
+
+
+class Placed(Protocol):
+    """A shape that says where it is timed."""
+
+    @property
+    def where(self) -> Where:
+        """`"test"`: anywhere, and by the tests; `"cpu"`: in `make bench`; `"cuda"`: on a GPU."""
+        ...
+
+
+def cells(table: Mapping[str, Placed]) -> list[Any]:
+    """The names of a table, marked by where each shape is timed."""
+    no_gpu = pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="sized for a CUDA device, and there is none"
+    )
+    marks: dict[Where, list[Any]] = {
+        "test": [],
+        "cpu": [pytest.mark.fullsize],
+        "cuda": [pytest.mark.fullsize, pytest.mark.gpu, no_gpu],
+    }
+    return [pytest.param(name, marks=marks[shape.where]) for name, shape in table.items()]
+
+
+def spread_lengths(count: int, mean: int, longest: int) -> list[int]:
+    """Caption lengths spread evenly about a mean; all of them `longest` where that is the mean."""
+    if mean >= longest:
+        return [longest] * count
+    around = min(mean // 2, longest - mean)
+    return [mean + (5 * i) % (2 * around + 1) - around for i in range(count)]
+
+
+@dataclass(frozen=True)
+class SelfShape:
+    """Self-attention of a pass: N query blocks, and with each a text of every kind.
+
+    Attributes:
+        headline: Compiled rivals take part too; each costs tens of seconds.
+    """
+
+    blocks: int
+    kinds: tuple[MaskKind, ...]
+    queries: int = 32
+    text_tokens: int = 32
+    mean_text: int = 12
+    heads: int = 12
+    width: int = 64
+    headline: bool = False
+    where: Where = "cuda"
+
+    def lengths(self) -> list[int]:
+        """Tokens of each text: all texts of the first kind, then of the next."""
+        return spread_lengths(self.blocks, self.mean_text, self.text_tokens) * len(self.kinds)
+
+
+SELF_SHAPES = {
+    "tiny": SelfShape(
+        3, (UNI, CAUSAL), queries=4, text_tokens=6, mean_text=4, heads=2, width=16, where="test"
+    ),
+    "64x64_b16": SelfShape(16, (BI,), mean_text=32, headline=True, where="cpu"),
+    "stage1_pass1_b16": SelfShape(16, (UNI, CAUSAL), where="cpu"),
+    "stage1_pass2_b16": SelfShape(48, (BI,), where="cpu"),
+    "64x64": SelfShape(256, (BI,), mean_text=32, headline=True),
+    "queries": SelfShape(256, ()),
+    "stage1_pass1": SelfShape(256, (UNI, CAUSAL)),
+    "stage1_pass2": SelfShape(768, (BI,)),
+}
+
+
+@dataclass(frozen=True)
+class CrossShape:
+    """Cross-attention of N query blocks to B images.
+
+    Attributes:
+        layers: The keys and values are one layer's slice of a projection of so many layers.
+        headline: As in `SelfShape`.
+    """
+
+    blocks: int
+    image_tokens: int
+    images: int | None = None
+    queries: int = 32
+    heads: int = 12
+    width: int = 64
+    layers: int = 1
+    headline: bool = False
+    where: Where = "cuda"
+
+    def num_images(self) -> int:
+        """B; as many as blocks where nothing else is said."""
+        return self.blocks if self.images is None else self.images
+
+    def index(self) -> list[int] | None:
+        """The image of each block: its own, then a negative, then its own, as in matching."""
+        if self.images is None:
+            return None
+        own = list(range(self.images))
+        return own + [(i + 1) % self.images for i in own] + own
+
+
+CROSS_SHAPES = {
+    "tiny": CrossShape(6, 5, images=2, queries=4, heads=2, width=16, layers=2, where="test"),
+    "32x257_b16": CrossShape(16, 257, headline=True, where="cpu"),
+    "stage1_pass2_b16": CrossShape(48, 257, images=16, layers=6, where="cpu"),
+    "windows_3x15_b2048": CrossShape(2048, 15, queries=3, where="cpu"),
+    "32x10000_b1": CrossShape(1, 10_000, where="cpu"),
+    "32x257": CrossShape(256, 257, headline=True),
+    "stage1_pass1": CrossShape(256, 257, layers=6),
+    "stage1_pass2": CrossShape(768, 257, images=256, layers=6),
+    "windows_3x15": CrossShape(65_536, 15, queries=3, headline=True),
+    "32x10000": CrossShape(8, 10_000),
+}
+
+
+@dataclass(frozen=True)
+class ITCShape:
+    """All pairs of N images and N texts."""
+
+    batch: int
+    queries: int = 32
+    width: int = 256
+    where: Where = "cuda"
+
+
+ITC_SHAPES = {
+    "tiny": ITCShape(12, queries=4, width=16, where="test"),
+    "n256": ITCShape(256, where="cpu"),
+    "n1680_cpu": ITCShape(1680, where="cpu"),
+    "n1680": ITCShape(1680),
+    "n4096": ITCShape(4096),
+    "n16384": ITCShape(16_384),
+    "n32768": ITCShape(32_768),
+    "n65536": ITCShape(65_536),
+}
 
 
 @dataclass(frozen=True)
@@ -23,33 +166,50 @@ class Shape:
     image_tokens: int
     text_tokens: int = 32
     mean_caption: int = 12
+    where: Where = "cpu"
 
 
 VIT_G = Stage1Config(**NO_DROPOUT)
-SHAPES = {
-    # the embedded scenes: seconds, also run by the tests
-    "scenes": Shape(
-        replace(
-            VIT_G,
-            hidden_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=256,
-            encoder_hidden_size=64,
-            num_query_tokens=8,
-            vocab_size=64,
-            bos_token_id=63,
-            embed_dim=32,
-            cross_attention_frequency=1,
-        ),
-        batch=64,
-        image_tokens=65,
-    ),
-    "vit_l": Shape(replace(VIT_G, encoder_hidden_size=1024), batch=4, image_tokens=257),
-    "vit_g": Shape(VIT_G, batch=4, image_tokens=257),
+VIT_L = replace(VIT_G, encoder_hidden_size=1024)
+SCENES = replace(
+    VIT_G,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=256,
+    encoder_hidden_size=64,
+    num_query_tokens=8,
+    vocab_size=64,
+    bos_token_id=63,
+    embed_dim=32,
+    cross_attention_frequency=1,
+)
+# a training step; the embedded scenes take seconds
+STAGE1_SHAPES = {
+    "scenes": Shape(SCENES, batch=64, image_tokens=65, where="test"),
+    "vit_l_b8": Shape(VIT_L, batch=8, image_tokens=257),
+    "vit_g_b8": Shape(VIT_G, batch=8, image_tokens=257),
+    "vit_g_b16": Shape(VIT_G, batch=16, image_tokens=257),
+    "vit_g_b32": Shape(VIT_G, batch=32, image_tokens=257),
+    **{
+        f"vit_g_b{batch}_cuda": Shape(VIT_G, batch=batch, image_tokens=257, where="cuda")
+        for batch in (64, 128, 256, 512)
+    },
 }
-# the full sizes are timed, not tested
-NAMES = [
-    "scenes",
-    *(pytest.param(name, marks=pytest.mark.fullsize) for name in SHAPES if name != "scenes"),
-]
+# the peak of a step, each contender in a process of its own
+STAGE1_MEMORY_SHAPES = {
+    "scenes": STAGE1_SHAPES["scenes"],
+    "vit_g_b16": STAGE1_SHAPES["vit_g_b16"],
+    "vit_g_b64": Shape(VIT_G, batch=64, image_tokens=257),
+}
+# queries on image tokens, no text
+INFERENCE_SHAPES = {
+    "scenes_b4": Shape(SCENES, batch=4, image_tokens=65, where="test"),
+    "vit_l_b1": Shape(VIT_L, batch=1, image_tokens=257),
+    "vit_g_b1": Shape(VIT_G, batch=1, image_tokens=257),
+    "vit_g_b4": Shape(VIT_G, batch=4, image_tokens=257),
+    **{
+        f"vit_g_b{batch}_cuda": Shape(VIT_G, batch=batch, image_tokens=257, where="cuda")
+        for batch in (1, 32, 256)
+    },
+}

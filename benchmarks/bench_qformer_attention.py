@@ -1,0 +1,137 @@
+"""The Q-Former's attentions, forward and with their gradients.
+
+Rivals work on padded data with a mask where the token buffer has texts of their own lengths, and on
+copies of an image's keys and values where several query blocks read it. Padding is not timed, the
+copies are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from attention_inputs import CrossInputs, Results, SelfInputs
+from attention_rivals import cross_providers, self_providers
+from comparing import Work
+from shapes import BI, CROSS_SHAPES, SELF_SHAPES, UNI, CrossShape, Placed, SelfShape, cells
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# relative norm from the fp32 formula; a GPU's fp32 products may be TF32
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
+# scores and sums forward; five products of the same size backward
+FORWARD_PRODUCTS, ALL_PRODUCTS = 2, 7
+DROPOUT = 0.1
+
+
+def variants(table: Mapping[str, Placed]) -> list[Any]:
+    """Shapes by dtype, direction and dropout; on a GPU bf16 alone."""
+    params = []
+    for cell in cells(table):
+        (name,) = cell.values
+        where = table[name].where
+        for dtype in ("bf16",) if where == "cuda" else DTYPES:
+            for direction in ("forward", "train"):
+                rates = [0.0]
+                if where == "test" or (where == "cuda" and direction == "train"):
+                    rates.append(DROPOUT)
+                params += [
+                    pytest.param(
+                        name,
+                        dtype,
+                        direction,
+                        p,
+                        marks=cell.marks,
+                        id=f"{name}-{dtype}-{direction}" + ("-dropout" if p else ""),
+                    )
+                    for p in rates
+                ]
+    return params
+
+
+def visible_pairs(shape: SelfShape) -> int:
+    """How many pairs of a query or text row with a key the masks let through."""
+    N, Q = shape.blocks, shape.queries
+    pairs = N * Q * Q
+    for kind, T in zip(
+        (kind for kind in shape.kinds for _ in range(N)), shape.lengths(), strict=True
+    ):
+        if kind is UNI:
+            pairs += T * T
+        else:
+            pairs += T * Q + (T * T + Q * T if kind is BI else T * (T + 1) // 2)
+    return pairs
+
+
+def self_work(shape: SelfShape, itemsize: int, train: bool) -> Work:
+    """qkv in, output out; backward qkv, output and its gradient in, the gradient of qkv out."""
+    rows = shape.blocks * shape.queries + sum(shape.lengths())
+    row = shape.heads * shape.width * itemsize
+    products = ALL_PRODUCTS if train else FORWARD_PRODUCTS
+    flops = 2 * products * visible_pairs(shape) * shape.heads * shape.width
+    return Work(flops, rows * row * (12 if train else 4), input_bytes=4 * rows * row)
+
+
+def cross_work(shape: CrossShape, itemsize: int, train: bool) -> Work:
+    """Keys and values of an image once each way, however many blocks read it."""
+    C, S = shape.heads * shape.width, shape.image_tokens
+    rows = shape.blocks * shape.queries
+    queries, images = rows * C * itemsize, 2 * shape.num_images() * S * C * itemsize
+    products = ALL_PRODUCTS if train else FORWARD_PRODUCTS
+    moved = 6 * queries + 3 * images if train else 2 * queries + images
+    return Work(2 * products * rows * S * C, moved, input_bytes=2 * queries + images)
+
+
+def agree(inputs: SelfInputs | CrossInputs, results: Results) -> None:
+    """Raise AssertionError where an output or gradient is not what the formula gives in fp32."""
+    assert len(results) == len(inputs.truth)
+    tolerance = TOLERANCE[results[0].dtype]
+    for which, (found, expected) in enumerate(zip(results, inputs.truth, strict=True)):
+        assert found.shape == expected.shape, f"result {which}: shape {list(found.shape)}"
+        error = float((found.float() - expected).norm() / expected.norm())
+        assert error < tolerance, f"result {which}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(("name", "dtype", "direction", "p"), variants(SELF_SHAPES))
+def bench_self(
+    name: str,
+    dtype: str,
+    direction: str,
+    p: float,
+    device: torch.device,
+    timed: bool,
+    compare: Callable[..., None],
+) -> None:
+    shape, kind, train = SELF_SHAPES[name], DTYPES[dtype], direction == "train"
+    compiled = timed and shape.headline and not p
+    compare(
+        self_providers(p, compiled),
+        lambda seed: SelfInputs(shape, kind, device, train, seed),
+        agree,
+        work=self_work(shape, kind.itemsize, train),
+        dtype=kind,
+        judged=self_providers(0.0, compiled) if p else None,
+    )
+
+
+@pytest.mark.parametrize(("name", "dtype", "direction", "p"), variants(CROSS_SHAPES))
+def bench_cross(
+    name: str,
+    dtype: str,
+    direction: str,
+    p: float,
+    device: torch.device,
+    timed: bool,
+    compare: Callable[..., None],
+) -> None:
+    shape, kind, train = CROSS_SHAPES[name], DTYPES[dtype], direction == "train"
+    compiled = timed and shape.headline and not p
+    compare(
+        cross_providers(p, compiled),
+        lambda seed: CrossInputs(shape, kind, device, train, seed),
+        agree,
+        work=cross_work(shape, kind.itemsize, train),
+        dtype=kind,
+        judged=cross_providers(0.0, compiled) if p else None,
+    )
