@@ -6,12 +6,13 @@ the backward pass: the inputs, the output and the lse.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from blip2fast.ops import _attention_cpu
+from blip2fast.ops import _attention_cpu, _attention_cpu_cross
 from blip2fast.ops.attention_layout import AttentionLayout, KVIndex, wide_dtype
 
 _LAYOUT = (
@@ -78,9 +79,25 @@ def _pack_index(
     return KVIndex(index, order, offsets)
 
 
-def _backend(impl: str) -> Any:
-    """The functions `self_forward`, `self_backward`, `cross_forward`, `cross_backward`."""
-    return _attention_cpu
+class _Functions(NamedTuple):
+    """A backend's, as in kernels/qformer_attention/README.md."""
+
+    self_forward: Callable[..., tuple[Tensor, Tensor]]
+    self_backward: Callable[..., Tensor]
+    cross_forward: Callable[..., tuple[Tensor, Tensor]]
+    cross_backward: Callable[..., tuple[Tensor, Tensor]]
+
+
+_CPU = _Functions(
+    _attention_cpu.self_forward,
+    _attention_cpu.self_backward,
+    _attention_cpu_cross.cross_forward,
+    _attention_cpu_cross.cross_backward,
+)
+
+
+def _backend(impl: str) -> _Functions:
+    return _CPU
 
 
 @torch.library.impl("blip2fast::qformer_attention", "CompositeExplicitAutograd")

@@ -1,0 +1,176 @@
+"""Cross-attention of the backend `sdpa` on a CPU: who reads which image.
+
+The uses of an image are folded into the rows of one problem, which reads its keys and values once
+and adds up their gradient. Control flow looks at index tensors, which on a CPU makes nobody wait.
+
+Shapes: N query blocks, Q queries, B images, S image tokens, H heads, D head width; m images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip2fast.ops._attention_core import (
+    CHUNK_ELEMENTS,
+    WORTH_A_CALL_FLOP,
+    Dropout,
+    Ints,
+    attend,
+    attend_backward,
+    pick,
+)
+from blip2fast.ops.attention_layout import KVIndex, wide_dtype
+
+
+@dataclass(frozen=True)
+class _Uses:
+    """Images that are read equally often, and the blocks that read them.
+
+    Attributes:
+        images: `[m]`.
+        blocks: `[m, uses]`.
+    """
+
+    images: Ints
+    blocks: Ints
+
+
+def _uses(index: KVIndex | None, kv: Tensor, flop_per_use: float) -> Iterator[_Uses]:
+    """Every block once, in pieces of a size that is worth a call."""
+    if index is None:
+        images = np.arange(kv.shape[0])
+        groups = [_Uses(images, images[:, None])]
+    else:
+        offsets = index.offsets.numpy().astype(np.int64)
+        order, counts = index.order.numpy().astype(np.int64), np.diff(offsets)
+        groups = []
+        for count in np.unique(counts[counts > 0]):
+            images = np.flatnonzero(counts == count)
+            groups.append(_Uses(images, order[offsets[images, None] + np.arange(count)]))
+    threads = torch.get_num_threads()
+    for group in groups:
+        step = max(1, CHUNK_ELEMENTS * threads // max(kv[0].numel(), 1))
+        consecutive = (np.diff(group.images) == 1).all()
+        if not consecutive and flop_per_use * group.blocks.shape[1] > WORTH_A_CALL_FLOP * threads:
+            # one by one, which copies nothing
+            step = 1
+        for start in range(0, len(group.images), step):
+            chosen = slice(start, start + step)
+            yield _Uses(group.images[chosen], group.blocks[chosen])
+
+
+def _fold(x: Tensor, blocks: Ints) -> Tensor:
+    """`[m, uses * Q, ...]`: the rows of each image's blocks; `x` `[N or 1, Q, ...]`."""
+    m, uses = blocks.shape
+    shared = x.shape[0] == 1
+    x = x.expand(m * uses, *x.shape[1:]) if shared else pick(x, blocks)
+    return x if uses == 1 else x.unflatten(0, (m, uses)).flatten(1, 2)
+
+
+def _unfold(x: Tensor, blocks: Ints, values: Tensor) -> None:
+    """`x[blocks] = values`, the inverse of `_fold`."""
+    x[torch.from_numpy(blocks.ravel())] = values.reshape(-1, *x.shape[1:]).to(x.dtype)
+
+
+def _key_bias(key_mask: Tensor | None, uses: _Uses) -> tuple[Tensor | None, Tensor | None]:
+    """What hides keys, and which images `[m]` show none; None where nothing is hidden."""
+    if key_mask is None:
+        return None, None
+    visible = pick(key_mask, uses.images)
+    if visible.all():
+        return None, None
+    blind = ~visible.any(1)
+    # a blind image is attended to like any other, and its results are then replaced
+    bias = torch.zeros(visible.shape).masked_fill_(~(visible | blind[:, None]), -torch.inf)
+    return bias[:, None, None], blind[:, None, None]
+
+
+def _dropout(philox: Tensor | None, p: float, uses: _Uses, Q: int) -> Dropout | None:
+    if philox is None or p == 0:
+        return None
+    rows = (uses.blocks[..., None] * Q + np.arange(Q)).reshape(len(uses.blocks), -1)
+    return Dropout(philox, p, torch.from_numpy(rows))
+
+
+def cross_forward(
+    q: Tensor,
+    kv: Tensor,
+    index: KVIndex | None,
+    key_mask: Tensor | None,
+    num_blocks: int,
+    scale: float,
+    dropout_p: float,
+    philox: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`(out [N, Q, H, D], lse [N, Q, H])` from `q` `[N or 1, Q, H, D]`, `kv` `[B, S, 2, H, D]`."""
+    _, Q, H, D = q.shape
+    S = kv.shape[1]
+    out = q.new_zeros(num_blocks, Q, H, D)
+    lse = q.new_full((num_blocks, Q, H), -torch.inf, dtype=wide_dtype(q.dtype))
+    if out.numel() == 0 or S == 0:
+        return out, lse
+    for uses in _uses(index, kv, 4.0 * Q * S * H * D):
+        k, v = pick(kv, uses.images).unbind(2)
+        bias, blind = _key_bias(key_mask, uses)
+        dropout = _dropout(philox, dropout_p, uses, Q)
+        output, statistics = attend(_fold(q, uses.blocks), k, v, bias, scale, dropout)
+        if blind is not None:
+            output = output.masked_fill(blind[..., None], 0)
+            statistics = statistics.masked_fill(blind, -torch.inf)
+        _unfold(out, uses.blocks, output)
+        _unfold(lse, uses.blocks, statistics)
+    return out, lse
+
+
+def cross_backward(
+    dout: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    index: KVIndex | None,
+    key_mask: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    philox: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`(dq, dkv [B, S, 2, H, D])`, `dq` of the shape of `q`."""
+    N, Q, H, D = out.shape
+    S = kv.shape[1]
+    dkv = kv.new_zeros(kv.shape)
+    shared = q.shape[0] == 1 and N != 1
+    # queries that all blocks share add up before they are rounded
+    dq = q.new_zeros(q.shape, dtype=lse.dtype if shared else q.dtype)
+    if out.numel() == 0 or S == 0:
+        return dq.to(q.dtype), dkv
+    for uses in _uses(index, kv, 4.0 * Q * S * H * D):
+        k, v = pick(kv, uses.images).unbind(2)
+        bias, blind = _key_bias(key_mask, uses)
+        d_output, statistics = _fold(dout, uses.blocks), _fold(lse, uses.blocks)
+        if blind is not None:
+            d_output = d_output.masked_fill(blind[..., None], 0)
+            statistics = statistics.masked_fill(blind, 0)
+        grads = attend_backward(
+            d_output,
+            _fold(q, uses.blocks),
+            k,
+            v,
+            _fold(out, uses.blocks),
+            statistics,
+            bias,
+            scale,
+            _dropout(philox, dropout_p, uses, Q),
+        )
+        if shared:
+            dq += grads[0].unflatten(1, (-1, Q)).sum((0, 1), dtype=dq.dtype)
+        else:
+            _unfold(dq, uses.blocks, grads[0])
+        images = torch.from_numpy(uses.images)
+        dkv[images, :, 0] = grads[1].to(dkv.dtype)
+        dkv[images, :, 1] = grads[2].to(dkv.dtype)
+    return dq.to(q.dtype), dkv
