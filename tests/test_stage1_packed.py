@@ -192,6 +192,39 @@ def test_match_by_image_index_is_match_of_repeated_images(small_batch: dict[str,
         model.match(images, *text, image_index=index + 1)
 
 
+def test_texts_on_the_cpu_are_packed_there(small_batch: dict[str, Tensor]) -> None:
+    texts = small_model()._texts(small_batch["input_ids"], small_batch["attention_mask"], None)
+    moved = texts.to(torch.device("meta"))
+    assert moved.ids.device.type == moved.positions.device.type == "meta"
+    assert moved.lengths.device.type == "cpu"
+    assert moved.longest == int(small_batch["attention_mask"].sum(1).max())
+    assert texts.to(texts.ids.device) is texts
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_gpu_agrees_with_the_cpu_and_never_waits(
+    small_batch: dict[str, Tensor], dropout: float
+) -> None:
+    config = replace(SMALL, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    model = small_model(config).float()
+    batch = {**small_batch, "image_embeds": small_batch["image_embeds"].float()}
+    truth = model(**batch, negatives=NEGATIVES).loss
+    model.cuda()
+    batch["image_embeds"] = batch["image_embeds"].cuda()
+    negatives = tuple(index.cuda() for index in NEGATIVES)
+    model(**batch).loss.backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**batch).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    if dropout == 0:
+        assert relative_error(model(**batch, negatives=negatives).loss.cpu(), truth) < 1e-4
+
+
 @pytest.mark.slow
 def test_half_the_arithmetic() -> None:
     """ViT-g, 16 pairs, 12 words of 32 on average: forward and backward against the textbook.

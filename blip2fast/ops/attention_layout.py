@@ -116,7 +116,7 @@ class AttentionLayout:
             raise ValueError(f"blocks: expected [{n}], one for each text, got {list(sees.shape)}")
         if sees.device.type == "cpu":
             _check_blocks(codes, sees, num_blocks)
-        codes, sees, given = codes.to(device), sees.to(device), given.to(device)
+        codes, sees, given = (x.to(device, non_blocking=True) for x in (codes, sees, given))
         # UNIMODAL texts see no block: sorted behind all others
         block = torch.where(codes == KIND_CODES[MaskKind.UNIMODAL], num_blocks, sees)
         bidirectional = codes == KIND_CODES[MaskKind.BIDIRECTIONAL]
