@@ -65,6 +65,10 @@ BLIP2FAST_DEVICE void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
+BLIP2FAST_DEVICE int shuffle_xor(int value, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
+
 // The compiler may not lift loads over this line, where it has no registers for them.
 BLIP2FAST_DEVICE void loads_stay_below() {
   __syncwarp();
@@ -97,13 +101,60 @@ BLIP2FAST_DEVICE void mma<BFloat16>(float (&c)[4], const uint32_t (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Shared memory of the block, as many bytes as its launch gave.
+BLIP2FAST_DEVICE char* shared_memory() {
+  extern __shared__ __align__(1024) char blip2fast_shared[];
+  return blip2fast_shared;
+}
+BLIP2FAST_DEVICE void block_barrier() {
+  __syncthreads();
+}
+
+BLIP2FAST_DEVICE uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// Copy 16 bytes to shared memory in the background; zeros, and no read, unless `valid`.
+BLIP2FAST_DEVICE void copy16_async(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+// Close a group of copies; wait until at most LATEST groups of this thread are under way.
+BLIP2FAST_DEVICE void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int LATEST>
+BLIP2FAST_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LATEST) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements; lane 8i + r gives the address of row r of matrix i.
+BLIP2FAST_DEVICE void load_matrices(uint32_t (&matrix)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+BLIP2FAST_DEVICE void load_matrices_transposed(uint32_t (&matrix)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 template <typename Params>
-void launch(void (*kernel)(Params), int64_t blocks, int threads, void* stream, Params params) {
+void launch(void (*kernel)(Params), int64_t blocks, int threads, void* stream, Params params,
+            int shared_bytes = 0) {
   if (blocks == 0) return;
+  const void* entry = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 * 1024)
+    error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   void* arguments[] = {&params};
-  const cudaError_t error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                       dim3(threads), arguments, 0, static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(entry, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments,
+                             shared_bytes, static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 

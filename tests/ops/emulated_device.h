@@ -5,11 +5,13 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -28,7 +30,7 @@ struct float2 {
 
 namespace emulated {
 
-enum class Exchange { kNone, kShuffle, kTranspose, kMma, kWarpBarrier, kBlockBarrier };
+enum class Exchange { kNone, kShuffle, kTranspose, kMma, kLoad, kLoadTransposed, kWarpBarrier };
 
 // What a lane brings to an exchange; two sets, because a fast lane may reach the next exchange
 // before a slow one has read this one.
@@ -38,8 +40,16 @@ struct Slot {
   uint32_t value[6] = {};
 };
 
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+};
+
 struct Thread {
   ucontext_t context;
+  // copies happen when they are waited for, as late as the hardware may make them visible
+  std::deque<std::vector<Copy>> groups;
+  std::vector<Copy> open;
   std::unique_ptr<char[]> stack;
   int64_t arrived = 0;  // exchanges of the warp, and barriers of the block
   int64_t barriers = 0;
@@ -175,6 +185,8 @@ inline void run_block(Block& block) {
   for (Thread& thread : block.threads) {
     thread.arrived = thread.barriers = 0;
     thread.done = false;
+    thread.groups.clear();
+    thread.open.clear();
     if (!thread.stack) thread.stack.reset(new char[kStack]);
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
@@ -212,6 +224,82 @@ template <typename Format>
 float2 unpack(uint32_t pair) {
   return {emulated::decode<Format>(static_cast<uint16_t>(pair)),
           emulated::decode<Format>(static_cast<uint16_t>(pair >> 16))};
+}
+
+inline int shuffle_xor(int value, int mask) {
+  const uint32_t bits = static_cast<uint32_t>(value);
+  const auto lanes = emulated::meet(emulated::Exchange::kShuffle, mask, &bits, 1);
+  return static_cast<int>(lanes.of[(thread_index() % 32) ^ mask]->value[0]);
+}
+
+inline char* shared_memory() {
+  return emulated::running()->shared.data();
+}
+
+inline void block_barrier() {
+  emulated::Block& block = *emulated::running();
+  const int64_t meeting = ++block.threads[block.current].barriers;
+  for (emulated::Thread& other : block.threads) {
+    while (other.barriers < meeting) {
+      if (other.done) emulated::fail("a thread left the kernel while others wait for it");
+      emulated::yield();
+    }
+  }
+}
+
+inline void copy16_async(void* shared, const void* global, bool valid) {
+  emulated::Block& block = *emulated::running();
+  const char* at = static_cast<char*>(shared);
+  const char* begin = block.shared.data();
+  if (at < begin || at + 16 > begin + block.shared.size() || (at - begin) % 16 != 0)
+    emulated::fail("a copy outside shared memory, or not at 16 bytes");
+  block.threads[block.current].open.push_back({shared, valid ? global : nullptr});
+}
+inline void copy_commit() {
+  emulated::Block& block = *emulated::running();
+  emulated::Thread& thread = block.threads[block.current];
+  thread.groups.push_back(std::move(thread.open));
+  thread.open.clear();
+}
+template <int LATEST>
+void copy_wait() {
+  emulated::Block& block = *emulated::running();
+  auto& groups = block.threads[block.current].groups;
+  for (; groups.size() > LATEST; groups.pop_front()) {
+    for (const emulated::Copy& copy : groups.front()) {
+      if (copy.from == nullptr)
+        std::memset(copy.to, 0, 16);
+      else
+        std::memcpy(copy.to, copy.from, 16);
+    }
+  }
+}
+
+namespace emulated {
+inline void load(uint32_t (&matrix)[4], const void* row, bool transposed) {
+  uint32_t address[2];
+  std::memcpy(address, &row, sizeof row);
+  const auto lanes = meet(transposed ? Exchange::kLoadTransposed : Exchange::kLoad, 0, address, 2);
+  const int lane = thread_index() % 32, r = lane / 4, c = lane % 4 * 2;
+  const auto element = [&](int i, int at_row, int at_column) {
+    const uint16_t* data;
+    std::memcpy(&data, lanes.of[8 * i + at_row]->value, sizeof data);
+    return static_cast<uint32_t>(data[at_column]);
+  };
+  for (int i = 0; i < 4; ++i) {
+    matrix[i] = transposed ? element(i, c, r) | element(i, c + 1, r) << 16
+                           : element(i, r, c) | element(i, r, c + 1) << 16;
+  }
+  // the rows must be read before a lane goes on and another may write to them
+  meet(Exchange::kWarpBarrier, 1, nullptr, 0);
+}
+}  // namespace emulated
+
+inline void load_matrices(uint32_t (&matrix)[4], const void* row) {
+  emulated::load(matrix, row, false);
+}
+inline void load_matrices_transposed(uint32_t (&matrix)[4], const void* row) {
+  emulated::load(matrix, row, true);
 }
 
 inline float shuffle_xor(float value, int mask) {
@@ -264,12 +352,15 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 
 template <typename Params>
-void launch(void (*kernel)(Params), int64_t blocks, int threads, void*, Params params) {
+void launch(void (*kernel)(Params), int64_t blocks, int threads, void*, Params params,
+            int shared_bytes = 0) {
   emulated::Block block;
+  block.shared = std::vector<char>(shared_bytes);
   block.threads = std::vector<emulated::Thread>(threads);
   block.body = [&] { kernel(params); };
   for (int64_t index = 0; index < blocks; ++index) {
     block.index = index;
+    std::fill(block.shared.begin(), block.shared.end(), '\xFF');  // NaN until written
     emulated::run_block(block);
   }
 }

@@ -198,3 +198,15 @@ def test_cross_attention_rejects_what_it_would_misread(
     }
     with pytest.raises(RuntimeError, match=message):
         kernels.qformer_cross_attention(*(arguments | change).values())
+
+
+def test_schemas_tell_the_truth(kernels: torch._ops._OpNamespace) -> None:
+    q, kv, _, _, _ = _inputs(CASES["window"])
+    arguments = (q, kv, None, None, None, len(q), 0.1, 0.0)
+    op = kernels.qformer_cross_attention
+    torch.library.opcheck(op.default, arguments, test_utils="test_schema")
+    out, lse = op(*arguments)
+    gradients = (torch.zeros_like(q), torch.zeros_like(kv))
+    arguments = (out, q, kv, out, lse, *[None] * 5, len(q), 0.1, 0.0, *gradients)
+    op = kernels.qformer_cross_attention_backward
+    torch.library.opcheck(op.default, arguments, test_utils="test_schema")

@@ -122,7 +122,7 @@ SPILLS = {
 
 def _kernel_name(mangled: str) -> str:
     """`name<numbers, fused>` of a mangled template instance."""
-    match = re.match(r"_ZN9blip2fast\d+(?P<name>\w+?_kernel)I", mangled)
+    match = re.match(r"_ZN9blip2fastL?\d+(?P<name>\w+?_kernel)", mangled)
     assert match, mangled
     numbers = re.findall(r"Li(\d+)E", mangled) + ["fused"] * ("Lb1E" in mangled)
     return f"{match['name']}<{','.join(numbers)}>"
@@ -134,7 +134,9 @@ def test_kernels_fit_their_registers() -> None:
     report = _cuobjdump("-res-usage")
     assert {"arch = sm_80", "arch = sm_90a"} <= set(report.splitlines())
     kernels = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", report)
-    assert len(kernels) >= 2 * 2 * 16  # architectures, formats, kernels
+    assert len(kernels) >= 2 * (
+        2 * (16 + 4) + 4
+    )  # architectures; formats, kernels of each and of none
     spilled = {_kernel_name(name): int(stack) for name, _, stack, _ in kernels if int(stack)}
     assert {name for name, stack in spilled.items() if stack > SPILLS.get(name, 0)} == set()
     assert max(int(registers) for _, registers, _, _ in kernels) <= 255
@@ -146,8 +148,11 @@ def test_kernels_multiply_on_tensor_cores() -> None:
     functions = re.split(r"Function : (\w+)", code)[1:]
     by_name = dict(zip(functions[::2], functions[1::2], strict=True))
     assert by_name
+    sums = ("itc_rows", "itc_columns", "itc_join")  # no products in these
     for name, body in by_name.items():
-        kind = "HMMA.16816.F32.BF16" if "BFloat16" in name else "HMMA.16816.F32 "
-        assert kind in body, name
         assert "ATOM" not in body, name  # sums in a fixed order
         assert "RED." not in body, name
+        if _kernel_name(name).startswith(sums):
+            continue
+        kind = "HMMA.16816.F32.BF16" if "BFloat16" in name else "HMMA.16816.F32 "
+        assert kind in body, name

@@ -1,0 +1,77 @@
+#include "itc.h"
+#include "itc_gradient.h"
+#include "itc_similarity.h"
+#include "itc_statistics.h"
+#include "qformer_attention.h"
+
+namespace blip2fast {
+namespace {
+
+int64_t ceil_divide(int64_t value, int64_t by) {
+  return (value + by - 1) / by;
+}
+
+template <typename Format>
+void similarity(const ItcSweep& p, void* stream) {
+  const SimilarityParams params = {p, similarity_grid(p.end - p.begin, p.texts)};
+  const int slices = (p.dim + kSlice - 1) / kSlice;
+  launch(itc_similarity_kernel<Format>, params.grid.groups * params.grid.splits, kSimilarityThreads,
+         stream, params, slices * kImageSlice + 2 * kTextStage);
+}
+
+template <typename Format>
+void gradient(const ItcSweep& p, void* stream) {
+  launch(itc_gradient_kernel<Format, true>,
+         ceil_divide(p.end - p.begin, kGradientRows / kItcQueries), kGradientThreads, stream, p,
+         kGradientShared);
+  launch(itc_gradient_kernel<Format, false>, ceil_divide(p.texts, kGradientRows) * p.text_splits,
+         kGradientThreads, stream, p, kGradientShared);
+}
+
+template <typename Format>
+void join_gradient(const ItcSweep& p, void* stream) {
+  launch(itc_join_text_kernel<Format>, ceil_divide(p.texts * p.dim, 2 * kStatisticsThreads),
+         kStatisticsThreads, stream, p);
+  launch(itc_join_temp_kernel, 1, 32, stream, p);
+}
+
+}  // namespace
+
+int64_t itc_segment_rows(int64_t images) {
+  const int64_t rows = ceil_divide(images, kItcMaxSegments);
+  return ceil_divide(rows > 64 ? rows : 64, kImageTile) * kImageTile;
+}
+
+int itc_text_splits(int64_t images, int64_t texts) {
+  // two waves of 132 multiprocessors, at least 32 images to a part
+  const int64_t tiles = ceil_divide(texts, kGradientRows);
+  const int64_t wanted = tiles > 0 ? ceil_divide(264, tiles) : 1, most = images / 32;
+  return static_cast<int>(wanted < most ? wanted : (most > 1 ? most : 1));
+}
+
+void itc_similarity(const ItcSweep& p, Format16 format, void* stream) {
+  format == Format16::kHalf ? similarity<Half>(p, stream) : similarity<BFloat16>(p, stream);
+}
+
+void itc_statistics(const ItcSweep& p, void* stream) {
+  launch(itc_rows_kernel, ceil_divide(p.end - p.begin, kStatisticsThreads / 32), kStatisticsThreads,
+         stream, p);
+  const int64_t across = ceil_divide(p.texts, 2 * kStatisticsThreads);
+  launch(itc_columns_kernel, across * ceil_divide(p.end - p.begin, p.segment_rows),
+         kStatisticsThreads, stream, p);
+}
+
+void itc_join_columns(const ItcSweep& p, void* stream) {
+  launch(itc_join_columns_kernel, ceil_divide(p.texts, kStatisticsThreads), kStatisticsThreads,
+         stream, p);
+}
+
+void itc_gradient(const ItcSweep& p, Format16 format, void* stream) {
+  format == Format16::kHalf ? gradient<Half>(p, stream) : gradient<BFloat16>(p, stream);
+}
+
+void itc_join_gradient(const ItcSweep& p, Format16 format, void* stream) {
+  format == Format16::kHalf ? join_gradient<Half>(p, stream) : join_gradient<BFloat16>(p, stream);
+}
+
+}  // namespace blip2fast

@@ -1,0 +1,64 @@
+// All pairs of images and texts: greatest similarity over an image's queries, statistics of rows
+// and columns, gradients. kernels/itc/README.md has the maths and the meaning of every tensor.
+#pragma once
+
+#include <cstdint>
+
+namespace blip2fast {
+
+enum class Format16;
+
+constexpr int kItcQueries = 32;      // queries of an image, at most; fewer are padded
+constexpr int kItcWidth = 256;       // feature width, at most; a multiple of 8
+constexpr int kItcStatistics = 6;    // of a row or column: kernels/itc/interface.py
+constexpr int kItcMaxSegments = 32;  // parts of a column whose statistics are joined
+
+// One chunk of rows. Strides in elements; features are contiguous.
+struct ItcSweep {
+  const uint16_t* image;  // [M, Q, D]
+  int64_t image_row, image_query;
+  const uint16_t* text;  // [N, D]
+  int64_t text_row;
+  int64_t images, texts;  // M, N
+  int queries, dim;
+  const float* temp;
+  const int64_t *row_ids, *column_ids;  // or null, both
+  int64_t first_row;
+  const int64_t* philox;  // or null: no negatives
+
+  int64_t begin, end;  // the chunk: images begin .. end - 1
+  float* sim;          // [end - begin, N]
+  uint8_t* arg;        // [end - begin, N]
+
+  float* rows;            // [6, M]
+  int64_t* row_index;     // [2, M]
+  int64_t segment_rows;   // a multiple of it begins a chunk
+  float* parts;           // [segments, 6, N]
+  int32_t* part_index;    // [segments, 2, N]
+  float* columns;         // [6, N]
+  int64_t* column_index;  // [2, N]
+
+  // gradient
+  const float *row_lse, *row_weight;        // [M], [3, M]
+  const float *column_lse, *column_weight;  // [N], [3, N]
+  bool local;
+  uint16_t* d_image;    // [M, Q, D] contiguous
+  int text_splits;      // parts of the images whose d_text are added up in order
+  float* d_text_parts;  // [text_splits, N, D]
+  uint16_t* d_text;     // [N, D] contiguous
+  float* d_temp_parts;  // [ceil(M / 4)]
+  float* d_temp;
+};
+
+// Rows of a segment, and a sensible number of parts for d_text, for a shape.
+int64_t itc_segment_rows(int64_t images);
+int itc_text_splits(int64_t images, int64_t texts);
+
+// Each on a cudaStream_t; raise std::runtime_error where a launch fails.
+void itc_similarity(const ItcSweep& p, Format16 format, void* stream);
+void itc_statistics(const ItcSweep& p, void* stream);
+void itc_join_columns(const ItcSweep& p, void* stream);
+void itc_gradient(const ItcSweep& p, Format16 format, void* stream);
+void itc_join_gradient(const ItcSweep& p, Format16 format, void* stream);
+
+}  // namespace blip2fast
