@@ -170,12 +170,12 @@ blip2fast::CrossAttention cross_attention(const Tensor& q, const Tensor& kv,
   return p;
 }
 
-std::tuple<Tensor, Tensor> qformer_cross_attention(const Tensor& q, const Tensor& kv,
-                                                   const std::optional<Tensor>& kv_index,
-                                                   const std::optional<Tensor>& key_mask,
-                                                   const std::optional<Tensor>& philox,
-                                                   int64_t num_blocks, double scale,
-                                                   double dropout_p) {
+std::tuple<Tensor, Tensor> qformer_cross_attention_fwd(const Tensor& q, const Tensor& kv,
+                                                       const std::optional<Tensor>& kv_index,
+                                                       const std::optional<Tensor>& key_mask,
+                                                       const std::optional<Tensor>& philox,
+                                                       int64_t num_blocks, double scale,
+                                                       double dropout_p) {
   auto p = cross_attention(q, kv, kv_index, key_mask, philox, num_blocks, scale, dropout_p);
   Tensor out = torch::stable::new_empty(q, {num_blocks, q.size(1), q.size(2), q.size(3)});
   Tensor lse = torch::stable::new_empty(q, {num_blocks, q.size(1), q.size(2)}, ScalarType::Float);
@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor> qformer_cross_attention(const Tensor& q, const Tensor
   return {out, lse};
 }
 
-void qformer_cross_attention_backward(
+void qformer_cross_attention_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& kv, const Tensor& out, const Tensor& lse,
     const std::optional<Tensor>& kv_index, const std::optional<Tensor>& order,
     const std::optional<Tensor>& offsets, const std::optional<Tensor>& key_mask,
@@ -397,10 +397,10 @@ STABLE_TORCH_LIBRARY(blip2fast_C, m) {
       "int first_column) -> Tensor");
 #ifdef BLIP2FAST_KERNELS
   m.def(
-      "qformer_cross_attention(Tensor q, Tensor kv, Tensor? kv_index, Tensor? key_mask, "
+      "qformer_cross_attention_fwd(Tensor q, Tensor kv, Tensor? kv_index, Tensor? key_mask, "
       "Tensor? philox, int num_blocks, float scale, float dropout_p) -> (Tensor, Tensor)");
   m.def(
-      "qformer_cross_attention_backward(Tensor dout, Tensor q, Tensor kv, Tensor out, "
+      "qformer_cross_attention_bwd(Tensor dout, Tensor q, Tensor kv, Tensor out, "
       "Tensor lse, Tensor? kv_index, Tensor? order, Tensor? offsets, Tensor? key_mask, "
       "Tensor? philox, int num_blocks, float scale, float dropout_p, Tensor(a!) dq, "
       "Tensor(b!) dkv) -> ()");
@@ -430,8 +430,8 @@ STABLE_TORCH_LIBRARY_IMPL(blip2fast_emulated, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(blip2fast_C, CUDA, m) {
 #endif
-  m.impl("qformer_cross_attention", TORCH_BOX(&qformer_cross_attention));
-  m.impl("qformer_cross_attention_backward", TORCH_BOX(&qformer_cross_attention_backward));
+  m.impl("qformer_cross_attention_fwd", TORCH_BOX(&qformer_cross_attention_fwd));
+  m.impl("qformer_cross_attention_bwd", TORCH_BOX(&qformer_cross_attention_bwd));
   m.impl("itc_sweep", TORCH_BOX(&itc_sweep));
   m.impl("itc_sweep_grad", TORCH_BOX(&itc_sweep_grad));
 }

@@ -11,8 +11,7 @@ from blip2fast.ops.dispatch import COMPILED_NOT_RUN, Backend
 
 MIN_WIDTH, MAX_WIDTH = 16, 128
 MAX_QUERIES, MAX_TEXT_TOKENS, MAX_IMAGE_TOKENS = 256, 512, 16384
-_FORWARD_OPS = {True: "qformer_cross_attention_fwd", False: "qformer_attention_fwd"}
-_NOT_BUILT = {cross: _extension.why_not(name) for cross, name in _FORWARD_OPS.items()}
+_NOT_BUILT = _extension.why_not("qformer_cross_attention_fwd")
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -55,7 +54,11 @@ def _kernel_reasons(call: AttentionCall) -> list[str]:
 
 
 def _cuda_reasons(call: AttentionCall) -> list[str]:
-    reasons = [_NOT_BUILT[call.cross]] if _NOT_BUILT[call.cross] else []
+    reasons = [_NOT_BUILT] if _NOT_BUILT else []
+    if not call.cross:
+        reasons.append("self-attention: csrc/ has cross-attention alone")
+    if call.width % 8:
+        reasons.append(f"head width {call.width}: only multiples of 8")
     if call.dtype not in HALVES:
         reasons.append(f"{call.dtype}: only float16 and bfloat16")
     return reasons + _kernel_reasons(call)

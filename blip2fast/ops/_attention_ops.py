@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blip2fast.ops import _attention_cpu, _attention_cpu_cross
+from blip2fast.ops import _attention_cpu, _attention_cpu_cross, _attention_cuda
 from blip2fast.ops.attention_layout import AttentionLayout, KVIndex, wide_dtype
 
 _LAYOUT = (
@@ -96,8 +96,14 @@ _CPU = _Functions(
 )
 
 
+# self-attention never gets here: `_attention_backends` refuses it
+_CUDA = _CPU._replace(
+    cross_forward=_attention_cuda.cross_forward, cross_backward=_attention_cuda.cross_backward
+)
+
+
 def _backend(impl: str) -> _Functions:
-    return _CPU
+    return _CUDA if impl == "cuda" else _CPU
 
 
 @torch.library.impl("blip2fast::qformer_attention", "CompositeExplicitAutograd")

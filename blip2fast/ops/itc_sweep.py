@@ -71,6 +71,10 @@ def _kernel_reasons(call: ITCCall) -> list[str]:
 
 def _cuda_reasons(call: ITCCall) -> list[str]:
     reasons = _kernel_reasons(call)
+    if call.width > 256 or call.width % 8:
+        reasons.append(f"feature width {call.width}: only multiples of 8 up to 256")
+    if call.queries > 32:
+        reasons.append(f"{call.queries} queries: at most 32")
     if call.device != "cuda":
         reasons.append(f"features on {call.device}: needs a CUDA device")
     if call.dtype not in HALVES:

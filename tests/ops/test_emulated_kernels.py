@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from extension_build import build_extension, build_target, needs_compiler
 from torch import Tensor
 
 from blip2fast.kernels.qformer_attention import reference
+from blip2fast.ops import _attention_cuda
 from blip2fast.ops.attention_layout import KVIndex
 from blip2fast.ops.philox import philox_state
 
@@ -101,13 +103,13 @@ def test_cross_attention(kernels: torch._ops._OpNamespace, name: str) -> None:
     N, Q, H, D, p = (getattr(CASES[name], field) for field in ("N", "Q", "H", "D", "p"))
     scale = D**-0.5
     where = None if index is None else index.index
-    out, lse = kernels.qformer_cross_attention(q, kv, where, mask, philox, N, scale, p)
+    out, lse = kernels.qformer_cross_attention_fwd(q, kv, where, mask, philox, N, scale, p)
     d_out = torch.randn_like(out)
     # gradients go to buffers of any strides; what is not written stays NaN
     d_q = torch.full((N, Q, 2, H, D), torch.nan, dtype=q.dtype)[:, :, 1]
     d_kv = torch.full_like(kv, torch.nan)
     uses = (None, None) if index is None else (index.order, index.offsets)
-    kernels.qformer_cross_attention_backward(
+    kernels.qformer_cross_attention_bwd(
         d_out, q, kv, out, lse, where, *uses, mask, philox, N, scale, p, d_q, d_kv
     )
     if len(q) < N:
@@ -137,14 +139,38 @@ def test_cross_attention(kernels: torch._ops._OpNamespace, name: str) -> None:
     assert (out[~seen] == 0).all()
 
 
+def test_the_backend_takes_any_strides(
+    kernels: torch._ops._OpNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`impl="cuda"`'s own functions: queries shared by all blocks, rows at odd addresses."""
+    monkeypatch.setattr(_attention_cuda, "_OPS", kernels)
+    _, kv, index, mask, philox = _inputs(CASES["shared images"])
+    N, scale, p = 4, 0.125, 0.1
+    q = torch.randn(1, 8, 2, 65).bfloat16()[..., 1:]
+    kv = F.pad(kv, (3, 0))[..., 3:]
+    mask = mask.T.contiguous().T
+    options = (scale, p, philox)
+    out, lse = _attention_cuda.cross_forward(q, kv, index, mask, N, *options)
+    d_out = torch.randn_like(out).transpose(1, 2).contiguous().transpose(1, 2)
+    d_q, d_kv = _attention_cuda.cross_backward(d_out, q, kv, out, lse, index, mask, *options)
+    exact = [x.double().requires_grad_() for x in (q, kv)]
+    truth, _ = reference.qformer_cross_attention(*exact, index.index, mask, *options)
+    truth.backward(d_out.double())
+    assert d_q.shape == q.shape
+    for ours, theirs in ((out, truth), (d_q, exact[0].grad), (d_kv, exact[1].grad)):
+        # a few roundings to 8 bits of what is added up
+        error = (ours - theirs).abs().max() / theirs.abs().max()
+        assert error < 2**-6
+
+
 def test_cross_attention_is_deterministic(kernels: torch._ops._OpNamespace) -> None:
     q, kv, index, mask, philox = _inputs(CASES["shared images"])
     p = CASES["shared images"].p
     results = []
     for _ in range(2):
-        out, lse = kernels.qformer_cross_attention(q, kv, index.index, mask, philox, 4, 0.1, p)
+        out, lse = kernels.qformer_cross_attention_fwd(q, kv, index.index, mask, philox, 4, 0.1, p)
         d_q, d_kv = torch.empty_like(out), torch.empty_like(kv)
-        kernels.qformer_cross_attention_backward(
+        kernels.qformer_cross_attention_bwd(
             out,
             q,
             kv,
@@ -197,16 +223,16 @@ def test_cross_attention_rejects_what_it_would_misread(
         "dropout_p": 0.0,
     }
     with pytest.raises(RuntimeError, match=message):
-        kernels.qformer_cross_attention(*(arguments | change).values())
+        kernels.qformer_cross_attention_fwd(*(arguments | change).values())
 
 
 def test_schemas_tell_the_truth(kernels: torch._ops._OpNamespace) -> None:
     q, kv, _, _, _ = _inputs(CASES["window"])
     arguments = (q, kv, None, None, None, len(q), 0.1, 0.0)
-    op = kernels.qformer_cross_attention
+    op = kernels.qformer_cross_attention_fwd
     torch.library.opcheck(op.default, arguments, test_utils="test_schema")
     out, lse = op(*arguments)
     gradients = (torch.zeros_like(q), torch.zeros_like(kv))
     arguments = (out, q, kv, out, lse, *[None] * 5, len(q), 0.1, 0.0, *gradients)
-    op = kernels.qformer_cross_attention_backward
+    op = kernels.qformer_cross_attention_bwd
     torch.library.opcheck(op.default, arguments, test_utils="test_schema")

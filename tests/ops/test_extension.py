@@ -107,8 +107,8 @@ def _cuobjdump(*options: str) -> str:
 
 
 needs_cuda_build = pytest.mark.skipif(
-    not _extension.has_op("qformer_cross_attention"),
-    reason="built without CUDA: " + _extension.why_not("qformer_cross_attention"),
+    not _extension.has_op("qformer_cross_attention_fwd"),
+    reason="built without CUDA: " + _extension.why_not("qformer_cross_attention_fwd"),
 )
 
 # bytes of stack a kernel may use: registers that the compiler could not keep, addresses mostly
