@@ -55,7 +55,8 @@ def _dropout_add_layer_norm_bwd_kernel(
         rstd = tl.load(rstd_ptr + rows, mask=row_there, other=0.0)
         dout = tl.load(dout_ptr + at, mask=there, other=0.0).to(tl.float32)
         total = tl.load(total_ptr + at, mask=there, other=0.0).to(tl.float32)
-        unit = tl.where(there, (total - mean[:, None]) * rstd[:, None], 0.0)
+        # rows that are not there have an rstd of 0, columns that are not there a g of 0
+        unit = (total - mean[:, None]) * rstd[:, None]
         if PARAMETERS:
             dweight += dout * unit
             dbias += dout
@@ -70,7 +71,7 @@ def _dropout_add_layer_norm_bwd_kernel(
         if APART:
             tl.store(dx_ptr + at, dx, mask=there)
         if X_BIAS:
-            dx_bias += tl.where(there, dx, 0.0)
+            dx_bias += dx
     sums = sums_ptr + program.to(tl.int64) * 3 * C + columns
     if PARAMETERS:
         tl.store(sums, tl.sum(dweight, 0), mask=column_there)

@@ -20,13 +20,13 @@ def without_dropout(
 ) -> Tensor:
     """The op in PyTorch's differentiable functions, which `torch.compile` can fuse; `[R, C]`."""
     if x_bias is not None:
-        x = x + x_bias.to(x.dtype)
+        x = x + _as(x_bias, x.dtype)
     total = x if residual is None else x + residual
     wide = torch.promote_types(total.dtype, torch.float32)
-    normed = total.to(_norm_dtype(total, out_dtype))
+    normed = _as(total, _norm_dtype(total, out_dtype))
     # fp32 parameters beside half-precision data: the statistics are then kept in fp32
-    out = F.layer_norm(normed, normed.shape[-1:], weight.to(wide), bias.to(wide), eps)
-    return out.to(out_dtype)
+    weight, bias = _as(weight, wide), _as(bias, wide)
+    return _as(F.layer_norm(normed, normed.shape[-1:], weight, bias, eps), out_dtype)
 
 
 def forward(
@@ -119,6 +119,11 @@ def _norm_dtype(total: Tensor, out_dtype: torch.dtype) -> torch.dtype:
     if total.dtype == out_dtype and total.device.type == "cpu":
         return total.dtype
     return torch.promote_types(total.dtype, torch.float32)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, without the microsecond that a call costs where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _keep(x: Tensor, philox: Tensor, dropout_p: float) -> Tensor:

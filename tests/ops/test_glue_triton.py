@@ -108,16 +108,17 @@ def test_layer_norm_alone(p: float) -> None:
 
 
 @runs_kernels
-def test_layer_norm_types() -> None:
+@pytest.mark.parametrize("p", [0.0, P])
+def test_layer_norm_types(p: float) -> None:
     x, residual, weight, bias, x_bias = make_inputs(6, 40, torch.float32)
     half = x.detach().half().requires_grad_()
     inputs = (half, residual, weight, bias, x_bias)
-    out = op(P, *inputs)
+    out = op(p, *inputs)
     assert out.dtype == torch.float32
     grads = torch.autograd.grad(out.sin().sum(), inputs)
     assert [g.dtype for g in grads] == [y.dtype for y in inputs]
     with torch.no_grad():
-        torch.testing.assert_close(op(P, *inputs), out)
+        torch.testing.assert_close(op(p, *inputs), out)
 
 
 @runs_kernels
