@@ -46,7 +46,10 @@ def recompute_layers(language_model: PreTrainedModel) -> None:
             "train without it"
         )
     for layer in layers:
-        if "forward" not in vars(layer):
+        stream = vars(layer).get("_block_stream")
+        if stream is not None:
+            stream.recompute = True  # it calls the layer, so it recomputes it
+        elif "forward" not in vars(layer):
             layer.forward = partial(_recomputed, layer.forward)
 
 

@@ -238,7 +238,9 @@ def test_the_plan_of_a_large_run(world: Path, tmp_path: Path) -> None:
     assert stream.device["trained"] == 8 * trained.parameters
     assert stream.device["optimiser"] == 12 * trained.parameters
     assert stream.device["logits"] == 64 * 32 * 50272 * (2 + 2 + 4 + 4)
-    assert stream.device["activations"] < resident.device["activations"] / 4
+    assert stream.device["activations"] == resident.device["activations"]
+    again = options["stream, gradient_checkpointing"]
+    assert again.device["activations"] < resident.device["activations"] / 4
 
 
 def test_processes_share_the_optimiser_and_the_host(world: Path, tmp_path: Path) -> None:
@@ -260,7 +262,7 @@ def test_processes_share_the_optimiser_and_the_host(world: Path, tmp_path: Path)
     [
         (80, 500, ("none", False)),
         (24, 500, ("none", True)),
-        (12, 500, ("stream", False)),
+        (17, 500, ("stream", False)),
         (7, 500, ("stream", True)),
         (80, 1, None),
         (1, 500, None),
@@ -297,6 +299,7 @@ def test_fewer_bits_are_chosen_only_where_asked_for(world: Path, tmp_path: Path)
     run = large_run(world, tmp_path, offload="auto", stream_storage="int8")
     settled = settle_offload(run, memory=small)
     assert (settled.offload, settled.stream_storage) == ("stream", "int8")
+    assert settled.gradient_checkpointing
 
 
 def test_settings_that_contradict_are_refused(world: Path, tmp_path: Path) -> None:

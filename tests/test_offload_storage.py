@@ -91,8 +91,9 @@ def test_the_reported_loss_is_that_of_the_streamed_model(storage: str) -> None:
     assert torch.equal(stream.read(0, "fc1.bias"), before["model.decoder.layers.0.fc1.bias"])
 
 
+@pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("storage", ["int8", "int4"])
-def test_gradients_are_those_of_the_decoded_weights(storage: str) -> None:
+def test_gradients_are_those_of_the_decoded_weights(storage: str, recompute: bool) -> None:
     model = small_model()
     embeds = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(3))
 
@@ -102,7 +103,7 @@ def test_gradients_are_those_of_the_decoded_weights(storage: str) -> None:
         assert given.grad is not None
         return given.grad
 
-    stream = stream_blocks(model, "cpu", storage=storage)  # type: ignore[arg-type]
+    stream = stream_blocks(model, "cpu", storage=storage, recompute=recompute)  # type: ignore[arg-type]
     host = [block.host.clone() for block in stream._blocks]
     streamed = gradient()
     assert stream.fetches.most_live == 2

@@ -90,16 +90,19 @@ def assert_gradients_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("buffers", [2, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_loss_gradient_and_weights_are_those_of_the_resident_model(name: str, buffers: int) -> None:
+def test_loss_gradient_and_weights_are_those_of_the_resident_model(
+    name: str, buffers: int, recompute: bool
+) -> None:
     model = frozen(MODELS[name])
     before = copy.deepcopy(model.state_dict())
     loss, gradient = loss_and_gradient(model)
-    stream = stream_blocks(model, "cpu", buffers)
+    stream = stream_blocks(model, "cpu", buffers, recompute=recompute)
     streamed_loss, streamed_gradient = loss_and_gradient(model)
     assert torch.equal(streamed_loss, loss)
-    if name == "opt":
+    if name == "opt" or not recompute:
         assert torch.equal(streamed_gradient, gradient)
     assert_gradients_close(streamed_gradient, gradient)
 
@@ -128,11 +131,12 @@ def undone(stream: BlockStream, model: nn.Module) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def test_no_block_is_on_the_device_but_in_the_buffers() -> None:
+@pytest.mark.parametrize("recompute", [True, False])
+def test_no_block_is_on_the_device_but_in_the_buffers(recompute: bool) -> None:
     """The blocks have no parameters left; while one runs its weights lie in a buffer."""
     model = frozen(opt)
     sizes = [sum(p.nbytes for p in block.parameters()) for block in find_blocks(model)]
-    stream = stream_blocks(model, "cpu")
+    stream = stream_blocks(model, "cpu", recompute=recompute)
     assert [list(block.parameters()) for block in stream.blocks] == [[]] * LAYERS
     assert not hasattr(stream.blocks[0].fc1, "weight")
     assert stream.host_bytes >= sum(sizes)
@@ -144,7 +148,7 @@ def test_no_block_is_on_the_device_but_in_the_buffers() -> None:
             lambda module, _: seen.append(module.weight.untyped_storage().data_ptr())
         )
     loss_and_gradient(model)
-    assert len(seen) == 2 * LAYERS
+    assert len(seen) == (2 if recompute else 1) * LAYERS
     assert set(seen) == buffers
 
 
@@ -155,13 +159,17 @@ class Packed:
         self.tensor = tensor.detach()  # an output would keep its own graph alive
 
 
-def test_the_forward_pass_keeps_only_the_inputs_of_blocks() -> None:
+def test_what_the_forward_pass_keeps() -> None:
+    """The inputs of blocks, or all activations: no weights, and no graph that nobody needs."""
     model = frozen(opt)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[bool, int] = {}
-    for streamed in (False, True):
-        if streamed:
-            stream_blocks(model, "cpu")
+    kept: dict[str, int] = {}
+    stream: BlockStream | None = None
+    for way in ("resident", "recomputed", "kept"):
+        if way != "resident":
+            stream = stream or stream_blocks(model, "cpu")
+            stream.recompute = way == "recomputed"
+            weights |= {p.untyped_storage().data_ptr() for p in model.parameters()}
         packed: weakref.WeakSet[Packed] = weakref.WeakSet()
 
         def pack(tensor: Tensor, packed: weakref.WeakSet[Packed] = packed) -> Packed:
@@ -171,16 +179,18 @@ def test_the_forward_pass_keeps_only_the_inputs_of_blocks() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept_one: kept_one.tensor):
             out = model.base_model(**inputs(model), use_cache=False).last_hidden_state
         storages = {p.tensor.untyped_storage().data_ptr(): p.tensor.nbytes for p in packed}
-        kept[streamed] = sum(size for at, size in storages.items() if at not in weights)
+        kept[way] = sum(size for at, size in storages.items() if at not in weights)
         assert out.requires_grad
     hidden, mask, statistics = 3 * 7 * 20 * 4, 3 * 7 * 7 * 4, 2 * 3 * 7 * 4
     # the inputs of the blocks and of the last norm
-    assert (LAYERS + 1) * hidden <= kept[True] <= (LAYERS + 1) * hidden + mask + statistics
-    assert kept[False] > 3 * kept[True]
+    inputs_of_blocks = (LAYERS + 1) * hidden
+    assert inputs_of_blocks <= kept["recomputed"] <= inputs_of_blocks + mask + statistics
+    assert kept["resident"] > 3 * kept["recomputed"]
 
 
+@pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("name", ["opt", "t5"])
-def test_several_forward_passes_before_a_backward(name: str) -> None:
+def test_several_forward_passes_before_a_backward(name: str, recompute: bool) -> None:
     model = frozen(MODELS[name])
 
     def accumulated() -> Tensor:
@@ -195,7 +205,7 @@ def test_several_forward_passes_before_a_backward(name: str) -> None:
         return gradient
 
     expected = accumulated()
-    stream_blocks(model, "cpu")
+    stream_blocks(model, "cpu", recompute=recompute)
     assert_gradients_close(accumulated(), expected)
 
 
@@ -267,13 +277,14 @@ def test_weights_may_be_loaded_and_saved_while_streamed(tmp_path: Any) -> None:
     assert torch.equal(loss_and_gradient(again)[1], gradient)
 
 
-def test_dropout_and_autocast_are_those_of_the_forward_pass() -> None:
+@pytest.mark.parametrize("recompute", [True, False])
+def test_dropout_and_autocast_are_those_of_the_forward_pass(recompute: bool) -> None:
     """A recomputed block draws the same mask; the resident model's gradient shows it."""
     model = frozen(opt)
     gradients = []
     for streamed in (False, True):
         if streamed:
-            stream_blocks(model, "cpu")
+            stream_blocks(model, "cpu", recompute=recompute)
         model.train()
         torch.manual_seed(5)
         given = inputs(model)
@@ -310,13 +321,14 @@ class Doubled(nn.Module):
         return (x * y).sum()
 
 
-def test_any_block_of_nested_inputs_and_outputs() -> None:
+@pytest.mark.parametrize("recompute", [True, False])
+def test_any_block_of_nested_inputs_and_outputs(recompute: bool) -> None:
     torch.manual_seed(0)
     model = Doubled().requires_grad_(False)
     gradients = []
     for streamed in (False, True):
         if streamed:
-            stream_blocks(model, "cpu", blocks=list(model.layers))
+            stream_blocks(model, "cpu", blocks=list(model.layers), recompute=recompute)
         x, y = torch.arange(8.0).view(2, 4).requires_grad_(), torch.ones(2, 4).requires_grad_()
         model(x, y).backward()
         gradients.append((x.grad, y.grad))
@@ -331,6 +343,27 @@ def test_double_backward_is_refused() -> None:
     (first,) = torch.autograd.grad(out, given["inputs_embeds"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_stream_that_is_undone_before_the_backward_pass(recompute: bool) -> None:
+    model = frozen(opt)
+    stream = stream_blocks(model, "cpu", recompute=recompute)
+    loss = model(**inputs(model), use_cache=False).logits.square().mean()
+    stream.undo()
+    with pytest.raises(ValueError, match="the stream was undone; run forward and backward again"):
+        loss.backward()
+
+
+def test_recomputing_layers_of_a_streamed_model() -> None:
+    """Its own way of recomputing is used, not a second one around it."""
+    model = frozen(opt)
+    _, gradient = loss_and_gradient(model)
+    stream = stream_blocks(model, "cpu", recompute=False)
+    recompute_layers(model)
+    assert stream.recompute
+    assert torch.equal(loss_and_gradient(model)[1], gradient)
+    assert stream.fetches.forward == [1] * LAYERS
 
 
 def test_refusals() -> None:

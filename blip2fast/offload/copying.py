@@ -27,7 +27,7 @@ class Slot:
         block: number of the block that is in it or on its way; None at first.
         last_used: counts uses; the slot used longest ago is filled next.
         pending: the copy under way, as its copier knows it.
-        ready, used: CUDA events: the copy is done, the computation that read it is done.
+        ready: CUDA event: the copy is done.
     """
 
     buffer: Tensor
@@ -35,25 +35,24 @@ class Slot:
     last_used: int = -1
     pending: Any = None
     ready: Any = None
-    used: Any = None
 
 
 class Copier(Protocol):
-    """Fills slots; `start`, then `wait` before the slot is read, then `release`."""
+    """Fills slots; `start`, then `wait` before the slot is read."""
 
     name: str
 
     def start(self, slot: Slot, source: Tensor) -> None:
-        """Begin to copy `source` [n] uint8 into the first n bytes of the slot."""
+        """Begin to copy `source` [n] uint8 into the first n bytes of the slot.
+
+        What has been started until now may still read the slot; what comes later may not.
+        """
 
     def wait(self, slot: Slot) -> None:
         """What is computed from now on finds the copy complete."""
 
     def finish(self, slot: Slot) -> None:
         """Wait, on the host, until the copy is complete."""
-
-    def release(self, slot: Slot) -> None:
-        """All that reads the slot has been started: it may be filled again after that."""
 
     def close(self) -> None:
         """End the copies under way."""
@@ -77,9 +76,6 @@ class ThreadCopier:
         slot.pending = None
 
     finish = wait
-
-    def release(self, slot: Slot) -> None:
-        """On the CPU a computation is over when it returns."""
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -114,15 +110,12 @@ class NativeCopier:
 
     finish = wait
 
-    def release(self, slot: Slot) -> None:
-        """On the CPU a computation is over when it returns."""
-
     def close(self) -> None:
         self._thread.close()
 
 
 class CudaCopier:
-    """A stream of its own, and events between it and the stream that computes."""
+    """A stream of its own, which waits for the one that computes, and the other way round."""
 
     name = "cuda stream"
 
@@ -131,8 +124,7 @@ class CudaCopier:
         self._device = device
 
     def start(self, slot: Slot, source: Tensor) -> None:
-        if slot.used is not None:
-            self._stream.wait_event(slot.used)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             slot.buffer[: len(source)].copy_(source, non_blocking=True)
         slot.ready = torch.cuda.Event()
@@ -145,10 +137,6 @@ class CudaCopier:
     def finish(self, slot: Slot) -> None:
         if slot.ready is not None:
             slot.ready.synchronize()
-
-    def release(self, slot: Slot) -> None:
-        slot.used = torch.cuda.Event()
-        slot.used.record(torch.cuda.current_stream(self._device))
 
     def close(self) -> None:
         self._stream.synchronize()

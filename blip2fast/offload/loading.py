@@ -202,13 +202,14 @@ def load_streamed(
     device: torch.device | str | None = None,
     buffers: int = 2,
     storage: Storage = "as_is",
+    recompute: bool = True,
 ) -> tuple[PreTrainedModel, BlockStream]:
     """A frozen language model whose blocks are streamed from the start.
 
     Args:
         name: folder or hub name.
         dtype: of its weights.
-        device, buffers, storage: as in `stream_blocks`.
+        device, buffers, storage, recompute: as in `stream_blocks`.
 
     Returns:
         The model and its stream.
@@ -221,8 +222,8 @@ def load_streamed(
     if sources is None:
         model = load_language_model(name, dtype)
         model.requires_grad_(False)
-        return model, stream_blocks(model, device, buffers, storage)
-    stream = stream_blocks(model, device, buffers, storage)
+        return model, stream_blocks(model, device, buffers, storage, recompute=recompute)
+    stream = stream_blocks(model, device, buffers, storage, recompute=recompute)
     paths = {id(module): path for path, module in model.named_modules()}
     for index, block in enumerate(stream.blocks):
         for weight in stream.names(index):

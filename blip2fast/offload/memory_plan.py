@@ -229,17 +229,15 @@ class _Counts:
         host = {"optimiser": states} if self.config.offload_optimizer == "cpu" else {}
         return {"trained": weights + gradients, "optimiser": 0}, host
 
-    def activations(self, recomputed: bool, qformer_recomputed: bool) -> dict[str, int]:
+    def activations(self, recomputed: bool) -> dict[str, int]:
         """What the backward pass needs: of both models, and of the loss."""
         B, item = self.config.optim.batch_size, self.itemsize
         layers, size = self.sizes.num_hidden_layers, self.sizes
-        qformer = self.trained.kept
-        if qformer_recomputed:
+        qformer, language = self.trained.kept, self.language.kept
+        if recomputed:
             inputs = size.num_query_tokens * size.hidden_size * layers
             inputs += self.image_tokens * size.encoder_hidden_size
             qformer = qformer // layers + B * inputs * item
-        language = self.language.kept
-        if recomputed:
             language = self.language.block_inputs + self.language.kept_outside
             language += self.language.kept_block
         # logits and their gradient, and in fp32 a copy, or none, and the log-softmax
@@ -257,7 +255,11 @@ def _options(counts: _Counts, memory: Memory) -> list[Option]:
     options += [_streamed(counts, "as_is", recomputed) for recomputed in ways]
     options += [_zero3(counts, recomputed) for recomputed in ways]
     # fewer bits change the loss and are not chosen unasked, so they come last
-    return options + [_streamed(counts, storage, asked) for storage in ("int8", "int4")]
+    fewer: tuple[Storage, ...] = ("int8", "int4")
+    for storage in fewer:
+        chosen = storage == config.stream_storage
+        options += [_streamed(counts, storage, way) for way in (ways if chosen else (asked,))]
+    return options
 
 
 def _resident(counts: _Counts, memory: Memory, recomputed: bool) -> Option:
@@ -266,27 +268,27 @@ def _resident(counts: _Counts, memory: Memory, recomputed: bool) -> Option:
     spread = counts.processes if config.zero_stage == 3 else 1
     device, host = counts.other_than_language(config.zero_stage)
     device = {"language model": weights // spread, **device}
-    device |= counts.activations(recomputed, recomputed)
+    device |= counts.activations(recomputed)
     if not memory.device_is_host:
         host = {"language model, loading": weights, **host}
     return Option(_name("none", recomputed), "none", recomputed, "as_is", device, host)
 
 
-def _streamed(counts: _Counts, storage: Storage, qformer_recomputed: bool) -> Option:
+def _streamed(counts: _Counts, storage: Storage, recomputed: bool) -> Option:
     config, stream = counts.config, counts.language.streams[storage]
     device, host = counts.other_than_language(config.zero_stage)
     buffers = config.stream_buffers * stream.buffer + stream.decoded
     device = {"language model": counts.language.rest + buffers, **device}
-    device |= counts.activations(True, qformer_recomputed)
+    device |= counts.activations(recomputed)
     host = {"language model": stream.host, **host}
-    name = _name("stream" if storage == "as_is" else f"stream, {storage}", qformer_recomputed)
-    return Option(name, "stream", qformer_recomputed, storage, device, host)
+    name = _name("stream" if storage == "as_is" else f"stream, {storage}", recomputed)
+    return Option(name, "stream", recomputed, storage, device, host)
 
 
 def _zero3(counts: _Counts, recomputed: bool) -> Option:
     device, host = counts.other_than_language(3)
     live = min(counts.language.parameters, ZERO3_LIVE) * counts.itemsize
-    device = {"language model": live, **device, **counts.activations(recomputed, recomputed)}
+    device = {"language model": live, **device, **counts.activations(recomputed)}
     share = -(-counts.language.weights // counts.processes)
     if counts.config.offload_param != "nvme":
         host = {"language model": share, **host}

@@ -86,7 +86,10 @@ def load_frozen(config: RunConfig) -> PreTrainedModel:
     if config.offload == "stream":
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
-        model, _ = load_streamed(path, dtype, device, config.stream_buffers, config.stream_storage)
+        recompute = config.gradient_checkpointing
+        model, _ = load_streamed(
+            path, dtype, device, config.stream_buffers, config.stream_storage, recompute
+        )
         return model
     if config.offload == "zero3":
         from blip2fast.deepspeed_setup import deepspeed_config

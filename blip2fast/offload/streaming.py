@@ -5,9 +5,11 @@
     stream.undo()
 
 The weights of a block are one flat buffer in host memory. Just before the block runs they are in a
-device buffer, and while it runs the next block is on its way into another one. The forward pass
-keeps a block's inputs only; the backward pass fetches the block again, in reverse order, recomputes
-it, and takes the gradient with respect to its inputs. Nothing else is computed for frozen weights.
+device buffer, and while it runs the next block is on its way into another one. The backward pass
+fetches the blocks again, in reverse order, and takes the gradient with respect to their inputs;
+nothing else is computed for frozen weights. With `recompute` the forward pass keeps the inputs of
+blocks only, and the backward pass computes a block again; without, it keeps all activations, and
+weights that autograd would keep are replaced by their places in the block.
 
 Two blocks are on the device at a time (`buffers`), with int8 or int4 a third, the decoded one.
 Embeddings, the last norm, the head, and weights that blocks share stay on the device.
@@ -60,12 +62,23 @@ class _Block:
     first: int
 
 
+@dataclass(frozen=True)
+class _KeptWeight:
+    """Stands for a weight that autograd keeps: its block, its buffer, and the view of that."""
+
+    index: int
+    decoded: bool
+    dtype: torch.dtype
+    view: tuple[tuple[int, ...], tuple[int, ...], int]
+
+
 def stream_blocks(
     language_model: nn.Module,
     device: torch.device | str | None = None,
     buffers: int = 2,
     storage: Storage = "as_is",
     blocks: Sequence[nn.Module] | None = None,
+    recompute: bool = True,
 ) -> BlockStream:
     """Move a frozen model's blocks to host memory, the rest to the device, and stream.
 
@@ -77,6 +90,8 @@ def stream_blocks(
         buffers: device buffers for blocks, at least 2: one computes while another is filled.
         storage: "as_is", "int8" or "int4"; see `blip2fast.offload.quantised`.
         blocks: in the order of their execution; found by `find_blocks` by default.
+        recompute: compute a block again in the backward pass, which needs the least memory; else
+            keep its activations.
 
     Returns:
         The stream; it lives as long as the model, or until `undo`.
@@ -93,7 +108,9 @@ def stream_blocks(
     _refuse_unsuitable(language_model, modules)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return BlockStream(language_model, modules, torch.device(device), buffers, storage)
+    stream = BlockStream(language_model, modules, torch.device(device), buffers, storage)
+    stream.recompute = recompute
+    return stream
 
 
 class BlockStream:
@@ -102,6 +119,7 @@ class BlockStream:
     Attributes:
         device: where the blocks compute.
         storage: of their weights.
+        recompute: whether the backward pass computes blocks again; may be changed between steps.
         fetches: what was copied so far.
         host_bytes, device_bytes: held for blocks, in bytes.
     """
@@ -116,7 +134,7 @@ class BlockStream:
     ) -> None:
         layouts = [lay_out(own, storage) for own in own_parameters(model, modules)]
         self._copier: Copier = copier_for(device)
-        self.device, self.storage = device, storage
+        self.device, self.storage, self.recompute = device, storage, True
         self._model = model
         self._blocks: list[_Block] = []
         stacks = _stacks(model, modules)
@@ -132,9 +150,8 @@ class BlockStream:
             Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(buffers)
         ]
         self._scratch = torch.empty(dense, dtype=torch.uint8, device=device)
-        for slot in self._slots:
-            self._copier.release(slot)
         self._uses = 0
+        self._decoded: int | None = None  # the block that is in the scratch buffer
         self.fetches = Fetches([0] * len(modules), [0] * len(modules))
         self.host_bytes = sum(len(block.host) for block in self._blocks)
         self.device_bytes = buffers * size + dense
@@ -200,24 +217,31 @@ class BlockStream:
     @contextmanager
     def resident(self, index: int, needed_by: Pass = "inference") -> Iterator[None]:
         """Block `index` has its weights inside; the blocks that follow are on their way."""
-        slot = self._fetch(index, needed_by)
-        following = self._following(index, needed_by)
-        for number in following:
-            if all(each.block != number for each in self._slots):
-                self._start(number, needed_by, keep=[index, *following])
-        self._copier.wait(slot)
+        slot = self._bring(index, needed_by)
         layout = self._blocks[index].layout
         try:
             for name, stored in layout.weights.items():
                 weight = layout.read(slot.buffer, self._scratch, name)
                 for module, attribute in stored.places:
                     module.__dict__[attribute] = weight
+            self._decoded = index
             yield
         finally:
             for stored in layout.weights.values():
                 for module, attribute in stored.places:
                     module.__dict__.pop(attribute, None)
-            self._copier.release(slot)
+
+    def _bring(self, index: int, needed_by: Pass) -> Slot:
+        """The slot that holds block `index`; the blocks that follow are on their way."""
+        if not self._slots:
+            raise ValueError("the stream was undone; run forward and backward again without it")
+        slot = self._fetch(index, needed_by)
+        following = self._following(index, needed_by)
+        for number in following:
+            if all(each.block != number for each in self._slots):
+                self._start(number, needed_by, keep=[index, *following])
+        self._copier.wait(slot)
+        return slot
 
     def _following(self, index: int, needed_by: Pass) -> list[int]:
         """The blocks to fetch while this one computes, the next one first.
@@ -258,11 +282,43 @@ class BlockStream:
         for slot in self._slots:
             self._copier.finish(slot)
             slot.block = None
+        self._decoded = None
 
     def _run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The block's forward: weights fetched, and recomputed in the backward pass."""
-        resident = partial(self.resident, index)
-        return recomputed(self._blocks[index].module, forward, resident, args, kwargs)
+        if self.recompute:
+            resident = partial(self.resident, index)
+            return recomputed(self._blocks[index].module, forward, resident, args, kwargs)
+        if not torch.is_grad_enabled():
+            with self.resident(index):
+                return forward(*args, **kwargs)
+        hooks = torch.autograd.graph.saved_tensors_hooks(partial(self._pack, index), self._unpack)
+        with self.resident(index, "forward"), hooks:
+            return forward(*args, **kwargs)
+
+    def _pack(self, index: int, tensor: Tensor) -> Tensor | _KeptWeight:
+        """What autograd keeps of a tensor: a weight's place; anything else itself."""
+        at = tensor.untyped_storage().data_ptr()
+        slot = next(slot for slot in self._slots if slot.block == index)
+        for buffer, decoded in ((slot.buffer, False), (self._scratch, True)):
+            if len(buffer) and at == buffer.untyped_storage().data_ptr():
+                view = (tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+                return _KeptWeight(index, decoded, tensor.dtype, view)
+        return tensor.detach()  # an output itself would keep its own graph alive
+
+    def _unpack(self, kept: Tensor | _KeptWeight) -> Tensor:
+        """The tensor; a weight from wherever its block is now."""
+        if isinstance(kept, Tensor):
+            return kept
+        buffer = self._bring(kept.index, "backward").buffer
+        if kept.decoded:
+            layout = self._blocks[kept.index].layout
+            if self._decoded != kept.index:
+                for name in layout.weights:
+                    layout.read(buffer, self._scratch, name)
+                self._decoded = kept.index
+            buffer = self._scratch
+        return buffer.view(kept.dtype).as_strided(*kept.view)
 
     def _add_weights(
         self, index: int, _: nn.Module, state: dict[str, Any], prefix: str, __: Any
