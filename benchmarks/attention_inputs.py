@@ -1,4 +1,4 @@
-"""Inputs of the attention suite: a token buffer, the same data padded, and the true results.
+"""Inputs of the attention suite, the same data padded, the true results, and the least work.
 
 Shapes: R rows of the token buffer, N query blocks, n padded problems of L rows, Q queries, B
 images, S image tokens, H heads, D head width.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from comparing import Work
 from shapes import BI, CAUSAL, UNI, CrossShape, SelfShape
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
 
 # output first, then the gradients, where there are any
 Results = list[Tensor]
+# scores and sums forward; five products of the same size backward
+FORWARD_PRODUCTS, ALL_PRODUCTS = 2, 7
 
 
 @dataclass(frozen=True)
@@ -184,3 +187,36 @@ def gathered(q: Tensor, kv: Tensor, index: Tensor | None) -> tuple[Tensor, Tenso
 def cross_written_out(q: Tensor, kv: Tensor, index: Tensor | None, dropout_p: float) -> Tensor:
     """Cross-attention as a formula, `[N, Q, H, D]`."""
     return attend(*gathered(q, kv, index), None, dropout_p).transpose(1, 2)
+
+
+def visible_pairs(shape: SelfShape) -> int:
+    """How many pairs of a query or text row with a key the masks let through."""
+    N, Q = shape.blocks, shape.queries
+    pairs = N * Q * Q
+    for kind, T in zip(
+        (kind for kind in shape.kinds for _ in range(N)), shape.lengths(), strict=True
+    ):
+        if kind is UNI:
+            pairs += T * T
+        else:
+            pairs += T * Q + (T * T + Q * T if kind is BI else T * (T + 1) // 2)
+    return pairs
+
+
+def self_work(shape: SelfShape, itemsize: int, train: bool) -> Work:
+    """qkv in, output out; backward qkv, output and its gradient in, the gradient of qkv out."""
+    rows = shape.blocks * shape.queries + sum(shape.lengths())
+    row = shape.heads * shape.width * itemsize
+    products = ALL_PRODUCTS if train else FORWARD_PRODUCTS
+    flops = 2 * products * visible_pairs(shape) * shape.heads * shape.width
+    return Work(flops, rows * row * (12 if train else 4), input_bytes=4 * rows * row)
+
+
+def cross_work(shape: CrossShape, itemsize: int, train: bool) -> Work:
+    """Keys and values of an image once each way, however many blocks read it."""
+    C, S = shape.heads * shape.width, shape.image_tokens
+    rows = shape.blocks * shape.queries
+    queries, images = rows * C * itemsize, 2 * shape.num_images() * S * C * itemsize
+    products = ALL_PRODUCTS if train else FORWARD_PRODUCTS
+    moved = 6 * queries + 3 * images if train else 2 * queries + images
+    return Work(2 * products * rows * S * C, moved, input_bytes=2 * queries + images)

@@ -12,16 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_inputs import CrossInputs, Results, SelfInputs
+from attention_inputs import CrossInputs, Results, SelfInputs, cross_work, self_work
 from attention_rivals import cross_providers, self_providers
-from comparing import Work
-from shapes import BI, CROSS_SHAPES, SELF_SHAPES, UNI, CrossShape, Placed, SelfShape, cells
+from shapes import CROSS_SHAPES, SELF_SHAPES, Placed, cells
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # relative norm from the fp32 formula; a GPU's fp32 products may be TF32
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
-# scores and sums forward; five products of the same size backward
-FORWARD_PRODUCTS, ALL_PRODUCTS = 2, 7
 DROPOUT = 0.1
 
 
@@ -48,39 +45,6 @@ def variants(table: Mapping[str, Placed]) -> list[Any]:
                     for p in rates
                 ]
     return params
-
-
-def visible_pairs(shape: SelfShape) -> int:
-    """How many pairs of a query or text row with a key the masks let through."""
-    N, Q = shape.blocks, shape.queries
-    pairs = N * Q * Q
-    for kind, T in zip(
-        (kind for kind in shape.kinds for _ in range(N)), shape.lengths(), strict=True
-    ):
-        if kind is UNI:
-            pairs += T * T
-        else:
-            pairs += T * Q + (T * T + Q * T if kind is BI else T * (T + 1) // 2)
-    return pairs
-
-
-def self_work(shape: SelfShape, itemsize: int, train: bool) -> Work:
-    """qkv in, output out; backward qkv, output and its gradient in, the gradient of qkv out."""
-    rows = shape.blocks * shape.queries + sum(shape.lengths())
-    row = shape.heads * shape.width * itemsize
-    products = ALL_PRODUCTS if train else FORWARD_PRODUCTS
-    flops = 2 * products * visible_pairs(shape) * shape.heads * shape.width
-    return Work(flops, rows * row * (12 if train else 4), input_bytes=4 * rows * row)
-
-
-def cross_work(shape: CrossShape, itemsize: int, train: bool) -> Work:
-    """Keys and values of an image once each way, however many blocks read it."""
-    C, S = shape.heads * shape.width, shape.image_tokens
-    rows = shape.blocks * shape.queries
-    queries, images = rows * C * itemsize, 2 * shape.num_images() * S * C * itemsize
-    products = ALL_PRODUCTS if train else FORWARD_PRODUCTS
-    moved = 6 * queries + 3 * images if train else 2 * queries + images
-    return Work(2 * products * rows * S * C, moved, input_bytes=2 * queries + images)
 
 
 def agree(inputs: SelfInputs | CrossInputs, results: Results) -> None:

@@ -1,54 +1,100 @@
-"""A stage-1 step, forward and backward, against the textbook: separate padded passes."""
+"""A stage-1 training step against the textbook: separate padded passes on transformers' modules.
+
+Forward, backward and optimiser apart, image features given, dropout off; bf16 by autocast.
+"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from shapes import NAMES, SHAPES, Shape
+from profiling import step_shares
+from shapes import STAGE1_MEMORY_SHAPES, STAGE1_SHAPES, cells
+from stage1_contenders import (
+    NAMES,
+    judged_provider,
+    make_batch,
+    make_models,
+    step_provider,
+    step_work,
+)
+from stage1_memory import peak_of
+from torch import Tensor
 
-from blip2fast import Blip2Stage1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# relative: roundings of 12 layers in another order, of bf16 products both ways
+LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-1}
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from textbook_stage1 import TextbookStage1
+
+def step_cells() -> list[Any]:
+    """Shapes by dtype; on a GPU bf16 alone."""
+    return [
+        pytest.param(cell.values[0], dtype, marks=cell.marks, id=f"{cell.values[0]}-{dtype}")
+        for cell in cells(STAGE1_SHAPES)
+        for dtype in DTYPES
+        if STAGE1_SHAPES[cell.values[0]].where != "cuda" or dtype == "bf16"
+    ]
 
 
-def make_call(shape: Shape) -> dict[str, object]:
-    """Random pairs; caption lengths spread evenly around the mean."""
-    B, T = shape.batch, shape.text_tokens
-    generator = torch.Generator().manual_seed(0)
-    spread = shape.mean_caption // 2
-    lengths = shape.mean_caption + (torch.arange(B) * 5) % (2 * spread + 1) - spread
-    mask = (torch.arange(T)[None] < lengths[:, None]).long()
-    ids = torch.randint(4, shape.config.vocab_size - 1, (B, T), generator=generator)
-    width = shape.config.encoder_hidden_size
-    others = (torch.arange(B) + 1) % B
-    return {
-        "image_embeds": torch.randn(B, shape.image_tokens, width, generator=generator),
-        "input_ids": ids * mask,
-        "attention_mask": mask,
-        "negatives": (others, (others + 1) % B),
+@pytest.mark.parametrize(("name", "dtype"), step_cells())
+def bench_step(
+    name: str, dtype: str, device: torch.device, timed: bool, compare: Callable[..., None]
+) -> None:
+    shape, kind = STAGE1_SHAPES[name], DTYPES[dtype]
+    names = NAMES if timed and shape.headline else NAMES[:2]
+    models, batch = make_models(shape, device, names), make_batch(shape, device)
+    truth = judged_provider(models["textbook"], batch, torch.float32)(None).run()
+
+    def agree(inputs: None, found: dict[str, Tensor]) -> None:
+        assert found.keys() == truth.keys(), f"got {list(found)}"
+        error = float((found["loss"] - truth["loss"]).abs() / truth["loss"].abs())
+        assert error < LOSS_TOLERANCE[kind], f"loss: relative error {error:.1e}"
+        for which in truth.keys() - {"loss"}:
+            error = float((found[which] - truth[which]).norm() / truth[which].norm())
+            assert error < GRADIENT_TOLERANCE[kind], f"{which}: relative error {error:.1e}"
+
+    compare(
+        {which: step_provider(model, batch, kind) for which, model in models.items()},
+        lambda seed: None,
+        agree,
+        work=step_work(shape, models["blip2fast"], device) if timed else None,
+        dtype=kind,
+        judged={which: judged_provider(model, batch, kind) for which, model in models.items()},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU bench_step has each peak")
+@pytest.mark.parametrize("dtype", ["fp32"])
+@pytest.mark.parametrize("name", cells(STAGE1_MEMORY_SHAPES))
+def bench_memory(name: str, dtype: str, benchmark: Any, conditions: dict[str, Any]) -> None:
+    kind = str(DTYPES[dtype]).removeprefix("torch.")
+    found: dict[str, Any] = {}
+    benchmark.pedantic(
+        lambda: found.update({which: peak_of(which, name, kind) for which in NAMES[:2]})
+    )
+    benchmark.extra_info |= {"conditions": conditions | {"dtype": kind}, "contenders": found}
+    assert "peak_bytes" in found["blip2fast"]
+
+
+@pytest.mark.gpu
+@pytest.mark.fullsize
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are profiled on a CUDA device")
+def bench_shares(device: torch.device, benchmark: Any, conditions: dict[str, Any]) -> None:
+    shape = STAGE1_SHAPES["vit_g_b256_cuda"]
+    models, batch = make_models(shape, device, NAMES[:2]), make_batch(shape, device)
+    found: dict[str, Any] = {}
+
+    def profile() -> None:
+        for name, model in models.items():
+            contender = step_provider(model, batch, torch.bfloat16)(None)
+            found[name] = {"shares": step_shares(contender.run)}
+
+    benchmark.pedantic(profile)
+    benchmark.extra_info |= {
+        "conditions": conditions | {"dtype": "bfloat16"},
+        "contenders": found,
     }
-
-
-@pytest.mark.parametrize("name", NAMES)
-def bench_step(name: str, race: Callable[..., None]) -> None:
-    shape = SHAPES[name]
-    torch.manual_seed(0)
-    model = Blip2Stage1(shape.config)
-    textbook = TextbookStage1(model)
-    call = make_call(shape)
-
-    def ours() -> None:
-        model.zero_grad()
-        model(**call).loss.backward()
-
-    def theirs() -> None:
-        textbook.zero_grad()
-        textbook(**call)["loss"].backward()
-
-    torch.testing.assert_close(model(**call).loss, textbook(**call)["loss"], rtol=1e-5, atol=1e-5)
-    race(ours, {"textbook": theirs}, rounds=3)

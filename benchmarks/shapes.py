@@ -159,13 +159,18 @@ ITC_SHAPES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model with the batch to time it on; captions have T tokens, `mean_caption` of them real."""
+    """A model with the batch to time it on; captions have T tokens, `mean_caption` of them real.
+
+    Attributes:
+        headline: As in `SelfShape`.
+    """
 
     config: Stage1Config
     batch: int
     image_tokens: int
     text_tokens: int = 32
     mean_caption: int = 12
+    headline: bool = False
     where: Where = "cpu"
 
 
@@ -189,11 +194,13 @@ STAGE1_SHAPES = {
     "scenes": Shape(SCENES, batch=64, image_tokens=65, where="test"),
     "vit_l_b8": Shape(VIT_L, batch=8, image_tokens=257),
     "vit_g_b8": Shape(VIT_G, batch=8, image_tokens=257),
-    "vit_g_b16": Shape(VIT_G, batch=16, image_tokens=257),
+    "vit_g_b16": Shape(VIT_G, batch=16, image_tokens=257, headline=True),
     "vit_g_b32": Shape(VIT_G, batch=32, image_tokens=257),
     **{
-        f"vit_g_b{batch}_cuda": Shape(VIT_G, batch=batch, image_tokens=257, where="cuda")
-        for batch in (64, 128, 256, 512)
+        f"vit_g_b{batch}_cuda": Shape(
+            VIT_G, batch=batch, image_tokens=257, headline=batch == 256, where="cuda"
+        )
+        for batch in (256, 64, 128, 512)
     },
 }
 # the peak of a step, each contender in a process of its own

@@ -55,7 +55,7 @@ class TextbookStage1(nn.Module):
         queries = self.w("query_tokens").expand(B, -1, -1)
         visible = torch.cat([mask.new_ones(B, Q), mask], dim=1)
         if causal:
-            square = torch.ones(Q + T, Q + T, dtype=torch.bool)
+            square = torch.ones(Q + T, Q + T, dtype=torch.bool, device=mask.device)
             square[:Q, Q:] = False
             for t in range(T):
                 square[Q + t, Q + t + 1 :] = False
@@ -103,7 +103,7 @@ class TextbookStage1(nn.Module):
         ]:
             states = self.joint_pass(tokens[images], input_ids[texts], attention_mask[texts], False)
             matching.append(self.linear(states[:, :Q], "itm_head").mean(dim=1))
-        labels = torch.tensor([1] * B + [0] * 2 * B)
+        labels = torch.tensor([1] * B + [0] * 2 * B, device=tokens.device)
         loss_itm = F.cross_entropy(torch.cat(matching), labels)
 
         decoder_ids = input_ids.clone()

@@ -1,0 +1,210 @@
+"""Result files as markdown tables, and a short form for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from results import ResultFile
+
+OURS = ("blip2fast", "ours")
+UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
+Contenders = Mapping[str, Mapping[str, Any]]
+
+
+def seconds(value: float) -> str:
+    """Three significant digits in a fitting unit."""
+    unit, size = next((pair for pair in UNITS if value >= pair[1]), UNITS[-1])
+    digits = f"{value / size:#.3g}"
+    return f"{digits.rstrip('.')} {unit}"
+
+
+def gigabytes(value: float | None) -> str:
+    """Memory in a fitting unit; empty where it was not measured."""
+    if value is None:
+        return ""
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contender is this package's."""
+    return name.startswith(OURS)
+
+
+def fastest(contenders: Contenders, ours: bool) -> str | None:
+    """The name of the quickest one, ours or of the rivals; None where none runs."""
+    times = {
+        name: result["median_s"]
+        for name, result in contenders.items()
+        if is_ours(name) == ours and "median_s" in result
+    }
+    return min(times, key=lambda name: times[name]) if times else None
+
+
+def ratio(contenders: Contenders) -> float | None:
+    """The best rival's time over our best one; None where either has none."""
+    ours, rival = fastest(contenders, True), fastest(contenders, False)
+    if ours is None or rival is None:
+        return None
+    return contenders[rival]["median_s"] / contenders[ours]["median_s"]
+
+
+def suite_table(file: ResultFile) -> str:
+    """Everything about a suite on a machine: tables, who does not run, conditions."""
+    parts = [f"**{file.runs[0]['device']}, {file.date}**"]
+    timed = {n: c for n, c in file.cells.items() if _any(c["contenders"], "median_s")}
+    memory = {
+        n: c
+        for n, c in file.cells.items()
+        if n not in timed and _any(c["contenders"], "peak_bytes")
+    }
+    profiled = {n: c for n, c in file.cells.items() if _any(c["contenders"], "shares")}
+    if timed:
+        parts += [_time_table(timed), _summary(timed)]
+    if memory:
+        parts.append(_memory_table(memory))
+    if profiled:
+        parts.append(_shares_table(profiled))
+    absences = _absences(file.cells)
+    if absences:
+        parts.append("Does not run:\n\n" + "\n".join(absences))
+    parts.append(_conditions(file))
+    return "\n\n".join(parts)
+
+
+def _any(contenders: Contenders, field: str) -> bool:
+    return any(field in result for result in contenders.values())
+
+
+def _time_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [
+        "| | floor | ours | of floor | peak | best rival | peak | rival / ours | others |",
+        "|---|---:|---|---:|---:|---|---:|---:|---|",
+    ]
+    for name, cell in cells.items():
+        contenders = cell["contenders"]
+        ours, rival = fastest(contenders, True), fastest(contenders, False)
+        work, factor = cell.get("work"), ratio(contenders)
+        floor = f"{seconds(work['floor_s'])} ({work['bound']})" if work else ""
+        share = contenders[ours].get("of_floor") if ours else None
+        others = [
+            f"{who} {seconds(result['median_s'])}"
+            for who, result in sorted(contenders.items(), key=lambda x: x[1].get("median_s", 0))
+            if who not in (ours, rival) and "median_s" in result
+        ]
+        row = [
+            name,
+            floor,
+            _time(contenders, ours),
+            "" if share is None else f"{100 * share:.0f} %",
+            _peak(contenders, ours),
+            _time(contenders, rival),
+            _peak(contenders, rival),
+            "" if factor is None else f"{factor:.2f}",
+            ", ".join(others),
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _time(contenders: Contenders, name: str | None) -> str:
+    if name is None:
+        return "does not run"
+    result = contenders[name]
+    label = name.removeprefix("blip2fast ")
+    low, high = (seconds(result[key]) for key in ("q1_s", "q3_s"))
+    text = f"{label} {seconds(result['median_s'])} ({low} to {high})"
+    if "phases_s" in result:
+        text += ": " + ", ".join(f"{n} {seconds(s)}" for n, s in result["phases_s"].items())
+    return text
+
+
+def _peak(contenders: Contenders, name: str | None) -> str:
+    return "" if name is None else gigabytes(contenders[name].get("peak_bytes"))
+
+
+def _summary(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    factors = {name: ratio(cell["contenders"]) for name, cell in cells.items()}
+    behind = [f"`{name}` {f:.2f}" for name, f in factors.items() if f is not None and f < 1]
+    compared = sum(factor is not None for factor in factors.values())
+    if not behind:
+        return f"Ours is the fastest in all {compared} that have a rival."
+    return f"Slower than the best rival in {len(behind)} of {compared}: {', '.join(behind)}."
+
+
+def _memory_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for cell in cells.values() for name in cell["contenders"]))
+    lines = ["| peak | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    for name, cell in cells.items():
+        found = cell["contenders"]
+        row = [
+            gigabytes(found[who]["peak_bytes"])
+            if "peak_bytes" in found.get(who, {})
+            else found.get(who, {}).get("does_not_run", "")
+            for who in names
+        ]
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _shares_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = {
+        f"{name}, {who}": result["shares"]
+        for name, cell in cells.items()
+        for who, result in cell["contenders"].items()
+    }
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
+    lines = ["| share of the step | " + " | ".join(kinds) + " |", "|---|" + "---:|" * len(kinds)]
+    for name, row in rows.items():
+        values = [f"{100 * row.get(kind, 0):.0f} %" for kind in kinds]
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def _absences(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each contender and reason, with how many cells it is about."""
+    counts: dict[tuple[str, str], int] = {}
+    for cell in cells.values():
+        for name, result in cell["contenders"].items():
+            reason = result.get("does_not_run") or result.get("failed")
+            if reason:
+                counts[name, reason] = counts.get((name, reason), 0) + 1
+    return [f"* {name} ({count} rows): {why}" for (name, why), count in counts.items()]
+
+
+def _conditions(file: ResultFile) -> str:
+    lines = []
+    for run in file.runs:
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        where = f"{run['cores']} cores of {run['processor']}, {run['threads']} threads"
+        lines.append(f"* {where}; {versions}; commit {run['commit'][:8]}; `{run['command']}`")
+    sources = {
+        c["ceilings"]["source"]: c["ceilings"] for c in file.cells.values() if "ceilings" in c
+    }
+    for source, rates in sources.items():
+        lines.append(
+            f"* ceilings ({source}): {rates['flops_per_s'] / 1e12:.3g} TFLOP/s, "
+            f"{rates['bytes_per_s'] / 1e9:.3g} GB/s"
+        )
+    return "\n".join(lines)
+
+
+def short_table(files: Iterable[ResultFile]) -> str:
+    """A line for each benchmark: our best time, its share of the floor, the best rival's factor."""
+    lines = [f"{'benchmark':52} {'ours':>10} {'floor':>6} {'rival/ours':>10}  by / against"]
+    for file in files:
+        for name, cell in file.cells.items():
+            found = cell["contenders"]
+            ours, rival, factor = fastest(found, True), fastest(found, False), ratio(found)
+            if ours is None:
+                lines.append(f"{file.suite + ' ' + name:52.52} {'none':>10}")
+                continue
+            share = found[ours].get("of_floor")
+            lines.append(
+                f"{file.suite + ' ' + name:52.52} {seconds(found[ours]['median_s']):>10} "
+                f"{'' if share is None else f'{100 * share:.0f} %':>6} "
+                f"{'' if factor is None else f'{factor:.2f}':>10}  {ours} / {rival or '-'}"
+            )
+            failed = [f"  {n}: {r['failed']}" for n, r in found.items() if "failed" in r]
+            lines += [line[:160] for line in failed]
+    return "\n".join(lines)
