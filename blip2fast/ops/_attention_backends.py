@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
-from blip2fast import _extension
+from blip2fast._extension import why_not
 from blip2fast.ops.dispatch import COMPILED_NOT_RUN, Backend
 
 MIN_WIDTH, MAX_WIDTH = 16, 128
 MAX_QUERIES, MAX_TEXT_TOKENS, MAX_IMAGE_TOKENS = 256, 512, 16384
-_NOT_BUILT = _extension.why_not("qformer_cross_attention_fwd")
 HALVES = (torch.float16, torch.bfloat16)
+HAS_TRITON, HAS_XFORMERS = (find_spec(name) is not None for name in ("triton", "xformers"))
+# Triton's own switch: its kernels then run on the CPU, slowly, to be checked
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+WHY_NO_CUDA = why_not("qformer_cross_attention")
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,12 @@ class AttentionCall:
 
     Attributes:
         queries: Q.
-        keys: The longest text of self-attention, or S.
+        keys: The longest text of self-attention; S of cross-attention.
         heads, width: H and D.
         dtype, device: Of the data.
         dropout: Whether weights are dropped.
+        key_mask: Whether some keys of cross-attention are hidden.
+        lse: Whether the log-sum-exp is asked for.
         cross: Whether this is cross-attention.
     """
 
@@ -35,14 +42,18 @@ class AttentionCall:
     dtype: torch.dtype
     device: str
     dropout: bool
+    key_mask: bool
+    lse: bool
     cross: bool
 
 
+def _none(call: AttentionCall) -> list[str]:
+    return []
+
+
 def _kernel_reasons(call: AttentionCall) -> list[str]:
-    """What the kernels of kernels/ and csrc/ have in common."""
+    """What no hand-written kernel runs."""
     reasons = []
-    if call.device != "cuda":
-        reasons.append(f"tensors on {call.device}: needs a CUDA device")
     if not MIN_WIDTH <= call.width <= MAX_WIDTH:
         reasons.append(f"head width {call.width}: only {MIN_WIDTH} to {MAX_WIDTH}")
     if call.queries > MAX_QUERIES:
@@ -54,36 +65,63 @@ def _kernel_reasons(call: AttentionCall) -> list[str]:
 
 
 def _cuda_reasons(call: AttentionCall) -> list[str]:
-    reasons = [_NOT_BUILT] if _NOT_BUILT else []
     if not call.cross:
-        reasons.append("self-attention: csrc/ has cross-attention alone")
+        return ["only cross-attention is written in CUDA"]
+    reasons = _kernel_reasons(call)
     if call.width % 8:
         reasons.append(f"head width {call.width}: only multiples of 8")
+    if call.device != "cuda":
+        reasons.append(f"tensors on {call.device}: needs a CUDA device")
     if call.dtype not in HALVES:
         reasons.append(f"{call.dtype}: only float16 and bfloat16")
-    return reasons + _kernel_reasons(call)
+    if WHY_NO_CUDA:
+        reasons.append(WHY_NO_CUDA)
+    return reasons
 
 
 def _triton_reasons(call: AttentionCall) -> list[str]:
-    return ["not written"]
+    reasons = _kernel_reasons(call)
+    if call.device != "cuda" and not INTERPRETED:
+        reasons.append(f"tensors on {call.device}: needs a CUDA device")
+    if call.dtype not in (*HALVES, torch.float32):
+        reasons.append(f"{call.dtype}: only float16, bfloat16 and float32")
+    if not HAS_TRITON:
+        reasons.append("triton is not installed: pip install triton")
+    return reasons
 
 
 def _xformers_reasons(call: AttentionCall) -> list[str]:
-    return ["not written"]
+    reasons = []
+    if call.device != "cuda":
+        reasons.append(f"tensors on {call.device}: its attention has no operator there, only CUDA")
+    if call.dtype not in (*HALVES, torch.float32):
+        reasons.append(f"{call.dtype}: only float16, bfloat16 and float32")
+    if call.dropout:
+        reasons.append("dropout: its masks are not those of a seed and a position")
+    if call.key_mask:
+        reasons.append("key_mask: its masks are block-diagonal, by lengths")
+    if call.lse:
+        reasons.append("return_lse: it gives none beside a gradient")
+    if not HAS_XFORMERS:
+        reasons.append("xformers is not installed: pip install xformers")
+    return reasons
 
 
-def _none(call: AttentionCall) -> list[str]:
-    return []
+def _xformers_not_automatic(call: AttentionCall) -> list[str]:
+    reasons = ["never run on a GPU: force it with impl='xformers'"]
+    if not call.cross:
+        reasons.append("its masks need lengths on the host, which waits for them")
+    return reasons
 
 
 def _reference_not_automatic(call: AttentionCall) -> list[str]:
-    return ["holds the scores of all pairs in memory: force it with impl='reference'"]
+    return ["it is the definition, with every pair in memory: force it with impl='reference'"]
 
 
 BACKENDS = (
     Backend("cuda", _cuda_reasons, lambda call: [COMPILED_NOT_RUN.format(name="cuda")]),
     Backend("triton", _triton_reasons, lambda call: [COMPILED_NOT_RUN.format(name="triton")]),
-    Backend("xformers", _xformers_reasons, lambda call: ["never run"]),
+    Backend("xformers", _xformers_reasons, _xformers_not_automatic),
     Backend("sdpa", _none, _none),
     Backend("reference", _none, _reference_not_automatic),
 )

@@ -6,8 +6,8 @@ the backward pass: the inputs, the output and the lse.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,31 +79,31 @@ def _pack_index(
     return KVIndex(index, order, offsets)
 
 
-class _Functions(NamedTuple):
-    """A backend's, as in kernels/qformer_attention/README.md."""
+def _backend(impl: str) -> Any:
+    """`self_forward`, `self_backward`, `cross_forward`, `cross_backward` of a backend.
 
-    self_forward: Callable[..., tuple[Tensor, Tensor]]
-    self_backward: Callable[..., Tensor]
-    cross_forward: Callable[..., tuple[Tensor, Tensor]]
-    cross_backward: Callable[..., tuple[Tensor, Tensor]]
+    Their arguments are those of kernels/qformer_attention/README.md.
+    """
+    if impl == "cuda":
+        return _attention_cuda
+    if impl == "sdpa":
+        own, cross = (_attention_cpu, _attention_cpu), (_attention_cpu_cross, _attention_cpu_cross)
+    else:
+        # imported on use: Triton is optional
+        from blip2fast.kernels.qformer_attention import (
+            backward,
+            cross_backward,
+            cross_forward,
+            forward,
+        )
 
-
-_CPU = _Functions(
-    _attention_cpu.self_forward,
-    _attention_cpu.self_backward,
-    _attention_cpu_cross.cross_forward,
-    _attention_cpu_cross.cross_backward,
-)
-
-
-# self-attention never gets here: `_attention_backends` refuses it
-_CUDA = _CPU._replace(
-    cross_forward=_attention_cuda.cross_forward, cross_backward=_attention_cuda.cross_backward
-)
-
-
-def _backend(impl: str) -> _Functions:
-    return _CUDA if impl == "cuda" else _CPU
+        own, cross = (forward, backward), (cross_forward, cross_backward)
+    return SimpleNamespace(
+        self_forward=own[0].self_forward,
+        self_backward=own[1].self_backward,
+        cross_forward=cross[0].cross_forward,
+        cross_backward=cross[1].cross_backward,
+    )
 
 
 @torch.library.impl("blip2fast::qformer_attention", "CompositeExplicitAutograd")

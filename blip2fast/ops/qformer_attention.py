@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip2fast.kernels.qformer_attention import reference
-from blip2fast.ops import _attention_padded
+from blip2fast.ops import _attention_padded, _attention_xformers
 from blip2fast.ops._attention_backends import BACKENDS, AttentionCall
 from blip2fast.ops._attention_checks import build_index, check_cross, check_dropout, check_self
 from blip2fast.ops._attention_ops import unpack_index, unpack_layout
@@ -106,6 +106,8 @@ def qformer_attention(
         dtype=qkv.dtype,
         device=qkv.device.type,
         dropout=dropout_p > 0,
+        key_mask=False,
+        lse=return_lse,
         cross=False,
     )
     impl = choose("qformer_attention", BACKENDS, call, impl)
@@ -113,6 +115,8 @@ def qformer_attention(
     philox = philox if dropout_p > 0 else None
     if impl == "reference":
         out, lse = reference.qformer_attention(qkv, layout, scale, dropout_p, philox)
+    elif impl == "xformers":
+        return _attention_xformers.self_attention(qkv, layout, scale)
     elif impl == "sdpa" and qkv.device.type != "cpu":
         out, lse = _attention_padded.self_attention(qkv, layout, scale, dropout_p, philox)
     else:
@@ -216,6 +220,8 @@ def qformer_cross_attention(
         dtype=q.dtype,
         device=q.device.type,
         dropout=dropout_p > 0,
+        key_mask=key_mask is not None or key_lengths is not None,
+        lse=return_lse,
         cross=True,
     )
     impl = choose("qformer_cross_attention", BACKENDS, call, impl)
@@ -228,6 +234,8 @@ def qformer_cross_attention(
         out, lse = reference.qformer_cross_attention(
             q, kv, image, key_mask, scale, dropout_p, philox
         )
+    elif impl == "xformers":
+        return _attention_xformers.cross_attention(q, kv, image, scale)
     elif impl == "sdpa" and q.device.type != "cpu":
         out, lse = _attention_padded.cross_attention(
             q, kv, image, key_mask, scale, dropout_p, philox
