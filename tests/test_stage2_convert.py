@@ -64,7 +64,9 @@ def test_round_trip_through_transformers(kind, tmp_path):
         assert torch.equal(loaded.state_dict()[name], value), name
     again = Blip2Stage2.from_transformers(loaded).eval()
     assert again.config == model.config
-    assert torch.equal(again(images=images(), **ours).loss, model(images=images(), **ours).loss)
+    # the same weights; a product's order of summing depends on where its operands lie in memory
+    losses = [m(images=images(), **ours).loss for m in (again, model)]
+    torch.testing.assert_close(*losses, rtol=1e-14, atol=0)
 
 
 def test_to_transformers_copies_the_trained_part_only():

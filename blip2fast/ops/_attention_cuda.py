@@ -1,7 +1,4 @@
-"""The backend `cuda`: cross-attention of csrc/qformer_attention.cu, called as it wants to be.
-
-Shapes: N query blocks, Q queries, B images, S image tokens, H heads, D head width.
-"""
+"""Cross-attention of the backend `cuda`: csrc/qformer_attention.cu behind the common interface."""
 
 from __future__ import annotations
 
@@ -9,6 +6,15 @@ import torch
 from torch import Tensor
 
 from blip2fast.ops.attention_layout import KVIndex
+
+_OPS = torch.ops.blip2fast_C
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Rows that start at multiples of 16 bytes, copied only where they do not."""
+    steps = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+    aligned = x.data_ptr() % 16 == 0 and all(step % 8 == 0 or step == 1 for step in steps)
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def cross_forward(
@@ -21,11 +27,11 @@ def cross_forward(
     dropout_p: float,
     philox: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`(out [N, Q, H, D], lse [N, Q, H])` from `q` `[N or 1, Q, H, D]`, `kv` `[B, S, 2, H, D]`."""
+    """`(out [N, Q, H, D], lse [N, Q, H])`; kernels/qformer_attention/README.md has the tensors."""
     image = None if index is None else index.index
     mask = None if key_mask is None else key_mask.contiguous()
-    out, lse = torch.ops.blip2fast_C.qformer_cross_attention(
-        _aligned(q), _aligned(kv), image, mask, philox, num_blocks, scale, dropout_p
+    out, lse = _OPS.qformer_cross_attention_fwd(
+        _readable(q), _readable(kv), image, mask, philox, num_blocks, scale, dropout_p
     )
     return out, lse
 
@@ -42,14 +48,14 @@ def cross_backward(
     dropout_p: float,
     philox: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`(dq, dkv [B, S, 2, H, D])`, `dq` of the shape of `q`."""
-    mask = None if key_mask is None else key_mask.contiguous()
+    """`(dq, dkv)` of the shapes of `q` and `kv`, contiguous."""
     uses = (None, None, None) if index is None else (index.index, index.order, index.offsets)
+    mask = None if key_mask is None else key_mask.contiguous()
     dq, dkv = torch.empty_like(out), kv.new_empty(kv.shape)
-    torch.ops.blip2fast_C.qformer_cross_attention_backward(
-        dout,
-        _aligned(q),
-        _aligned(kv),
+    _OPS.qformer_cross_attention_bwd(
+        _readable(dout.contiguous()),
+        _readable(q),
+        _readable(kv),
         out,
         lse,
         *uses,
@@ -61,14 +67,7 @@ def cross_backward(
         dq,
         dkv,
     )
-    if q.shape[0] != out.shape[0]:
-        # queries that all blocks share
+    if q.shape[0] < dq.shape[0]:
+        # the same queries for every block
         dq = dq.sum(0, keepdim=True, dtype=torch.float32).to(q.dtype)
     return dq, dkv
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """`x` as the CUDA kernels read it: D contiguous, every row at a multiple of 16 bytes."""
-    strides = [step for step, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in strides)
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
