@@ -6,6 +6,7 @@ images, S image tokens, H heads, D head width.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -119,6 +120,7 @@ class SelfInputs:
         return buffer
 
 
+@functools.cache
 def padded_problems(shape: SelfShape, device: torch.device) -> list[Padded]:
     """One set of problems for every text kind; the queries go with the text that sees them."""
     first, problems = shape.blocks * shape.queries, []

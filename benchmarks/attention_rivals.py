@@ -19,14 +19,15 @@ from attention_inputs import (
     gathered,
     written_out,
 )
-from comparing import Contender, Provider
+from comparing import Contender, Provider, own_reasons
 from torch import Tensor
 
 from blip2fast.kernels.qformer_attention import reference
+from blip2fast.ops.attention_layout import AttentionLayout
 from blip2fast.ops.philox import philox_state
 from blip2fast.ops.qformer_attention import qformer_attention, qformer_cross_attention
 
-OURS = ("cuda", "triton", "xformers", "sdpa", "reference")
+OURS = ("auto", "cuda", "triton", "xformers", "sdpa", "reference")
 # one padded problem `[3, n, H, L, D]` to `[n, L, H, D]`
 Solve = Callable[[Tensor, Padded], Tensor]
 # q, kv and the index to `[N, Q, H, D]`
@@ -61,12 +62,9 @@ def cross_providers(p: float, compiled: bool) -> dict[str, Provider[CrossInputs]
     providers["torch eager"] = _cross(lambda q, kv, index: cross_written_out(q, kv, index, p))
     providers["xformers"] = _cross(lambda q, kv, index: _xformers_cross(q, kv, index, p))
     if compiled:
-        providers["torch.compile of eager"] = _compiled_cross(
-            lambda q, kv, index: cross_written_out(q, kv, index, p)
-        )
-        providers["torch.compile of reference"] = _compiled_cross(
-            lambda q, kv, index: _reference_cross(q, kv, index, p)
-        )
+        for which, formula in (("eager", cross_written_out), ("reference", _reference_cross)):
+            solve = _fresh_compile(formula)
+            providers[f"torch.compile of {which}"] = _cross(_with_dropout(solve, p))
         providers["FlexAttention, compiled"] = _flex_cross(p)
     return providers
 
@@ -81,7 +79,7 @@ def _our_self(impl: str, p: float) -> Provider[SelfInputs]:
             )
             return _with_gradients([out], [inputs.qkv], [inputs.dout], inputs.train)
 
-        return Contender({"": lambda: _own_reasons(impl, call)})
+        return Contender({"": lambda: own_reasons(impl, call)})
 
     return provider
 
@@ -96,19 +94,9 @@ def _our_cross(impl: str, p: float) -> Provider[CrossInputs]:
             )
             return _with_gradients([out], [inputs.q, inputs.kv], [inputs.dout], inputs.train)
 
-        return Contender({"": lambda: _own_reasons(impl, call)})
+        return Contender({"": lambda: own_reasons(impl, call)})
 
     return provider
-
-
-def _own_reasons(impl: str, call: Callable[[], Results]) -> Results:
-    """Cut the reasons of the other backends out of a refusal."""
-    try:
-        return call()
-    except NotImplementedError as error:
-        start = f"  {impl}: "
-        lines = [x.removeprefix(start) for x in str(error).splitlines() if x.startswith(start)]
-        raise NotImplementedError("; ".join(lines) or str(error)) from error
 
 
 def _with_gradients(
@@ -120,7 +108,7 @@ def _with_gradients(
     return [*(out.detach() for out in outputs), *gradients]
 
 
-def _padded(solve: Solve, prepare: Callable[[Padded, Tensor], None] | None = None) -> Any:
+def _padded(solve: Solve, prepare: Callable[[Padded, torch.device], None] | None = None) -> Any:
     """A provider from what solves one padded problem; padding itself is not timed."""
 
     def provider(inputs: SelfInputs) -> Contender:
@@ -130,7 +118,7 @@ def _padded(solve: Solve, prepare: Callable[[Padded, Tensor], None] | None = Non
             data.append(padded.requires_grad_(inputs.train))
             douts.append(problem.pad(inputs.dout))
             if prepare is not None:
-                prepare(problem, padded)
+                prepare(problem, padded.device)
 
         def call() -> Results:
             outputs = [solve(x, p) for x, p in zip(data, inputs.padded, strict=True)]
@@ -159,6 +147,10 @@ def _cross(solve: Cross) -> Provider[CrossInputs]:
         return Contender({"": call})
 
     return provider
+
+
+def _with_dropout(solve: Callable[..., Tensor], p: float) -> Cross:
+    return lambda q, kv, index: solve(q, kv, index, p)
 
 
 def _sdpa(x: Tensor, visible: Tensor | None, p: float) -> Tensor:
@@ -209,28 +201,22 @@ def _xformers_cross(q: Tensor, kv: Tensor, index: Tensor | None, p: float) -> Te
 
 
 def _fresh_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled once for all input sets of a benchmark, and for no other benchmark."""
     torch._dynamo.reset()  # else a code object compiled for 8 shapes runs uncompiled from then on
     return torch.compile(function, dynamic=False)
 
 
 def _compiled_padded(p: float) -> Provider[SelfInputs]:
-    def provider(inputs: SelfInputs) -> Contender:
-        solve = _fresh_compile(lambda x, visible: written_out(x, visible, p))
-        return _padded(lambda x, problem: solve(x, problem.visible[:, None]))(inputs)
-
-    return provider
+    solve = _fresh_compile(lambda x, visible: written_out(x, visible, p))
+    return _padded(lambda x, problem: solve(x, problem.visible[:, None]))
 
 
 def _compiled_reference(p: float) -> Provider[SelfInputs]:
-    def provider(inputs: SelfInputs) -> Contender:
-        philox = philox_state(0, device=inputs.qkv.device) if p else None
-        scale = inputs.qkv.shape[-1] ** -0.5
-        solve = _fresh_compile(
-            lambda qkv: reference.qformer_attention(qkv, inputs.layout, scale, p, philox)[0]
-        )
+    solve = _fresh_compile(_reference_self)
 
+    def provider(inputs: SelfInputs) -> Contender:
         def call() -> Results:
-            out = solve(inputs.qkv)
+            out = solve(inputs.qkv, inputs.layout, p)
             return _with_gradients([out], [inputs.qkv], [inputs.dout], inputs.train)
 
         return Contender({"": call})
@@ -238,14 +224,15 @@ def _compiled_reference(p: float) -> Provider[SelfInputs]:
     return provider
 
 
+def _reference_self(qkv: Tensor, layout: AttentionLayout, p: float) -> Tensor:
+    philox = philox_state(0, device=qkv.device) if p else None
+    return reference.qformer_attention(qkv, layout, qkv.shape[-1] ** -0.5, p, philox)[0]
+
+
 def _reference_cross(q: Tensor, kv: Tensor, index: Tensor | None, p: float) -> Tensor:
     philox = philox_state(0, device=q.device) if p else None
     scale = q.shape[-1] ** -0.5
     return reference.qformer_cross_attention(q, kv, index, None, scale, p, philox)[0]
-
-
-def _compiled_cross(solve: Cross) -> Provider[CrossInputs]:
-    return lambda inputs: _cross(_fresh_compile(solve))(inputs)
 
 
 def _check_flex(device: torch.device, train: bool, p: float) -> None:
@@ -256,35 +243,38 @@ def _check_flex(device: torch.device, train: bool, p: float) -> None:
 
 
 def _flex_padded(p: float) -> Provider[SelfInputs]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    flex = _fresh_compile(flex_attention)
+    masks: dict[int, Any] = {}  # by problem; input sets share theirs
+
+    def prepare(problem: Padded, device: torch.device) -> None:
+        if id(problem) in masks:
+            return
+        n, L = problem.rows.shape
+        visible = problem.visible.expand(n, L, L).contiguous()
+        masks[id(problem)] = create_block_mask(
+            lambda b, h, q, k: visible[b, q, k], n, None, L, L, device=device
+        )
+
+    def solve(x: Tensor, problem: Padded) -> Tensor:
+        q, k, v = x
+        return flex(q, k, v, block_mask=masks[id(problem)]).transpose(1, 2)
+
     def provider(inputs: SelfInputs) -> Contender:
         _check_flex(inputs.qkv.device, inputs.train, p)
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        flex = _fresh_compile(flex_attention)
-        masks: dict[int, Any] = {}
-
-        def prepare(problem: Padded, padded: Tensor) -> None:
-            n, L = problem.rows.shape
-            visible = problem.visible.expand(n, L, L).contiguous()
-            masks[id(problem)] = create_block_mask(
-                lambda b, h, q, k: visible[b, q, k], n, None, L, L, device=padded.device
-            )
-
-        def solve(x: Tensor, problem: Padded) -> Tensor:
-            q, k, v = x
-            return flex(q, k, v, block_mask=masks[id(problem)]).transpose(1, 2)
-
         return _padded(solve, prepare)(inputs)
 
     return provider
 
 
 def _flex_cross(p: float) -> Provider[CrossInputs]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    flex = _fresh_compile(flex_attention)
+
     def provider(inputs: CrossInputs) -> Contender:
         _check_flex(inputs.q.device, inputs.train, p)
-        from torch.nn.attention.flex_attention import flex_attention
-
-        flex = _fresh_compile(flex_attention)
         return _cross(lambda q, kv, index: flex(*gathered(q, kv, index)).transpose(1, 2))(inputs)
 
     return provider

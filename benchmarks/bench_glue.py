@@ -1,103 +1,223 @@
 """The ops between the large products against PyTorch's own, forward and backward.
 
 R rows (queries and text tokens of a batch), C = 768, feed-forward width 3072, V = 30523 words.
+Parameters are fp32, as they are in training; data is fp32 or bf16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import Contender, Provider, Work, own_reasons
+from shapes import GLUE_SHAPES, LM_SHAPES, RowsShape, cells
 from torch import Tensor
 
 from blip2fast.ops import bias_gelu, dropout_add_layer_norm, lm_cross_entropy
 from blip2fast.ops.philox import philox_state
 
-# small enough for the tests; the full sizes are timed only
-ROWS = [8, *(pytest.param(R, marks=pytest.mark.fullsize) for R in (1000, 3000, 5000))]
-LABELS = [8, *(pytest.param(R, marks=pytest.mark.fullsize) for R in (170, 700, 2000))]
-DTYPES = [torch.float32, torch.bfloat16]
-# relative norm by which results may differ: roundings in another order
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-Race = Callable[..., None]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# relative norm from fp32; a GPU's fp32 products may be TF32
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
+FFN = 4
+# from the leaves to what is differentiated
+Formula = Callable[..., Tensor]
 
 
-@pytest.fixture
-def race_grads(race: Race, conditions: dict[str, Any]) -> Race:
-    """Race functions of the inputs with their gradients, after a look at whether they agree."""
+class Inputs:
+    """Leaves of one call, and the gradient that comes back to its result.
 
-    def run(
-        ours: Callable[[], Tensor],
-        theirs: Callable[[], Tensor],
-        inputs: list[Tensor],
-        random: bool = False,
-    ) -> None:
-        """`random`: the two draw other dropout masks, so their results cannot agree."""
-        dtype = inputs[0].dtype
-        conditions["dtype"] = str(dtype)
-        dout = torch.randn_like(ours())
+    Args:
+        leaves: Data and parameters.
+        formula: The definition.
+        seed: Of the incoming gradient.
+    """
 
-        def step(function: Callable[[], Tensor]) -> list[Tensor]:
-            out = function()
-            return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+    def __init__(self, leaves: list[Tensor], formula: Formula, seed: int) -> None:
+        self.leaves = [x.requires_grad_() for x in leaves]
+        self._formula = formula
+        self._seed = seed
 
-        for got, wanted in zip(step(ours), step(theirs), strict=True):
-            assert got.shape == wanted.shape
-            if not random:
-                error = (got.double() - wanted.double()).norm() / wanted.double().norm()
-                assert error < TOLERANCE[dtype]
-        race(lambda: step(ours), {"torch": lambda: step(theirs)}, rounds=15)
+    @cached_property
+    def dout(self) -> Tensor:
+        """Drawn once the result's shape is known."""
+        out = self._formula(*[x.detach() for x in self.leaves])
+        generator = torch.Generator(out.device).manual_seed(self._seed)
+        drawn = torch.randn(out.shape, generator=generator, device=out.device)
+        return drawn.to(out.dtype) if out.dim() else torch.ones_like(out)
 
-    return run
+    @cached_property
+    def truth(self) -> list[Tensor]:
+        """Result and gradients in fp32."""
+        leaves = [x.detach().float().requires_grad_() for x in self.leaves]
+        return differentiate(self._formula, leaves, self.dout.float())
 
 
-def leaf(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (scale * torch.randn(*shape)).to(dtype).requires_grad_()
+def differentiate(formula: Formula, leaves: list[Tensor], dout: Tensor) -> list[Tensor]:
+    """A result and its gradients."""
+    out = formula(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+
+
+def provider_of(formula: Formula, impl: str | None = None) -> Provider[Inputs]:
+    """A provider of a formula, or of one of our backends."""
+
+    def provider(inputs: Inputs) -> Contender:
+        def call() -> list[Tensor]:
+            return differentiate(formula, inputs.leaves, inputs.dout)
+
+        return Contender({"": call if impl is None else lambda: own_reasons(impl, call)})
+
+    return provider
+
+
+def contenders(
+    ours: Callable[[str], Formula], impls: tuple[str, ...], theirs: Formula, compiled: bool
+) -> dict[str, Provider[Inputs]]:
+    """Our backends by name, then PyTorch's functions, as they are and compiled."""
+    found = {f"blip2fast {impl}": provider_of(ours(impl), impl) for impl in impls}
+    found["torch"] = provider_of(theirs)
+    if compiled:
+        torch._dynamo.reset()
+        found["torch.compile"] = provider_of(torch.compile(theirs, dynamic=False))
+    return found
+
+
+def agree(inputs: Inputs, results: list[Tensor]) -> None:
+    """Raise AssertionError where a result or gradient is not what fp32 gives."""
+    tolerance = TOLERANCE[inputs.leaves[0].dtype]
+    for which, (found, expected) in enumerate(zip(results, inputs.truth, strict=True)):
+        assert found.shape == expected.shape, f"result {which}: shape {list(found.shape)}"
+        error = float((found.float() - expected).norm() / expected.norm())
+        assert error < tolerance, f"result {which}: relative error {error:.1e}"
+
+
+def leaf(seed: int, *size: int, device: torch.device, scale: float = 1.0) -> Tensor:
+    """Random numbers in fp32."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return scale * torch.randn(*size, generator=generator, device=device)
+
+
+def by_dtype(table: Mapping[str, RowsShape]) -> list[Any]:
+    """Shapes by dtype; on a GPU bf16 alone."""
+    return [
+        pytest.param(cell.values[0], dtype, marks=cell.marks, id=f"{cell.values[0]}-{dtype}")
+        for cell in cells(table)
+        for dtype in DTYPES
+        if table[cell.values[0]].where != "cuda" or dtype == "bf16"
+    ]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("R", ROWS)
-def bench_dropout_add_layer_norm(R: int, dtype: torch.dtype, p: float, race_grads: Race) -> None:
-    torch.manual_seed(0)
-    C, philox = 768, philox_state(0)
-    x, residual = leaf(R, C, dtype=dtype), leaf(R, C, dtype=dtype)
-    weight, bias = leaf(C, dtype=torch.float32), leaf(C, dtype=torch.float32)
+@pytest.mark.parametrize(("name", "dtype"), by_dtype(GLUE_SHAPES))
+def bench_dropout_add_layer_norm(
+    name: str,
+    dtype: str,
+    p: float,
+    device: torch.device,
+    timed: bool,
+    compare: Callable[..., None],
+) -> None:
+    shape, kind = GLUE_SHAPES[name], DTYPES[dtype]
+    R, C, philox = shape.rows, shape.width, philox_state(0, device=device)
 
-    def ours() -> Tensor:
-        return dropout_add_layer_norm(x, residual, weight, bias, dropout_p=p, philox=philox)
+    def ours(rate: float) -> Callable[[str], Formula]:
+        return lambda impl: (
+            lambda x, residual, weight, bias: dropout_add_layer_norm(
+                x, residual, weight, bias, dropout_p=rate, philox=philox, impl=impl
+            )
+        )
 
-    def theirs() -> Tensor:
-        total = F.dropout(x, p, training=p > 0) + residual
-        return F.layer_norm(total, (C,), weight, bias, 1e-12)
+    def theirs(rate: float) -> Formula:
+        def formula(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            total = F.dropout(x, rate, training=rate > 0) + residual
+            # on CUDA data and parameters must be of one type
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+            return F.layer_norm(total, (C,), weight, bias, 1e-12)
 
-    race_grads(ours, theirs, [x, residual, weight, bias], random=p > 0)
+        return formula
+
+    def make_inputs(seed: int) -> Inputs:
+        data = [leaf(2 * seed + i, R, C, device=device).to(kind) for i in range(2)]
+        return Inputs([*data, *(leaf(i, C, device=device) for i in range(2))], theirs(0.0), seed)
+
+    impls, compiled = ("auto", "triton", "pytorch", "reference"), timed and shape.headline
+    size = R * C * kind.itemsize
+    compare(
+        contenders(ours(p), impls, theirs(p), compiled),
+        make_inputs,
+        agree,
+        # two in, one out; then three in, and one out that both inputs share without dropout
+        work=Work(20 * R * C, (8 if p else 7) * size, 3 * size),
+        dtype=kind,
+        judged=contenders(ours(0.0), impls, theirs(0.0), compiled) if p else None,
+    )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("R", ROWS)
-def bench_bias_gelu(R: int, dtype: torch.dtype, race_grads: Race) -> None:
-    torch.manual_seed(0)
-    x, bias = leaf(R, 3072, dtype=dtype), leaf(3072, dtype=dtype)
-    race_grads(lambda: bias_gelu(x, bias), lambda: F.gelu(x + bias), [x, bias])
+@pytest.mark.parametrize(("name", "dtype"), by_dtype(GLUE_SHAPES))
+def bench_bias_gelu(
+    name: str, dtype: str, device: torch.device, timed: bool, compare: Callable[..., None]
+) -> None:
+    shape, kind = GLUE_SHAPES[name], DTYPES[dtype]
+    R, W = shape.rows, FFN * shape.width
+
+    def ours(impl: str) -> Formula:
+        return lambda x, bias: bias_gelu(x, bias, impl=impl)
+
+    def theirs(x: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(x + bias.to(x.dtype))
+
+    def make_inputs(seed: int) -> Inputs:
+        data = leaf(seed, R, W, device=device).to(kind)
+        return Inputs([data, leaf(seed, W, device=device)], theirs, seed)
+
+    size = R * W * kind.itemsize
+    compare(
+        contenders(
+            ours, ("auto", "triton", "pytorch", "reference"), theirs, timed and shape.headline
+        ),
+        make_inputs,
+        agree,
+        work=Work(20 * R * W, 5 * size, 2 * size),  # one in, one out; then two in, one out
+        dtype=kind,
+    )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("R", LABELS)
-def bench_lm_cross_entropy(R: int, dtype: torch.dtype, race_grads: Race) -> None:
-    torch.manual_seed(0)
-    C, V = (768, 30523) if R > 8 else (64, 301)
-    hidden, weight = leaf(R, C, dtype=dtype), leaf(V, C, dtype=dtype, scale=0.02)
-    bias, labels = leaf(V, dtype=dtype, scale=0.02), torch.randint(0, V, (R,))
+@pytest.mark.parametrize(("name", "dtype"), by_dtype(LM_SHAPES))
+def bench_lm_cross_entropy(
+    name: str, dtype: str, device: torch.device, timed: bool, compare: Callable[..., None]
+) -> None:
+    shape, kind = LM_SHAPES[name], DTYPES[dtype]
+    R, C, V = shape.rows, shape.width, shape.vocabulary
+    labels = torch.randint(0, V, (R,), generator=torch.Generator().manual_seed(0)).to(device)
 
-    def theirs() -> Tensor:
-        return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, label_smoothing=0.1)
+    def ours(impl: str) -> Formula:
+        return lambda hidden, weight, bias: lm_cross_entropy(
+            hidden, weight, bias, labels, impl=impl
+        )[0]
 
-    def ours() -> Tensor:
-        return lm_cross_entropy(hidden, weight, bias, labels)[0]
+    def theirs(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        logits = F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
+        return F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
 
-    race_grads(ours, theirs, [hidden, weight, bias])
+    def make_inputs(seed: int) -> Inputs:
+        leaves = [
+            leaf(seed, R, C, device=device).to(kind),
+            leaf(seed, V, C, device=device, scale=0.02),
+            leaf(seed + 1, V, device=device, scale=0.02),
+        ]
+        return Inputs(leaves, theirs, seed)
+
+    hidden, weights = R * C * kind.itemsize, 4 * V * C
+    compare(
+        contenders(ours, ("auto", "chunked", "reference"), theirs, timed and shape.headline),
+        make_inputs,
+        agree,
+        # logits, and the gradients of both factors; weights in fp32 in, their gradient out
+        work=Work(6 * R * C * V, 2 * (hidden + weights), hidden + weights),
+        dtype=kind,
+    )

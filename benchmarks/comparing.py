@@ -163,7 +163,7 @@ class Race(Generic[Inputs]):
             entry.reason = one_line(missing)
         except AssertionError as wrong:
             entry.failure = f"wrong: {one_line(wrong)}"
-        except (MemoryError, RuntimeError, *_triton_errors()) as error:
+        except _breakdowns() as error:
             if is_out_of_memory(error):
                 entry.reason = "out of memory"
             else:
@@ -231,6 +231,16 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def own_reasons(impl: str, call: Call) -> Any:
+    """Run one of our backends; of a refusal keep what concerns this backend."""
+    try:
+        return call()
+    except NotImplementedError as error:
+        start = f"  {impl}: "
+        lines = [x.removeprefix(start) for x in str(error).splitlines() if x.startswith(start)]
+        raise NotImplementedError("; ".join(lines) or str(error)) from error
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory was not enough."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -238,10 +248,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def _triton_errors() -> tuple[type[Exception], ...]:
-    """Errors of Triton's compiler, which are no RuntimeErrors."""
+def _breakdowns() -> tuple[type[Exception], ...]:
+    """What a contender may end in; errors of Triton's compiler are no RuntimeErrors."""
     try:
         from triton.errors import TritonError
     except ImportError:
-        return ()
-    return (TritonError,)
+        return MemoryError, RuntimeError
+    return MemoryError, RuntimeError, TritonError

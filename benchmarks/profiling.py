@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 # the first whose words stand in a kernel's name
@@ -61,6 +60,6 @@ def step_shares(step: Callable[[], Any]) -> dict[str, float]:
     kernels = [
         (event.name, event.time_range.elapsed_us())
         for event in profiled.events()
-        if event.device_type == DeviceType.CUDA
+        if event.device_type.name == "CUDA"
     ]
     return shares(kernels, total_us)

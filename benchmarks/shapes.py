@@ -158,6 +158,37 @@ ITC_SHAPES = {
 
 
 @dataclass(frozen=True)
+class RowsShape:
+    """What stands between large products: R rows of width C; for the LM loss R labels, V words.
+
+    Attributes:
+        headline: As in `SelfShape`.
+    """
+
+    rows: int
+    width: int = 768
+    vocabulary: int = 30_523
+    headline: bool = False
+    where: Where = "cuda"
+
+
+# on a GPU the two passes of a stage-1 step at B = 256, mean caption 12
+GLUE_SHAPES = {
+    "tiny": RowsShape(8, where="test"),
+    "r1000": RowsShape(1000, headline=True, where="cpu"),
+    "r5000": RowsShape(5000, where="cpu"),
+    "r14336": RowsShape(14_336, headline=True),
+    "r33792": RowsShape(33_792),
+}
+LM_SHAPES = {
+    "tiny": RowsShape(8, width=64, vocabulary=301, where="test"),
+    "r170": RowsShape(170, where="cpu"),
+    "r2000": RowsShape(2000, where="cpu"),
+    "r2816": RowsShape(2816, headline=True),
+}
+
+
+@dataclass(frozen=True)
 class Shape:
     """A model with the batch to time it on; captions have T tokens, `mean_caption` of them real.
 

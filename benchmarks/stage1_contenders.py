@@ -60,10 +60,11 @@ def make_models(
         if name == "blip2fast":
             models[name] = ours.to(device)
             continue
-        models[name] = TextbookStage1(ours).to(device)
+        textbook = TextbookStage1(ours).to(device)
         if "compiled" in name:
-            for layer in models[name].qformer.encoder.layer:
+            for layer in textbook.qformer.encoder.layer:
                 layer.compile(dynamic=False)
+        models[name] = textbook
     return models
 
 
@@ -144,12 +145,12 @@ def attention_flops(shape: Shape) -> float:
     """Scores and sums of both passes, forward and backward."""
     config, B = shape.config, shape.batch
     layers = config.num_hidden_layers
-    sizes = {
+    sizes: dict[str, Any] = {
         "queries": config.num_query_tokens,
         "heads": config.num_attention_heads,
         "width": config.hidden_size // config.num_attention_heads,
     }
-    texts = {"text_tokens": shape.text_tokens, "mean_text": shape.mean_caption}
+    texts: dict[str, Any] = {"text_tokens": shape.text_tokens, "mean_text": shape.mean_caption}
     rows = [
         SelfShape(B, (UNI, CAUSAL), **texts, **sizes),
         SelfShape(3 * B, (BI,), **texts, **sizes),
