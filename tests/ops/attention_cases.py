@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from blip2fast.kernels.qformer_attention import reference
 from blip2fast.masks import MaskKind
@@ -149,26 +150,38 @@ def _normal(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def narrow_self(qkv: Tensor, layout: AttentionLayout, p: float, philox: Tensor | None) -> Tensor:
-    """The definition with PyTorch's own operations in the inputs' type: the rival."""
+    """PyTorch's attention in the inputs' type under the mask written out: the rival."""
     q, k, v = qkv.permute(1, 2, 0, 3)
     visible, _ = reference.visible_pairs(layout)
     keep = None if philox is None else reference.self_attention_keep(layout, len(q), philox, p)
-    out, _, _ = reference.attend(q * qkv.shape[-1] ** -0.5, k, v, visible, keep, p)
-    return out.transpose(0, 1)
+    return _narrow(q[None], k[None], v[None], visible, keep, p)[0].transpose(0, 1)
 
 
 def narrow_cross(
     q: Tensor, kv: Tensor, case: CrossCase, mask: Tensor | None, philox: Tensor | None
 ) -> Tensor:
-    """The definition with PyTorch's own operations in the inputs' type: the rival."""
+    """PyTorch's attention in the inputs' type, of gathered keys and values: the rival."""
     image = torch.arange(case.B) if case.index is None else torch.tensor(case.index).long()
     k, v = kv[image].permute(2, 0, 3, 1, 4)
-    visible = None if mask is None else mask[image][:, None, None, :]
+    visible, blind = None, None
+    if mask is not None:
+        blind = ~mask[image].any(1)[:, None, None, None]
+        visible = mask[image][:, None, None, :] | blind
     keep = None
     if philox is not None:
         keep = reference.cross_attention_keep(case.N, case.Q, case.H, case.S, philox, case.p)
-    out, _, _ = reference.attend(q.transpose(1, 2) * case.D**-0.5, k, v, visible, keep, case.p)
+    out = _narrow(q.transpose(1, 2).expand(case.N, -1, -1, -1), k, v, visible, keep, case.p)
+    out = out if blind is None else out.masked_fill(blind, 0)
     return out.transpose(1, 2)
+
+
+def _narrow(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, keep: Tensor | None, p: float
+) -> Tensor:
+    if keep is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    out, _, _ = reference.attend(q * q.shape[-1] ** -0.5, k, v, visible, keep, p)
+    return out
 
 
 def value_and_grads(
