@@ -44,8 +44,8 @@ run() {
     [ "$seconds" -lt "$(left)" ] || seconds=$(left)
     [ "$seconds" -gt 5 ] || return 124
     printf '\n$ %s\n' "$*" >>"$log"
-    # an interrupt lets pytest write what it has
-    timeout --signal=INT --kill-after=10 "$seconds" "$@" >>"$log" 2>&1
+    # an interrupt lets pytest write what it has, unless the script was started deaf to it
+    timeout --signal=INT --kill-after=10 "$seconds" env --default-signal=INT "$@" >>"$log" 2>&1
 }
 
 packages=
