@@ -102,9 +102,10 @@ def _buckets(lengths: Ints, seen: int, head_elements: int) -> list[Ints]:
 def _groups(layout: AttentionLayout, head_elements: int) -> list[_Group]:
     """Problems in which every row of the token buffer is a row once."""
     N, Q = layout.num_blocks, layout.num_queries
-    alone = np.arange(N)
     if layout.has_bidirectional:
         alone = np.flatnonzero(layout.block_text.numpy() < 0)
+    else:
+        alone = np.arange(N)
     groups = []
     if len(alone) and Q:
         rows = alone[:, None] * Q + np.arange(Q)
