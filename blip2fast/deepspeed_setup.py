@@ -115,6 +115,8 @@ def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, 
         if parameter.ndim == 0:
             # DeepSpeed broadcasts parameters as bytes, which a scalar cannot be viewed as.
             parameter.data = parameter.data.view(1)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        _place_the_rest(model, config)
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     values = deepspeed_config(config, dist.get_world_size(), sizes)
     engine, *_ = deepspeed.initialize(
@@ -128,3 +130,19 @@ def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, 
         # calling modules. Fetched once, the trained part stays whole (see `deepspeed_config`).
         kept[0].all_gather(kept)
     return engine, values
+
+
+def _place_the_rest(model: nn.Module, config: RunConfig) -> None:
+    """Move and cast what is not spread yet.
+
+    A model of which ZeRO-3 has spread a part is to DeepSpeed one that is in place as a whole.
+    """
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(device, dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from blip2fast import command_line
-from blip2fast.offload import stream_blocks
+from blip2fast.offload import measuring, stream_blocks
 from blip2fast.offload.choices import with_offload
 from blip2fast.offload.measuring import (
     measure_image_encoder,
@@ -355,11 +355,15 @@ def test_the_command_plans_without_weights(
 def test_an_unreachable_hub_name_is_named(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    def refuse(name: str) -> None:
+        raise OSError(f"{name} cannot be reached\nand more lines")
+
+    monkeypatch.setattr(measuring.AutoConfig, "from_pretrained", refuse)
     run = config(world, tmp_path, 2, language_model={"path": "facebook/opt-2.7b"}, offload="auto")
-    with pytest.raises(
-        ValueError, match=r"language_model.path 'facebook/opt-2.7b': its config.jso"
-    ):
+    match = (
+        r"language_model.path 'facebook/opt-2.7b': its config.json is not there: .* be reached\)"
+    )
+    with pytest.raises(ValueError, match=match):
         settle_offload(run)
 
 

@@ -137,3 +137,12 @@ def test_two_processes_train_alike(world: Path, tmp_path: Path) -> None:
             _series(tmp_path / name, "loss"), expected, rtol=2e-6, atol=0, msg=name
         )
         assert distance(tmp_path / name, tmp_path / "none") < 3e-4, name
+
+
+@pytest.mark.parametrize("language", ["opt", "t5"])
+def test_in_bf16_zero3_is_zero_stage_3(world: Path, tmp_path: Path, language: str) -> None:
+    """DeepSpeed takes a model that is spread in part for one that is cast as a whole."""
+    _run(world, tmp_path / "plain", language, precision="bf16", zero_stage=3)
+    _run(world, tmp_path / "ours", language, precision="bf16", offload="zero3")
+    found, expected = (_series(tmp_path / name, "loss") for name in ("ours", "plain"))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
