@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,7 +96,8 @@ def test_peak_is_what_a_call_held_at_once() -> None:
 
     peak = peak_bytes(two_after_each_other, CPU)
     assert peak is not None
-    assert size <= peak < 1.25 * size
+    # Linux counts resident pages in batches: the figure is a few dozen pages off either way
+    assert 0.99 * size < peak < 1.25 * size
 
 
 def run_race(
@@ -242,9 +244,12 @@ def test_a_timed_suite_gives_a_result_file(tmp_path: Path) -> None:
     options = ["-k", "bias_gelu and tiny-fp32", "--benchmark-only", "--benchmark-max-time=0.01"]
     suite = str(ROOT / "benchmarks" / "bench_glue.py")
     pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0"]
+    # a worker of a parallel run says so in its environment, and nothing is timed there
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [*pytest_command, suite, *options, f"--benchmark-json={target}"],
         cwd=ROOT,
+        env=alone,
         capture_output=True,
         text=True,
         check=False,
