@@ -42,7 +42,7 @@ def write_texts(settings: DemoSettings, places: Places) -> None:
 
 def cache_features(settings: DemoSettings, places: Places, console: Console) -> None:
     """Frozen features of every image of every split."""
-    encoder = load_image_encoder(str(places.image_tower), settings.image_block)
+    encoder = load_image_encoder(str(places.image_tower))
     sizes = {split: getattr(settings, name) for split, name in SPLIT_SIZES.items()}
     with progress_bar(console) as progress:
         bar = progress.add_task("images", total=sum(sizes.values()), note="")

@@ -105,7 +105,7 @@ def run_demo(
     phases.run(
         "frozen features",
         lambda: cache_features(settings, places, console),
-        [digest(places.image_tower), settings.image_block],
+        digest(places.image_tower),
         after=["scenes and texts"],
         products=[places.features(split) for split in SPLIT_SIZES],
     )

@@ -28,9 +28,6 @@ class DemoSettings:
         train_scenes, held_out_scenes, unseen_scenes: images of each split.
         captions_per_scene: paraphrases of a training scene's caption.
         question_rounds: questions of each type about a training scene.
-        image_block: block of the image tower whose tokens are the features; the second last of
-            three, as in the paper (section 3.4). After the last one a token tells more of what is
-            in the neighbouring place (its kind is read in 33 % of the scenes, against 25 %).
         rerank_k: candidates that ITM re-ranks.
         overrides: of the training configurations, by run.
     """
@@ -42,7 +39,6 @@ class DemoSettings:
     unseen_scenes: int = 500
     captions_per_scene: int = 4
     question_rounds: int = 1
-    image_block: int = 2
     rerank_k: int = 10
     overrides: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
