@@ -1,7 +1,8 @@
 """Self-attention of a token buffer in Triton, backward: no atomics, every sum in a fixed order.
 
-Where a unit's rows and keys fit one tile, one program has a block and every text that sees it, and
-computes each weight once. Larger ones are left to `backward_large.py`.
+A program owns keys (dk, dv) and walks over the rows that see them: its unit's, then, for a block,
+those of each text that sees it, in order. Where a unit's keys fit one tile it computes its rows' dq
+from the same weights; otherwise a kernel that owns rows goes before.
 """
 
 # mypy: allow-untyped-defs
@@ -12,16 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip2fast.kernels.qformer_attention.backward_large import (
-    _qformer_attention_bwd_dkv_kernel,
-    _qformer_attention_bwd_dq_kernel,
-)
 from blip2fast.kernels.qformer_attention.config import (
+    READER_ROWS,
     Tiles,
     self_backward_tiles,
     self_sizes,
 )
-from blip2fast.kernels.qformer_attention.forward import LOG2_E, constants, dense_heads
+from blip2fast.kernels.qformer_attention.forward import constants, dense_heads
 from blip2fast.kernels.qformer_attention.tiles import (
     gradient_tile,
     load_lse,
@@ -32,50 +30,145 @@ from blip2fast.kernels.qformer_attention.units import find_text, find_unit, row_
 from blip2fast.ops.attention_layout import AttentionLayout
 
 
-@triton.jit
-def _gradients_of_rows(
+@triton.jit(do_not_specialize=["N", "Q", "row_tiles"])
+def _qformer_attention_bwd_dq_kernel(
     qkv_ptr,
     dout_ptr,
     out_ptr,
     lse_ptr,
-    dqkv_ptr,
+    delta_ptr,  # [R, H], written
+    cu_seqlens_ptr,
+    kinds_ptr,
+    blocks_ptr,
+    block_text_ptr,
     philox_ptr,
-    block,
-    text_row,
-    first_row,
-    first_key,
-    end,
-    causal,
-    head,
+    dqkv_ptr,
+    N,
     Q,
+    row_tiles,
     stride_row,
     scale,
-    score_scale,
     keep_scale,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_BIDIRECTIONAL: tl.constexpr,
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Store dq of the rows of one tile; return dk and dv of its keys, [BLOCK_N, BLOCK_D] fp32."""
-    place = first_row + tl.arange(0, BLOCK_M)
+    program = tl.program_id(0)
+    head = program % H
+    row_tile = program // H % row_tiles
+    block, text_row, first_row, first_key, end, kind = find_unit(
+        program // H // row_tiles,
+        cu_seqlens_ptr,
+        kinds_ptr,
+        blocks_ptr,
+        block_text_ptr,
+        N,
+        Q,
+        HAS_BIDIRECTIONAL,
+    )
+    first_place = first_row + row_tile * BLOCK_M
+    if first_place >= end:
+        return
+    place = first_place + tl.arange(0, BLOCK_M)
     there = place < end
     row = row_of(place, block, text_row, Q)
-    c0 = first_key // 4 * 4
-    key = c0 + tl.arange(0, BLOCK_N)
-    key_there = (key >= first_key) & (key < end)
-    key_at = row_of(key, block, text_row, Q) * stride_row + (H + head) * D
-    q = load_rows(qkv_ptr, row * stride_row + head * D, there, D, BLOCK_D)
-    k = load_rows(qkv_ptr, key_at, key_there, D, BLOCK_D)
-    v = load_rows(qkv_ptr, key_at + H * D, key_there, D, BLOCK_D)
     at = row * H + head
+    q = load_rows(qkv_ptr, row * stride_row + head * D, there, D, BLOCK_D)
     dout = load_rows(dout_ptr, at * D, there, D, BLOCK_D)
     out = load_rows(out_ptr, at * D, there, D, BLOCK_D)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    visible = key_there[None, :] & ((key[None, :] <= place[:, None]) | (causal == 0))
+    tl.store(delta_ptr + at, delta, mask=there)
+    lse = load_lse(lse_ptr, at, there)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    c_end = tl.where(kind == 2, tl.minimum(end, first_place + BLOCK_M), end)
+    for c0 in tl.range(first_key // 4 * 4, c_end, BLOCK_N):
+        key = c0 + tl.arange(0, BLOCK_N)
+        key_there = (key >= first_key) & (key < end)
+        key_at = row_of(key, block, text_row, Q) * stride_row + (H + head) * D
+        k = load_rows(qkv_ptr, key_at, key_there, D, BLOCK_D)
+        v = load_rows(qkv_ptr, key_at + H * D, key_there, D, BLOCK_D)
+        visible = key_there[None, :] & ((key[None, :] <= place[:, None]) | (kind != 2))
+        _, d_scores = gradient_tile(
+            q,
+            k,
+            v,
+            dout,
+            lse,
+            delta,
+            visible,
+            philox_ptr,
+            head,
+            row,
+            c0,
+            scale,
+            keep_scale,
+            THRESHOLD,
+            PRECISION,
+        )
+        dq = tl.dot(d_scores, k, dq, input_precision=PRECISION)
+    store_rows(dqkv_ptr, (row * 3 * H + head) * D, dq * scale, there, D, BLOCK_D)
+
+
+@triton.jit
+def _add_rows(
+    dk,
+    dv,
+    key,
+    key_row,
+    key_there,
+    c0,
+    first_place,
+    end,
+    causal,
+    block,
+    text_row,
+    qkv_ptr,
+    dout_ptr,
+    out_ptr,
+    lse_ptr,
+    delta_ptr,
+    philox_ptr,
+    dqkv_ptr,
+    head,
+    Q,
+    stride_row,
+    scale,
+    keep_scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FRESH: tl.constexpr,
+    STORE_DQ: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk (without its scale) and dv of a tile of keys, with a tile of rows added.
+
+    With FRESH dk and dv are nothing yet; with STORE_DQ the rows see no other keys.
+    """
+    place = first_place + tl.arange(0, BLOCK_M)
+    there = place < end
+    row = row_of(place, block, text_row, Q)
+    at = row * H + head
+    # always true, but not to the compiler: keys kept over a loop take 128 registers a thread
+    key_there = key_there & (key < tl.where(first_place < end, 2147483647, 0))
+    key_at = key_row * stride_row + (H + head) * D
+    k = load_rows(qkv_ptr, key_at, key_there, D, BLOCK_D)
+    v = load_rows(qkv_ptr, key_at + H * D, key_there, D, BLOCK_D)
+    q = load_rows(qkv_ptr, row * stride_row + head * D, there, D, BLOCK_D)
+    dout = load_rows(dout_ptr, at * D, there, D, BLOCK_D)
+    if HAS_DELTA:
+        delta = tl.load(delta_ptr + at, mask=there, other=0.0)
+    else:
+        out = load_rows(out_ptr, at * D, there, D, BLOCK_D)
+        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     dropped, d_scores = gradient_tile(
         q,
         k,
@@ -83,29 +176,35 @@ def _gradients_of_rows(
         dout,
         load_lse(lse_ptr, at, there),
         delta,
-        visible,
+        key_there[None, :] & ((key[None, :] <= place[:, None]) | (causal == 0)),
         philox_ptr,
         head,
         row,
         c0,
-        score_scale,
+        scale,
         keep_scale,
         THRESHOLD,
         PRECISION,
     )
-    dv = tl.dot(tl.trans(dropped), dout, input_precision=PRECISION)
-    dk = tl.dot(tl.trans(d_scores), q, input_precision=PRECISION) * scale
-    dq = tl.dot(d_scores, k, input_precision=PRECISION) * scale
-    store_rows(dqkv_ptr, (row * 3 * H + head) * D, dq, there, D, BLOCK_D)
+    if FRESH:
+        dv = tl.dot(tl.trans(dropped), dout, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(d_scores), q, input_precision=PRECISION)
+    else:
+        dv = tl.dot(tl.trans(dropped), dout, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(d_scores), q, dk, input_precision=PRECISION)
+    if STORE_DQ:
+        dq = tl.dot(d_scores, k, input_precision=PRECISION) * scale
+        store_rows(dqkv_ptr, (row * 3 * H + head) * D, dq, there, D, BLOCK_D)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["N", "Q"])
+@triton.jit(do_not_specialize=["N", "Q", "key_tiles"])
 def _qformer_attention_bwd_kernel(
     qkv_ptr,
     dout_ptr,  # [R, H, D]
-    out_ptr,  # [R, H, D]
+    out_ptr,  # [R, H, D], read if SINGLE
     lse_ptr,  # [R, H]
+    delta_ptr,  # [R, H], read unless SINGLE
     cu_seqlens_ptr,
     kinds_ptr,
     blocks_ptr,
@@ -113,108 +212,133 @@ def _qformer_attention_bwd_kernel(
     order_ptr,
     offsets_ptr,
     philox_ptr,
-    dqkv_ptr,  # [R, 3, H, D]
+    dqkv_ptr,  # [R, 3, H, D]; dq written if SINGLE
     N,
     Q,
+    key_tiles,  # of a unit
     stride_row,
     scale,
-    score_scale,  # includes log2(e)
     keep_scale,  # 1 / (1 - p)
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    READER_M: tl.constexpr,
     HEADS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    WHOLE: tl.constexpr,
     HAS_BIDIRECTIONAL: tl.constexpr,
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
     first_head = program % (H // HEADS) * HEADS
-    unit = program // (H // HEADS)
+    unit = program // (H // HEADS) // key_tiles
     block, text_row, first_row, first_key, end, kind = find_unit(
         unit, cu_seqlens_ptr, kinds_ptr, blocks_ptr, block_text_ptr, N, Q, HAS_BIDIRECTIONAL
     )
-    is_block = unit < N
-    begin = tl.load(offsets_ptr + unit, mask=is_block, other=0)
-    stop = tl.load(offsets_ptr + unit + 1, mask=is_block, other=0)
-    # a text that sees a block is done by the block's program
-    if (unit >= N) & (kind != 0):
+    # a unit owns its rows as keys; for a text's dq the one tile has its block's queries too;
+    # dropout wants a multiple of 4
+    if SINGLE:
+        c0 = first_key // 4 * 4
+    else:
+        first_key = first_row
+        c0 = first_row // 4 * 4 + program // (H // HEADS) % key_tiles * BLOCK_N
+    if (first_row >= end) | (c0 >= end):
         return
-    c0 = first_key // 4 * 4
     key = c0 + tl.arange(0, BLOCK_N)
+    key_there = (key >= first_key) & (key < end)
+    key_row = row_of(key, block, text_row, Q)
+    causal = kind == 2
+    has_queries = (unit < N) & (c0 < Q)
+    begin = tl.load(offsets_ptr + unit, mask=has_queries, other=0)
+    stop = tl.load(offsets_ptr + unit + 1, mask=has_queries, other=0)
     for h in tl.range(0, HEADS):
         head = first_head + h
-        dk, dv = _gradients_of_rows(
-            qkv_ptr,
-            dout_ptr,
-            out_ptr,
-            lse_ptr,
-            dqkv_ptr,
-            philox_ptr,
-            block,
-            text_row,
-            first_row,
-            first_key,
-            end,
-            False,
-            head,
-            Q,
-            stride_row,
-            scale,
-            score_scale,
-            keep_scale,
-            H,
-            D,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            THRESHOLD,
-            PRECISION,
-        )
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        rows_begin = tl.where(causal, tl.maximum(first_row, c0), first_row)
+        row_tiles = 1 if WHOLE else tl.cdiv(end - rows_begin, BLOCK_M)
+        for tile in tl.range(0, row_tiles):
+            dk, dv = _add_rows(
+                dk,
+                dv,
+                key,
+                key_row,
+                key_there,
+                c0,
+                rows_begin + tile * BLOCK_M,
+                end,
+                causal,
+                block,
+                text_row,
+                qkv_ptr,
+                dout_ptr,
+                out_ptr,
+                lse_ptr,
+                delta_ptr,
+                philox_ptr,
+                dqkv_ptr,
+                head,
+                Q,
+                stride_row,
+                scale,
+                keep_scale,
+                H,
+                D,
+                BLOCK_M,
+                BLOCK_D,
+                WHOLE,
+                SINGLE,
+                not SINGLE,
+                THRESHOLD,
+                PRECISION,
+            )
+        # the texts that see the block's queries; a BIDIRECTIONAL one is among the block's own rows
         for i in tl.range(begin, stop):
-            text = tl.load(order_ptr + i)
-            reader_row, length = find_text(text, cu_seqlens_ptr, N * Q)
-            if (tl.load(kinds_ptr + text) == 2) & (length > 0):
-                text_dk, text_dv = _gradients_of_rows(
+            reader = tl.load(order_ptr + i)
+            reader_row, length = find_text(reader, cu_seqlens_ptr, N * Q)
+            length = tl.where(tl.load(kinds_ptr + reader) == 2, length, 0)
+            for first_place in tl.range(Q, Q + length, READER_M):
+                dk, dv = _add_rows(
+                    dk,
+                    dv,
+                    key,
+                    key_row,
+                    key_there & (key < Q),
+                    c0,
+                    first_place,
+                    Q + length,
+                    False,
+                    block,
+                    reader_row,
                     qkv_ptr,
                     dout_ptr,
                     out_ptr,
                     lse_ptr,
-                    dqkv_ptr,
+                    delta_ptr,
                     philox_ptr,
-                    block,
-                    reader_row,
-                    Q,
-                    0,
-                    Q + length,
-                    True,
+                    dqkv_ptr,
                     head,
                     Q,
                     stride_row,
                     scale,
-                    score_scale,
                     keep_scale,
                     H,
                     D,
-                    BLOCK_M,
-                    BLOCK_N,
+                    READER_M,
                     BLOCK_D,
+                    False,
+                    False,
+                    not SINGLE,
                     THRESHOLD,
                     PRECISION,
                 )
-                own = (key >= Q) & (key < Q + length)
-                at = (row_of(key, block, reader_row, Q) * 3 * H + H + head) * D
-                store_rows(dqkv_ptr, at, text_dk, own, D, BLOCK_D)
-                store_rows(dqkv_ptr, at + H * D, text_dv, own, D, BLOCK_D)
-                of_block = (key < Q)[:, None]
-                dk += tl.where(of_block, text_dk, 0.0)
-                dv += tl.where(of_block, text_dv, 0.0)
-        there = (key >= first_key) & (key < end)
-        at = (row_of(key, block, text_row, Q) * 3 * H + H + head) * D
-        store_rows(dqkv_ptr, at, dk, there, D, BLOCK_D)
-        store_rows(dqkv_ptr, at + H * D, dv, there, D, BLOCK_D)
+        owned = key_there & (key >= first_row)
+        dk_at = (key_row * 3 * H + H + head) * D
+        store_rows(dqkv_ptr, dk_at, dk * scale, owned, D, BLOCK_D)
+        store_rows(dqkv_ptr, dk_at + H * D, dv, owned, D, BLOCK_D)
 
 
 def self_backward(
@@ -236,56 +360,36 @@ def self_backward(
         out, lse: What it returned.
         tiles: Other than those of `config.py`.
     """
-    R, _, H, D = qkv.shape
+    R, _, H, _ = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     units = layout.num_blocks + layout.num_texts
     if R == 0 or units == 0:
         return dqkv
     qkv, dout, out, lse = dense_heads(qkv), dout.contiguous(), out.contiguous(), lse.contiguous()
-    rows, keys = self_sizes(layout)
-    tiles = tiles or self_backward_tiles(rows, keys, H, D, qkv.dtype.itemsize)
+    rows, _ = self_sizes(layout)
+    tiles = tiles or self_backward_tiles(layout, qkv)
     segments = (layout.cu_seqlens, layout.kinds, layout.blocks, layout.block_text)
     readers = (layout.order, layout.offsets)
     counts = (layout.num_blocks, layout.num_queries)
-    factors = (qkv.stride(0), scale, scale * LOG2_E, 1.0 / (1.0 - dropout_p))
+    factors = (qkv.stride(0), scale, 1.0 / (1.0 - dropout_p))
     options = constants(qkv, tiles, dropout_p, philox)
     options["HAS_BIDIRECTIONAL"] = layout.has_bidirectional
+    key_tiles = 1 if tiles.single else triton.cdiv(rows + 3, tiles.block_n)
+    delta = None if tiles.single else torch.empty_like(lse)
     with torch.cuda.device_of(qkv):
-        if tiles.single:
-            _qformer_attention_bwd_kernel[(units * (H // tiles.heads),)](
-                qkv, dout, out, lse, *segments, *readers, philox, dqkv, *counts, *factors, **options
+        if not tiles.single:
+            row_tiles = triton.cdiv(rows, tiles.block_m)
+            _qformer_attention_bwd_dq_kernel[(units * row_tiles * H,)](
+                *(qkv, dout, out, lse, delta, *segments, philox, dqkv),
+                *(*counts, row_tiles, *factors),
+                **{name: value for name, value in options.items() if name != "HEADS"},
             )
-            return dqkv
-        del options["HEADS"]
-        delta = torch.empty_like(lse)
-        row_tiles = triton.cdiv(rows, tiles.block_m)
-        key_tiles = triton.cdiv(rows + 3, tiles.block_n)
-        _qformer_attention_bwd_dq_kernel[(units * row_tiles * H,)](
-            qkv,
-            dout,
-            out,
-            lse,
-            delta,
-            *segments,
-            philox,
-            dqkv,
-            *counts,
-            row_tiles,
-            *factors,
-            **options,
-        )
-        _qformer_attention_bwd_dkv_kernel[(units * key_tiles * H,)](
-            qkv,
-            dout,
-            lse,
-            delta,
-            *segments,
-            *readers,
-            philox,
-            dqkv,
-            *counts,
-            key_tiles,
-            *factors,
+        _qformer_attention_bwd_kernel[(units * key_tiles * (H // tiles.heads),)](
+            *(qkv, dout, out, lse, delta, *segments, *readers, philox, dqkv),
+            *(*counts, key_tiles, *factors),
+            READER_M=min(tiles.block_m, READER_ROWS),
+            SINGLE=tiles.single,
+            WHOLE=tiles.single and rows <= tiles.block_m,
             **options,
         )
     return dqkv

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from blip2fast.ops.attention_layout import AttentionLayout
@@ -22,6 +23,8 @@ MIN_TILE = 16
 PROGRAMS = 264
 # a part has enough tiles that putting parts together costs little beside it
 MIN_TILES_OF_SPLIT = 4
+# rows of a tile of a text that sees a block's queries: beside the block's own gradients, 64 spill
+READER_ROWS = 32
 # rows of a program that puts parts together
 COMBINE_ROWS = 16
 
@@ -48,47 +51,6 @@ class Tiles:
     num_stages: int = 2
 
 
-def power_of_two(count: int, cap: int) -> int:
-    """The least power of two that holds `count`, from 16 to `cap`."""
-    return min(max(MIN_TILE, 1 << (count - 1).bit_length()), cap)
-
-
-def heads_together(H: int, block_m: int, block_n: int) -> int:
-    """Heads of a program: with tiny tiles, enough that starting it does not cost more than it does.
-
-    A tile of 16 x 16 x 64 in bf16 is 8 KB in and out; a GPU starts a block in the time in which it
-    moves about 30 KB.
-    """
-    most = max(1, 1024 // (block_m * block_n))
-    return max(heads for heads in range(1, most + 1) if H % heads == 0)
-
-
-def self_sizes(layout: AttentionLayout) -> tuple[int, int]:
-    """Most rows and most keys of a unit of self-attention, each at least 1."""
-    Q, T = layout.num_queries, layout.max_seqlen
-    queries = Q if layout.num_blocks else 0
-    rows = queries + T if layout.has_bidirectional else max(queries, T)
-    # keys start at a multiple of 4
-    keys = T + (Q if layout.num_blocks else Q % 4)
-    return max(rows, 1), max(keys, 1)
-
-
-def self_forward_tiles(rows: int, keys: int, H: int, D: int, itemsize: int) -> Tiles:
-    """Tiles of `_qformer_attention_fwd_kernel`, for units of at most `rows` by `keys`."""
-    half = itemsize == 2
-    block_d = power_of_two(D, 128)
-    block_m = power_of_two(rows, 64 if half else 32)
-    block_n = power_of_two(keys, 128 if half and keys <= 128 else 64)
-    return Tiles(
-        block_m,
-        block_n,
-        block_d,
-        heads_together(H, block_m, block_n),
-        keys <= block_n,
-        num_warps=block_m // 16 if half else 4,
-    )
-
-
 @dataclass(frozen=True)
 class CrossTiles(Tiles):
     """One program's share of cross-attention: full tiles of keys, then one of what is left.
@@ -104,28 +66,152 @@ class CrossTiles(Tiles):
     tail: int = 0
 
 
+@dataclass(frozen=True)
+class Largest:
+    """The largest tile of a kernel, and what it runs with.
+
+    Attributes:
+        block_m, block_n: Rows and keys.
+        num_warps, num_stages: Triton's.
+        keys_owned: Whether sums are kept of keys, too, not of rows alone.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 2
+    keys_owned: bool = False
+
+
+def capability(device: torch.device) -> int:
+    """The GPU's compute capability times 10; that of an H100 where there is none."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _has_shared_operands(device: torch.device) -> bool:
+    """Whether matrix products read their operands from shared memory, and leave registers free.
+
+    sm_90 and sm_100 do; sm_80 to sm_89 and sm_120 do not.
+    """
+    return 90 <= capability(device) < 120
+
+
+def power_of_two(count: int, cap: int) -> int:
+    """The least power of two that holds `count`, from 16 to `cap`."""
+    return min(max(MIN_TILE, 1 << (count - 1).bit_length()), cap)
+
+
+def heads_together(H: int, block_m: int, block_n: int) -> int:
+    """Heads of a program: with tiny tiles, several, so that starting it is not most of the work.
+
+    16 x 16 x 64 in bf16 are 8 KB in and out.
+    """
+    most = max(1, 1024 // (block_m * block_n))
+    return max(heads for heads in range(1, most + 1) if H % heads == 0)
+
+
+def self_sizes(layout: AttentionLayout) -> tuple[int, int]:
+    """Most rows and most keys of a unit of self-attention, each at least 1."""
+    Q, T = layout.num_queries, layout.max_seqlen
+    queries = Q if layout.num_blocks else 0
+    rows = queries + T if layout.has_bidirectional else max(queries, T)
+    # keys start at a multiple of 4
+    keys = T + (Q if layout.num_blocks else Q % 4)
+    return max(rows, 1), max(keys, 1)
+
+
+def self_forward_tiles(layout: AttentionLayout, qkv: Tensor) -> Tiles:
+    """Tiles of `_qformer_attention_fwd_kernel`."""
+    rows, keys = self_sizes(layout)
+    largest = _forward_largest(qkv)
+    # a single tile has nothing to rescale, and may be wider
+    if largest.block_n < keys <= 128 and qkv.dtype.itemsize == 2:
+        largest = Largest(largest.block_m, 128, 8)
+    return _self_tiles(rows, keys, qkv, largest)
+
+
+def self_backward_tiles(layout: AttentionLayout, qkv: Tensor) -> Tiles:
+    """Tiles of self-attention's backward kernels."""
+    return _self_tiles(*self_sizes(layout), qkv, _backward_largest(qkv))
+
+
+def _self_tiles(rows: int, keys: int, qkv: Tensor, largest: Largest) -> Tiles:
+    H, D = qkv.shape[-2:]
+    block_m = power_of_two(rows, largest.block_m)
+    block_n = power_of_two(keys, largest.block_n)
+    single = keys <= block_n
+    heads = heads_together(H, block_m, block_n) if single else 1
+    warps = _warps(largest, block_m, block_n, qkv)
+    return Tiles(block_m, block_n, power_of_two(D, 128), heads, single, warps, largest.num_stages)
+
+
 def cross_forward_tiles(q: Tensor, kv: Tensor, N: int) -> CrossTiles:
     """Tiles of `_qformer_cross_attention_fwd_kernel`; arguments as in its launcher."""
-    _, Q, H, D = q.shape
-    half = q.dtype.itemsize == 2
-    block_d = power_of_two(D, 128)
-    block_m = power_of_two(rows_of_chunk(N, kv.shape[0], Q), 64 if half else 32)
-    return cross_tiles(kv.shape[1], H, block_m, 64, block_d, block_m // 16 if half else 4)
+    return _cross_tiles(_rows_of_image(q, kv, N), q, kv, _forward_largest(q))
 
 
-def cross_tiles(
-    S: int, H: int, block_m: int, block_n: int, block_d: int, num_warps: int
-) -> CrossTiles:
-    """Full tiles of `block_n` keys and the tail; several heads where one tile is all there is."""
-    full, rest = S >= block_n, S % block_n
+def cross_backward_tiles(q: Tensor, kv: Tensor, N: int) -> tuple[CrossTiles, CrossTiles]:
+    """Tiles of images whose rows fit one tile, and of those with more readers."""
+    largest = _backward_largest(q)
+    return (
+        _cross_tiles(_rows_of_image(q, kv, N), q, kv, largest),
+        _cross_tiles(N * q.shape[1], q, kv, largest),
+    )
+
+
+def _cross_tiles(rows: int, q: Tensor, kv: Tensor, largest: Largest) -> CrossTiles:
+    """Full tiles of keys and the tail; several heads where one tile is all there is."""
+    (H, D), S, block_n = q.shape[-2:], kv.shape[1], largest.block_n
+    block_m = power_of_two(rows, largest.block_m)
+    full, rest = block_n <= S, S % block_n
     tail = power_of_two(rest, block_n) if rest else 0
-    heads = 1 if full else heads_together(H, block_m, max(tail, MIN_TILE))
-    return CrossTiles(block_m, block_n, block_d, heads, not full, num_warps, full=full, tail=tail)
+    keys = block_n if full else max(tail, MIN_TILE)
+    heads = 1 if full else heads_together(H, block_m, keys)
+    return CrossTiles(
+        block_m,
+        block_n,
+        power_of_two(D, 128),
+        heads,
+        not full,
+        _warps(largest, block_m, keys, q),
+        largest.num_stages,
+        full=full,
+        tail=tail,
+    )
 
 
-def rows_of_chunk(N: int, B: int, Q: int) -> int:
+def _rows_of_image(q: Tensor, kv: Tensor, N: int) -> int:
     """Rows that read an image, on average."""
-    return max(1, Q * max(1, round(N / max(B, 1))))
+    return max(1, q.shape[1] * max(1, round(N / max(kv.shape[0], 1))))
+
+
+def _warps(largest: Largest, block_m: int, block_n: int, data: Tensor) -> int:
+    """In halves a warp's product has 16 rows; fewer warps make room for more programs."""
+    if data.dtype.itemsize != 2:
+        return largest.num_warps
+    longest = max(block_m, block_n) if largest.keys_owned else block_m
+    return min(largest.num_warps, longest // MIN_TILE)
+
+
+def _forward_largest(data: Tensor) -> Largest:
+    wide = data.shape[-1] > 64
+    if data.dtype.itemsize == 2:
+        if wide and not _has_shared_operands(data.device):
+            return Largest(64, 32, 4)
+        return Largest(64, 64, 4)
+    return Largest(16, 32, 4, 1) if wide else Largest(32, 32, 4, 1)
+
+
+def _backward_largest(data: Tensor) -> Largest:
+    wide = data.shape[-1] > 64
+    if data.dtype.itemsize == 2:
+        if _has_shared_operands(data.device):
+            return Largest(32 if wide else 64, 64, 4, 1, True)
+        return Largest(32, 32, 4, 1, True)
+    return Largest(16, 16, 4, 1, True) if wide else Largest(32, 32, 4, 1, True)
 
 
 def splits(programs: int, key_tiles: int, full: bool) -> tuple[int, int]:
@@ -135,30 +221,3 @@ def splits(programs: int, key_tiles: int, full: bool) -> tuple[int, int]:
     parts = min(-(-PROGRAMS // programs), key_tiles // MIN_TILES_OF_SPLIT)
     tiles_of_split = -(-key_tiles // parts)
     return -(-key_tiles // tiles_of_split), tiles_of_split
-
-
-def self_backward_tiles(rows: int, keys: int, H: int, D: int, itemsize: int) -> Tiles:
-    """Tiles of self-attention's backward kernels, for units of at most `rows` by `keys`."""
-    half = itemsize == 2
-    block_d = power_of_two(D, 128)
-    block_m = power_of_two(rows, 64 if half else 32)
-    block_n = power_of_two(keys, 64 if half else 32)
-    single = rows <= block_m and keys <= block_n
-    heads = heads_together(H, block_m, block_n) if single else 1
-    return Tiles(block_m, block_n, block_d, heads, single, num_warps=4)
-
-
-def cross_backward_tiles(q: Tensor, kv: Tensor, N: int) -> tuple[CrossTiles, CrossTiles]:
-    """Tiles of images whose rows fit one tile, and of those with more readers."""
-    _, Q, H, D = q.shape
-    half = q.dtype.itemsize == 2
-    block_d = power_of_two(D, 128)
-    most = 64 if half else 32
-    block_n = 64 if half else 32
-    whole_m = power_of_two(rows_of_chunk(N, kv.shape[0], Q), most)
-    chunk_m = power_of_two(N * Q, most)
-    S = kv.shape[1]
-    return (
-        cross_tiles(S, H, whole_m, block_n, block_d, 4),
-        cross_tiles(S, H, chunk_m, block_n, block_d, 4),
-    )

@@ -25,7 +25,7 @@ from blip2fast.kernels.qformer_attention.cross_forward import (
     query_strides,
     unpack,
 )
-from blip2fast.kernels.qformer_attention.forward import LOG2_E, constants
+from blip2fast.kernels.qformer_attention.forward import constants
 from blip2fast.kernels.qformer_attention.tiles import (
     gradient_tile,
     load_lse,
@@ -72,7 +72,6 @@ def _qformer_cross_attention_bwd_kernel(
     stride_kv,
     stride_head,
     scale,
-    score_scale,  # includes log2(e)
     keep_scale,  # 1 / (1 - p)
     H: tl.constexpr,
     D: tl.constexpr,
@@ -121,9 +120,8 @@ def _qformer_cross_attention_bwd_kernel(
         out = load_rows(out_ptr, at * D, there, D, BLOCK_D)
         delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
         # every split computes the same
-        if not OWN_KEYS:
-            if split == 0:
-                tl.store(delta_ptr + at, delta, mask=there)
+        if not OWN_KEYS and split == 0:
+            tl.store(delta_ptr + at, delta, mask=there)
         lse = load_lse(lse_ptr, at, there)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if FULL:
@@ -148,7 +146,6 @@ def _qformer_cross_attention_bwd_kernel(
                     stride_kv,
                     stride_head,
                     scale,
-                    score_scale,
                     keep_scale,
                     H,
                     D,
@@ -181,7 +178,6 @@ def _qformer_cross_attention_bwd_kernel(
                 stride_kv,
                 stride_head,
                 scale,
-                score_scale,
                 keep_scale,
                 H,
                 D,
@@ -220,7 +216,6 @@ def _qformer_cross_attention_bwd_dkv_kernel(
     stride_kv,
     stride_head,
     scale,
-    score_scale,
     keep_scale,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -276,7 +271,7 @@ def _qformer_cross_attention_bwd_dkv_kernel(
             head,
             row,
             first_key,
-            score_scale,
+            scale,
             keep_scale,
             THRESHOLD,
             PRECISION,
@@ -331,7 +326,7 @@ def cross_backward(
     statistics = (out.contiguous(), lse.contiguous(), torch.empty_like(lse))
     uses = unpack(index, key_mask)
     strides = (*query_strides(q, N), *key_strides(kv))
-    factors = (scale, scale * LOG2_E, 1.0 / (1.0 - dropout_p))
+    factors = (scale, 1.0 / (1.0 - dropout_p))
     has = {"HAS_INDEX": index is not None, "HAS_MASK": key_mask is not None}
 
     def launch(tiles: CrossTiles, programs: int, own_keys: bool) -> None:

@@ -20,7 +20,7 @@ from blip2fast.kernels.qformer_attention.config import (
     cross_forward_tiles,
     splits,
 )
-from blip2fast.kernels.qformer_attention.forward import LOG2_E, constants
+from blip2fast.kernels.qformer_attention.forward import constants
 from blip2fast.kernels.qformer_attention.tiles import (
     base_2_scores,
     load_rows,
@@ -55,7 +55,7 @@ def _qformer_cross_attention_fwd_kernel(
     stride_token,
     stride_kv,
     stride_head,
-    scale,  # includes log2(e)
+    scale,
     keep_scale,  # 1 / (1 - p)
     H: tl.constexpr,
     D: tl.constexpr,
@@ -254,7 +254,7 @@ def cross_forward(
             tiles_of_split,
             *query_strides(q, N),
             *key_strides(kv),
-            scale * LOG2_E,
+            scale,
             1.0 / (1.0 - dropout_p),
             FULL=tiles.full,
             TAIL=0 if count > 1 else tiles.tail,

@@ -3,8 +3,6 @@
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -27,8 +25,6 @@ from blip2fast.kernels.qformer_attention.units import find_unit, row_of
 from blip2fast.ops.attention_layout import AttentionLayout
 from blip2fast.ops.philox import threshold
 
-LOG2_E = math.log2(math.e)
-
 
 @triton.jit(do_not_specialize=["N", "Q", "row_tiles"])
 def _qformer_attention_fwd_kernel(
@@ -44,7 +40,7 @@ def _qformer_attention_fwd_kernel(
     Q,
     row_tiles,  # of a unit
     stride_row,
-    scale,  # includes log2(e)
+    scale,
     keep_scale,  # 1 / (1 - p)
     H: tl.constexpr,
     D: tl.constexpr,
@@ -133,9 +129,8 @@ def self_forward(
     R, _, H, D = qkv.shape
     qkv = dense_heads(qkv)
     out, lse = qkv.new_empty(R, H, D), qkv.new_empty(R, H, dtype=torch.float32)
-    rows, keys = self_sizes(layout)
-    tiles = tiles or self_forward_tiles(rows, keys, H, D, qkv.dtype.itemsize)
-    row_tiles = triton.cdiv(rows, tiles.block_m)
+    tiles = tiles or self_forward_tiles(layout, qkv)
+    row_tiles = triton.cdiv(self_sizes(layout)[0], tiles.block_m)
     programs = (layout.num_blocks + layout.num_texts) * row_tiles * (H // tiles.heads)
     if R == 0 or programs == 0:
         return out, lse
@@ -153,7 +148,7 @@ def self_forward(
             layout.num_queries,
             row_tiles,
             qkv.stride(0),
-            scale * LOG2_E,
+            scale,
             1.0 / (1.0 - dropout_p),
             SINGLE=tiles.single,
             HAS_BIDIRECTIONAL=layout.has_bidirectional,

@@ -52,8 +52,8 @@ def kept(philox_ptr, head, rows, first_column, BLOCK_N: tl.constexpr, THRESHOLD:
 
 @triton.jit
 def base_2_scores(q, k, visible, scale, PRECISION: tl.constexpr):
-    """[M, N]; -inf where a row does not see a key. `scale` includes log2(e)."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    """[M, N]; -inf where a row does not see a key."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * 1.4426950408889634)
     return tl.where(visible, scores, float("-inf"))
 
 

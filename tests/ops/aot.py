@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch
 import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
@@ -70,6 +73,7 @@ def compile_kernel(
     *,
     num_warps: int,
     num_stages: int,
+    **options: Any,
 ) -> Compiled:
     """Compile for compute capability `capability / 10`, without a GPU.
 
@@ -79,7 +83,7 @@ def compile_kernel(
             and those whose type ends in `:16` are taken to be multiples of 16, as a launch sees.
         constants: The value of each of the others.
         capability: 80, 90 or 100.
-        num_warps, num_stages: As for a launch.
+        num_warps, num_stages, options: As for a launch.
     """
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -91,7 +95,7 @@ def compile_kernel(
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={"num_warps": num_warps, "num_stages": num_stages, **options},
     )
     return Compiled(
         capability,
@@ -100,3 +104,75 @@ def compile_kernel(
         compiled.asm["ptx"],
         compiled.asm["cubin"],
     )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as a launcher calls it.
+
+    Attributes:
+        kernel: The `triton.jit` function.
+        grid: Programs along each axis.
+        types, constants: As for `compile_kernel`.
+        options: `num_warps` and what else is not an argument.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        """Launches for which this is equal run the same machine code."""
+        parts = (self.types, self.constants, self.options)
+        return (self.kernel.__name__, *(tuple(sorted(x.items(), key=str)) for x in parts))
+
+    def compile(self, capability: int) -> Compiled:
+        """Machine code for `capability / 10`."""
+        return compile_kernel(self.kernel, self.types, self.constants, capability, **self.options)
+
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+def record_launches(function: Callable[[], object]) -> list[Launch]:
+    """What a function would launch, in order; nothing runs, so tensors may be on "meta"."""
+    launches = []
+
+    def record(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        options = {name: values.pop(name) for name in list(values) if name not in kernel.arg_names}
+        types, constants = {}, {}
+        for parameter in kernel.params:
+            name, value = parameter.name, values[parameter.name]
+            kind = None if parameter.is_constexpr else _type_of(value, parameter.do_not_specialize)
+            if kind is None:
+                constants[name] = value
+            else:
+                types[name] = kind
+        launches.append(Launch(kernel, grid, types, constants, options))
+
+    with patch.object(triton.runtime.jit.JITFunction, "run", record):
+        function()
+    return launches
+
+
+def _type_of(value: Any, plain: bool) -> str | None:
+    """The type that Triton compiles an argument as; None: as a constant."""
+    if isinstance(value, torch.Tensor):
+        return _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if value is None or (value == 1 and not plain):
+        return None
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return kind if plain or value % 16 else f"{kind}:16"
