@@ -189,10 +189,13 @@ def _rows_of_image(q: Tensor, kv: Tensor, N: int) -> int:
 
 
 def _warps(largest: Largest, block_m: int, block_n: int, data: Tensor) -> int:
-    """In halves a warp's product has 16 rows; fewer warps make room for more programs."""
+    """In halves a warp's product has 16 rows; fewer warps make room for more programs.
+
+    Sums of keys beside those of rows take twice the registers, so twice the warps.
+    """
     if data.dtype.itemsize != 2:
         return largest.num_warps
-    longest = max(block_m, block_n) if largest.keys_owned else block_m
+    longest = 2 * max(block_m, block_n) if largest.keys_owned else block_m
     return min(largest.num_warps, longest // MIN_TILE)
 
 
@@ -202,16 +205,16 @@ def _forward_largest(data: Tensor) -> Largest:
         if wide and not _has_shared_operands(data.device):
             return Largest(64, 32, 4)
         return Largest(64, 64, 4)
-    return Largest(16, 32, 4, 1) if wide else Largest(32, 32, 4, 1)
+    return Largest(16, 32, 8, 1) if wide else Largest(32, 32, 4, 1)
 
 
 def _backward_largest(data: Tensor) -> Largest:
     wide = data.shape[-1] > 64
     if data.dtype.itemsize == 2:
         if _has_shared_operands(data.device):
-            return Largest(32 if wide else 64, 64, 4, 1, True)
+            return Largest(32 if wide else 64, 64, 8, 1, True)
         return Largest(32, 32, 4, 1, True)
-    return Largest(16, 16, 4, 1, True) if wide else Largest(32, 32, 4, 1, True)
+    return Largest(16, 32, 8, 1, True) if wide else Largest(32, 32, 4, 1, True)
 
 
 def splits(programs: int, key_tiles: int, full: bool) -> tuple[int, int]:
