@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2ForConditionalGeneration, Blip2VisionModel, PreTrainedModel
 
-from blip2fast import stage1_inputs, stage2_convert, stage2_llm
+from blip2fast import stage1_inputs, stage2_convert, stage2_generation, stage2_llm
 from blip2fast.qformer import QFormer
 from blip2fast.stage1 import Blip2Stage1
 from blip2fast.stage2_text import IGNORED, Stage2Text
@@ -274,6 +274,7 @@ class Blip2Stage2(nn.Module):
         *,
         images: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
+        prompts: Tensor | None = None,
         **generate_kwargs: Any,
     ) -> Any:
         """Let the language model write, after the soft prompts and an optional text.
@@ -286,6 +287,7 @@ class Blip2Stage2(nn.Module):
             image_embeds, images, image_attention_mask: As in `forward`.
             input_ids, attention_mask: [B, T] text to continue (decoder-only) or for the encoder;
                 by default the model's bos token, or an encoder's eos, as for an empty text.
+            prompts: [B, Q, L] of `encode_image`, instead of images, which are then not read again.
             generate_kwargs: For `transformers`' `generate`: `max_new_tokens` (default 30),
                 `num_beams`, `do_sample`, `top_p`, `length_penalty`, `eos_token_id`, ...
 
@@ -297,41 +299,13 @@ class Blip2Stage2(nn.Module):
             ValueError: inputs as in `forward`; `max_length` or `min_length`, which would count
                 soft prompts for some models and not for others.
         """
-        for name in ("max_length", "min_length"):
-            if name in generate_kwargs:
-                other = name.replace("length", "new_tokens")
-                raise ValueError(f"{name}={generate_kwargs[name]}: give {other} instead")
-        if "generation_config" not in generate_kwargs:
-            generate_kwargs.setdefault("max_new_tokens", 30)
-        prompts, _ = self.encode_image(
-            image_embeds, images=images, image_attention_mask=image_attention_mask
-        )
-        encoder_decoder = stage2_llm.is_encoder_decoder(self.language_model)
-        if input_ids is None:
-            input_ids = self._empty_text(prompts)
-        elif attention_mask is not None:
-            stage2_llm.check_text(
-                self.language_model, "input_ids", input_ids, attention_mask, prompts.shape[0]
+        if prompts is None:
+            prompts, _ = self.encode_image(
+                image_embeds, images=images, image_attention_mask=image_attention_mask
             )
-            side = "right" if encoder_decoder else "left"
-            input_ids, attention_mask = stage2_llm.with_padding_on(side, input_ids, attention_mask)
-        embeds, mask = self._read(prompts, input_ids, attention_mask)
-        if not encoder_decoder:
-            new = generate_kwargs.get("max_new_tokens", 0)
-            stage2_llm.check_positions(
-                self.language_model, prompts_and_text=embeds.shape[1], new_tokens=new
-            )
-        written = self.language_model.generate(
-            inputs_embeds=embeds, attention_mask=mask, **generate_kwargs
-        )
-        if not encoder_decoder:
-            return written
-        given = generate_kwargs.get("decoder_input_ids")
-        start = 1 if given is None else given.shape[1]
-        if isinstance(written, Tensor):
-            return written[:, start:]
-        written.sequences = written.sequences[:, start:]
-        return written
+        elif image_embeds is not None or images is not None:
+            raise ValueError("give images, image_embeds or their prompts, not two of them")
+        return stage2_generation.write(self, prompts, input_ids, attention_mask, **generate_kwargs)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of everything but the language model and the image encoder."""

@@ -159,3 +159,13 @@ def test_refuses_more_tokens_than_positions():
     model = Blip2Stage2(stage2_config(), OPTForCausalLM(opt_config())).eval()
     with pytest.raises(ValueError, match=r"28 new tokens = 33 positions.*max_position_emb.*=32"):
         model.generate(torch.randn(B, 5, 24), max_new_tokens=28)
+
+
+def test_prompts_stand_for_their_images(models):
+    _, _, model = models
+    settings = {"input_ids": text_batch()[0], "num_beams": 3, "max_new_tokens": 4}
+    prompts, _ = model.encode_image(images=images())
+    want = model.generate(images=images(), **settings)
+    assert torch.equal(model.generate(prompts=prompts, **settings), want)
+    with pytest.raises(ValueError, match="images, image_embeds or their prompts, not two"):
+        model.generate(images=images(), prompts=prompts, **settings)

@@ -1,0 +1,66 @@
+"""Words from the language model, after soft prompts and an optional text.
+
+Shapes: B rows, Q soft prompts, T text tokens, L language model width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from blip2fast import stage2_llm
+
+if TYPE_CHECKING:
+    from blip2fast.stage2 import Blip2Stage2
+
+
+@torch.no_grad()
+def write(
+    model: Blip2Stage2,
+    prompts: Tensor,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    **generate_kwargs: Any,
+) -> Any:
+    """What `Blip2Stage2.generate` does after the images: see there.
+
+    Args:
+        model: the model.
+        prompts: [B, Q, L] soft prompts.
+        input_ids, attention_mask: [B, T], padded on either side.
+        generate_kwargs: for `transformers`' `generate`.
+    """
+    for name in ("max_length", "min_length"):
+        if name in generate_kwargs:
+            other = name.replace("length", "new_tokens")
+            raise ValueError(f"{name}={generate_kwargs[name]}: give {other} instead")
+    if "generation_config" not in generate_kwargs:
+        generate_kwargs.setdefault("max_new_tokens", 30)
+    encoder_decoder = stage2_llm.is_encoder_decoder(model.language_model)
+    if input_ids is None:
+        input_ids = model._empty_text(prompts)
+    elif attention_mask is not None:
+        stage2_llm.check_text(
+            model.language_model, "input_ids", input_ids, attention_mask, prompts.shape[0]
+        )
+        side = "right" if encoder_decoder else "left"
+        input_ids, attention_mask = stage2_llm.with_padding_on(side, input_ids, attention_mask)
+    embeds, mask = model._read(prompts, input_ids, attention_mask)
+    if not encoder_decoder:
+        new = generate_kwargs.get("max_new_tokens", 0)
+        stage2_llm.check_positions(
+            model.language_model, prompts_and_text=embeds.shape[1], new_tokens=new
+        )
+    written = model.language_model.generate(
+        inputs_embeds=embeds, attention_mask=mask, **generate_kwargs
+    )
+    if not encoder_decoder:
+        return written
+    given = generate_kwargs.get("decoder_input_ids")
+    start = 1 if given is None else given.shape[1]
+    if isinstance(written, Tensor):
+        return written[:, start:]
+    written.sequences = written.sequences[:, start:]
+    return written
