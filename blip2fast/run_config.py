@@ -23,6 +23,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from blip2fast.offload.choices import OffloadChoice, StreamStorage, offload_faults
+from blip2fast.stage1_types import LOSSES, LossName
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "cpu", "nvme"]
@@ -131,6 +132,7 @@ class OptimSection:
         max_steps: optimizer steps; one takes batch_size x accumulation samples per process.
         clip_norm: limit on the norm of the gradient; 0 for none.
         batch_size: samples per process in one forward pass.
+        losses: of stage 1: itc, with or without itm and itg.
     """
 
     __pydantic_config__ = _STRICT
@@ -145,6 +147,7 @@ class OptimSection:
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     accumulation: _Count = 1
+    losses: tuple[LossName, ...] = LOSSES
 
 
 @dataclass
@@ -351,6 +354,11 @@ def _contradictions(config: RunConfig) -> list[str]:
 def _stage_faults(config: RunConfig) -> list[str]:
     faults: list[str] = []
     if config.stage == 1:
+        if "itc" not in config.optim.losses:
+            faults.append(
+                f"optim.losses {list(config.optim.losses)} lacks itc: ITM's negatives are drawn "
+                "from its similarities"
+            )
         if config.language_model is not None:
             faults.append("language_model belongs to stage 2, but stage is 1")
         if config.data.task != "caption":
@@ -358,6 +366,8 @@ def _stage_faults(config: RunConfig) -> list[str]:
         if config.model.tokenizer is None:
             faults.append("model.tokenizer: stage 1 reads texts in the Q-Former and needs one")
     else:
+        if config.optim.losses != LOSSES:
+            faults.append("optim.losses belongs to stage 1, but stage is 2")
         if config.language_model is None:
             faults.append("language_model: stage 2 needs one (language_model.path)")
         faults += [

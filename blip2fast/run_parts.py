@@ -286,7 +286,7 @@ def _stage1(
             f"data.max_txt_len {config.data.max_txt_len} is longer than the position table, "
             f"model.max_position_embeddings {size.max_position_embeddings}"
         )
-    model = Blip2Stage1(size)
+    model = Blip2Stage1(size, losses=config.optim.losses)
     if start is not None:
         state = checkpointing.read_parameters(str(config.init_from))
         checkpointing.load_parameters(model, state, f"init_from {config.init_from!r}")

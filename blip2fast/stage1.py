@@ -7,7 +7,7 @@ computed once for both. Shapes are named as in `stage1_types.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from blip2fast.stage1_passes import (
     images_of_pairs,
     matching_pass,
 )
-from blip2fast.stage1_types import Stage1Config, Stage1Output
+from blip2fast.stage1_types import LOSSES, Stage1Config, Stage1Output, check_losses
 from blip2fast.state_dicts import check_state
 from blip2fast.text_modules import LMHead, TextEmbeddings, copy_text_ffn_to_queries
 
@@ -45,16 +45,27 @@ class Blip2Stage1(nn.Module):
         config: Sizes.
         image_encoder: Optional frozen module from images `[B, 3, h, w]` to tokens `[B, S, E]`,
             for `forward(images=...)`. Without it, pass precomputed `image_embeds`.
+        losses: Which of "itc", "itm" and "itg" a step computes and adds up. ITC is always one of
+            them: ITM's negatives come from its similarities.
 
     Attributes:
         ln_vision: Normalises the image tokens; trained, although the encoder is frozen.
         query_tokens: `[1, Q, C]`, the learned queries.
         temp: The contrastive temperature, learned.
+
+    Raises:
+        ValueError: `losses` without ITC, or with another name.
     """
 
-    def __init__(self, config: Stage1Config, image_encoder: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        config: Stage1Config,
+        image_encoder: nn.Module | None = None,
+        losses: Sequence[str] = LOSSES,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.losses = check_losses(losses)
         C = config.hidden_size
         self.ln_vision = nn.LayerNorm(config.encoder_hidden_size, eps=config.ln_vision_eps)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, C))
@@ -135,7 +146,7 @@ class Blip2Stage1(nn.Module):
         if called:
             how = f"called, not fused: {', '.join(called[:4])}"
             how += f" and {len(called) - 4} more" if len(called) > 4 else ""
-        return f"num_query_tokens={self.config.num_query_tokens}, {how}"
+        return f"num_query_tokens={self.config.num_query_tokens}, losses={self.losses}, {how}"
 
     def forward(
         self,
@@ -183,7 +194,8 @@ class Blip2Stage1(nn.Module):
 
         packed = PackedQFormer(self.qformer, self.computing_dtype(image_embeds.device))
         keys_values = packed.image_keys_values(image_embeds, self.ln_vision)
-        contrast = contrast_pass(texts, Q, self.config.bos_token_id, visible)
+        bos = self.config.bos_token_id if "itg" in self.losses else None
+        contrast = contrast_pass(texts, Q, bos, visible)
         query_output, text_states = packed(
             self.query_tokens[0],
             self.embeddings(contrast.ids, contrast.positions),
@@ -203,32 +215,34 @@ class Blip2Stage1(nn.Module):
             negatives="sample" if negatives is None else "none",
             philox=with_offset(philox, _NEGATIVES_OFFSET),
         )
-        loss_itg, accuracy_itg = self._generation_loss(text_states[B:], contrast.labels)
-
         if negatives is None:
             stage1_inputs.check_some_negative(itc.without_negative, image_ids)
             negatives = itc.negative_image, itc.negative_text
         else:
             negatives = stage1_inputs.check_negatives(negatives, B)
-        itm_logits = self._matching_logits(
-            packed, image_embeds, keys_values, texts, visible, negatives, longest, philox
-        )
-        loss_itm, accuracy_itm = losses.itm_loss(itm_logits, negatives)
+        found = {"loss": itc.loss, "loss_itc": itc.loss}
+        if "itm" in self.losses:
+            found["itm_logits"] = self._matching_logits(
+                packed, image_embeds, keys_values, texts, visible, negatives, longest, philox
+            )
+            found["loss_itm"], found["accuracy_itm"] = losses.itm_loss(
+                found["itm_logits"], negatives
+            )
+            found["loss"] = found["loss"] + found["loss_itm"]
+        if "itg" in self.losses:
+            found["loss_itg"], found["accuracy_itg"] = self._generation_loss(
+                text_states[B:], contrast.labels
+            )
+            found["loss"] = found["loss"] + found["loss_itg"]
         output = Stage1Output(
-            loss=itc.loss + loss_itm + loss_itg,
-            loss_itc=itc.loss,
-            loss_itm=loss_itm,
-            loss_itg=loss_itg,
-            itm_logits=itm_logits,
             image_features=image_features,
             text_features=text_features,
             query_output=query_output,
             accuracy_i2t=itc.accuracy_i2t,
             accuracy_t2i=itc.accuracy_t2i,
-            accuracy_itm=accuracy_itm,
-            accuracy_itg=accuracy_itg,
             negative_image=negatives[0],
             negative_text=negatives[1],
+            **found,
         )
         length = attention_mask.shape[1] if attention_mask is not None else texts.longest
         return output.when_asked(

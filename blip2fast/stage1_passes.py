@@ -99,17 +99,23 @@ class Contrast:
 
 
 def contrast_pass(
-    texts: PackedTexts, num_queries: int, bos_token_id: int, image_mask: Tensor | None
+    texts: PackedTexts, num_queries: int, bos_token_id: int | None, image_mask: Tensor | None
 ) -> Contrast:
     """Lay out ITC and ITG of a batch in one buffer.
 
     Args:
         texts: One to each image.
         num_queries: Q.
-        bos_token_id: [DEC], the first token of a text in ITG.
+        bos_token_id: [DEC], the first token of a text in ITG; None: ITC alone.
         image_mask: `[B, S]` bool, true where an image token is real.
     """
     B, total, device = texts.count, len(texts.ids), texts.ids.device
+    if bos_token_id is None:
+        layout = AttentionLayout.build(
+            B, num_queries, texts.lengths, MaskKind.UNIMODAL, device=device
+        )
+        alone = PackedPass(layout, image_mask=image_mask, kept_text=texts.cu_seqlens[:-1])
+        return Contrast(texts.ids, texts.positions, alone, texts.ids[:0])
     # row k of ITG is row k + b of the texts, b its text: every text before it lost one row
     kept = torch.arange(total - B, device=device)
     ends = texts.cu_seqlens[1:] - torch.arange(1, B + 1, device=device)

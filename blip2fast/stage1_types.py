@@ -9,15 +9,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from transformers import Blip2QFormerConfig
 from transformers.utils import ModelOutput
 
 from blip2fast.gathering import GradMode
+
+LossName = Literal["itc", "itm", "itg"]
+LOSSES: tuple[LossName, ...] = ("itc", "itm", "itg")
 
 
 @dataclass(frozen=True)
@@ -121,12 +124,29 @@ def check_sizes(config: Any) -> None:
         )
 
 
+def check_losses(names: Sequence[str]) -> tuple[str, ...]:
+    """The losses in the order of `LOSSES`.
+
+    Raises:
+        ValueError: another name, or no ITC.
+    """
+    unknown = [name for name in names if name not in LOSSES]
+    if unknown or "itc" not in names:
+        raise ValueError(
+            f"losses: expected itc, with or without itm and itg, got {list(names)}: ITM's "
+            "negatives are drawn from ITC's similarities"
+        )
+    return tuple(name for name in LOSSES if name in names)
+
+
 @dataclass
 class Stage1Output(ModelOutput):
     """What a stage-1 step computes.
 
     Attributes:
-        loss: `loss_itc + loss_itm + loss_itg`, scalars with gradient.
+        loss: The sum of the losses that the model computes, scalars with gradient.
+        loss_itc, loss_itm, loss_itg: Each one; None where the model's `losses` lack it, like what
+            belongs to it.
         itm_logits: `[3B, 2]`; B matching pairs, B with another image, B with another text.
         image_features: `[B, Q, D]`, normalised.
         text_features: `[B, D]`, normalised.

@@ -275,7 +275,7 @@ class Trainer:
             return self.model
         whole: Blip2Stage1 | Blip2Stage2
         if isinstance(self.model, Blip2Stage1):
-            whole = Blip2Stage1(self.model.config)
+            whole = Blip2Stage1(self.model.config, losses=self.model.losses)
         else:
             whole = Blip2Stage2(self.model.config, self.model.language_model)
         checkpointing.load_parameters(whole, self._parameters(), "this run")

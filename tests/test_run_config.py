@@ -133,6 +133,11 @@ def test_every_fault_is_listed() -> None:
         (_changed(eval_every=5), "eval_every is 5, but data.eval_records is not set"),
         (_changed(optim__min_lr=1.0), "min_lr 1.0 is above optim.lr 0.0001"),
         (_changed(optim__warmup_steps=10), "warmup_steps 10 leaves none of optim.max_steps 10"),
+        (_changed(optim__losses=["itm", "itg"]), "optim.losses .* lacks itc"),
+        (
+            _stage2() | {"optim": _changed(optim__losses=["itc"])["optim"]},
+            "losses belongs to stage 1",
+        ),
         (_changed(model={}), "model.tokenizer: stage 1"),
         (_changed(language_model={"path": "opt"}), "language_model belongs to stage 2"),
         (_changed(data__task="vqa"), "task 'vqa' belongs to stage 2, but stage is 1"),

@@ -155,6 +155,38 @@ def test_several_captions_an_image_and_cross_attention_in_every_layer() -> None:
         assert relative_error(ours[name], truth[name]) < 1e-12, name
 
 
+@pytest.mark.parametrize("chosen", [("itc",), ("itc", "itm"), ("itg", "itc")])
+def test_a_step_computes_the_losses_it_is_asked_for(
+    small_batch: dict[str, Tensor], chosen: tuple[str, ...]
+) -> None:
+    whole = small_model()
+    some = Blip2Stage1(SMALL, losses=chosen).double()
+    some.load_state_dict(whole.state_dict())
+    truth = whole(**small_batch, negatives=NEGATIVES)
+    with FlopCounterMode(display=False) as counter:
+        out = some(**small_batch, negatives=NEGATIVES)
+    with FlopCounterMode(display=False) as everything:
+        whole(**small_batch, negatives=NEGATIVES)
+    assert counter.get_total_flops() < everything.get_total_flops()
+    assert {n[5:] for n in out if n.startswith("loss_")} == set(chosen)
+    assert ("accuracy_itg" in out) == ("itg" in chosen)
+    wanted = sum(truth[f"loss_{name}"] for name in chosen)
+    torch.testing.assert_close(out.loss, wanted, rtol=1e-12, atol=0)
+    out.loss.backward()
+    wanted.backward()
+    for (name, ours), theirs in zip(some.named_parameters(), whole.parameters(), strict=True):
+        if ours.grad is None:
+            assert theirs.grad is None or not theirs.grad.any(), name
+        elif not name.endswith("key.bias"):
+            assert relative_error(ours.grad, theirs.grad) < 1e-10, name
+
+
+@pytest.mark.parametrize("chosen", [("itm", "itg"), ("itc", "mlm")])
+def test_losses_without_itc_or_unknown_ones_are_refused(chosen: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=f"losses: .*got .*{chosen[1]}"):
+        Blip2Stage1(SMALL, losses=chosen)
+
+
 def test_padding_kept_as_texts_that_nobody_reads_changes_nothing(
     small_batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
