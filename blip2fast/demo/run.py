@@ -125,7 +125,7 @@ def run_demo(
             for key in ("seconds", "cpu_seconds")
         },
         "settings": dataclasses.asdict(settings),
-        "machine": _machine(),
+        "machine": machine(),
     }
     _write(summary, places, console)
     return summary
@@ -171,7 +171,7 @@ def _training_run(settings: DemoSettings, places: Places, name: str, processes: 
     return TrainingRun(config, overrides)
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What the numbers depend on besides the settings."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
