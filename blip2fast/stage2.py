@@ -16,10 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2ForConditionalGeneration, Blip2VisionModel, PreTrainedModel
 
-from blip2fast import stage1_inputs, stage2_convert, stage2_generation, stage2_llm
+from blip2fast import (
+    stage1_inputs,
+    stage2_convert,
+    stage2_generation,
+    stage2_llm,
+    stage2_sequence,
+)
 from blip2fast.qformer import QFormer
 from blip2fast.stage1 import Blip2Stage1
-from blip2fast.stage2_text import IGNORED, Stage2Text
+from blip2fast.stage2_text import Stage2Text
 from blip2fast.stage2_types import Stage2Config, Stage2Output
 from blip2fast.state_dicts import check_state
 
@@ -185,6 +191,7 @@ class Blip2Stage2(nn.Module):
         *,
         images: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
+        image_counts: Tensor | None = None,
         return_logits: bool = False,
     ) -> Stage2Output:
         """The language-modelling loss of texts given their images.
@@ -194,15 +201,22 @@ class Blip2Stage2(nn.Module):
         from everything before token t, the first one from the last soft prompt.
         Encoder-decoder: the encoder reads prompts and `input_ids`, the decoder writes `labels`.
 
+        With `image_counts`, a sample has any number of images, which stand where its text says
+        (`Stage2Text` with an `image_marker`): `input_ids` holds `IMAGE_PLACE` for each soft
+        prompt, and the images are a flat list, sample by sample. A batch without any image runs
+        the Q-Former on nothing, for gradients of zero on every process.
+
         Args:
-            image_embeds: [B, S, E], the frozen encoder's tokens before `ln_vision`.
-            input_ids: [B, T] text tokens, without the soft prompts.
+            image_embeds: [B, S, E], the frozen encoder's tokens before `ln_vision`; [N, S, E]
+                with `image_counts`.
+            input_ids: [B, T] text tokens, without the soft prompts or with their places.
             attention_mask: [B, T], nonzero where a token is real; by default everywhere.
             labels: [B, T] (encoder-decoder: [B, T'], of the decoder).
             decoder_input_ids, decoder_attention_mask: [B, T'], encoder-decoder only; by default
                 the labels, shifted by the language model.
             images: [B, 3, h, w] for the image encoder, instead of `image_embeds`.
             image_attention_mask: [B, S], nonzero where an image token is real.
+            image_counts: [B], the images of each sample; they add up to N.
             return_logits: Also give the logits, of all positions (else only those that have
                 labels are computed).
 
@@ -210,12 +224,15 @@ class Blip2Stage2(nn.Module):
             ValueError: an input is missing, has the wrong shape, does not fit the language model,
                 or leaves nothing to predict.
         """
-        prompts, query_output = self.encode_image(
-            image_embeds, images=images, image_attention_mask=image_attention_mask
-        )
         if input_ids is None:
             raise ValueError("input_ids: expected [B, T] text tokens, got none")
-        embeds, mask = self._read(prompts, input_ids, attention_mask)
+        prompts, query_output = self._encode(
+            image_counts, image_embeds, images=images, image_attention_mask=image_attention_mask
+        )
+        in_place = image_counts is not None
+        embeds, mask = stage2_sequence.read_sequence(
+            self.language_model, prompts, input_ids, attention_mask, image_counts
+        )
         if stage2_llm.is_encoder_decoder(self.language_model):
             loss, logits = stage2_llm.decoder_loss(
                 self.language_model,
@@ -230,8 +247,9 @@ class Blip2Stage2(nn.Module):
                 self.language_model, decoder_input_ids, decoder_attention_mask
             )
             if labels is None:
-                padding = mask[:, prompts.shape[1] :] == 0
-                labels = input_ids.masked_fill(padding, IGNORED)
+                labels = stage2_sequence.default_labels(input_ids, mask, in_place)
+            if in_place:
+                labels = stage2_sequence.predictable(labels)
             loss, logits = stage2_llm.continuation_loss(
                 self.language_model, embeds, mask, labels, input_ids.shape[1], return_logits
             )
@@ -265,6 +283,19 @@ class Blip2Stage2(nn.Module):
         prompts = self.language_projection(query_output.to(self.language_projection.weight.dtype))
         return prompts, query_output
 
+    def _encode(
+        self, image_counts: Tensor | None, image_embeds: Tensor | None, **inputs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`encode_image` of a flat list of images, which may be empty with `image_counts`."""
+        images = inputs.get("images")
+        given = image_embeds if images is None else images
+        if image_counts is None or (given is not None and len(given) > 0):
+            return self.encode_image(image_embeds, **inputs)
+        stage2_sequence.check_counts(image_counts, len(image_counts), 0)
+        blank = self.query_tokens.new_zeros(1, 1, self.config.encoder_hidden_size)
+        prompts, query_output = self.encode_image(blank)
+        return prompts[:0], query_output[:0]
+
     @torch.no_grad()
     def generate(
         self,
@@ -274,6 +305,7 @@ class Blip2Stage2(nn.Module):
         *,
         images: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
+        image_counts: Tensor | None = None,
         prompts: Tensor | None = None,
         **generate_kwargs: Any,
     ) -> Any:
@@ -284,10 +316,11 @@ class Blip2Stage2(nn.Module):
         parameters must be gathered around this call (`deepspeed.zero.GatheredParameters`).
 
         Args:
-            image_embeds, images, image_attention_mask: As in `forward`.
+            image_embeds, images, image_attention_mask, image_counts: As in `forward`.
             input_ids, attention_mask: [B, T] text to continue (decoder-only) or for the encoder;
                 by default the model's bos token, or an encoder's eos, as for an empty text.
-            prompts: [B, Q, L] of `encode_image`, instead of images, which are then not read again.
+            prompts: [B, Q, L] ([N, Q, L]) of `encode_image`, instead of images, which are then not
+                read again.
             generate_kwargs: For `transformers`' `generate`: `max_new_tokens` (default 30),
                 `num_beams`, `do_sample`, `top_p`, `length_penalty`, `eos_token_id`, ...
 
@@ -300,12 +333,14 @@ class Blip2Stage2(nn.Module):
                 soft prompts for some models and not for others.
         """
         if prompts is None:
-            prompts, _ = self.encode_image(
-                image_embeds, images=images, image_attention_mask=image_attention_mask
+            prompts, _ = self._encode(
+                image_counts, image_embeds, images=images, image_attention_mask=image_attention_mask
             )
         elif image_embeds is not None or images is not None:
             raise ValueError("give images, image_embeds or their prompts, not two of them")
-        return stage2_generation.write(self, prompts, input_ids, attention_mask, **generate_kwargs)
+        return stage2_generation.write(
+            self, prompts, input_ids, attention_mask, image_counts=image_counts, **generate_kwargs
+        )
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of everything but the language model and the image encoder."""
@@ -331,28 +366,3 @@ class Blip2Stage2(nn.Module):
     def _load(self, what: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
         check_state(what, state, wanted)
         self.load_state_dict(dict(state), strict=False)
-
-    def _empty_text(self, prompts: Tensor) -> Tensor:
-        """What a tokenizer makes of no text: bos, or eos before a decoder; [B, 0 or 1]."""
-        config = self.language_model.config.get_text_config()
-        encoder_decoder = stage2_llm.is_encoder_decoder(self.language_model)
-        token = config.eos_token_id if encoder_decoder else config.bos_token_id
-        if isinstance(token, list):
-            token = token[0]
-        size = (prompts.shape[0], 0 if token is None else 1)
-        return torch.full(size, token or 0, dtype=torch.long, device=prompts.device)
-
-    def _read(
-        self, prompts: Tensor, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, Q + T, L] of soft prompts and text, and their mask [B, Q + T]."""
-        B, Q, _ = prompts.shape
-        stage2_llm.check_text(self.language_model, "input_ids", input_ids, attention_mask, B)
-        stage2_llm.check_positions(
-            self.language_model, soft_prompts=Q, text_tokens=input_ids.shape[1]
-        )
-        text = self.language_model.get_input_embeddings()(input_ids)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        mask = torch.cat([attention_mask.new_ones(B, Q), attention_mask], dim=1)
-        return torch.cat([prompts.to(text.dtype), text], dim=1), mask

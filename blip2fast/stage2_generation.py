@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from blip2fast import stage2_llm
+from blip2fast import stage2_llm, stage2_sequence
 
 if TYPE_CHECKING:
     from blip2fast.stage2 import Blip2Stage2
@@ -22,14 +22,17 @@ def write(
     prompts: Tensor,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
+    *,
+    image_counts: Tensor | None = None,
     **generate_kwargs: Any,
 ) -> Any:
     """What `Blip2Stage2.generate` does after the images: see there.
 
     Args:
         model: the model.
-        prompts: [B, Q, L] soft prompts.
+        prompts: [B, Q, L] soft prompts, or [N, Q, L] with `image_counts`.
         input_ids, attention_mask: [B, T], padded on either side.
+        image_counts: [B], images of each row, which stand in `input_ids`; None: one, in front.
         generate_kwargs: for `transformers`' `generate`.
     """
     for name in ("max_length", "min_length"):
@@ -40,14 +43,16 @@ def write(
         generate_kwargs.setdefault("max_new_tokens", 30)
     encoder_decoder = stage2_llm.is_encoder_decoder(model.language_model)
     if input_ids is None:
-        input_ids = model._empty_text(prompts)
-    elif attention_mask is not None:
-        stage2_llm.check_text(
-            model.language_model, "input_ids", input_ids, attention_mask, prompts.shape[0]
+        if image_counts is not None:
+            raise ValueError("image_counts: images in a text need input_ids that hold their places")
+        input_ids = stage2_sequence.empty_text(model.language_model, prompts)
+    embeds, mask = stage2_sequence.read_sequence(
+        model.language_model, prompts, input_ids, attention_mask, image_counts
+    )
+    if attention_mask is not None:
+        embeds, mask = stage2_sequence.padded_on(
+            "right" if encoder_decoder else "left", embeds, mask
         )
-        side = "right" if encoder_decoder else "left"
-        input_ids, attention_mask = stage2_llm.with_padding_on(side, input_ids, attention_mask)
-    embeds, mask = model._read(prompts, input_ids, attention_mask)
     if not encoder_decoder:
         new = generate_kwargs.get("max_new_tokens", 0)
         stage2_llm.check_positions(

@@ -19,8 +19,12 @@ from blip2fast.stage2_text import IGNORED
 
 @torch.no_grad()
 def match_embedding_scale(projection: nn.Linear, language_model: PreTrainedModel) -> None:
-    """Draw the projection anew: inputs of unit variance give outputs of the embeddings' spread."""
-    spread = float(language_model.get_input_embeddings().weight.float().std())
+    """Draw the projection anew: inputs of unit variance give outputs of the embeddings' spread.
+
+    Gemma's and BART's embedding modules multiply what they look up.
+    """
+    embeddings = language_model.get_input_embeddings()
+    spread = float(embeddings.weight.float().std()) * float(getattr(embeddings, "embed_scale", 1))
     nn.init.normal_(projection.weight, std=spread * projection.in_features**-0.5)
     nn.init.zeros_(projection.bias)
 
@@ -116,23 +120,13 @@ def check_text(
             )
 
 
-def with_padding_on(side: str, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The same rows with all padding on one side, wherever it was; [B, T] both.
-
-    On the "left" for a decoder-only model, which continues from the last column; on the "right"
-    for an encoder with relative positions, where a gap after the soft prompts would count.
-    """
-    real = attention_mask != 0
-    order = (real if side == "left" else ~real).int().argsort(dim=1, stable=True)
-    return input_ids.gather(1, order), attention_mask.gather(1, order)
-
-
 def logits_on_rows(language_model: PreTrainedModel, rows: Tensor, **inputs: Any) -> Tensor:
     """Logits of some positions only, so that the head never sees prompts, padding and questions.
 
     The head's input is cut by a hook and not by calling the parts of the model, because models
-    scale or cap their logits after the head. A head that is not called as a module, or not on
-    [B, L, C], runs in full, and its output is cut.
+    scale or cap their logits after the head (Gemma 2, Granite, Cohere), each for itself. A head
+    that is not called as a module, or not on all positions at once, runs in full, and its output
+    is cut.
 
     Args:
         language_model: the frozen model.
@@ -146,10 +140,11 @@ def logits_on_rows(language_model: PreTrainedModel, rows: Tensor, **inputs: Any)
     if head is None:
         return language_model(**inputs).logits.flatten(0, 1)[rows]
     cut = False
+    places = inputs.get("decoder_input_ids", inputs["inputs_embeds"])
 
     def keep_rows(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         nonlocal cut
-        if cut or not args or args[0].dim() != 3:
+        if cut or not args or args[0].shape[:-1] != places.shape[:2]:
             return None
         cut = True
         return (args[0].flatten(0, 1)[rows].unsqueeze(0), *args[1:])

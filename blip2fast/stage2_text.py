@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORED = -100  # the label that no loss counts
+IMAGE_PLACE = -1  # in token ids: the place of a soft prompt
 # Texts whose tokens are kept; questions and the captions of a small data set return every epoch.
 KNOWN_TEXTS = 50_000
 
