@@ -1,0 +1,157 @@
+"""Small random BLIP-2 models on disk: runs of blip2fast, and folders of transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from stage2_models import opt_config, stage2_config, t5_config
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    BlipImageProcessorPil,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
+
+from blip2fast.checkpointing import Description, save_model
+from blip2fast.image_encoders import load_image_encoder
+from blip2fast.stage2 import Blip2Stage2
+
+SIZE = 16  # of the encoder's images, in pixels
+NUM_QUERIES = 4
+SPECIAL = ["</s>", "<pad>", "<unk>", "<image>"]
+TEXT = """a photo of Question Short Answer answer question : ? . what is it its colour and where
+red blue green black ring star cross disc top left right bottom the on with dog cat"""
+WORDS = TEXT.split()
+VOCABULARY = len(SPECIAL) + len(WORDS)
+
+
+def word_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """Words to numbers; OPT's texts begin with </s>, T5's end with it."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A" if kind == "opt" else "$A </s>", special_tokens=[("</s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="</s>" if kind == "opt" else None,
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+
+
+def spread_weights(model: nn.Module, seed: int) -> None:
+    """Weights so far from zero that a random model writes varied texts."""
+    draws = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        norm = parameter.dim() == 1 and not name.endswith("bias")
+        std = 0.2 if parameter.dim() == 1 else 0.3
+        if name.endswith(".q.weight"):  # T5 does not scale its scores
+            std = 0.1
+        value = torch.randn(parameter.shape, generator=draws) * std + float(norm)
+        parameter.data.copy_(value)
+
+
+def language_config(kind: str, **changes: int):
+    ids = {"vocab_size": VOCABULARY, "eos_token_id": 0, "pad_token_id": 1}
+    if kind == "opt":
+        sizes = {"bos_token_id": 0, "max_position_embeddings": 96} | changes
+        return opt_config(**(ids | sizes))
+    return t5_config(**(ids | {"decoder_start_token_id": 1} | changes))
+
+
+def write_run(folder: Path, kind: str, prompt: str = "", **changes: int) -> Path:
+    """A finished stage-2 run with its frozen models beside it."""
+    language = folder / "language"
+    if kind == "opt":
+        language_model = OPTForCausalLM(language_config(kind, **changes))
+    else:
+        language_model = T5ForConditionalGeneration(language_config(kind, **changes))
+    spread_weights(language_model, 1)
+    language_model.tie_weights()
+    language_model.save_pretrained(language)
+    word_tokenizer(kind).save_pretrained(language)
+    vision = ViTModel(
+        ViTConfig(
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=SIZE,
+            patch_size=8,
+        ),
+        add_pooling_layer=False,
+    )
+    spread_weights(vision, 2)
+    vision.save_pretrained(folder / "vision")
+    encoder = load_image_encoder(str(folder / "vision"), layer=1)
+    torch.manual_seed(0)
+    model = Blip2Stage2(stage2_config(prompt=prompt), language_model)
+    for name, child in model.named_children():
+        if name != "language_model":
+            spread_weights(child, 3)
+    description = Description(
+        stage=2,
+        sizes=dataclasses.asdict(model.config),
+        image_encoder=encoder.encoder_id,
+        language_model=str(language),
+    )
+    save_model(folder / "run", model.trainable_state_dict(), description)
+    return folder / "run"
+
+
+def write_transformers(folder: Path, kind: str) -> Path:
+    """A transformers BLIP-2 with its processor."""
+    config = Blip2Config(
+        vision_config=Blip2VisionConfig(
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=SIZE,
+            patch_size=8,
+        ),
+        qformer_config=Blip2QFormerConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            encoder_hidden_size=24,
+        ),
+        text_config=language_config(kind),
+        num_query_tokens=NUM_QUERIES,
+        image_token_index=SPECIAL.index("<image>"),
+    )
+    model = Blip2ForConditionalGeneration(config)
+    spread_weights(model, {"opt": 4, "t5": 7}[kind])
+    model.language_model.tie_weights()
+    model.save_pretrained(folder)
+    processor = Blip2Processor(
+        BlipImageProcessorPil(size={"height": SIZE, "width": SIZE}),
+        word_tokenizer(kind),
+        num_query_tokens=NUM_QUERIES,
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def pictures(count: int) -> list[Image.Image]:
+    """Random pictures, larger than the encoder takes and not square."""
+    draws = np.random.default_rng(5)
+    return [Image.fromarray(draws.integers(0, 256, (20, 24, 3), np.uint8)) for _ in range(count)]
