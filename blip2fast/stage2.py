@@ -178,6 +178,8 @@ class Blip2Stage2(nn.Module):
             end_text=self.config.end_text,
             max_txt_len=self.config.max_txt_len,
             seed=seed,
+            image_marker=self.config.image_marker,
+            num_query_tokens=self.config.num_query_tokens,
         )
 
     def forward(

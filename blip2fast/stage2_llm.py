@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blip2fast.stage1_inputs import describe
-from blip2fast.stage2_text import IGNORED
+from blip2fast.stage2_rows import IGNORED
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from blip2fast import stage2_llm
 from blip2fast.stage1_inputs import describe, is_float
-from blip2fast.stage2_text import IGNORED, IMAGE_PLACE
+from blip2fast.stage2_rows import IGNORED, IMAGE_PLACE
 
 
 def read_sequence(

@@ -30,6 +30,8 @@ class Stage2Config:
         prompt: text before every caption; a `{}` in it is the place of a question.
         end_text: what ends a decoder-only target; None is the tokenizer's eos token, `"\\n"` is
             what LAVIS trained its OPT models with.
+        image_marker: what stands for an image in texts that have any number of them, such as
+            `"<image>"`; None: one image a text, in front.
         match_embedding_scale: start the projection such that soft prompts are of the size of the
             language model's token embeddings, instead of PyTorch's default as LAVIS. Prompts that
             are much larger drown the positions, and a small language model learns later.
@@ -50,6 +52,7 @@ class Stage2Config:
     max_txt_len: int = 32
     prompt: str = ""
     end_text: str | None = None
+    image_marker: str | None = None
     match_embedding_scale: bool = False
 
     def __post_init__(self) -> None:
@@ -65,7 +68,7 @@ class Stage2Config:
     def qformer_config(self) -> Blip2QFormerConfig:
         """The configuration of the Q-Former inside, in transformers' terms."""
         other = {"num_query_tokens", "ln_vision_eps", "max_txt_len", "prompt", "end_text"}
-        other |= {"match_embedding_scale"}
+        other |= {"image_marker", "match_embedding_scale"}
         sizes = {name: v for name, v in dataclasses.asdict(self).items() if name not in other}
         return Blip2QFormerConfig(**sizes, use_qformer_text_input=False)
 

@@ -1,0 +1,108 @@
+"""Rows of token ids as `Stage2Text` builds them: an image is one `IMAGE_PLACE` until the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORED = -100  # the label that no loss counts
+IMAGE_PLACE = -1  # in token ids: the place of a soft prompt
+
+
+def num_tokens(row: list[int]) -> int:
+    """Tokens of text; images do not count."""
+    return len(row) - row.count(IMAGE_PLACE)
+
+
+def opened(ids: list[int], before: list[int]) -> list[int]:
+    """With the special tokens `before` a text, after the images at its very front."""
+    front = next((i for i, token in enumerate(ids) if token != IMAGE_PLACE), len(ids))
+    return [*ids[:front], *before, *ids[front:]]
+
+
+def cut(row: list[int], max_txt_len: int, text: str) -> list[int]:
+    """At most `max_txt_len` tokens and all images of a row.
+
+    Raises:
+        ValueError: an image is cut off; `text` is named.
+    """
+    if IMAGE_PLACE not in row:
+        return row[:max_txt_len]
+    tokens = [i for i, token in enumerate(row) if token != IMAGE_PLACE]
+    end = tokens[max_txt_len] if len(tokens) > max_txt_len else len(row)
+    lost = row[end:].count(IMAGE_PLACE)
+    if lost:
+        raise ValueError(
+            f"the text {text!r} has {len(tokens)} tokens, max_txt_len is {max_txt_len}, which cuts "
+            f"off {lost} of {row.count(IMAGE_PLACE)} images; raise max_txt_len or shorten the text"
+        )
+    return row[:end]
+
+
+def places(row: list[int], value: int, Q: int) -> list[int]:
+    """The row with Q times `value` for each image."""
+    if IMAGE_PLACE not in row:
+        return row
+    return [x for token in row for x in ([value] * Q if token == IMAGE_PLACE else [token])]
+
+
+def split_at(text: str, marker: str) -> list[str]:
+    """What is between markers, without the spaces beside them."""
+    parts = text.split(marker)
+    last = len(parts) - 1
+    parts = [part.lstrip() if i > 0 else part for i, part in enumerate(parts)]
+    return [part.rstrip() if i < last else part for i, part in enumerate(parts)]
+
+
+def stack(rows: list[list[int]], value: int, side: str) -> Tensor:
+    """[B, T] of rows, padded with `value` on one side."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+
+def common_length(left: list[int], right: list[int]) -> int:
+    """How many first tokens two rows share."""
+    for position, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return position
+    return min(len(left), len(right))
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens that the tokenizer puts before and after a text.
+
+    Found by trying: OPT's bos and eos are the same token, so its number does not tell the side.
+    """
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    full = list(tokenizer("a")["input_ids"])
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start], full[start + len(plain) :]
+    raise ValueError(f"the tokenizer turns 'a' into {plain}, and with special tokens into {full}")
+
+
+def end_token_id(tokenizer: Any, is_encoder_decoder: bool, end_text: str | None) -> int:
+    """The token that ends a target: the tokenizer's eos, or `end_text`.
+
+    Raises:
+        ValueError: there is none, or it is not one known token.
+    """
+    if end_text is not None and is_encoder_decoder:
+        raise ValueError(
+            f"end_text is {end_text!r}; an encoder-decoder's targets end with its eos token, "
+            "leave end_text unset"
+        )
+    if end_text is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos token; set one, or end_text='\\n'")
+        return int(tokenizer.eos_token_id)
+    ids = tokenizer(end_text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise ValueError(
+            f"end_text {end_text!r} must be one token the tokenizer knows, it is {list(ids)}; "
+            "leave end_text unset to end with the eos token"
+        )
+    return int(ids[0])
