@@ -49,7 +49,32 @@ class QuestionRecord:
     type: str = ""
 
 
-Record = TypeVar("Record", CaptionRecord, QuestionRecord)
+@dataclass(frozen=True)
+class SequenceRecord:
+    """Any number of images in one sequence; `<image>` in the texts says where each one stands.
+
+    Attributes:
+        images: keys, in the order of the markers.
+        captions: texts to write, of which a step takes one; markers may stand among their words.
+        prompt: read before the text and not counted in the loss: an instruction, or examples
+            ("<image> a cat. <image> a dog. <image>").
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    images: tuple[str, ...]
+    captions: tuple[str, ...]
+    prompt: str = ""
+
+
+IMAGE_MARKER = "<image>"  # in the texts of a SequenceRecord
+AnyRecord = CaptionRecord | QuestionRecord | SequenceRecord
+Record = TypeVar("Record", CaptionRecord, QuestionRecord, SequenceRecord)
+
+
+def images_of(record: AnyRecord) -> tuple[str, ...]:
+    """The keys of a record's images, in the order in which they are read."""
+    return record.images if isinstance(record, SequenceRecord) else (record.image,)
 
 
 def read_captions(path: str | Path) -> list[CaptionRecord]:
@@ -80,6 +105,29 @@ def read_questions(path: str | Path) -> list[QuestionRecord]:
     return records
 
 
+def read_sequences(path: str | Path) -> list[SequenceRecord]:
+    """Read records of several images: `{"images": [key, ...], "prompt": ..., "captions": [...]}`.
+
+    Raises:
+        ValueError: as `read_captions`; or markers that are not as many as the images.
+    """
+    records = _read_lines(path, SequenceRecord)
+    for number, record in enumerate(records, 1):
+        where = f"{path}, record {number}"
+        if not record.captions:
+            raise ValueError(f"{where}: no captions, so nothing to write")
+        for caption in record.captions:
+            if not caption.replace(IMAGE_MARKER, "").strip():
+                raise ValueError(f"{where}: an empty caption {caption!r}")
+            markers = (record.prompt + caption).count(IMAGE_MARKER)
+            if markers != len(record.images):
+                raise ValueError(
+                    f"{where}: {markers} markers {IMAGE_MARKER} in the prompt and the caption "
+                    f"{caption!r}, but {len(record.images)} images; one marker an image"
+                )
+    return records
+
+
 def _read_lines(path: str | Path, kind: type[Record]) -> list[Record]:
     path = Path(path)
     if not path.is_file():
@@ -104,23 +152,26 @@ def _read_lines(path: str | Path, kind: type[Record]) -> list[Record]:
 
 
 def image_keys(path: str | Path) -> list[str]:
-    """The images that caption or question records name, sorted, each once.
+    """The images that records of any kind name, sorted, each once.
 
     Raises:
         ValueError: as `read_captions`.
     """
     path = Path(path)
-    try:
-        records: list[Any] = [*read_captions(path)]
-    except ValueError as error:
+    read_any: tuple[Callable[[Path], Sequence[AnyRecord]], ...]
+    read_any = (read_captions, read_questions, read_sequences)
+    errors = []
+    for reader in read_any:
         try:
-            records = [*read_questions(path)]
-        except ValueError:
-            raise error from None
-    return sorted({record.image for record in records})
+            records = reader(path)
+        except ValueError as error:
+            errors.append(error)
+        else:
+            return sorted({key for record in records for key in images_of(record)})
+    raise errors[0]
 
 
-def write_records(path: str | Path, records: Sequence[CaptionRecord | QuestionRecord]) -> None:
+def write_records(path: str | Path, records: Sequence[AnyRecord]) -> None:
     """Write records as JSON lines, the form that `read_captions` reads."""
     lines = (json.dumps(vars(record), ensure_ascii=False) for record in records)
     Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -207,14 +258,17 @@ def _caption_draws(seed: int, epoch: int, count: int) -> npt.NDArray[np.float64]
     return np.random.default_rng([seed, epoch, 1]).random(count)
 
 
-def drawn_captions(records: Sequence[CaptionRecord], batch: Batch, seed: int) -> list[str]:
+def drawn_captions(
+    records: Sequence[CaptionRecord | SequenceRecord], batch: Batch, seed: int
+) -> list[str]:
     """One caption per sample of `batch`, drawn from (seed, epoch, sample number) alone."""
     draws = _caption_draws(seed, batch.epoch, len(records))[batch.indices]
     chosen = [records[i].captions for i in batch.indices]
     return [c[int(draw * len(c))] for c, draw in zip(chosen, draws, strict=True)]
 
 
-# (image keys, batch) -> the image part of a batch: {"image_embeds": [B, S, E]} or {"images": ...}
+# (image keys, batch) -> the image part of a batch: {"image_embeds": [B, S, E]} or {"images": ...};
+# where records have several images the sample numbers repeat, one for each key
 ImageReader = Callable[[Sequence[str], Batch], dict[str, Tensor]]
 
 
@@ -222,7 +276,7 @@ class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
     """Item i is the whole batch of micro-step i; for a DataLoader with `batch_size=None`.
 
     Args:
-        records: caption or question records.
+        records: caption, question or sequence records.
         plan: which records a step takes.
         read_images: gives the image part of a batch.
         make_text: `(records, batch) -> tensors`, the text part of a batch.
@@ -242,8 +296,10 @@ class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
 
     def __getitem__(self, micro_step: int) -> dict[str, Tensor]:
         batch = self.plan.batch(micro_step)
-        keys = [self.records[i].image for i in batch.indices]
-        return {**self.read_images(keys, batch), **self.make_text(self.records, batch)}
+        owned = [images_of(self.records[i]) for i in batch.indices]
+        keys = [key for row in owned for key in row]
+        owners = Batch(batch.epoch, np.repeat(batch.indices, [len(row) for row in owned]))
+        return {**self.read_images(keys, owners), **self.make_text(self.records, batch)}
 
 
 @dataclass
@@ -308,3 +364,21 @@ class AnswerTargets:
     def __call__(self, records: Sequence[QuestionRecord], batch: Batch) -> dict[str, Tensor]:
         chosen = [records[i] for i in batch.indices]
         return self.text.train_batch([r.answer for r in chosen], [r.question for r in chosen])
+
+
+@dataclass
+class SequenceTargets:
+    """Stage 2 on several images a sample: one drawn caption each, after the record's prompt."""
+
+    text: Stage2Text
+    seed: int
+
+    def __call__(self, records: Sequence[SequenceRecord], batch: Batch) -> dict[str, Tensor]:
+        chosen = [records[i] for i in batch.indices]
+        return self.text.train_batch(
+            drawn_captions(records, batch, self.seed),
+            [r.prompt for r in chosen],
+            indices=batch.indices.tolist(),
+            epoch=batch.epoch,
+            image_counts=[len(r.images) for r in chosen],
+        )
