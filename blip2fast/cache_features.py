@@ -49,7 +49,7 @@ def cache_images(
     transform = transform_for(name, encoder.image_size)
     device = next(encoder.parameters()).device
     writer = FeatureCache.create(
-        out, keys, encoder.num_tokens, encoder.width, dtype, encoder.encoder_id, "resume"
+        out, keys, encoder.num_tokens, encoder.width, dtype, encoder.identity, "resume"
     )
     missing = torch.tensor(writer.missing_rows, dtype=torch.long)
     with tqdm(total=len(keys), initial=len(keys) - len(missing), unit="image") as bar:

@@ -1,43 +1,77 @@
 """Trained models and checkpoints on disk, in one form for every ZeRO stage and number of processes.
 
+    manifest.json          size and SHA-256 of the files below
     model.safetensors      the trained parameters, whole, fp32
     model.json             stage, sizes, and which frozen models they belong to
     optimizer.safetensors  exp_avg/<name> and exp_avg_sq/<name>, whole, fp32     (checkpoint only)
-    random_<rank>.pt       random states of a process                            (checkpoint only)
+    process_<rank>.pt      random states, and sums for the log, of a process     (checkpoint only)
     state.json             step, and the configuration of the run                (checkpoint only)
 
-A folder is written as `<name>.partial` and renamed when complete, so a run that is killed while
-writing leaves the checkpoint before it as the last one.
+A checkpoint is written as `<name>.partial` and renamed when it is complete and on the disk, so that
+a run that is killed while writing leaves the checkpoint before it as the last one. The model in the
+run's own folder is replaced in one step too; see `blip2fast.manifest`. Whatever is read is compared
+with the manifest first.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig as LanguageConfig
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from blip2fast import manifest
+from blip2fast.checkpoint_files import (
+    DESCRIPTION,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    find_file,
+    keep_newest,
+    last_checkpoint,
+    remove_unfinished,
+)
+from blip2fast.frozen_identity import FrozenIdentity, flat, identify_model, refuse_other
+from blip2fast.language_models import load_language_model
+from blip2fast.manifest import MANIFEST, write_json, write_through
+from blip2fast.offload.loading import source_identity
+from blip2fast.random_states import random_states, set_random_states
 from blip2fast.stage1 import Blip2Stage1
 from blip2fast.stage1_types import Stage1Config
 from blip2fast.stage2 import Blip2Stage2
 from blip2fast.stage2_types import Stage2Config
 from blip2fast.state_dicts import check_state
 
-_FORMAT = 1
-_MODEL, _DESCRIPTION = "model.safetensors", "model.json"
-_OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
+__all__ = [
+    "Checkpoint",
+    "Description",
+    "check_frozen",
+    "is_trained",
+    "last_checkpoint",
+    "load_language_model",
+    "load_parameters",
+    "load_trained",
+    "random_states",
+    "read_checkpoint",
+    "read_description",
+    "read_parameters",
+    "remove_unfinished",
+    "save_checkpoint",
+    "save_model",
+    "set_random_states",
+    "trained_names",
+]
+
+_PARTS = {"language_model": "language model", "image_encoder": "image encoder"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +85,8 @@ class Description:
         language_model: folder or hub name (stage 2).
         tokenizer: folder or hub name of the Q-Former's tokenizer (stage 1).
         step: optimizer steps taken.
+        frozen: which models "image_encoder" and "language_model" are, where that is known; of image
+            tokens, what their cache says.
     """
 
     stage: int
@@ -59,6 +95,7 @@ class Description:
     language_model: str | None = None
     tokenizer: str | None = None
     step: int = 0
+    frozen: dict[str, FrozenIdentity] = dataclasses.field(default_factory=dict)
 
     def config(self) -> Stage1Config | Stage2Config:
         """The sizes as the model's configuration."""
@@ -71,44 +108,55 @@ def trained_names(model: nn.Module) -> list[str]:
 
 
 def save_model(folder: Path, state: Mapping[str, Tensor], description: Description) -> None:
-    """Write `model.safetensors` and `model.json` into `folder`, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / _MODEL, lambda path: save_file(_on_cpu(state), path))
-    values = {"format": _FORMAT, **dataclasses.asdict(description)}
-    _replace(folder / _DESCRIPTION, lambda path: _write_json(path, values))
+    """Write a trained model into `folder`, in the place of one that is there.
+
+    Whenever this is killed, the older model or the new one is there, never a mixture.
+    """
+    manifest.replace_files(folder, _model_files(state, description))
+
+
+def is_trained(path: str | Path) -> bool:
+    """Whether a trained model or a checkpoint is at `path`; nothing is checked."""
+    return any((Path(path) / name).is_file() for name in (MANIFEST, DESCRIPTION))
 
 
 def read_description(path: str | Path) -> Description:
     """Read `model.json` of a finished run, or of a checkpoint.
 
     Raises:
-        ValueError: not there, or of another format.
+        ValueError: not there, of an earlier format, or not as it was written.
     """
-    values = _read_json(Path(path) / _DESCRIPTION)
-    if values.pop("format", None) != _FORMAT or values.get("stage") not in (1, 2):
-        raise ValueError(f"{Path(path) / _DESCRIPTION}: not format {_FORMAT} of a trained model")
-    return Description(**values)
+    values = _read_json(Path(path), DESCRIPTION)
+    identities = {part: FrozenIdentity(**v) for part, v in values.pop("frozen").items()}
+    return Description(**values, frozen=identities)
 
 
 def read_parameters(path: str | Path) -> dict[str, Tensor]:
-    """The trained parameters of a finished run or a checkpoint, fp32, on the CPU."""
-    return _load_tensors(Path(path) / _MODEL)
+    """The trained parameters of a finished run or a checkpoint, fp32, on the CPU.
+
+    Raises:
+        ValueError: as `read_description`.
+    """
+    return _load_tensors(Path(path), MODEL)
 
 
 def load_trained(
-    path: str | Path, language_model: PreTrainedModel | None = None
+    path: str | Path, language_model: PreTrainedModel | None = None, check: bool = True
 ) -> Blip2Stage1 | Blip2Stage2:
     """Build the model that a run trained, ready for evaluation.
 
     Args:
         path: output folder of a finished run, or one of its checkpoints.
         language_model: stage 2: use this one instead of loading the one that `model.json` names.
+        check: refuse a language model that is not the one it was trained with, see
+            `blip2fast.frozen_identity`; otherwise any of the same width will do.
 
     Returns:
         The model in fp32, on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: nothing there, half-written, or tensors of other shapes than the sizes say.
+        ValueError: nothing there, cut or damaged, tensors of other shapes than the sizes say, or
+            another language model.
     """
     description = read_description(path)
     state, config = read_parameters(path), description.config()
@@ -116,30 +164,53 @@ def load_trained(
     if isinstance(config, Stage1Config):
         model = Blip2Stage1(config)
     else:
-        if language_model is None:
-            if description.language_model is None:
-                raise ValueError(f"{path} names no language model; pass language_model=...")
-            language_model = load_language_model(description.language_model, torch.float32)
+        language_model = _language_model(str(path), description, language_model, check)
         model = Blip2Stage2(config, language_model)
     load_parameters(model, state, str(path))
     return model.eval()
 
 
-def load_language_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal or an encoder-decoder language model, by folder or hub name.
+def _language_model(
+    path: str, description: Description, given: PreTrainedModel | None, check: bool
+) -> PreTrainedModel:
+    def refuse(identity: FrozenIdentity | None, remedy: str) -> None:
+        check_frozen(
+            description, "language_model", identity, path, f"{remedy}, or pass check=False"
+        )
+
+    if given is not None:
+        if check:
+            refuse(identify_model(given), "Give the one it was trained with")
+        return given
+    name = description.language_model
+    if name is None:
+        raise ValueError(f"{path} names no language model; pass language_model=...")
+    remedy = "Put back the one it was trained with, pass it as language_model=..."
+    # before it is loaded, where its files tell which one it is
+    known = source_identity(name) if check else None
+    refuse(known, remedy)
+    model = load_language_model(name, torch.float32)
+    if check and known is None:
+        refuse(identify_model(model), remedy)
+    return model
+
+
+def check_frozen(
+    description: Description, part: str, given: FrozenIdentity | None, source: str, remedy: str
+) -> None:
+    """Refuse a frozen model that is not the one that a trained model belongs to.
+
+    Args:
+        description: of the trained model.
+        part: "language_model" or "image_encoder".
+        given: which one it is to be used with; None: not known, and not refused.
+        source: where the trained model is, for the message.
+        remedy: what the caller can do, a sentence.
 
     Raises:
-        ValueError: not there.
+        ValueError: another one; both are named.
     """
-    try:
-        config = LanguageConfig.from_pretrained(name)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return kind.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"language model {name!r}: not there: give a local folder or a hub name that can be "
-            f"reached ({error})"
-        ) from error
+    refuse_other(_PARTS[part], description.frozen.get(part), given, source, remedy)
 
 
 def load_parameters(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -155,41 +226,13 @@ def load_parameters(model: nn.Module, state: Mapping[str, Tensor], source: str) 
             parameter.copy_(state[name])
 
 
-def random_states() -> dict[str, Any]:
-    """The states of Python's, NumPy's and PyTorch's generators in this process."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 (the one that libraries draw from)
-    states = {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys).copy()), *rest),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Restore what `random_states` gave."""
-    random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy(), *rest))  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in `folder`; half-written ones do not count."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return max(found, key=lambda path: int(path.name[5:]), default=None)
-
-
 def save_checkpoint(
     folder: Path,
     description: Description,
     parameters: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
     run: Mapping[str, Any],
+    process: Mapping[str, Any],
     keep_last: int,
 ) -> Path:
     """Write `folder/step-<step>`; every process calls this, the first one writes the tensors.
@@ -199,27 +242,37 @@ def save_checkpoint(
         description, parameters: as for `save_model`.
         moments: AdamW's, `exp_avg/<name>` and `exp_avg_sq/<name>`.
         run: what `state.json` says besides the step; compared when resuming.
+        process: what this process keeps besides its random states; tensors and plain values.
         keep_last: older checkpoints beyond this many are deleted.
+
+    Raises:
+        ValueError: there is a checkpoint of this step.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     final = folder / f"step-{description.step:08d}"
-    partial = final.with_name(final.name + ".partial")
+    partial = manifest.aside(final)
+    if final.exists():
+        raise ValueError(f"{final} is there already; delete it, or resume from it")
+    dist.barrier()
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    torch.save(random_states(), partial / f"random_{rank:05d}.pt")
-    if rank == 0:
-        save_model(partial, parameters, description)
-        save_file(_on_cpu(moments), partial / _OPTIMIZER)
-        state = {"format": _FORMAT, "step": description.step, "world_size": world, "run": run}
-        _write_json(partial / _STATE, state)
+    kept = {"random": random_states(), **process}
+    write_through(partial / _process_file(rank), lambda path: torch.save(kept, path))
     dist.barrier()
     if rank == 0:
-        if final.exists():
-            _delete(final)
-        partial.rename(final)
-        _delete_old(folder, keep_last)
+        state = {"step": description.step, "world_size": world, "run": run}
+        files = {
+            **_model_files(parameters, description),
+            OPTIMIZER: lambda path: save_file(_on_cpu(moments), path),
+            STATE: write_json(state),
+        }
+        for name, write in files.items():
+            write_through(partial / name, write)
+        manifest.seal(partial, [*files, *(_process_file(each) for each in range(world))])
+        manifest.rename_folder(partial, final)
+        keep_newest(folder, keep_last)
     dist.barrier()
     return final
 
@@ -234,22 +287,30 @@ class Checkpoint:
     parameters: dict[str, Tensor]
     moments: dict[str, Tensor]
 
-    def random_states(self, rank: int) -> dict[str, Any]:
-        """The random states of process `rank`."""
-        states: dict[str, Any] = torch.load(self.path / f"random_{rank:05d}.pt", weights_only=True)
-        return states
+    def process(self, rank: int) -> dict[str, Any]:
+        """What process `rank` kept, and its random states as `random`."""
+        file = find_file(self.path, _process_file(rank))
+        kept: dict[str, Any] = torch.load(file, weights_only=True)
+        return kept
 
 
-def read_checkpoint(path: Path, run: Mapping[str, Any]) -> Checkpoint:
+def read_checkpoint(
+    path: Path, run: Mapping[str, Any], frozen: Mapping[str, FrozenIdentity]
+) -> Checkpoint:
     """Read a checkpoint that a run of configuration `run` wrote.
 
+    Args:
+        path: its folder.
+        run: as `save_checkpoint` was given it.
+        frozen: the frozen models of the resuming run, as in `Description`.
+
     Raises:
-        ValueError: half-written, or written by a run of another configuration; every key that
-            differs is named with both values.
+        ValueError: a file that is missing or not as it was written; or written by a run of another
+            configuration or with other frozen models; what differs is named with both values.
     """
-    state = _read_json(path / _STATE)
-    there = _flat(state["run"])
-    here = _flat(json.loads(json.dumps(run)))
+    state = _read_json(path, STATE)
+    there = dict(flat(state["run"]))
+    here = dict(flat(json.loads(json.dumps(run))))
     differing = [
         f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted({*there, *here})
@@ -260,67 +321,43 @@ def read_checkpoint(path: Path, run: Mapping[str, Any]) -> Checkpoint:
             f"{path} was written by another run and cannot be resumed: {'; '.join(differing)}. Set "
             "the same values, or start a new output_dir with init_from"
         )
+    description = read_description(path)
+    for part, identity in frozen.items():
+        remedy = "Resume with the one it was trained with, or start a new output_dir with init_from"
+        check_frozen(description, part, identity, str(path), remedy)
     return Checkpoint(
         path,
         state["step"],
         state["world_size"],
         read_parameters(path),
-        _load_tensors(path / _OPTIMIZER),
+        _load_tensors(path, OPTIMIZER),
     )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _replace(path: Path, write: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    partial.replace(path)
+def _model_files(
+    state: Mapping[str, Tensor], description: Description
+) -> dict[str, manifest.Write]:
+    return {
+        MODEL: lambda path: save_file(_on_cpu(state), path),
+        DESCRIPTION: write_json(dataclasses.asdict(description)),
+    }
 
 
-def _delete_old(folder: Path, keep_last: int) -> None:
-    for path in folder.glob("*.partial"):
-        shutil.rmtree(path)
-    steps = sorted(p for p in folder.glob("step-*") if p.name[5:].isdigit())
-    for path in steps[:-keep_last]:
-        _delete(path)
+def _process_file(rank: int) -> str:
+    return f"process_{rank:05d}.pt"
 
 
-def _delete(path: Path) -> None:
-    # Renamed first: a kill while deleting must not leave half a checkpoint under its name.
-    shutil.rmtree(path.rename(path.with_name(path.name + ".old.partial")))
+def _read_json(folder: Path, name: str) -> Any:
+    return json.loads(find_file(folder, name).read_text(encoding="utf-8"))
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"no trained model at {path.parent}: {path.name} is missing")
+def _load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    path = find_file(folder, name)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: half-written or damaged ({error})") from error
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"no trained model at {path.parent}: {path.name} is missing")
-    try:
-        with safe_open(path, "pt"):
-            pass
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: half-written or damaged ({error})") from error
+        raise ValueError(f"{path}: not a safetensors file ({error})") from error

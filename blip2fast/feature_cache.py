@@ -12,12 +12,15 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from blip2fast.frozen_identity import FrozenIdentity
 
 CacheDtype = Literal["float32", "bfloat16", "int8"]
 WhenThere = Literal["refuse", "resume", "replace"]
@@ -53,6 +56,7 @@ class FeatureCache:
         num_images, num_tokens, width: n, S and E.
         dtype: how features are stored: `"float32"`, `"bfloat16"` or `"int8"`.
         encoder_id: which encoder computed them, as its writer said.
+        encoder: its identity, if the writer gave it.
         relative_error: root mean square of (stored - given) over that of the given features.
 
     Raises:
@@ -81,6 +85,8 @@ class FeatureCache:
         self.width: int = manifest["width"]
         self.dtype: str = manifest["dtype"]
         self.encoder_id: str = manifest["encoder_id"]
+        encoder = manifest.get("encoder")
+        self.encoder = None if encoder is None else FrozenIdentity(**encoder)
         self.relative_error: float = manifest["relative_error"]
         if len(self.keys) != self.num_images or _digest(self.keys) != manifest["keys_sha256"]:
             raise ValueError(
@@ -101,7 +107,7 @@ class FeatureCache:
         num_tokens: int,
         width: int,
         dtype: CacheDtype = "float32",
-        encoder_id: str = "",
+        encoder_id: str | FrozenIdentity = "",
         when_there: WhenThere = "refuse",
     ) -> "FeatureCacheWriter":
         """Start writing a cache of `len(keys)` images; see `FeatureCacheWriter`.
@@ -113,7 +119,8 @@ class FeatureCache:
             width: E.
             dtype: `"int8"` stores absmax / 127 per token beside the integers: each element is
                 off by at most absmax / 254, and the manifest states the measured relative error.
-            encoder_id: which encoder the features come from.
+            encoder_id: which encoder the features come from: a name, or (of a
+                `FrozenImageEncoder`) its identity, by which training can refuse another one.
             when_there: an interrupted write is refused, resumed (it must have the same keys, shape,
                 dtype and encoder) or replaced; a finished cache is refused unless replaced.
 
@@ -175,23 +182,26 @@ class FeatureCacheWriter:
         num_tokens: int,
         width: int,
         dtype: CacheDtype,
-        encoder_id: str,
+        encoder_id: str | FrozenIdentity,
         when_there: WhenThere,
     ) -> None:
         self.path, self.keys = Path(path), list(keys)
         self.num_tokens, self.width, self.dtype = num_tokens, width, dtype
-        self.encoder_id = encoder_id
+        encoder = encoder_id if isinstance(encoder_id, FrozenIdentity) else None
+        self.encoder_id = encoder_id if isinstance(encoder_id, str) else encoder_id.name
         self._check()
         self._partial = _partial(self.path)
-        self._plan = {
+        self._plan: dict[str, Any] = {
             "format": _FORMAT,
             "num_images": len(self.keys),
             "num_tokens": num_tokens,
             "width": width,
             "dtype": dtype,
-            "encoder_id": encoder_id,
+            "encoder_id": self.encoder_id,
             "keys_sha256": _digest(self.keys),
         }
+        if encoder is not None:
+            self._plan["encoder"] = asdict(encoder)
         resuming = self._clear(when_there)
         mode: Literal["r+", "w+"] = "r+" if resuming else "w+"
         n = len(self.keys)

@@ -23,6 +23,8 @@ from transformers import (
     ViTModel,
 )
 
+from blip2fast.frozen_identity import identify_model
+
 
 @dataclass(frozen=True)
 class _Kind:
@@ -56,6 +58,7 @@ class FrozenImageEncoder(nn.Module):
 
     Attributes:
         width, image_size: E, and the side of the images it takes, in pixels.
+        identity: of the weights that it was made with.
     """
 
     def __init__(self, model: PreTrainedModel, num_blocks: int, encoder_id: str) -> None:
@@ -74,6 +77,7 @@ class FrozenImageEncoder(nn.Module):
         self.image_size = int(model.config.image_size)
         if hasattr(model.config, "mask_ratio"):
             model.config.mask_ratio = 0.0
+        self.identity = identify_model(model, self.encoder_id)
         self.eval()
 
     @property
@@ -127,22 +131,28 @@ def load_image_encoder(
             raise ValueError(
                 f"{name_or_path} is a {config.model_type!r} model; known are {', '.join(_KINDS)}"
             )
-        model = _load(kind, name_or_path, config, dtype)
+        model = _load(kind, name_or_path, config)
     except OSError as error:
         raise ValueError(
             f"image encoder {name_or_path!r}: not there: give a local folder or a hub name that "
             f"can be reached ({error})"
         ) from error
     num_blocks = len(_blocks(model)) - kind.skipped_blocks if layer is None else layer
-    return FrozenImageEncoder(model, num_blocks, name_or_path)
+    # cast here and not while loading: what it is identified by must not depend on the precision
+    return FrozenImageEncoder(model, num_blocks, name_or_path).to(dtype)
 
 
-def _load(kind: _Kind, name: str, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def _load(kind: _Kind, name: str, config: Any) -> PreTrainedModel:
     # A whole BLIP-2 or CLIP checkpoint holds the vision model's configuration inside its own.
     config = getattr(config, "vision_config", config)
     more = {"key_mapping": {r"^vision_model\.": ""}} if kind is _BLIP2 else {}
     model, report = kind.model.from_pretrained(
-        name, config=config, dtype=dtype, output_loading_info=True, **(kind.load or {}), **more
+        name,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        **(kind.load or {}),
+        **more,
     )
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if missing:

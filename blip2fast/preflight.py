@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from blip2fast.checkpointing import is_trained
 from blip2fast.run_config import RunConfig
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
@@ -79,7 +80,7 @@ def _path_faults(config: RunConfig) -> list[str]:
         for name in ("images", "eval_images")
         if (value := getattr(data, name)) is not None and not Path(value).is_dir()
     ]
-    if config.init_from is not None and not Path(config.init_from, "model.json").is_file():
+    if config.init_from is not None and not is_trained(config.init_from):
         faults.append(
             f"init_from {config.init_from!r}: no model.json and model.safetensors of a finished "
             "run or a checkpoint there"

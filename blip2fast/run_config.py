@@ -158,6 +158,8 @@ class RunConfig:
         stage: 1 (ITC, ITM, ITG on the Q-Former) or 2 (soft prompts into the language model).
         output_dir: everything the run writes goes here.
         init_from: output folder or checkpoint of an earlier run, to start its parameters from.
+        allow_other_frozen: let `init_from` be of another image encoder or language model; of a
+            stage-2 model before another language model the projection is new, the rest is taken.
         zero_stage: what DeepSpeed ZeRO spreads over the processes: 0 nothing, 1 the optimizer's
             states, 2 gradients too, 3 parameters too (the language model's).
         offload_param, offload_optimizer: where ZeRO keeps them (param: stage 3 alone).
@@ -183,6 +185,7 @@ class RunConfig:
     model: ModelSection = field(default_factory=ModelSection)
     language_model: LanguageModelSection | None = None
     init_from: str | None = None
+    allow_other_frozen: bool = False
     seed: _NonNegative = 0
     precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -348,6 +351,8 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"optim.warmup_steps {optim.warmup_steps} leaves none of optim.max_steps "
             f"{optim.max_steps} for the decay"
         )
+    if config.allow_other_frozen and config.init_from is None:
+        faults.append("allow_other_frozen is about init_from, which is not set")
     return faults + _stage_faults(config) + offload_faults(config)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from blip2fast.manifest import replace_file
 
 # Entropy of one match among three pairs: what ITM gives while it tells nothing apart.
 _ITM_PLATEAU = 0.6365
@@ -31,7 +34,7 @@ class RunLog:
 
     def __init__(self, folder: Path, start_step: int, max_steps: int, stage: int) -> None:
         self._path = folder / "metrics.jsonl"
-        _drop_after(self._path, start_step)
+        self._lines = _drop_after(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._bar = tqdm(
@@ -63,6 +66,16 @@ class RunLog:
             self._itm_hinted = True
             self.say(_ITM_HINT)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether a run that was killed had written the evaluation after `step` steps."""
+        return any(line["step"] == step and _is_evaluation(line) for line in self._lines)
+
+    def flush(self) -> None:
+        """See that all that was written is on the disk: a checkpoint is to follow."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         tqdm.write(line)
@@ -80,16 +93,22 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval_") for name in line)
+
+
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Take the lines after `step` out of a file; returns those that stay."""
     if not path.exists():
-        return
+        return []
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            values = json.loads(line)
         except json.JSONDecodeError:
             break  # the run was killed in the middle of this line
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+        if values["step"] <= step:
+            kept.append(values)
+    text = "".join(json.dumps(values) + "\n" for values in kept)
+    replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    return kept

@@ -26,8 +26,10 @@ from blip2fast.caption_data import (
 )
 from blip2fast.checkpointing import Description
 from blip2fast.feature_cache import FeatureCache
+from blip2fast.frozen_identity import FrozenIdentity, identify_model
 from blip2fast.image_encoders import FrozenImageEncoder, load_image_encoder
 from blip2fast.image_files import ImageTransform, read_image, transform_for
+from blip2fast.offload.loading import source_identity
 from blip2fast.offload.settle import load_frozen
 from blip2fast.pretrained import initialise_from_bert
 from blip2fast.run_config import RunConfig
@@ -85,6 +87,23 @@ Images = CachedImages | FileImages
 
 
 @dataclass
+class _ImageSource:
+    """Where a run's image tokens come from.
+
+    Attributes:
+        encoder: in the loop, where images are files.
+        width: E.
+        encoder_id, identity: which encoder it is; its identity where that is known.
+    """
+
+    reader: Images
+    encoder: FrozenImageEncoder | None
+    width: int
+    encoder_id: str
+    identity: FrozenIdentity | None
+
+
+@dataclass
 class HeldOut:
     """Evaluation data: records, and their images."""
 
@@ -126,15 +145,15 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> RunParts:
         ValueError: parts that do not fit together, with the values.
     """
     torch.manual_seed(config.seed)
-    images, encoder, width, encoder_id = _images(config, held_out=False)
+    source = _train_images(config)
     read = read_captions if config.data.task == "caption" else read_questions
     records: Records = read(config.data.records)
-    images.check({record.image for record in records})
+    source.reader.check({record.image for record in records})
     held_out = None
     if config.data.eval_records is not None:
-        held_out = HeldOut(read(config.data.eval_records), _images(config, held_out=True)[0])
+        held_out = HeldOut(read(config.data.eval_records), _eval_images(config))
         held_out.images.check({record.image for record in held_out.records})
-    model, tokenizer, description = _model(config, width, encoder_id)
+    model, tokenizer, description = _model(config, source)
     text = model.text(tokenizer, config.seed) if isinstance(model, Blip2Stage2) else None
     plan = BatchPlan(
         len(records),
@@ -144,8 +163,9 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> RunParts:
         world_size,
         config.optim.accumulation,
     )
-    batches = PlannedBatches(records, plan, images, _text_maker(config, tokenizer, text, records))
-    return RunParts(model, description, tokenizer, text, batches, encoder, held_out)
+    texts = _text_maker(config, tokenizer, text, records)
+    batches = PlannedBatches(records, plan, source.reader, texts)
+    return RunParts(model, description, tokenizer, text, batches, source.encoder, held_out)
 
 
 def qformer_tokenizer(name: str) -> Any:
@@ -173,32 +193,36 @@ def qformer_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def _images(
-    config: RunConfig, held_out: bool
-) -> tuple[Images, FrozenImageEncoder | None, int, str]:
-    """Reader of the images, the encoder in the loop, the tokens' width, the encoder's name."""
+def _train_images(config: RunConfig) -> _ImageSource:
     data = config.data
-    path = data.eval_features if held_out else data.features
-    if path is not None:
-        cache = FeatureCache(path)
-        return CachedImages(cache), None, cache.width, cache.encoder_id
-    folder = data.eval_images if held_out else data.images
-    if folder is None or data.image_encoder is None:
-        raise ValueError("data: give features, or images and image_encoder")
-    augment = data.augment and not held_out
-    transform = transform_for(data.image_encoder, data.image_size, augment)
-    reader = FileImages(Path(folder), transform, config.seed)
-    if held_out:
-        return reader, None, 0, ""
+    if data.features is not None:
+        cache = FeatureCache(data.features)
+        reader = CachedImages(cache)
+        return _ImageSource(reader, None, cache.width, cache.encoder_id, cache.encoder)
+    files = _image_files(config, data.images, data.augment)
     encoder = load_image_encoder(
-        data.image_encoder, data.image_encoder_layer, DTYPES[config.precision]
+        str(data.image_encoder), data.image_encoder_layer, DTYPES[config.precision]
     )
     if encoder.image_size != data.image_size:
         raise ValueError(
             f"data.image_size is {data.image_size}, {data.image_encoder} takes images of "
             f"{encoder.image_size}"
         )
-    return reader, encoder, encoder.width, encoder.encoder_id
+    return _ImageSource(files, encoder, encoder.width, encoder.encoder_id, encoder.identity)
+
+
+def _eval_images(config: RunConfig) -> Images:
+    if config.data.eval_features is not None:
+        return CachedImages(FeatureCache(config.data.eval_features))
+    return _image_files(config, config.data.eval_images, augment=False)
+
+
+def _image_files(config: RunConfig, folder: str | None, augment: bool) -> FileImages:
+    data = config.data
+    if folder is None or data.image_encoder is None:
+        raise ValueError("data: give features, or images and image_encoder")
+    transform = transform_for(data.image_encoder, data.image_size, augment)
+    return FileImages(Path(folder), transform, config.seed)
 
 
 def _text_maker(
@@ -238,7 +262,7 @@ def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str
 
 
 def _model(
-    config: RunConfig, width: int, encoder_id: str
+    config: RunConfig, source: _ImageSource
 ) -> tuple[Blip2Stage1 | Blip2Stage2, Any, Description]:
     start = None if config.init_from is None else checkpointing.read_description(config.init_from)
     if start is not None:
@@ -247,22 +271,37 @@ def _model(
                 f"init_from {config.init_from!r} holds a stage-{start.stage} model, the "
                 f"configuration says stage: {config.stage}; a Q-Former goes from stage 1 to 2"
             )
-        if encoder_id and start.image_encoder and encoder_id != start.image_encoder:
-            raise ValueError(
-                f"init_from {config.init_from!r} was trained on tokens of {start.image_encoder!r}, "
-                f"the data are of {encoder_id!r}"
-            )
-    sizes = _sizes(config, width, start)
-    build = _stage1 if config.stage == 1 else _stage2
-    model, tokenizer = build(config, sizes, start)
+        if not config.allow_other_frozen:
+            _refuse_other_tokens(config, start, source)
+    sizes = _sizes(config, source.width, start)
+    frozen = {} if source.identity is None else {"image_encoder": source.identity}
+    model: Blip2Stage1 | Blip2Stage2
+    if config.stage == 1:
+        model, tokenizer = _stage1(config, sizes, start)
+    else:
+        model, tokenizer, frozen["language_model"] = _stage2(config, sizes, start)
     description = Description(
         stage=config.stage,
         sizes=dataclasses.asdict(model.config),
-        image_encoder=encoder_id,
+        image_encoder=source.encoder_id,
         language_model=config.language_model.path if config.language_model else None,
         tokenizer=config.model.tokenizer,
+        frozen=frozen,
     )
     return model, tokenizer, description
+
+
+def _refuse_other_tokens(config: RunConfig, start: Description, source: _ImageSource) -> None:
+    """Refuse image tokens of another encoder; by their names, where one is not known better."""
+    remedy = "Cache the images with that encoder, or set allow_other_frozen: true"
+    if "image_encoder" in start.frozen and source.identity is not None:
+        where = f"init_from {config.init_from!r}"
+        checkpointing.check_frozen(start, "image_encoder", source.identity, where, remedy)
+    elif source.encoder_id and start.image_encoder and source.encoder_id != start.image_encoder:
+        raise ValueError(
+            f"init_from {config.init_from!r} was trained on tokens of {start.image_encoder!r}, "
+            f"the data are of {source.encoder_id!r}. {remedy}"
+        )
 
 
 def _stage1(
@@ -297,7 +336,7 @@ def _stage1(
 
 def _stage2(
     config: RunConfig, sizes: dict[str, Any], start: Description | None
-) -> tuple[Blip2Stage2, Any]:
+) -> tuple[Blip2Stage2, Any, FrozenIdentity]:
     if config.language_model is None:
         raise ValueError("language_model: stage 2 needs one")
     known = {f.name for f in dataclasses.fields(Stage2Config)}
@@ -308,13 +347,39 @@ def _stage2(
         end_text=config.language_model.end_text,
         match_embedding_scale=config.language_model.match_embedding_scale,
     )
+    # from its files where they tell, so that another one is refused before it is loaded
+    found = source_identity(config.language_model.path)
+    if found is not None:
+        _same_language_model(config, start, found)
     language_model = load_frozen(config)
+    identity = found or identify_model(language_model)
     tokenizer = AutoTokenizer.from_pretrained(config.language_model.path)
     if start is None:
-        return Blip2Stage2(size, language_model), tokenizer
+        return Blip2Stage2(size, language_model), tokenizer, identity
     state = checkpointing.read_parameters(str(config.init_from))
-    if start.stage == 1:
-        return Blip2Stage2.from_stage1(state, language_model, size), tokenizer
-    model = Blip2Stage2(size, language_model)
-    checkpointing.load_parameters(model, state, f"init_from {config.init_from!r}")
-    return model, tokenizer
+    if not _same_language_model(config, start, identity):
+        # its projection, if it has one, speaks to another model
+        model = Blip2Stage2.from_stage1(state, language_model, size)
+    else:
+        model = Blip2Stage2(size, language_model)
+        checkpointing.load_parameters(model, state, f"init_from {config.init_from!r}")
+    return model, tokenizer, identity
+
+
+def _same_language_model(
+    config: RunConfig, start: Description | None, identity: FrozenIdentity
+) -> bool:
+    """Whether the start was trained for this language model.
+
+    Raises:
+        ValueError: for another one, and `allow_other_frozen` is not set.
+    """
+    if start is None or start.stage == 1:
+        return False
+    if not config.allow_other_frozen:
+        remedy = "Give that one, or set allow_other_frozen: true for a new projection"
+        where = f"init_from {config.init_from!r}"
+        checkpointing.check_frozen(start, "language_model", identity, where, remedy)
+        return True
+    there = start.frozen.get("language_model")
+    return there is not None and not there.differences(identity)

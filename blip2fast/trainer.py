@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from blip2fast import checkpointing, optimizer_state
 from blip2fast.deepspeed_setup import start_engine, start_processes
 from blip2fast.held_out import evaluate
+from blip2fast.manifest import replace_file, write_json
 from blip2fast.offload.settle import settle_offload
 from blip2fast.optimisation import learning_rate
 from blip2fast.preflight import check_machine
@@ -58,11 +59,14 @@ class Progress:
     """Sums of the scalars since the last log line; kept on the device, so no step waits.
 
     Attributes:
-        since: the time of that line, in seconds; pauses are added to it.
+        count: micro-steps in the sums; after a resume some are of the run before.
+        timed: micro-steps since `since`.
+        since: the time of that line or of the resume, in seconds; pauses are added to it.
     """
 
     sums: dict[str, Tensor]
     count: int = 0
+    timed: int = 0
     since: float = 0.0
 
     def add(self, scalars: Mapping[str, Tensor]) -> None:
@@ -70,14 +74,24 @@ class Progress:
         for name, value in scalars.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.count += 1
+        self.timed += 1
 
-    def take(self, steps: int, samples_per_step: int) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that the next log line is that of an uninterrupted run."""
+        return {"sums": {n: v.cpu() for n, v in self.sums.items()}, "count": self.count}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from what `state` gave."""
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.count = state["count"]
+
+    def take(self, accumulation: int, samples_per_step: int) -> dict[str, float]:
         """Means over micro-steps and processes, and the speed; starts anew.
 
         Every process must call this.
 
         Args:
-            steps: optimizer steps since the last call.
+            accumulation: micro-steps of an optimizer step.
             samples_per_step: of all processes.
         """
         names = sorted(self.sums)
@@ -86,11 +100,11 @@ class Progress:
             dist.all_reduce(means)
             means /= dist.get_world_size()
         values = means.tolist()
-        now = time.perf_counter()
+        now, steps = time.perf_counter(), self.timed / accumulation
         metrics = dict(zip(names, values, strict=True))
         metrics["seconds_per_step"] = (now - self.since) / steps
         metrics["samples_per_second"] = steps * samples_per_step / (now - self.since)
-        self.sums, self.count, self.since = {}, 0, now
+        self.sums, self.count, self.timed, self.since = {}, 0, 0, now
         return metrics
 
 
@@ -139,6 +153,7 @@ class Trainer:
         self.folder = Path(config.output_dir)
         self.model = parts.model
         self.step = 0
+        self.progress = Progress({})
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         if parts.image_encoder is not None:
@@ -150,7 +165,8 @@ class Trainer:
         found = checkpointing.last_checkpoint(self.folder / "checkpoints")
         checkpoint = None
         if self.config.resume and found is not None:
-            checkpoint = checkpointing.read_checkpoint(found, self._identity())
+            frozen = self.parts.description.frozen
+            checkpoint = checkpointing.read_checkpoint(found, self._identity(), frozen)
             checkpointing.load_parameters(self.model, checkpoint.parameters, str(found))
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         initial = {
@@ -159,9 +175,9 @@ class Trainer:
         engine, values = start_engine(TrainingStep(self.model), self.config)
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_config(self.config, self.folder / "config.yaml")
-            text = json.dumps(values, indent=1) + "\n"
-            (self.folder / "deepspeed.json").write_text(text, encoding="utf-8")
+            checkpointing.remove_unfinished(self.folder / "checkpoints")
+            replace_file(self.folder / "config.yaml", partial(save_config, self.config))
+            replace_file(self.folder / "deepspeed.json", write_json(values))
         if checkpoint is None:
             optimizer_state.restore(engine, self.model, initial)
             # Each process draws its own dropout and negatives; the first as a run of one process.
@@ -177,11 +193,14 @@ class Trainer:
 
     def _restore_random(self, checkpoint: checkpointing.Checkpoint) -> None:
         if checkpoint.world_size == self.world_size:
-            checkpointing.set_random_states(checkpoint.random_states(self.rank))
+            kept = checkpoint.process(self.rank)
+            checkpointing.set_random_states(kept["random"])
+            self.progress.restore(kept["progress"], self.device)
             return
         self.say(
             f"{checkpoint.path} is of {checkpoint.world_size} processes, this run has "
-            f"{self.world_size}: random states start anew, the rest continues"
+            f"{self.world_size}: random states and the sums of the next log line start anew, the "
+            "rest continues"
         )
         torch.manual_seed(hash((self.config.seed, self.step, self.rank)))
 
@@ -221,8 +240,9 @@ class Trainer:
     def _steps(self, log: RunLog | None) -> dict[str, float]:
         config, last = self.config, self.config.optim.max_steps
         batches = self._batches(self.step * config.optim.accumulation)
-        progress = Progress({}, since=time.perf_counter())
-        metrics: dict[str, float] = {}
+        progress = self.progress
+        metrics = self._missing_evaluation(log)
+        progress.since = time.perf_counter()
         self.engine.train()
         while self.step < last:
             rate = learning_rate(self.step, config.optim)
@@ -237,19 +257,33 @@ class Trainer:
             if log is not None:
                 log.advance()
             if self.step % config.log_every == 0 or self.step == last:
-                steps = progress.count // config.optim.accumulation
-                metrics = progress.take(steps, self.parts.batches.plan.samples_per_step)
+                samples = self.parts.batches.plan.samples_per_step
+                metrics = progress.take(config.optim.accumulation, samples)
                 _check_finite(metrics, self.step)
                 if log is not None:
                     log.write(self.step, {**metrics, "lr": rate})
             paused = time.perf_counter()
             if config.save_every and self.step % config.save_every == 0:
+                if log is not None:
+                    log.flush()
                 self._save_checkpoint()
             if self._evaluates_now():
                 metrics = self.evaluate()
                 if log is not None:
                     log.write(self.step, metrics)
             progress.since += time.perf_counter() - paused
+        return metrics
+
+    def _missing_evaluation(self, log: RunLog | None) -> dict[str, float]:
+        """The evaluation of the checkpoint resumed from, if the run was killed before it."""
+        missing = log is not None and self.step > 0 and not log.has_evaluation(self.step)
+        flag = torch.tensor([int(missing)], device=self.device)
+        dist.broadcast(flag, 0)
+        if not (flag.item() and self._evaluates_now()):
+            return {}
+        metrics = self.evaluate()
+        if log is not None:
+            log.write(self.step, metrics)
         return metrics
 
     def _evaluates_now(self) -> bool:
@@ -323,6 +357,7 @@ class Trainer:
             self._parameters(),
             optimizer_state.optimizer_moments(self.engine, self.model),
             self._identity(),
+            {"progress": self.progress.state()},
             self.config.keep_last,
         )
 

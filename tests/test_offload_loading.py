@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from blip2fast.offload import loading
+from blip2fast.offload import tensor_files as tensor_files_module
 from blip2fast.offload.loading import load_streamed, tensor_files
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -133,7 +134,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_reading_in_pieces_converts_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_PIECE", 100)
+    monkeypatch.setattr(tensor_files_module, "_PIECE", 100)
     tensors = {"a": torch.randn(7, 11), "ids": torch.arange(5), "none": torch.empty(0, 3)}
     tensors["scalar"] = torch.tensor(2.5, dtype=torch.bfloat16)
     save_file(tensors, tmp_path / "model.safetensors")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from small_run import config, distance, weights, write_world
 from transformers import BertConfig, BertForMaskedLM
 from transformers.models.opt.modeling_opt import OPTAttention
@@ -122,7 +122,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 def _interrupted_copy(whole: Path, copy: Path, step: int) -> Path:
     """The folder as a run that was killed in step 5, while writing a line, left it."""
     shutil.copytree(whole, copy)
-    for name in ("model.safetensors", "model.json"):
+    for name in ("manifest.json", "model.safetensors", "model.json"):
         (copy / name).unlink()
     shutil.rmtree(copy / "checkpoints" / "step-00000006")
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -306,14 +306,14 @@ def test_a_cut_or_reshaped_checkpoint_is_refused(
     shutil.copytree(finished(1), broken)
     state = weights(broken)
     state["itm_head.weight"] = torch.zeros(2, 17)
-    save_file(state, broken / "model.safetensors")
+    checkpointing.save_model(broken, state, checkpointing.read_description(broken))
     with pytest.raises(ValueError, match=r"itm_head.weight: expected \(2, 16\), got \(2, 17\)"):
         checkpointing.load_trained(broken)
     whole = (finished(1) / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="half-written or damaged"):
+    with pytest.raises(ValueError, match=r"broken/model.safetensors has .* it is cut short"):
         checkpointing.load_trained(broken)
-    _refused(config(world, tmp_path / "c", 1, init_from=str(broken)), "half-written or damaged")
+    _refused(config(world, tmp_path / "c", 1, init_from=str(broken)), "it is cut short")
 
 
 def test_another_stage_is_refused(
@@ -341,8 +341,8 @@ def test_features_of_another_encoder_are_refused(
 ) -> None:
     copy = tmp_path / "start"
     shutil.copytree(finished(1), copy)
-    text = (copy / "model.json").read_text().replace('"codes"', '"another"')
-    (copy / "model.json").write_text(text)
+    other = replace(checkpointing.read_description(copy), image_encoder="another")
+    checkpointing.save_model(copy, weights(copy), other)
     run = config(world, tmp_path / "out", 2, init_from=str(copy))
     _refused(run, "trained on tokens of 'another', the data are of 'codes'")
 

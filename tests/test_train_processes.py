@@ -187,6 +187,7 @@ def test_the_launcher_and_plain_python_train_alike(tmp_path: Path) -> None:
         "checkpoints",
         "config.yaml",
         "deepspeed.json",
+        "manifest.json",
         "metrics.jsonl",
         "model.json",
         "model.safetensors",

@@ -54,7 +54,7 @@ def cache_features(settings: DemoSettings, places: Places, console: Console) -> 
                 encoder.num_tokens,
                 encoder.width,
                 "bfloat16",
-                encoder.encoder_id,
+                encoder.identity,
                 when_there="replace",
             ) as writer:
                 for start in range(0, len(split.keys), BATCH):

@@ -11,17 +11,11 @@ safetensors) is loaded by transformers instead, and then moved.
 
 from __future__ import annotations
 
-import json
-import math
-import mmap
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
@@ -30,131 +24,23 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
-from transformers.utils import cached_file
 
-from blip2fast.checkpointing import load_language_model
+from blip2fast.frozen_identity import FrozenIdentity, identify, note_identity
+from blip2fast.language_models import load_language_model
 from blip2fast.offload.blocks import find_blocks
 from blip2fast.offload.quantised import Storage
 from blip2fast.offload.streaming import BlockStream, stream_blocks
+from blip2fast.offload.tensor_files import Sources, TensorFile, file_of, tensor_files
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-}
-_OWN_PAGES = 1 << 20  # bytes from which a tensor gets pages of its own
-_PIECE = 4 << 20  # bytes read at a time where the precision differs
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """Where a tensor lies on disk: from byte `start` of a file."""
-
-    path: Path
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor, in `dtype` if it is a floating-point one; a copy of its own in memory.
-
-        Raises:
-            ValueError: the file ends before the tensor does.
-        """
-        convert = dtype is not None and self.dtype.is_floating_point
-        out = _own_pages(self.shape, dtype if convert else self.dtype)
-        flat, done = out.view(-1), 0
-        most = min(flat.numel(), max(1, _PIECE // self.dtype.itemsize))
-        scratch = None if out.dtype == self.dtype else _own_pages((most,), self.dtype)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            while done < flat.numel():
-                target = flat[done : done + most]
-                piece = target if scratch is None else scratch[: len(target)]
-                memory = memoryview(piece.view(torch.uint8).numpy().data)
-                while memory:
-                    got = file.readinto(memory)
-                    if not got:
-                        raise ValueError(f"{self.path}: ends inside a tensor; download it again")
-                    memory = memory[got:]
-                if piece is not target:
-                    target.copy_(piece)
-                done += len(target)
-        return out
-
-
-def _own_pages(shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
-    """An empty tensor; a large one goes back to the system as soon as it is dropped.
-
-    malloc would keep it: between weights that stay, a third of a model has been seen lying idle.
-    """
-    dtype = dtype or torch.float32
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < _OWN_PAGES:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape)
-
-
-def tensor_files(name: str) -> dict[str, TensorFile]:
-    """Every tensor of a checkpoint, by its name; empty where it is not of safetensors.
-
-    Args:
-        name: folder or hub name.
-
-    Raises:
-        ValueError: a damaged file.
-    """
-    index = _file(name, "model.safetensors.index.json")
-    if index is not None:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        shards = ["model.safetensors"]
-    found: dict[str, TensorFile] = {}
-    for shard in shards:
-        path = _file(name, shard)
-        if path is None:
-            return {}
-        found |= _header(path)
-    return found
-
-
-def _file(name: str, file: str) -> Path | None:
-    if Path(name).expanduser().is_dir():
-        path = Path(name).expanduser() / file
-        return path if path.is_file() else None
-    try:
-        found = cached_file(name, file)
-    except OSError:
-        return None
-    return None if found is None else Path(found)
-
-
-def _header(path: Path) -> dict[str, TensorFile]:
-    with path.open("rb") as file:
-        try:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
-        except (struct.error, ValueError, MemoryError, OverflowError) as error:
-            raise ValueError(f"{path}: not a safetensors file, or damaged ({error})") from error
-    found, length = {}, path.stat().st_size
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise ValueError(f"{path}: {name} is of type {entry['dtype']}, which is not supported")
-        start, end = (8 + size + offset for offset in entry["data_offsets"])
-        shape = tuple(entry["shape"])
-        if end > length or end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{path}: {name} does not fit the file; download it again")
-        found[name] = TensorFile(path, start, dtype, shape)
-    return found
+__all__ = [
+    "build_empty",
+    "empty_language_model",
+    "load_language_model",
+    "load_partitioned",
+    "load_streamed",
+    "source_identity",
+    "tensor_files",
+]
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -196,6 +82,26 @@ def build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
+def source_identity(name: str) -> FrozenIdentity | None:
+    """Which model lies at `name`, by samples read from its files, before it is loaded.
+
+    None where transformers would rename or convert its tensors, or they are quantised or not of
+    safetensors: then `identify_model` tells it once it is loaded.
+
+    Raises:
+        ValueError: not there, or the files do not belong to its configuration.
+    """
+    model = empty_language_model(name, torch.float32)
+    if getattr(model.config, "quantization_config", None) is not None:
+        return None
+    sources = _sources(model, name, torch.float32)
+    return None if sources is None else _identity(model, name, sources)
+
+
+def _identity(model: PreTrainedModel, name: str, sources: Sources) -> FrozenIdentity:
+    return identify(name, model.config, (sources[full].sample() for full in model.state_dict()))
+
+
 def load_streamed(
     name: str,
     dtype: torch.dtype,
@@ -222,7 +128,9 @@ def load_streamed(
     if sources is None:
         model = load_language_model(name, dtype)
         model.requires_grad_(False)
+        note_identity(model)
         return model, stream_blocks(model, device, buffers, storage, recompute=recompute)
+    note_identity(model, _identity(model, name, sources))
     stream = stream_blocks(model, device, buffers, storage, recompute=recompute)
     paths = {id(module): path for path, module in model.named_modules()}
     for index, block in enumerate(stream.blocks):
@@ -258,7 +166,10 @@ def load_partitioned(
     model = empty_language_model(name, dtype)
     sources = _sources(model, name, dtype)
     if sources is None:
-        return load_language_model(name, dtype)
+        model = load_language_model(name, dtype)
+        note_identity(model)
+        return model
+    note_identity(model, _identity(model, name, sources))
     paths = {id(module): path for path, module in model.named_modules()}
     first: list[Any] = []
 
@@ -276,9 +187,6 @@ def load_partitioned(
     _fill(model, sources, dtype)
     _finish(model, name, sources)
     return model
-
-
-Sources = dict[str, TensorFile]
 
 
 def _sources(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Sources | None:
@@ -364,5 +272,5 @@ def _finish(model: PreTrainedModel, name: str, sources: Sources) -> None:
         if sources[target] != sources[source]:
             del ties[target]  # else saving would drop it
     model.name_or_path = model.config.name_or_path = name
-    if model.can_generate() and _file(name, "generation_config.json") is not None:
+    if model.can_generate() and file_of(name, "generation_config.json") is not None:
         model.generation_config = GenerationConfig.from_pretrained(name)

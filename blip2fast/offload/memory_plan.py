@@ -318,7 +318,7 @@ def _trained_config(config: RunConfig, width: int | None, notes: list[str]) -> S
     """Sizes of the trained part: the model section's, else those of `init_from`, else BLIP-2's."""
     known = {field.name for field in dataclasses.fields(Stage2Config)}
     sizes: dict[str, Any] = {}
-    if config.init_from is not None and Path(config.init_from, "model.json").is_file():
+    if config.init_from is not None and checkpointing.is_trained(config.init_from):
         start = checkpointing.read_description(config.init_from).sizes
         sizes |= {name: value for name, value in start.items() if name in known}
     elif config.init_from is not None:

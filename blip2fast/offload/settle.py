@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from blip2fast.checkpointing import load_language_model
+from blip2fast.language_models import load_language_model
 from blip2fast.offload.choices import with_offload
 from blip2fast.offload.loading import load_partitioned, load_streamed
 from blip2fast.offload.memory_plan import (

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blip2fast.frozen_identity import note_identity
 from blip2fast.offload.blocks import BlockLayout, find_blocks, lay_out, own_parameters
 from blip2fast.offload.copying import Copier, Slot, copier_for, host_buffer
 from blip2fast.offload.quantised import Storage
@@ -108,6 +109,8 @@ def stream_blocks(
     _refuse_unsuitable(language_model, modules)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if storage != "as_is":
+        note_identity(language_model)  # its values are not to be had afterwards
     stream = BlockStream(language_model, modules, torch.device(device), buffers, storage)
     stream.recompute = recompute
     return stream

@@ -1,0 +1,216 @@
+"""Which frozen model a trained one belongs to, so that it is never put before another.
+
+A soft prompt is trained for one language model, a Q-Former for the tokens of one image encoder.
+With others they load without a fault, where the widths happen to agree, and write nonsense.
+
+Weights are identified by a digest of samples: of every tensor its shape and 256 of its values, in
+8 runs from its start to its end (all of a smaller one), in the order of the model, equal tensors
+once. Reading these takes a second or two where hashing a hundred gigabytes takes minutes, at every
+start of a run. It tells apart any two trainings, also fine-tuned copies and merged adapters, which
+change values in all tensors they touch, and any change of shape or order. It does not find single
+values that were changed between the samples: it guards against mistakes, not against an attacker
+or a failing disk.
+
+A model is the same in whatever precision it is loaded or stored, so the samples are hashed once
+as fp32, once rounded to bf16, once to fp16, and two models are the same where one of these agrees.
+Names of tensors and files do not count: they change with versions of transformers and with folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_RUNS, _RUN = 8, 32
+_MARK = "_frozen_identity"  # attribute of a model whose weights are kept in another form
+# What a configuration says beside the function that the model computes.
+_NO_MATTER = {
+    *("_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype"),
+    *("torch_dtype", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
+    *("id2label", "label2id", "problem_type", "chunk_size_feed_forward", "_attn_implementation"),
+    *("_attn_implementation_autoset", "auto_map", "quantization_config"),
+}
+
+Sample = tuple[tuple[int, ...], Tensor]  # shape of a tensor, and the values sampled of it
+
+
+@dataclass(frozen=True)
+class FrozenIdentity:
+    """A frozen model: where it came from, its configuration, and its weights.
+
+    Attributes:
+        name: folder or hub name; for messages, two names may be of one model.
+        config: what its configuration says of the function it computes, as `a.b` keys.
+        weights: digests of sampled values (see above), by precision.
+        values: elements of all tensors.
+    """
+
+    name: str
+    config: dict[str, Any]
+    weights: dict[str, str]
+    values: int
+
+    def same_weights(self, other: FrozenIdentity) -> bool:
+        """Whether the sampled weights agree in some precision."""
+        return any(self.weights[p] == other.weights[p] for p in _PRECISIONS)
+
+    def differences(self, other: FrozenIdentity) -> list[str]:
+        """What differs, with both values; keys that only one configuration has are passed over.
+
+        transformers adds and removes keys with its versions.
+        """
+        found = [
+            f"{key} is {self.config[key]!r} there, {other.config[key]!r} here"
+            for key in sorted(self.config.keys() & other.config.keys())
+            if self.config[key] != other.config[key]
+        ]
+        return found if self.same_weights(other) else [*found, "other weights"]
+
+    def __str__(self) -> str:
+        kind = self.config.get("model_type", "unknown type")
+        return (
+            f"{self.name!r} ({kind}, {self.values:,} values, weights {self.weights['fp32'][:12]})"
+        )
+
+
+def refuse_other(
+    part: str,
+    trained_with: FrozenIdentity | None,
+    given: FrozenIdentity | None,
+    source: str,
+    remedy: str,
+) -> None:
+    """Refuse a frozen model that a trained one was not trained with.
+
+    Args:
+        part: what it is, such as "language model".
+        trained_with, given: None: not known, and nothing is refused.
+        source: where the trained model is.
+        remedy: what the caller can do, a sentence.
+
+    Raises:
+        ValueError: both are named, with what differs.
+    """
+    if trained_with is None or given is None:
+        return
+    differing = trained_with.differences(given)
+    if differing:
+        more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise ValueError(
+            f"{source} was trained with the {part} {trained_with}, and {given} is another one: "
+            f"{'; '.join(differing[:4])}{more}. {remedy}"
+        )
+
+
+def identify(name: str, config: Any, samples: Iterable[Sample]) -> FrozenIdentity:
+    """The identity of a model by samples of its tensors.
+
+    Args:
+        name: of its folder or hub.
+        config: of transformers, or any with `to_dict`; None: it has none.
+        samples: of each tensor in the order of the model; see `sampled_parts`.
+    """
+    digests = {precision: hashlib.sha256() for precision in _PRECISIONS}
+    seen: dict[str, set[bytes]] = {precision: set() for precision in _PRECISIONS}
+    values = 0
+    for shape, sample in samples:
+        for precision, dtype in _PRECISIONS.items():
+            rounded = sample.to(dtype) if sample.is_floating_point() else sample
+            data = rounded.contiguous().view(torch.uint8).numpy().tobytes()
+            digest = hashlib.sha256(repr(tuple(shape)).encode() + data).digest()
+            # a tied weight is in one place or in two, depending on the file and the version
+            if digest in seen[precision]:
+                continue
+            seen[precision].add(digest)
+            digests[precision].update(digest)
+            if precision == "fp32":
+                values += torch.Size(shape).numel()
+    settings = {} if config is None else _function_of(config.to_dict())
+    cleaned = dict(flat(json.loads(json.dumps(settings, default=str))))
+    return FrozenIdentity(name, cleaned, {p: d.hexdigest() for p, d in digests.items()}, values)
+
+
+def sampled_parts(count: int) -> list[slice]:
+    """Which of the `count` elements of a tensor, flattened, are its sample."""
+    if count <= _RUNS * _RUN:
+        return [slice(0, count)]
+    starts = ((count - _RUN) * run // (_RUNS - 1) for run in range(_RUNS))
+    return [slice(start, start + _RUN) for start in starts]
+
+
+def identify_model(model: nn.Module, name: str | None = None) -> FrozenIdentity:
+    """The identity of a model in memory, by the values that it has now.
+
+    Of a model whose own values are not at hand (spread by ZeRO-3, stored in 8 or 4 bits) it is
+    the identity noted when it was loaded; see `note_identity`.
+
+    Args:
+        model: a `transformers` model, or any module.
+        name: of its folder or hub; by default what the model says.
+
+    Raises:
+        ValueError: the values are not at hand, and no identity was noted.
+    """
+    noted: FrozenIdentity | None = vars(model).get(_MARK)
+    if not has_own_values(model):
+        if noted is None:
+            raise ValueError(
+                f"{type(model).__name__}: its weights are spread, encoded or without values, so "
+                "that it cannot be told which model it is; load it with load_streamed or "
+                "load_partitioned, or call note_identity before its weights are moved"
+            )
+        return noted
+    name = name or getattr(model, "name_or_path", "") or f"a {type(model).__name__} in memory"
+    return identify(name, getattr(model, "config", None), _samples(model))
+
+
+def note_identity(model: nn.Module, identity: FrozenIdentity | None = None) -> None:
+    """Note which model this is, for when its values are spread or encoded.
+
+    Args:
+        model: as in `identify_model`.
+        identity: by default that of its values, if it has them and none is noted.
+    """
+    if identity is None and (_MARK in vars(model) or not has_own_values(model)):
+        return
+    vars(model)[_MARK] = identity or identify_model(model)
+
+
+def has_own_values(model: nn.Module) -> bool:
+    """Whether the state dict of a model has its weights as they were loaded."""
+    streams = (vars(module).get("_block_stream") for module in model.modules())
+    return not any(p.device.type == "meta" or hasattr(p, "ds_id") for p in model.parameters()) and (
+        all(stream is None or stream.storage == "as_is" for stream in streams)
+    )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values, each under its sections and key, as `a.b`."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _function_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _function_of(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if key not in _NO_MATTER
+    }
+
+
+@torch.no_grad()
+def _samples(model: nn.Module) -> Iterator[Sample]:
+    for tensor in model.state_dict().values():
+        values = tensor.detach().reshape(-1)
+        parts = [values[part] for part in sampled_parts(values.numel())]
+        yield tuple(tensor.shape), torch.cat(parts).cpu()

@@ -1,0 +1,193 @@
+"""Files on disk that are whole or not there, and a manifest by which a reader can tell.
+
+`manifest.json` states the size and the SHA-256 of every file beside it. Two kinds of folders:
+
+* One that is written once (a checkpoint): filled as `<name>.partial`, sealed, and renamed.
+* One that lives on (the output of a run), in which a new set of files replaces an older one. Each
+  new file is written aside as `<file>.partial`, then the manifest is replaced, then the files are
+  renamed. Replacing the manifest is the one step that counts: before it a reader finds the older
+  set, after it the newer one, wherever the writer was killed.
+
+Every file is flushed to the disk before a name comes to stand for it, and the folder after it. The
+hashes find files that are cut, damaged or mixed up; they are no signature, and whoever rewrites the
+manifest too can put in what they like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+
+Write = Callable[[Path], Any]
+
+
+class DamagedError(ValueError):
+    """A file that is not what the manifest beside it states."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the manifest states of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def write_through(path: Path, write: Write) -> None:
+    """Let `write` make the file `path`, and flush it to the disk."""
+    write(path)
+    _flush(path)
+
+
+def replace_file(path: Path, write: Write) -> None:
+    """Replace a single file: whenever the writer is killed, the old one or the new one is there."""
+    write_through(aside(path), write)
+    aside(path).replace(path)
+    _flush(path.parent)
+
+
+def write_json(value: Any) -> Write:
+    """A writer of `value`, for the functions above."""
+    text = json.dumps(value, indent=1) + "\n"
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def aside(path: Path) -> Path:
+    """Where a file or folder is while it is written."""
+    return path.with_name(path.name + ".partial")
+
+
+def seal(folder: Path, names: Iterable[str]) -> None:
+    """Write the manifest of the files `names` in `folder`; they must have been flushed."""
+    entries = {name: _measure(folder / name) for name in sorted(names)}
+    _write_manifest(folder, entries)
+
+
+def rename_folder(folder: Path, name: Path) -> None:
+    """Give a sealed folder its name, for good."""
+    folder.rename(name)
+    _flush(name.parent)
+
+
+def replace_files(folder: Path, writes: Mapping[str, Write]) -> None:
+    """Replace the files of the manifest of `folder`, all at once.
+
+    Args:
+        folder: made if it is not there; other files in it are left alone.
+        writes: for each file, what makes it at the path that it is given; the last one gets its
+            name last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(ValueError):  # none there, or not one that can be read
+        # what is aside may be all there is of the files that the manifest states
+        _rename_all(folder, read_manifest(folder))
+    entries = {}
+    for name, write in writes.items():
+        write_through(aside(folder / name), write)
+        entries[name] = _measure(aside(folder / name))
+    _flush(folder)
+    _write_manifest(folder, entries)
+    _rename_all(folder, entries)
+
+
+def read_manifest(folder: Path) -> dict[str, Entry]:
+    """The files of a folder, as its manifest states them.
+
+    Raises:
+        ValueError: none there, or not one of this format.
+    """
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] == FORMAT:
+            return {name: Entry(**entry) for name, entry in values["files"].items()}
+        fault = f"is of format {values['format']!r}, this version reads format {FORMAT}"
+    except FileNotFoundError:
+        raise ValueError(f"no trained model at {folder}: {MANIFEST} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{path} is cut short or damaged ({error})") from error
+    except (KeyError, TypeError, AttributeError):
+        fault = "is not the manifest of a trained model or checkpoint"
+    raise ValueError(f"{path} {fault}")
+
+
+def find(folder: Path, name: str) -> Path:
+    """The file `name` of a folder, if it is what the manifest states.
+
+    Raises:
+        ValueError: no manifest.
+        DamagedError: it is missing, or of another size or content, with both.
+    """
+    entry = read_manifest(folder).get(name)
+    if entry is None:
+        raise DamagedError(f"{folder / name} is not among the files of {folder / MANIFEST}")
+    faults = []
+    for path in (folder / name, aside(folder / name)):
+        fault = _fault(path, entry)
+        if fault is None:
+            return path
+        faults.append(fault)
+    raise DamagedError(f"{folder / name} {faults[0]}")
+
+
+def check(folder: Path) -> None:
+    """Compare every file of a folder with the manifest.
+
+    Raises:
+        ValueError, DamagedError: as in `find`.
+    """
+    for name in read_manifest(folder):
+        find(folder, name)
+
+
+def _rename_all(folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Give files that were written aside their names, in the order of `entries`."""
+    for name, entry in entries.items():
+        path = folder / name
+        if _fault(aside(path), entry) is None:
+            aside(path).replace(path)
+    _flush(folder)
+
+
+def _write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
+    files = {name: asdict(entry) for name, entry in entries.items()}
+    replace_file(folder / MANIFEST, write_json({"format": FORMAT, "files": files}))
+
+
+def _measure(path: Path) -> Entry:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return Entry(path.stat().st_size, digest.hexdigest())
+
+
+def _fault(path: Path, entry: Entry) -> str | None:
+    if not path.is_file():
+        return f"is missing; the manifest states {entry.bytes} bytes"
+    size = path.stat().st_size
+    if size != entry.bytes:
+        return f"has {size} bytes, the manifest states {entry.bytes}: it is cut short or mixed up"
+    found = _measure(path)
+    if found != entry:
+        return (
+            f"has the SHA-256 {found.sha256[:16]}..., the manifest states {entry.sha256[:16]}...: "
+            "it was damaged or changed"
+        )
+    return None
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,148 @@
+"""Tensors in safetensors files: where each one lies, read one by one or sampled."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.utils import cached_file
+
+from blip2fast.frozen_identity import Sample, sampled_parts
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+}
+_OWN_PAGES = 1 << 20  # bytes from which a tensor gets pages of its own
+_PIECE = 4 << 20  # bytes read at a time where the precision differs
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """Where a tensor lies on disk: from byte `start` of a file."""
+
+    path: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, in `dtype` if it is a floating-point one; a copy of its own in memory.
+
+        Raises:
+            ValueError: the file ends before the tensor does.
+        """
+        convert = dtype is not None and self.dtype.is_floating_point
+        out = _own_pages(self.shape, dtype if convert else self.dtype)
+        flat, done = out.view(-1), 0
+        most = min(flat.numel(), max(1, _PIECE // self.dtype.itemsize))
+        scratch = None if out.dtype == self.dtype else _own_pages((most,), self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            while done < flat.numel():
+                target = flat[done : done + most]
+                piece = target if scratch is None else scratch[: len(target)]
+                memory = memoryview(piece.view(torch.uint8).numpy().data)
+                while memory:
+                    got = file.readinto(memory)
+                    if not got:
+                        raise ValueError(f"{self.path}: ends inside a tensor; download it again")
+                    memory = memory[got:]
+                if piece is not target:
+                    target.copy_(piece)
+                done += len(target)
+        return out
+
+    def sample(self) -> Sample:
+        """The values by which the tensor is told from others; see `sampled_parts`."""
+        parts, width = [], self.dtype.itemsize
+        with self.path.open("rb", buffering=0) as file:
+            for part in sampled_parts(math.prod(self.shape)):
+                file.seek(self.start + part.start * width)
+                parts.append(file.read((part.stop - part.start) * width))
+        return self.shape, torch.frombuffer(bytearray(b"".join(parts)), dtype=self.dtype)
+
+
+def _own_pages(shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    """An empty tensor; a large one goes back to the system as soon as it is dropped.
+
+    malloc would keep it: between weights that stay, a third of a model has been seen lying idle.
+    """
+    dtype = dtype or torch.float32
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _OWN_PAGES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape)
+
+
+Sources = dict[str, TensorFile]
+
+
+def tensor_files(name: str) -> dict[str, TensorFile]:
+    """Every tensor of a checkpoint, by its name; empty where it is not of safetensors.
+
+    Args:
+        name: folder or hub name.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    index = file_of(name, "model.safetensors.index.json")
+    if index is not None:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        shards = ["model.safetensors"]
+    found: dict[str, TensorFile] = {}
+    for shard in shards:
+        path = file_of(name, shard)
+        if path is None:
+            return {}
+        found |= _header(path)
+    return found
+
+
+def file_of(name: str, file: str) -> Path | None:
+    """The place of a file of a model, by folder or hub name; None where it has none."""
+    if Path(name).expanduser().is_dir():
+        path = Path(name).expanduser() / file
+        return path if path.is_file() else None
+    try:
+        found = cached_file(name, file)
+    except OSError:
+        return None
+    return None if found is None else Path(found)
+
+
+def _header(path: Path) -> dict[str, TensorFile]:
+    with path.open("rb") as file:
+        try:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size))
+        except (struct.error, ValueError, MemoryError, OverflowError) as error:
+            raise ValueError(f"{path}: not a safetensors file, or damaged ({error})") from error
+    found, length = {}, path.stat().st_size
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(f"{path}: {name} is of type {entry['dtype']}, which is not supported")
+        start, end = (8 + size + offset for offset in entry["data_offsets"])
+        shape = tuple(entry["shape"])
+        if end > length or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}: {name} does not fit the file; download it again")
+        found[name] = TensorFile(path, start, dtype, shape)
+    return found
