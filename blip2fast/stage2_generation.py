@@ -1,14 +1,22 @@
 """Words from the language model, after soft prompts and an optional text.
 
-Shapes: B rows, Q soft prompts, T text tokens, L language model width.
+The beams (or samples) of a row have everything before their first word in common. A decoder-only
+model reads it once a row and its keys and values are repeated; transformers' `generate` repeats the
+inputs, and reads them once a beam. An encoder reads once a row in both.
+
+Shapes: B rows, Q soft prompts, T text tokens, P positions before the first word, L language model
+width.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from blip2fast import stage2_llm, stage2_sequence
 
@@ -58,6 +66,9 @@ def write(
         stage2_llm.check_positions(
             model.language_model, prompts_and_text=embeds.shape[1], new_tokens=new
         )
+        cache = _common_cache(model.language_model, embeds, mask, generate_kwargs)
+        if cache is not None:
+            generate_kwargs["past_key_values"] = cache
     written = model.language_model.generate(
         inputs_embeds=embeds, attention_mask=mask, **generate_kwargs
     )
@@ -69,3 +80,49 @@ def write(
         return written[:, start:]
     written.sequences = written.sequences[:, start:]
     return written
+
+
+def _common_cache(
+    language_model: PreTrainedModel, embeds: Tensor, mask: Tensor, generate_kwargs: dict[str, Any]
+) -> DynamicCache | None:
+    """Keys and values of all positions but the last, computed once a row, repeated for its beams.
+
+    Args:
+        language_model: decoder-only.
+        embeds, mask: [B, P, L] and [B, P].
+        generate_kwargs: of `generate`, which goes on from the last position.
+
+    Returns:
+        The cache of B * copies rows; None where there is one copy, or where the caller or the model
+        keeps something other than plain keys and values.
+    """
+    copies = _copies(language_model, generate_kwargs)
+    chosen = {
+        "past_key_values",
+        "cache_implementation",
+        "generation_config",
+    } & generate_kwargs.keys()
+    if chosen or copies == 1 or embeds.shape[1] < 2 or generate_kwargs.get("use_cache") is False:
+        return None
+    cache = DynamicCache(config=language_model.config.get_text_config(decoder=True))
+    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    decoder = language_model.base_model  # without the head: no word is asked for yet
+    inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    if "position_ids" in inspect.signature(decoder.forward).parameters:
+        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, :-1]
+    decoder(inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], **inputs)
+    if cache.get_seq_length() != embeds.shape[1] - 1:
+        return None
+    cache.batch_repeat_interleave(copies)
+    return cache
+
+
+def _copies(language_model: PreTrainedModel, generate_kwargs: dict[str, Any]) -> int:
+    """How many sequences `generate` keeps for a row."""
+    defaults = language_model.generation_config
+    counts = [
+        generate_kwargs.get(name) or getattr(defaults, name, None) or 1
+        for name in ("num_beams", "num_return_sequences")
+    ]
+    return max(counts)

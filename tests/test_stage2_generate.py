@@ -16,8 +16,9 @@ from stage2_models import (
     text_batch,
     with_placeholders,
 )
-from transformers import OPTForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, OPTForCausalLM
 
+from blip2fast.offload.blocks import find_blocks
 from blip2fast.stage2 import Blip2Stage2
 
 KINDS = ["opt", "t5"]
@@ -169,3 +170,60 @@ def test_prompts_stand_for_their_images(models):
     assert torch.equal(model.generate(prompts=prompts, **settings), want)
     with pytest.raises(ValueError, match="images, image_embeds or their prompts, not two"):
         model.generate(images=images(), prompts=prompts, **settings)
+
+
+FAMILIES = {
+    "opt": lambda: OPTForCausalLM(opt_config()),
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=V,
+            hidden_size=20,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", ["beam", "beams returned", "nucleus", "samples"])
+def test_beams_share_what_comes_before_them(family, way):
+    """Only the last position is read once a beam, and nothing else changes."""
+    torch.manual_seed(0)
+    language_model = FAMILIES[family]()
+    for parameter in language_model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model = Blip2Stage2(stage2_config(), language_model).double().eval()
+    ids, mask = text_batch()
+    settings = {"max_new_tokens": 6, "pad_token_id": PAD, "eos_token_id": V, **WAYS.get(way, {})}
+    if way == "samples":
+        settings |= {"do_sample": True, "num_return_sequences": 3}
+    embeds = torch.randn(B, 5, 24, dtype=torch.float64)
+    widths = []
+    handle = find_blocks(language_model)[0].register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(
+            (args[0] if args else kwargs["hidden_states"]).shape[:2]
+        ),
+        with_kwargs=True,
+    )
+
+    def written(**more):
+        widths.clear()
+        torch.manual_seed(5)
+        return model.generate(embeds, ids, mask, **settings, **more), list(widths)
+
+    apart, before = written(past_key_values=DynamicCache(config=language_model.config))
+    shared, after = written()
+    handle.remove()
+    assert torch.equal(shared, apart)
+    assert len(shared.unique()) > 3
+    copies = {"beam": 3, "beams returned": 3, "nucleus": 1, "samples": 3}[way]
+    assert before[0] == (B * copies, Q + T)
+    if copies == 1:
+        assert after == before
+    else:
+        assert after[:2] == [(B, Q + T - 1), (B * copies, 1)]
+        assert after[2:] == before[1:]
