@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Blip2ForConditionalGeneration, Blip2VisionModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from blip2fast import (
     stage1_inputs,
@@ -25,6 +25,7 @@ from blip2fast import (
 )
 from blip2fast.qformer import QFormer
 from blip2fast.stage1 import Blip2Stage1
+from blip2fast.stage2_convert import TransformersModel, VisionModel
 from blip2fast.stage2_text import Stage2Text
 from blip2fast.stage2_types import Stage2Config, Stage2Output
 from blip2fast.state_dicts import check_state
@@ -50,7 +51,7 @@ class Blip2Stage2(nn.Module):
     Attributes:
         ln_vision: Normalises the image tokens; trained, although the encoder is frozen.
         query_tokens: [1, Q, C], the learned queries.
-        qformer: The Q-Former without its text branch.
+        qformer: The Q-Former, without its text branch unless `config.text_conditioned`.
         language_projection: Linear, C to L.
     """
 
@@ -89,7 +90,8 @@ class Blip2Stage2(nn.Module):
         """Start from a stage-1 model's `ln_vision`, queries and Q-Former; the rest is new.
 
         Args:
-            stage1: The model or its state dict. Its text branch and heads are left behind.
+            stage1: The model or its state dict. Its heads are left behind, and its text branch
+                unless `config.text_conditioned`.
             language_model, image_encoder: As in the constructor; a model's own encoder is taken
                 over where none is given.
             config: Needed with a state dict; the model's sizes otherwise.
@@ -109,35 +111,29 @@ class Blip2Stage2(nn.Module):
             for name, value in model.trainable_state_dict().items()
             if not name.startswith("language_projection.")
         }
-        model._load("stage-1 state", {n: stage1[n] for n in wanted if n in stage1}, wanted)
+        model._load("stage-1 state", stage2_convert.from_stage1(stage1, wanted), wanted)
         return model
 
     @classmethod
-    def from_transformers(cls, model: Blip2ForConditionalGeneration) -> Blip2Stage2:
-        """Take over a transformers model; its language and vision models are shared, not copied.
+    def from_transformers(cls, model: TransformersModel) -> Blip2Stage2:
+        """Take over a transformers BLIP-2 or InstructBLIP.
 
-        transformers keeps `ln_vision` as the vision model's `post_layernorm`, with the epsilon of
-        the vision configuration; both are kept.
+        Its language and vision models are shared, not copied. transformers keeps `ln_vision` as
+        the vision model's `post_layernorm`, with the epsilon of the vision configuration; both are
+        kept.
 
         Raises:
-            ValueError: a Q-Former this class does not build (text input, another activation).
+            ValueError: a Q-Former this class does not build (BLIP-2's with text input, another
+                activation).
         """
-        stage2 = cls(
-            stage2_convert.config_from_transformers(model.config),
-            model.language_model,
-            stage2_convert.VisionTokens(model.vision_model),
-        )
-        trained = stage2_convert.trained_from_transformers(model)
-        for name in ("ln_vision", "qformer", "language_projection"):
-            stage2.get_submodule(name).to(stage2_convert.first_tensor(trained, name))
-        stage2.query_tokens.data = stage2.query_tokens.data.to(trained["query_tokens"])
-        stage2.load_trainable_state_dict(trained)
-        return stage2
+        return stage2_convert.from_transformers(cls, model)
 
     def to_transformers(
-        self, image_token_id: int, vision_model: Blip2VisionModel | None = None
-    ) -> Blip2ForConditionalGeneration:
+        self, image_token_id: int, vision_model: VisionModel | None = None
+    ) -> TransformersModel:
         """The same model as transformers', which can be saved and loaded there.
+
+        An InstructBLIP where the Q-Former is text-conditioned, else a BLIP-2.
 
         The language model is shared, the trained part and the vision model's norm are copies.
 
@@ -169,8 +165,16 @@ class Blip2Stage2(nn.Module):
         stage2_llm.recompute_layers(self.language_model)
         self.qformer.recompute_layers()
 
-    def text(self, tokenizer: Any, seed: int = 0) -> Stage2Text:
-        """The text preparation that fits this model and its configuration."""
+    def text(self, tokenizer: Any, seed: int = 0, qformer_tokenizer: Any = None) -> Stage2Text:
+        """The text preparation that fits this model and its configuration.
+
+        Raises:
+            ValueError: a text-conditioned Q-Former without its tokenizer, or one for another.
+        """
+        if self.config.text_conditioned != (qformer_tokenizer is not None):
+            given = "none" if qformer_tokenizer is None else "one"
+            wanted = self.config.text_conditioned
+            raise ValueError(f"qformer_tokenizer: text_conditioned is {wanted}, got {given}")
         return Stage2Text(
             tokenizer,
             stage2_llm.is_encoder_decoder(self.language_model),
@@ -180,6 +184,7 @@ class Blip2Stage2(nn.Module):
             seed=seed,
             image_marker=self.config.image_marker,
             num_query_tokens=self.config.num_query_tokens,
+            qformer_tokenizer=qformer_tokenizer,
         )
 
     def forward(
@@ -194,6 +199,8 @@ class Blip2Stage2(nn.Module):
         images: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
         image_counts: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
         return_logits: bool = False,
     ) -> Stage2Output:
         """The language-modelling loss of texts given their images.
@@ -219,6 +226,8 @@ class Blip2Stage2(nn.Module):
             images: [B, 3, h, w] for the image encoder, instead of `image_embeds`.
             image_attention_mask: [B, S], nonzero where an image token is real.
             image_counts: [B], the images of each sample; they add up to N.
+            qformer_input_ids, qformer_attention_mask: [B, T''], the instruction that a
+                text-conditioned Q-Former reads, one a sample: all its images are read under it.
             return_logits: Also give the logits, of all positions (else only those that have
                 labels are computed).
 
@@ -228,8 +237,14 @@ class Blip2Stage2(nn.Module):
         """
         if input_ids is None:
             raise ValueError("input_ids: expected [B, T] text tokens, got none")
-        prompts, query_output = self._encode(
-            image_counts, image_embeds, images=images, image_attention_mask=image_attention_mask
+        prompts, query_output = stage2_sequence.encode_images(
+            self,
+            image_counts,
+            image_embeds,
+            images=images,
+            image_attention_mask=image_attention_mask,
+            qformer_input_ids=qformer_input_ids,
+            qformer_attention_mask=qformer_attention_mask,
         )
         in_place = image_counts is not None
         embeds, mask = stage2_sequence.read_sequence(
@@ -263,11 +278,14 @@ class Blip2Stage2(nn.Module):
         *,
         images: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Soft prompts of images.
 
         Args:
             image_embeds, images, image_attention_mask: As in `forward`.
+            qformer_input_ids, qformer_attention_mask: As in `forward`, one instruction an image.
 
         Returns:
             `(prompts [B, Q, L], query_output [B, Q, C])`.
@@ -276,27 +294,18 @@ class Blip2Stage2(nn.Module):
         tokens = stage1_inputs.image_tokens(
             image_embeds, images, self.image_encoder, self.config.encoder_hidden_size
         )
-        query_output = self.qformer(
+        states = self.qformer(
             query_embeds=self.query_tokens.expand(tokens.shape[0], -1, -1),
             encoder_hidden_states=self.ln_vision(tokens.to(self.ln_vision.weight.dtype)),
             encoder_attention_mask=stage1_inputs.check_image_mask(tokens, image_attention_mask),
+            **stage2_sequence.instruction(
+                self.config, len(tokens), qformer_input_ids, qformer_attention_mask
+            ),
         ).last_hidden_state
+        query_output = states[:, : self.config.num_query_tokens]
         # the Q-Former may be kept in another precision than the projection
         prompts = self.language_projection(query_output.to(self.language_projection.weight.dtype))
         return prompts, query_output
-
-    def _encode(
-        self, image_counts: Tensor | None, image_embeds: Tensor | None, **inputs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """`encode_image` of a flat list of images, which may be empty with `image_counts`."""
-        images = inputs.get("images")
-        given = image_embeds if images is None else images
-        if image_counts is None or (given is not None and len(given) > 0):
-            return self.encode_image(image_embeds, **inputs)
-        stage2_sequence.check_counts(image_counts, len(image_counts), 0)
-        blank = self.query_tokens.new_zeros(1, 1, self.config.encoder_hidden_size)
-        prompts, query_output = self.encode_image(blank)
-        return prompts[:0], query_output[:0]
 
     @torch.no_grad()
     def generate(
@@ -308,6 +317,8 @@ class Blip2Stage2(nn.Module):
         images: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
         image_counts: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
         prompts: Tensor | None = None,
         **generate_kwargs: Any,
     ) -> Any:
@@ -318,7 +329,8 @@ class Blip2Stage2(nn.Module):
         parameters must be gathered around this call (`deepspeed.zero.GatheredParameters`).
 
         Args:
-            image_embeds, images, image_attention_mask, image_counts: As in `forward`.
+            image_embeds, images, image_attention_mask, image_counts, qformer_input_ids,
+                qformer_attention_mask: As in `forward`.
             input_ids, attention_mask: [B, T] text to continue (decoder-only) or for the encoder;
                 by default the model's bos token, or an encoder's eos, as for an empty text.
             prompts: [B, Q, L] ([N, Q, L]) of `encode_image`, instead of images, which are then not
@@ -335,8 +347,14 @@ class Blip2Stage2(nn.Module):
                 soft prompts for some models and not for others.
         """
         if prompts is None:
-            prompts, _ = self._encode(
-                image_counts, image_embeds, images=images, image_attention_mask=image_attention_mask
+            prompts, _ = stage2_sequence.encode_images(
+                self,
+                image_counts,
+                image_embeds,
+                images=images,
+                image_attention_mask=image_attention_mask,
+                qformer_input_ids=qformer_input_ids,
+                qformer_attention_mask=qformer_attention_mask,
             )
         elif image_embeds is not None or images is not None:
             raise ValueError("give images, image_embeds or their prompts, not two of them")

@@ -1,14 +1,14 @@
-"""Stage 2 to and from `transformers.Blip2ForConditionalGeneration`.
+"""Stage 2 from stage 1, and to and from transformers' BLIP-2 and (text-conditioned) InstructBLIP.
 
-The parameter names are the same, but for `ln_vision`: transformers keeps it inside its vision
-model, as `vision_model.post_layernorm`.
+The parameter names are transformers', but for `ln_vision`: there it is inside the vision model, as
+`vision_model.post_layernorm`.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,14 @@ from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2QFormerModel,
+    Blip2VisionConfig,
     Blip2VisionModel,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipQFormerModel,
+    InstructBlipVisionConfig,
+    InstructBlipVisionModel,
+    PreTrainedConfig,
 )
 
 from blip2fast.stage2_types import Stage2Config
@@ -25,14 +32,24 @@ if TYPE_CHECKING:
     from blip2fast.stage2 import Blip2Stage2
 
 
+TransformersModel: TypeAlias = Blip2ForConditionalGeneration | InstructBlipForConditionalGeneration
+VisionModel: TypeAlias = Blip2VisionModel | InstructBlipVisionModel
+# names in stage 1, where the text embeddings are outside the Q-Former, and in a Q-Former that has
+# its own
+_TEXT_BRANCH = {
+    "qformer.embeddings.layernorm.": "qformer.layernorm.",
+    "qformer.embeddings.": "embeddings.",
+}
+
+
 class VisionTokens(nn.Module):
-    """A transformers BLIP-2 vision model without its last norm, which stage 2 trains itself.
+    """transformers' BLIP-2 or InstructBLIP vision model up to its last norm, which stage 2 trains.
 
     Args:
         vision_model: Shared, not copied. Its `post_layernorm` stays where it is and is not used.
     """
 
-    def __init__(self, vision_model: Blip2VisionModel) -> None:
+    def __init__(self, vision_model: VisionModel) -> None:
         super().__init__()
         self.vision_model = vision_model
 
@@ -42,27 +59,60 @@ class VisionTokens(nn.Module):
         return self.vision_model.encoder(inputs_embeds=hidden).last_hidden_state
 
 
-def config_from_transformers(config: Blip2Config) -> Stage2Config:
+def from_stage1(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a stage-1 state has of the tensors `wanted`, under stage 2's names."""
+    found = {}
+    for name in wanted:
+        source = name
+        if not name.startswith("language_projection."):
+            for new, old in _TEXT_BRANCH.items():
+                if name.startswith(new):
+                    source = old + name.removeprefix(new)
+                    break
+        if source in state:
+            found[name] = state[source]
+    return found
+
+
+def config_from_transformers(config: Blip2Config | InstructBlipConfig) -> Stage2Config:
     """The sizes of a transformers model.
 
     Raises:
         ValueError: a Q-Former that stage 2 does not build.
     """
-    qformer = config.qformer_config
+    qformer, instructed = config.qformer_config, isinstance(config, InstructBlipConfig)
     for name, expected in (("use_qformer_text_input", False), ("hidden_act", "gelu")):
-        if getattr(qformer, name) != expected:
+        if getattr(qformer, name, expected) != expected:
             raise ValueError(
                 f"qformer_config.{name} is {getattr(qformer, name)!r}; stage 2 has {expected!r}"
             )
     own = Stage2Config.__dataclass_fields__.keys() & qformer.to_dict().keys()
+    if not instructed:
+        own -= {"vocab_size", "max_position_embeddings", "pad_token_id"}
     return Stage2Config(
         **{name: getattr(qformer, name) for name in own},
         num_query_tokens=config.num_query_tokens,
         ln_vision_eps=config.vision_config.layer_norm_eps,
+        text_conditioned=instructed,
     )
 
 
-def trained_from_transformers(model: Blip2ForConditionalGeneration) -> dict[str, Tensor]:
+def from_transformers(kind: type[Blip2Stage2], model: TransformersModel) -> Blip2Stage2:
+    """See `Blip2Stage2.from_transformers`."""
+    stage2 = kind(
+        config_from_transformers(model.config),
+        model.language_model,
+        VisionTokens(model.vision_model),
+    )
+    trained = trained_from_transformers(model)
+    for name in ("ln_vision", "qformer", "language_projection"):
+        stage2.get_submodule(name).to(first_tensor(trained, name))
+    stage2.query_tokens.data = stage2.query_tokens.data.to(trained["query_tokens"])
+    stage2.load_trainable_state_dict(trained)
+    return stage2
+
+
+def trained_from_transformers(model: TransformersModel) -> dict[str, Tensor]:
     """The trained part of a transformers model under stage 2's names."""
     trained = {"query_tokens": model.query_tokens.detach()}
     parts = {
@@ -90,8 +140,8 @@ def first_tensor(trained: Mapping[str, Tensor], part: str) -> Tensor:
 
 
 def to_transformers(
-    model: Blip2Stage2, image_token_id: int, vision_model: Blip2VisionModel | None
-) -> Blip2ForConditionalGeneration:
+    model: Blip2Stage2, image_token_id: int, vision_model: VisionModel | None
+) -> TransformersModel:
     """See `Blip2Stage2.to_transformers`."""
     if vision_model is None and isinstance(model.image_encoder, VisionTokens):
         vision_model = model.image_encoder.vision_model
@@ -100,27 +150,34 @@ def to_transformers(
             "transformers' BLIP-2 holds its vision model; pass vision_model=Blip2VisionModel"
         )
     config = _transformers_config(model, image_token_id, vision_model)
+    instructed = model.config.text_conditioned
     # the submodules are replaced below; on meta, no second language model is ever allocated
     with torch.device("meta"):
-        blip2 = Blip2ForConditionalGeneration(config)
+        whole: TransformersModel = (
+            InstructBlipForConditionalGeneration(config)
+            if instructed
+            else Blip2ForConditionalGeneration(config)
+        )
     trained = trained_to_transformers(model.trainable_state_dict())
-    blip2.vision_model = Blip2VisionModel(config.vision_config)
-    blip2.vision_model.load_state_dict(vision_model.state_dict())
-    blip2.vision_model.post_layernorm.eps = model.config.ln_vision_eps
-    blip2.qformer = Blip2QFormerModel(config.qformer_config)
-    blip2.language_projection = nn.Linear(*model.language_projection.weight.shape[::-1])
-    blip2.query_tokens = nn.Parameter(trained["query_tokens"].clone())
+    vision = InstructBlipVisionModel if instructed else Blip2VisionModel
+    whole.vision_model = vision(config.vision_config)
+    whole.vision_model.load_state_dict(vision_model.state_dict())
+    whole.vision_model.post_layernorm.eps = model.config.ln_vision_eps
+    qformer = InstructBlipQFormerModel if instructed else Blip2QFormerModel
+    whole.qformer = qformer(config.qformer_config)
+    whole.language_projection = nn.Linear(*model.language_projection.weight.shape[::-1])
+    whole.query_tokens = nn.Parameter(trained["query_tokens"].clone())
     for name in ("qformer", "language_projection"):
-        blip2.get_submodule(name).to(first_tensor(trained, name))
-    blip2.vision_model.to(next(vision_model.parameters()))
-    blip2.language_model = model.language_model
-    blip2.load_state_dict(trained, strict=False)
-    return blip2.eval()
+        whole.get_submodule(name).to(first_tensor(trained, name))
+    whole.vision_model.to(next(vision_model.parameters()))
+    whole.language_model = model.language_model
+    whole.load_state_dict(trained, strict=False)
+    return whole.eval()
 
 
 def _transformers_config(
-    model: Blip2Stage2, image_token_id: int, vision_model: Blip2VisionModel
-) -> Blip2Config:
+    model: Blip2Stage2, image_token_id: int, vision_model: VisionModel
+) -> Blip2Config | InstructBlipConfig:
     sizes, text = model.config, model.language_model.config
     if vision_model.config.hidden_size != sizes.encoder_hidden_size:
         raise ValueError(
@@ -145,10 +202,20 @@ def _transformers_config(
             "will differ slightly once saved and loaded",
             stacklevel=3,
         )
-    return Blip2Config(
-        vision_config=vision_model.config,
+    whole, vision = Blip2Config, Blip2VisionConfig
+    if sizes.text_conditioned:
+        whole, vision = InstructBlipConfig, InstructBlipVisionConfig
+    same_kind = isinstance(vision_model.config, vision)
+    return whole(
+        vision_config=vision_model.config if same_kind else vision(**_fields(vision_model, vision)),
         qformer_config=sizes.qformer_config(),
         text_config=text,
         num_query_tokens=sizes.num_query_tokens,
         image_token_index=image_token_id,
     )
+
+
+def _fields(vision_model: VisionModel, kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """A vision model's sizes as its twin's: BLIP-2 and InstructBLIP have the same one."""
+    known = kind().to_dict().keys() - {"model_type", "transformers_version", "architectures"}
+    return {name: v for name, v in vision_model.config.to_dict().items() if name in known}

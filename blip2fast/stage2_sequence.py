@@ -15,6 +15,8 @@ Shapes: B samples, N images of all samples, Q queries, T tokens, L language mode
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +24,10 @@ from transformers import PreTrainedModel
 from blip2fast import stage2_llm
 from blip2fast.stage1_inputs import describe, is_float
 from blip2fast.stage2_rows import IGNORED, IMAGE_PLACE
+from blip2fast.stage2_types import Stage2Config
+
+if TYPE_CHECKING:
+    from blip2fast.stage2 import Blip2Stage2
 
 
 def read_sequence(
@@ -130,11 +136,86 @@ def predictable(labels: Tensor) -> Tensor:
     return torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, 1:]], dim=1)
 
 
-def per_image(instructions: Tensor | None, image_counts: Tensor | None, N: int) -> Tensor | None:
-    """A row [B, ...] a sample repeated for each of its images: [N, ...]."""
-    if instructions is None or image_counts is None:
-        return instructions
-    return instructions.repeat_interleave(image_counts, dim=0, output_size=N)
+def encode_images(
+    model: Blip2Stage2, image_counts: Tensor | None, image_embeds: Tensor | None, **inputs: Any
+) -> tuple[Tensor, Tensor]:
+    """`model.encode_image` of a batch; with `image_counts` of the flat list of its images.
+
+    An instruction is a sample's, so it is repeated for each of its images. Where no sample has an
+    image, the Q-Former reads a blank one, of which nothing is kept: every parameter then has a
+    gradient, of zero, on every process.
+
+    Args:
+        model: the stage-2 model.
+        image_counts: [B], or None: one image a sample.
+        image_embeds, inputs: of `encode_image`.
+
+    Raises:
+        ValueError: numbers of images, samples and instructions that do not agree.
+    """
+    if image_counts is None:
+        return model.encode_image(image_embeds, **inputs)
+    images = image_embeds if inputs["images"] is None else inputs["images"]
+    N = 0 if images is None else len(images)
+    check_counts(image_counts, len(image_counts), N)
+    for name in ("qformer_input_ids", "qformer_attention_mask"):
+        rows = inputs[name]
+        if rows is None:
+            continue
+        if len(rows) != len(image_counts):
+            raise ValueError(
+                f"{name}: expected one instruction for each of {len(image_counts)} samples, got "
+                f"{describe(rows)}"
+            )
+        repeated = rows.repeat_interleave(image_counts, dim=0, output_size=N)
+        inputs[name] = repeated if N else rows[:1]
+    if N:
+        return model.encode_image(image_embeds, **inputs)
+    inputs |= {"images": None, "image_attention_mask": None}
+    blank = model.query_tokens.new_zeros(1, 1, model.config.encoder_hidden_size)
+    prompts, query_output = model.encode_image(blank, **inputs)
+    return prompts[:0], query_output[:0]
+
+
+def instruction(
+    config: Stage2Config, images: int, ids: Tensor | None, mask: Tensor | None
+) -> dict[str, Tensor]:
+    """The Q-Former's arguments for an instruction [N, T''] beside its queries; none for BLIP-2's.
+
+    Raises:
+        ValueError: an instruction is missing, is not read, or does not fit.
+    """
+    if not config.text_conditioned:
+        if ids is not None or mask is not None:
+            raise ValueError(
+                "qformer_input_ids: this Q-Former reads images alone; build it with "
+                "text_conditioned=True for instructions"
+            )
+        return {}
+    if ids is None:
+        raise ValueError(
+            "qformer_input_ids: this Q-Former is text-conditioned and needs an instruction for "
+            "each image, got none"
+        )
+    if ids.dim() != 2 or is_float(ids) or len(ids) != images:
+        raise ValueError(
+            f"qformer_input_ids: expected [{images}, T] integers, one row an image, got "
+            f"{describe(ids)}"
+        )
+    if mask is None:
+        mask = torch.ones_like(ids)
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"qformer_attention_mask: expected the shape of qformer_input_ids {tuple(ids.shape)}, "
+            f"got {describe(mask)}"
+        )
+    if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+        raise ValueError(
+            f"qformer_input_ids: expected ids from 0 to {config.vocab_size - 1}, got "
+            f"{int(ids.min())} to {int(ids.max())}; does the tokenizer belong to this Q-Former?"
+        )
+    queries = mask.new_ones(images, config.num_query_tokens)
+    return {"input_ids": ids, "attention_mask": torch.cat([queries, mask], dim=1)}
 
 
 def empty_text(language_model: PreTrainedModel, prompts: Tensor) -> Tensor:

@@ -61,6 +61,8 @@ class Stage2Text:
         image_marker: what stands for an image in prompts and texts, such as `"<image>"`; spaces
             beside it are dropped. None: one image a text, in front.
         num_query_tokens: Q, the soft prompts of an image; they do not count for `max_txt_len`.
+        qformer_tokenizer: tokenizer of a text-conditioned Q-Former, which reads what the language
+            model reads as prompt, but for image markers (InstructBLIP, arXiv 2305.06500, 2.4).
 
     Raises:
         ValueError: `max_txt_len` too small, an `end_text` that is not one known token, an
@@ -78,6 +80,7 @@ class Stage2Text:
         seed: int = 0,
         image_marker: str | None = None,
         num_query_tokens: int = 32,
+        qformer_tokenizer: Any = None,
     ) -> None:
         if max_txt_len < 2:
             raise ValueError(f"max_txt_len is {max_txt_len}; a text needs at least 2 tokens")
@@ -92,6 +95,7 @@ class Stage2Text:
             raise ValueError(f"image_marker is {image_marker!r}; give a word such as '<image>'")
         self.image_marker = image_marker
         self.num_query_tokens = num_query_tokens
+        self.qformer_tokenizer = qformer_tokenizer
         self.end_token_id = end_token_id(tokenizer, is_encoder_decoder, end_text)
         self._known: dict[str, list[int]] = {}
         self._before, self._after = special_tokens(tokenizer)
@@ -127,7 +131,8 @@ class Stage2Text:
         Returns:
             `input_ids`, `attention_mask` [B, T] and `labels` [B, T] (decoder-only) or [B, T']
             (encoder-decoder), int64, ready for `Blip2Stage2.forward`; with an `image_marker` also
-            `image_counts` [B].
+            `image_counts` [B], with a `qformer_tokenizer` also `qformer_input_ids` and
+            `qformer_attention_mask` [B, T''].
 
         Raises:
             ValueError: an empty batch or text, lengths that differ, missing questions or indices,
@@ -148,7 +153,7 @@ class Stage2Text:
         self._check_counts(batch, image_counts)
         labels = [places(ids, IGNORED, self.num_query_tokens) for _, ids in pairs]
         batch["labels"] = stack(labels, IGNORED, "right")
-        return batch
+        return batch | self._instructions(prompts)
 
     def prompt_batch(
         self,
@@ -168,8 +173,8 @@ class Stage2Text:
             image_counts: B numbers of images, which the markers are checked against.
 
         Returns:
-            `input_ids`, `attention_mask` [B, T], int64, and with an `image_marker` `image_counts`
-            [B], ready for `Blip2Stage2.generate`, which should stop at this text's end:
+            `input_ids`, `attention_mask` [B, T], int64, and what else `train_batch` gives beside
+            them, ready for `Blip2Stage2.generate`, which should stop at this text's end:
             `eos_token_id=text.end_token_id`.
 
         Raises:
@@ -181,10 +186,11 @@ class Stage2Text:
             raise ValueError(
                 f"an empty batch: questions={questions}, batch_size={batch_size}; give either"
             )
-        rows = self._prompt_ids(self._prompts(questions, count))
+        prompts = self._prompts(questions, count)
+        rows = self._prompt_ids(prompts)
         batch = self._pad(rows, "right" if self.is_encoder_decoder else "left")
         self._check_counts(batch, image_counts)
-        return batch
+        return batch | self._instructions(prompts)
 
     def decode(self, ids: Tensor) -> list[str]:
         """Texts of generated tokens [B, T], cut at the first end token, without outer spaces."""
@@ -205,6 +211,15 @@ class Stage2Text:
             raise ValueError(f"the prompt {self.prompt!r} has no {{}} for the questions; add one")
         template = self.prompt or "{}"
         return [template.replace("{}", question).rstrip() for question in questions]
+
+    def _instructions(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What a text-conditioned Q-Former reads of each sample."""
+        if self.qformer_tokenizer is None:
+            return {}
+        words = [" ".join(self._without_markers(prompt).split()) for prompt in prompts]
+        tokens = self.qformer_tokenizer(words, padding="longest", return_tensors="pt")
+        names = ("input_ids", "attention_mask")
+        return {f"qformer_{name}": tokens[name] for name in names}
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of each text, without special ones; texts that return are not read again."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import Blip2QFormerConfig
+from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 from transformers.utils import ModelOutput
 
 from blip2fast.stage1_types import Stage1Config, check_sizes
@@ -32,6 +32,9 @@ class Stage2Config:
             what LAVIS trained its OPT models with.
         image_marker: what stands for an image in texts that have any number of them, such as
             `"<image>"`; None: one image a text, in front.
+        text_conditioned: the Q-Former reads an instruction beside its queries, as InstructBLIP
+            does (arXiv 2305.06500); False: images alone, as BLIP-2.
+        vocab_size, max_position_embeddings, pad_token_id: of the instruction's tokens; stage 1's.
         match_embedding_scale: start the projection such that soft prompts are of the size of the
             language model's token embeddings, instead of PyTorch's default as LAVIS. Prompts that
             are much larger drown the positions, and a small language model learns later.
@@ -53,6 +56,10 @@ class Stage2Config:
     prompt: str = ""
     end_text: str | None = None
     image_marker: str | None = None
+    text_conditioned: bool = False
+    vocab_size: int = 30523
+    max_position_embeddings: int = 512
+    pad_token_id: int = 0
     match_embedding_scale: bool = False
 
     def __post_init__(self) -> None:
@@ -65,12 +72,18 @@ class Stage2Config:
         shared = {f.name for f in dataclasses.fields(config)} & own
         return cls(**({name: getattr(config, name) for name in shared} | settings))
 
-    def qformer_config(self) -> Blip2QFormerConfig:
+    def qformer_config(self) -> Blip2QFormerConfig | InstructBlipQFormerConfig:
         """The configuration of the Q-Former inside, in transformers' terms."""
-        other = {"num_query_tokens", "ln_vision_eps", "max_txt_len", "prompt", "end_text"}
-        other |= {"image_marker", "match_embedding_scale"}
-        sizes = {name: v for name, v in dataclasses.asdict(self).items() if name not in other}
-        return Blip2QFormerConfig(**sizes, use_qformer_text_input=False)
+        names = [
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+            *("encoder_hidden_size", "cross_attention_frequency", "layer_norm_eps"),
+            *("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"),
+        ]
+        sizes = {name: getattr(self, name) for name in names}
+        if not self.text_conditioned:
+            return Blip2QFormerConfig(**sizes, use_qformer_text_input=False)
+        words = ("vocab_size", "max_position_embeddings", "pad_token_id")
+        return InstructBlipQFormerConfig(**sizes, **{name: getattr(self, name) for name in words})
 
 
 @dataclass
