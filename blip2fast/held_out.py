@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from blip2fast import evaluation, retrieval
-from blip2fast.caption_data import Batch, CaptionRecord, tokenize_captions
+from blip2fast.caption_data import Batch, CaptionRecord, images_of, tokenize_captions
 from blip2fast.run_config import RunConfig
 from blip2fast.run_parts import HeldOut, RunParts
 from blip2fast.stage1 import Blip2Stage1
@@ -35,7 +34,8 @@ def evaluate(
 
     Returns:
         Losses and accuracies; `i2t_r1`, `t2i_r1`, ... (stage 1); `exact`, the share of
-        generated captions that are one of their image's, or of right answers (stage 2).
+        generated captions that are one of their image's, or of right answers (stage 2, one image
+        a sample).
 
     Raises:
         ValueError: no held-out data, or less than a batch of them.
@@ -117,6 +117,8 @@ def _stage2(
 ) -> dict[str, float]:
     records: list[Any] = list(reader.records)
     on_questions = config.data.task == "vqa"
+    if config.data.task == "sequence":
+        return _sequences(model, text, reader, config)
 
     def batches() -> Iterator[dict[str, Tensor]]:
         for rows in _shards(len(records), config.eval_batch_size):
@@ -144,6 +146,25 @@ def _stage2(
     return results | {"exact": right / len(records)}
 
 
+def _sequences(
+    model: Blip2Stage2, text: Stage2Text, reader: _Reader, config: RunConfig
+) -> dict[str, float]:
+    """The loss alone: what several images have in common has no one right text."""
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for rows in _shards(len(reader.records), config.eval_batch_size):
+            chosen = [reader.records[i] for i in rows.tolist()]
+            tensors = text.train_batch(
+                [r.captions[0] for r in chosen],
+                [r.prompt for r in chosen],
+                indices=rows.tolist(),
+                image_counts=[len(r.images) for r in chosen],
+            )
+            yield {**tensors, "image_embeds": reader(_numbers(reader, chosen))}
+
+    return _mean_over_processes(evaluation.evaluate_stage2(model, batches()))
+
+
 def _share(records: list[Any], config: RunConfig) -> list[Any]:
     """The records that this process writes for.
 
@@ -156,7 +177,8 @@ def _share(records: list[Any], config: RunConfig) -> list[Any]:
 
 
 def _numbers(reader: _Reader, records: list[Any]) -> Tensor:
-    return torch.from_numpy(np.array([reader.number[r.image] for r in records]))
+    numbers = [reader.number[key] for record in records for key in images_of(record)]
+    return torch.tensor(numbers, dtype=torch.long)
 
 
 def _is_right(written: str, record: Any) -> bool:

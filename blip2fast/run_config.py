@@ -41,12 +41,13 @@ class ModelSection:
     The width of the image tokens and the vocabulary come from the data and the tokenizer.
 
     Attributes:
-        tokenizer: folder or hub name of the Q-Former's tokenizer (stage 1). Where it has no [DEC]
-            token one is added, as BLIP-2 does to bert-base-uncased.
+        tokenizer: folder or hub name of the Q-Former's tokenizer, where it reads text. If it has no
+            [DEC] token one is added, as BLIP-2 does to bert-base-uncased.
         bert: folder or hub name of a BERT whose weights the Q-Former starts from (stage 1; paper,
             section 3.1); the cross-attention and the queries stay random.
         embed_dim: width of the contrastive features (stage 1).
         dropout: of hidden states and attention probabilities.
+        text_conditioned: the Q-Former reads the prompt too, as InstructBLIP (stage 2; `tokenizer`).
         initializer_range: standard deviation of new weights; 0.02 suits BLIP-2's width, small
             models learn several times faster with 1 / sqrt(hidden_size).
     """
@@ -64,6 +65,7 @@ class ModelSection:
     embed_dim: _Count | None = None
     cross_attention_frequency: _Count | None = None
     dropout: _Share | None = None
+    text_conditioned: bool | None = None
     initializer_range: Annotated[float, Field(gt=0)] | None = None
 
 
@@ -77,6 +79,7 @@ class LanguageModelSection:
         end_text: what ends a decoder-only target; None: the tokenizer's end token.
         match_embedding_scale: start soft prompts at the size of its token embeddings (a small
             language model learns sooner); False: PyTorch's default, as LAVIS.
+        llm_dropout: train through its dropout, as LAVIS does; False: none.
     """
 
     __pydantic_config__ = _STRICT
@@ -85,6 +88,7 @@ class LanguageModelSection:
     prompt: str = ""
     end_text: str | None = None
     match_embedding_scale: bool = False
+    llm_dropout: bool = False
 
 
 @dataclass
@@ -93,7 +97,7 @@ class DataSection:
 
     Attributes:
         records: JSON lines, as in `blip2fast.caption_data`.
-        task: caption or (stage 2) vqa.
+        task: caption or (stage 2) vqa, or sequence: any number of images a sample.
         features: folder of a feature cache.
         images: folder of image files; the frozen encoder then runs in the loop.
         image_encoder: folder or hub name of a transformers vision model, for `images`.
@@ -107,7 +111,7 @@ class DataSection:
     __pydantic_config__ = _STRICT
 
     records: str
-    task: Literal["caption", "vqa"] = "caption"
+    task: Literal["caption", "vqa", "sequence"] = "caption"
     features: str | None = None
     images: str | None = None
     image_encoder: str | None = None
@@ -368,6 +372,8 @@ def _stage_faults(config: RunConfig) -> list[str]:
             faults.append("language_model belongs to stage 2, but stage is 1")
         if config.data.task != "caption":
             faults.append(f"data.task {config.data.task!r} belongs to stage 2, but stage is 1")
+        if config.model.text_conditioned is not None:
+            faults.append("model.text_conditioned belongs to stage 2, but stage is 1")
         if config.model.tokenizer is None:
             faults.append("model.tokenizer: stage 1 reads texts in the Q-Former and needs one")
     else:
@@ -377,10 +383,17 @@ def _stage_faults(config: RunConfig) -> list[str]:
             faults.append("language_model: stage 2 needs one (language_model.path)")
         faults += [
             f"model.{name} belongs to stage 1, but stage is 2"
-            for name in ("tokenizer", "bert", "embed_dim")
+            for name in ("bert", "embed_dim")
             if getattr(config.model, name) is not None
         ]
-        question_prompt = config.language_model and "{}" in config.language_model.prompt
-        if config.data.task == "caption" and question_prompt:
+        reads = bool(config.model.text_conditioned)
+        if config.model.tokenizer is not None and not reads:
+            faults.append("model.tokenizer belongs to stage 1 or text_conditioned: true")
+        if config.model.tokenizer is None and reads:
+            faults.append("model.text_conditioned: the Q-Former reads text, set model.tokenizer")
+        prompt = config.language_model.prompt if config.language_model else ""
+        if config.data.task == "caption" and "{}" in prompt:
             faults.append("language_model.prompt has a {} for questions, but data.task is caption")
+        if config.data.task == "sequence" and prompt and "{}" not in prompt:
+            faults.append("language_model.prompt has no {} for the records' prompts (data.task)")
     return faults

@@ -14,16 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from blip2fast import checkpointing
-from blip2fast.caption_data import (
-    AnswerTargets,
-    Batch,
-    BatchPlan,
-    CaptionTargets,
-    PlannedBatches,
-    Stage1TextMaker,
-    read_captions,
-    read_questions,
-)
+from blip2fast.caption_data import IMAGE_MARKER, Batch, BatchPlan, PlannedBatches, images_of
 from blip2fast.checkpointing import Description
 from blip2fast.feature_cache import FeatureCache
 from blip2fast.frozen_identity import FrozenIdentity, identify_model
@@ -33,6 +24,13 @@ from blip2fast.offload.loading import source_identity
 from blip2fast.offload.settle import load_frozen
 from blip2fast.pretrained import initialise_from_bert
 from blip2fast.run_config import RunConfig
+from blip2fast.run_texts import (
+    READERS,
+    check_positions,
+    qformer_tokenizer,
+    qformer_words,
+    text_maker,
+)
 from blip2fast.stage1 import Blip2Stage1
 from blip2fast.stage1_types import Stage1Config
 from blip2fast.stage2 import Blip2Stage2
@@ -68,7 +66,9 @@ class FileImages:
     seed: int
 
     def __call__(self, keys: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-        """`{"images": [B, 3, h, w]}`."""
+        """`{"images": [B, 3, h, w]}`; tokens of no image, where there are no keys."""
+        if not keys:
+            return {"image_embeds": torch.empty(0, 1, 1)}
         pixels = []
         for key, index in zip(keys, batch.indices.tolist(), strict=True):
             # A fourth number keeps these draws apart from the split points'.
@@ -112,7 +112,7 @@ class HeldOut:
 
     def keys(self) -> list[str]:
         """The images, each once, in the order of their first record."""
-        return list(dict.fromkeys(record.image for record in self.records))
+        return list(dict.fromkeys(key for record in self.records for key in images_of(record)))
 
 
 @dataclass
@@ -146,15 +146,19 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> RunParts:
     """
     torch.manual_seed(config.seed)
     source = _train_images(config)
-    read = read_captions if config.data.task == "caption" else read_questions
+    read = READERS[config.data.task]
     records: Records = read(config.data.records)
-    source.reader.check({record.image for record in records})
+    source.reader.check({key for record in records for key in images_of(record)})
     held_out = None
     if config.data.eval_records is not None:
         held_out = HeldOut(read(config.data.eval_records), _eval_images(config))
-        held_out.images.check({record.image for record in held_out.records})
+        held_out.images.check(set(held_out.keys()))
     model, tokenizer, description = _model(config, source)
-    text = model.text(tokenizer, config.seed) if isinstance(model, Blip2Stage2) else None
+    text = None
+    if isinstance(model, Blip2Stage2):
+        reads = model.config.text_conditioned
+        words = qformer_tokenizer(str(config.model.tokenizer)) if reads else None
+        text = model.text(tokenizer, config.seed, words)
     plan = BatchPlan(
         len(records),
         config.optim.batch_size,
@@ -163,34 +167,9 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> RunParts:
         world_size,
         config.optim.accumulation,
     )
-    texts = _text_maker(config, tokenizer, text, records)
+    texts = text_maker(config, tokenizer, text, records)
     batches = PlannedBatches(records, plan, source.reader, texts)
     return RunParts(model, description, tokenizer, text, batches, source.encoder, held_out)
-
-
-def qformer_tokenizer(name: str) -> Any:
-    """The Q-Former's tokenizer, with [DEC] as its bos token (paper, section 3.2).
-
-    Raises:
-        ValueError: not there, or one that does not write [CLS] words [SEP] with padding.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.tokenizer {name!r}: not there: give a local folder or a hub name that can be "
-            f"reached ({error})"
-        ) from error
-    if tokenizer.bos_token is None:
-        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-    ids = tokenizer("a")["input_ids"]
-    ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    if None in ends or (ids[0], ids[-1]) != ends or tokenizer.pad_token_id is None:
-        raise ValueError(
-            f"model.tokenizer {name!r} turns 'a' into {ids}; the Q-Former needs [CLS] words [SEP] "
-            f"and a padding token (cls {ends[0]}, sep {ends[1]}, pad {tokenizer.pad_token_id})"
-        )
-    return tokenizer
 
 
 def _train_images(config: RunConfig) -> _ImageSource:
@@ -225,17 +204,6 @@ def _image_files(config: RunConfig, folder: str | None, augment: bool) -> FileIm
     return FileImages(Path(folder), transform, config.seed)
 
 
-def _text_maker(
-    config: RunConfig, tokenizer: Any, text: Stage2Text | None, records: Records
-) -> Any:
-    if text is None:
-        numbers = {key: n for n, key in enumerate(dict.fromkeys(r.image for r in records))}
-        return Stage1TextMaker(tokenizer, config.data.max_txt_len, numbers, config.seed)
-    return (
-        CaptionTargets(text, config.seed) if config.data.task == "caption" else AnswerTargets(text)
-    )
-
-
 def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str, Any]:
     """Sizes that the model section and the start agree on."""
     names = [f.name for f in dataclasses.fields(config.model)]
@@ -254,7 +222,7 @@ def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str
                 f"init_from {config.init_from!r} has other sizes: {'; '.join(differing)} "
                 "(encoder_hidden_size comes from data.features)"
             )
-        known = {f.name for f in dataclasses.fields(Stage1Config)}
+        known = {f.name for f in dataclasses.fields(Stage1Config)} | {"text_conditioned"}
         wanted |= {n: v for n, v in start.sizes.items() if n in known}
     if dropout is not None:
         wanted |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -307,24 +275,9 @@ def _refuse_other_tokens(config: RunConfig, start: Description, source: _ImageSo
 def _stage1(
     config: RunConfig, sizes: dict[str, Any], start: Description | None
 ) -> tuple[Blip2Stage1, Any]:
-    tokenizer = qformer_tokenizer(str(config.model.tokenizer))
-    words = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    for name, value in words.items():
-        if sizes.get(name, value) != value:
-            raise ValueError(
-                f"init_from {config.init_from!r} has {name} {sizes[name]}, the tokenizer "
-                f"{config.model.tokenizer!r} has {value}"
-            )
+    tokenizer, words = qformer_words(config, sizes)
     size = Stage1Config(**(sizes | words))
-    if config.data.max_txt_len > size.max_position_embeddings:
-        raise ValueError(
-            f"data.max_txt_len {config.data.max_txt_len} is longer than the position table, "
-            f"model.max_position_embeddings {size.max_position_embeddings}"
-        )
+    check_positions(config, size.max_position_embeddings)
     model = Blip2Stage1(size, losses=config.optim.losses)
     if start is not None:
         state = checkpointing.read_parameters(str(config.init_from))
@@ -340,8 +293,13 @@ def _stage2(
     if config.language_model is None:
         raise ValueError("language_model: stage 2 needs one")
     known = {f.name for f in dataclasses.fields(Stage2Config)}
+    if sizes.get("text_conditioned"):
+        _, words = qformer_words(config, sizes)
+        sizes = sizes | words
     size = Stage2Config(
         **{name: value for name, value in sizes.items() if name in known},
+        image_marker=IMAGE_MARKER if config.data.task == "sequence" else None,
+        llm_dropout=config.language_model.llm_dropout,
         max_txt_len=config.data.max_txt_len,
         prompt=config.language_model.prompt,
         end_text=config.language_model.end_text,

@@ -38,8 +38,9 @@ FROZEN = ("language_model.", "image_encoder.")
 class Blip2Stage2(nn.Module):
     """A Q-Former and a projection that a frozen language model reads images through.
 
-    The language model and the image encoder are frozen, never in training mode (no dropout), and
-    the language model passes gradients on to its inputs only.
+    The language model and the image encoder are frozen and never in training mode (no dropout;
+    `config.llm_dropout` lets the language model drop out in training), and the language model
+    passes gradients on to its inputs only.
 
     Args:
         config: Sizes and text settings.
@@ -78,6 +79,7 @@ class Blip2Stage2(nn.Module):
         stage2_llm.freeze(language_model)
         if image_encoder is not None:
             stage2_llm.freeze(image_encoder)
+        self.train()
 
     @classmethod
     def from_stage1(
@@ -149,9 +151,9 @@ class Blip2Stage2(nn.Module):
         return stage2_convert.to_transformers(self, image_token_id, vision_model)
 
     def train(self, mode: bool = True) -> Blip2Stage2:
-        """Set training mode; the language model and the image encoder stay in evaluation mode."""
+        """Set training mode; the frozen parts stay in evaluation mode, but for `llm_dropout`."""
         super().train(mode)
-        self.language_model.eval()
+        self.language_model.train(mode and self.config.llm_dropout)
         if self.image_encoder is not None:
             self.image_encoder.eval()
         return self
@@ -358,9 +360,15 @@ class Blip2Stage2(nn.Module):
             )
         elif image_embeds is not None or images is not None:
             raise ValueError("give images, image_embeds or their prompts, not two of them")
-        return stage2_generation.write(
-            self, prompts, input_ids, attention_mask, image_counts=image_counts, **generate_kwargs
-        )
+        with stage2_llm.without_dropout(self.language_model):
+            return stage2_generation.write(
+                self,
+                prompts,
+                input_ids,
+                attention_mask,
+                image_counts=image_counts,
+                **generate_kwargs,
+            )
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of everything but the language model and the image encoder."""

@@ -63,12 +63,10 @@ def from_stage1(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
     """What a stage-1 state has of the tensors `wanted`, under stage 2's names."""
     found = {}
     for name in wanted:
-        source = name
-        if not name.startswith("language_projection."):
-            for new, old in _TEXT_BRANCH.items():
-                if name.startswith(new):
-                    source = old + name.removeprefix(new)
-                    break
+        new = next((new for new in _TEXT_BRANCH if name.startswith(new)), "")
+        source = _TEXT_BRANCH.get(new, "") + name.removeprefix(new)
+        # a stage-2 state, of which the projection alone is not wanted, has stage 2's names
+        source = source if source in state else name
         if source in state:
             found[name] = state[source]
     return found

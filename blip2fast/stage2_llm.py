@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,17 @@ def freeze(module: nn.Module) -> None:
     module.eval()
 
 
+@contextmanager
+def without_dropout(language_model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode inside, for text that is written in the middle of a training."""
+    was_training = language_model.training
+    language_model.eval()
+    try:
+        yield
+    finally:
+        language_model.train(was_training)
+
+
 def recompute_layers(language_model: PreTrainedModel) -> None:
     """Keep no activations inside the model's layers; the backward pass computes them again.
 
@@ -60,8 +72,9 @@ def recompute_layers(language_model: PreTrainedModel) -> None:
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    # a frozen model draws no random numbers, so there is no state to keep for the second pass
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    # without dropout no random numbers are drawn, so there is no state to keep for the second pass
+    draws = bool(getattr(getattr(forward, "__self__", None), "training", True))
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
 
 
 def embedding_width(language_model: PreTrainedModel) -> int:

@@ -35,6 +35,8 @@ class Stage2Config:
         text_conditioned: the Q-Former reads an instruction beside its queries, as InstructBLIP
             does (arXiv 2305.06500); False: images alone, as BLIP-2.
         vocab_size, max_position_embeddings, pad_token_id: of the instruction's tokens; stage 1's.
+        llm_dropout: in training, the frozen language model drops out as its own configuration says.
+            LAVIS trains so, because its `train()` reaches the frozen model; False: no dropout.
         match_embedding_scale: start the projection such that soft prompts are of the size of the
             language model's token embeddings, instead of PyTorch's default as LAVIS. Prompts that
             are much larger drown the positions, and a small language model learns later.
@@ -60,6 +62,7 @@ class Stage2Config:
     vocab_size: int = 30523
     max_position_embeddings: int = 512
     pad_token_id: int = 0
+    llm_dropout: bool = False
     match_embedding_scale: bool = False
 
     def __post_init__(self) -> None:
