@@ -28,9 +28,10 @@ log=$out/log.txt
 # a suite, and the most seconds that it may take
 declare -A most=(
     [qformer_attention]=200 [itc]=100 [stage1_step]=150 [glue]=60 [qformer]=90 [stage2_step]=150
+    [captioning]=150
 )
 suites=("$@")
-[ $# -gt 0 ] || suites=(qformer_attention itc stage1_step glue qformer stage2_step)
+[ $# -gt 0 ] || suites=(qformer_attention itc stage1_step glue qformer stage2_step captioning)
 for suite in "${suites[@]}"; do
     [ -n "${most[$suite]:-}" ] || { echo "no suite $suite; known: ${!most[*]}" >&2; exit 2; }
 done

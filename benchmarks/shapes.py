@@ -13,8 +13,9 @@ from typing import Any, Literal, Protocol
 
 import pytest
 import torch
+from transformers import Blip2VisionConfig, OPTConfig, T5Config
 
-from blip2fast import Stage1Config
+from blip2fast import Stage1Config, Stage2Config
 from blip2fast.masks import MaskKind
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -246,8 +247,100 @@ INFERENCE_SHAPES = {
     "vit_l_b1": Shape(VIT_L, batch=1, image_tokens=257),
     "vit_g_b1": Shape(VIT_G, batch=1, image_tokens=257),
     "vit_g_b4": Shape(VIT_G, batch=4, image_tokens=257),
+    "vit_g_b1_16_queries": Shape(replace(VIT_G, num_query_tokens=16), batch=1, image_tokens=257),
+    "vit_g_b1_four_frames": Shape(VIT_G, batch=1, image_tokens=4 * 257),
     **{
         f"vit_g_b{batch}_cuda": Shape(VIT_G, batch=batch, image_tokens=257, where="cuda")
         for batch in (1, 32, 256)
     },
+}
+
+
+@dataclass(frozen=True)
+class CaptionShape:
+    """Images to captions; every caption begins with 4 tokens and goes on for `new_tokens`."""
+
+    vision: Blip2VisionConfig
+    qformer: Stage2Config
+    language: OPTConfig | T5Config
+    batch: int
+    new_tokens: int
+    dtype: torch.dtype = torch.float32
+    where: Where = "cpu"
+
+
+def opt(width: int, layers: int, heads: int, **sizes: int) -> OPTConfig:
+    """OPT of a width, its feed-forward layers four times as wide."""
+    return OPTConfig(
+        hidden_size=width,
+        word_embed_proj_dim=width,
+        ffn_dim=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        **sizes,
+    )
+
+
+def flan_t5(width: int, ffn: int, layers: int, heads: int, **sizes: int) -> T5Config:
+    """FlanT5 of a width: gated gelu, a head of its own."""
+    return T5Config(
+        d_model=width,
+        d_kv=64,
+        d_ff=ffn,
+        num_layers=layers,
+        num_heads=heads,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        **sizes,
+    )
+
+
+def vision(width: int, layers: int, heads: int, size: int, patch: int) -> Blip2VisionConfig:
+    """A BLIP-2 vision model; the perceptron is 4.36 times as wide in ViT-g, 4 times here."""
+    return Blip2VisionConfig(
+        hidden_size=width,
+        intermediate_size=6144 if width == 1408 else 4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=size,
+        patch_size=patch,
+        initializer_range=0.02,
+    )
+
+
+TINY_QFORMER = Stage2Config(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    encoder_hidden_size=32,
+    num_query_tokens=4,
+)
+# a quarter of the real width and fewer layers, so that a CPU needs seconds a batch
+SMALL_QFORMER = Stage2Config(
+    hidden_size=256,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    intermediate_size=1024,
+    encoder_hidden_size=352,
+)
+_TINY_VISION, _SMALL_VISION = vision(32, 2, 2, 16, 8), vision(352, 8, 4, 112, 14)
+_VIT_G = vision(1408, 39, 16, 224, 14)
+_QFORMER = Stage2Config()
+_HALF = torch.float16
+CAPTION_SHAPES = {
+    "tiny_opt": CaptionShape(
+        _TINY_VISION, TINY_QFORMER, opt(32, 2, 2, vocab_size=64), 3, 5, where="test"
+    ),
+    "tiny_t5": CaptionShape(
+        _TINY_VISION, TINY_QFORMER, flan_t5(32, 64, 2, 2, vocab_size=64), 3, 5, where="test"
+    ),
+    "small_opt_b8": CaptionShape(_SMALL_VISION, SMALL_QFORMER, opt(640, 8, 10), 8, 20),
+    "small_t5_b8": CaptionShape(_SMALL_VISION, SMALL_QFORMER, flan_t5(512, 1280, 6, 8), 8, 20),
+    "opt_2.7b_b32": CaptionShape(_VIT_G, _QFORMER, opt(2560, 32, 32), 32, 20, _HALF, "cuda"),
+    "opt_6.7b_b32": CaptionShape(_VIT_G, _QFORMER, opt(4096, 32, 32), 32, 20, _HALF, "cuda"),
+    "flan_t5_xl_b32": CaptionShape(
+        _VIT_G, _QFORMER, flan_t5(2048, 5120, 24, 32), 32, 20, torch.bfloat16, "cuda"
+    ),
 }

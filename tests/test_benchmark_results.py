@@ -144,3 +144,11 @@ def test_check_finds_a_stale_page_and_a_stale_plot(
     assert page.read_text().endswith("<!-- /itc -->\nend\n")
     result(raw("itc[a]", "2026-01-02", {"blip2fast cuda": 0.001})).write(tmp_path)
     assert report.check() == ["README.md", plot]
+
+
+def test_a_rate_stands_beside_its_time() -> None:
+    captions = raw("caption[a]", "2026-01-02", {"blip2fast": 2.0, "transformers": 4.0})
+    captions["extra_info"]["contenders"]["blip2fast"]["images_per_s"] = 4.0
+    table = tables.suite_table(result(captions))
+    assert "blip2fast 2.00 s (2.00 s to 2.00 s): 4 images/s" in table
+    assert table.count("images/s") == 1
