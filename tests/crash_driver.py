@@ -251,9 +251,12 @@ class Scenarios:
                 writer.armed = False
             return False
 
-        def there() -> tuple[int, float]:
-            step = checkpointing.read_description(folder).step
-            return step, checkpointing.read_parameters(folder)["weight"].mean().item()
+        def there() -> tuple[int, Any]:
+            try:
+                step = checkpointing.read_description(folder).step
+                return step, checkpointing.read_parameters(folder)["weight"].mean().item()
+            except ValueError as error:
+                return 0, str(error)
 
         found: list[list[Any]] = []
         for first in itertools.count(1):
