@@ -1,6 +1,8 @@
 """`blip2fast.QFormer` against transformers' Q-Former: queries on image tokens, forward, eval.
 
 On a GPU whole calls are timed, launches included; "CUDA graph" means that the caller replays one.
+"absorbed" and "projected" are the two forms of cross-attention (`blip2fast/absorption.py`), of which
+"blip2fast" chooses one by its rule.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Blip2QFormerModel
 
-from blip2fast import QFormer
+from blip2fast import QFormer, absorption
 
 DTYPES = {
     "fp32": torch.float32,
@@ -50,6 +52,19 @@ def forward_of(model: nn.Module, queries: Tensor) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def with_absorption(forward: Callable[[Tensor], Tensor], absorb: bool) -> Callable[..., Tensor]:
+    """The forward pass with one form of cross-attention, whatever the rule says."""
+
+    def forced(tokens: Tensor) -> Tensor:
+        rule, absorption.pays = absorption.pays, lambda *_: absorb
+        try:
+            return forward(tokens)
+        finally:
+            absorption.pays = rule
+
+    return forced
+
+
 def graphed(forward: Callable[[Tensor], Tensor]) -> Provider[Tensor]:
     """A provider that replays a CUDA graph of the forward pass."""
 
@@ -71,6 +86,8 @@ def bench_forward(
     held = models(shape, kind, device)
     queries = torch.randn(1, shape.config.num_query_tokens, C).to(device, kind)
     forwards = {which: forward_of(model, queries) for which, model in held.items()}
+    for form, absorb in (("absorbed", True), ("projected", False)):
+        forwards[f"blip2fast, {form}"] = with_absorption(forwards["blip2fast"], absorb)
     if timed:
         forwards["transformers sdpa, compiled"] = torch.compile(forwards["transformers sdpa"])
 

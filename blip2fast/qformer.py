@@ -380,11 +380,6 @@ def _check_rows(name: str, states: Tensor, width: int) -> None:
             f"{name} holds {states.dtype}, expected floating-point states [B, tokens, {width}]; "
             "token ids go into input_ids=..., by name"
         )
-    if not states.is_floating_point():
-        raise ValueError(
-            f"{name} holds {states.dtype}, expected floating-point states [B, tokens, {width}]; "
-            "token ids go into input_ids=..., by name"
-        )
     if states.ndim != 3 or states.shape[-1] != width or 0 in states.shape:
         shape = list(states.shape)
         what = "is empty" if 0 in shape else f"has shape {shape}"

@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blip2fast import absorption
+from blip2fast.inference_linear import linear
 
 
 def attention(
@@ -103,7 +104,7 @@ class QFormerMultiHeadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the attended values `[B, L, C]` and the weights `[B, H, L, S]` if asked for."""
         explicit = output_attentions or self.config._attn_implementation == "eager"
-        query = self.query(hidden_states)
+        query = linear(self.query, hidden_states)
         heads = self.config.num_attention_heads
         if self.is_cross_attention and absorption.pays(
             query, attended_states, heads, self.key, self.value, explicit
@@ -114,8 +115,8 @@ class QFormerMultiHeadAttention(nn.Module):
             return output.transpose(1, 2).flatten(2), None
         output, weights = attention(
             self._split_heads(query),
-            self._split_heads(self.key(attended_states)),
-            self._split_heads(self.value(attended_states)),
+            self._split_heads(linear(self.key, attended_states)),
+            self._split_heads(linear(self.value, attended_states)),
             mask,
             self.config.attention_probs_dropout_prob if self.training else 0.0,
             explicit,
@@ -136,7 +137,7 @@ class QFormerResidual(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+        return self.LayerNorm(self.dropout(linear(self.dense, hidden_states)) + residual)
 
 
 class QFormerAttention(nn.Module):
@@ -168,7 +169,7 @@ class QFormerIntermediate(nn.Module):
         self.intermediate_act_fn = ACT2FN[act] if isinstance(act, str) else act
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.intermediate_act_fn(self.dense(hidden_states))
+        return linear(self.dense, hidden_states, self.intermediate_act_fn)
 
 
 class QFormerLayer(GradientCheckpointingLayer):
