@@ -1,8 +1,8 @@
 """`blip2fast.QFormer` against transformers' Q-Former: queries on image tokens, forward, eval.
 
 On a GPU whole calls are timed, launches included; "CUDA graph" means that the caller replays one.
-"absorbed" and "projected" are the two forms of cross-attention (`blip2fast/absorption.py`), of which
-"blip2fast" chooses one by its rule.
+"absorbed" and "projected" are the two forms of cross-attention (`blip2fast/absorption.py`);
+"blip2fast" chooses between them by its rule.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Forms that only inference takes: absorbed cross-attention, oneDNN's products. The same numbers."""
+"""What only inference takes: absorbed cross-attention, oneDNN. The same numbers."""
 
 from __future__ import annotations
 
