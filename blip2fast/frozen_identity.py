@@ -49,7 +49,7 @@ class FrozenIdentity:
         name: folder or hub name; for messages, two names may be of one model.
         config: what its configuration says of the function it computes, as `a.b` keys.
         weights: digests of sampled values (see above), by precision.
-        values: elements of all tensors.
+        values: elements of its distinct tensors (all biases of zeros of one shape are one).
     """
 
     name: str
