@@ -317,7 +317,7 @@ TINY_QFORMER = Stage2Config(
     encoder_hidden_size=32,
     num_query_tokens=4,
 )
-# a quarter of the real width and fewer layers, so that a CPU needs seconds a batch
+# a quarter of the real widths, fewer layers and words, so that a CPU needs a second or two a batch
 SMALL_QFORMER = Stage2Config(
     hidden_size=256,
     num_hidden_layers=6,
@@ -325,7 +325,7 @@ SMALL_QFORMER = Stage2Config(
     intermediate_size=1024,
     encoder_hidden_size=352,
 )
-_TINY_VISION, _SMALL_VISION = vision(32, 2, 2, 16, 8), vision(352, 8, 4, 112, 14)
+_TINY_VISION, _SMALL_VISION = vision(32, 2, 2, 16, 8), vision(352, 6, 4, 112, 14)
 _VIT_G = vision(1408, 39, 16, 224, 14)
 _QFORMER = Stage2Config()
 _HALF = torch.float16
@@ -336,8 +336,12 @@ CAPTION_SHAPES = {
     "tiny_t5": CaptionShape(
         _TINY_VISION, TINY_QFORMER, flan_t5(32, 64, 2, 2, vocab_size=64), 3, 5, where="test"
     ),
-    "small_opt_b8": CaptionShape(_SMALL_VISION, SMALL_QFORMER, opt(640, 8, 10), 8, 20),
-    "small_t5_b8": CaptionShape(_SMALL_VISION, SMALL_QFORMER, flan_t5(512, 1280, 6, 8), 8, 20),
+    "small_opt_b8": CaptionShape(
+        _SMALL_VISION, SMALL_QFORMER, opt(512, 6, 8, vocab_size=4096), 8, 16
+    ),
+    "small_t5_b8": CaptionShape(
+        _SMALL_VISION, SMALL_QFORMER, flan_t5(384, 960, 6, 6, vocab_size=4096), 8, 16
+    ),
     "opt_2.7b_b32": CaptionShape(_VIT_G, _QFORMER, opt(2560, 32, 32), 32, 20, _HALF, "cuda"),
     "opt_6.7b_b32": CaptionShape(_VIT_G, _QFORMER, opt(4096, 32, 32), 32, 20, _HALF, "cuda"),
     "flan_t5_xl_b32": CaptionShape(

@@ -21,13 +21,13 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from blip2fast import stage2_llm
+from blip2fast.blip2_chat import Chat
 from blip2fast.blip2_inputs import (
     BATCH_SIZE,
+    EncodedImages,
     Images,
     Options,
     Questions,
-    SoftPrompts,
     generate_settings,
     questions_by_image,
 )
@@ -38,7 +38,6 @@ Texts = str | list[str] | list[list[str]] | list[str | list[str]]
 
 CAPTION: Options = {"num_beams": 5, "length_penalty": 1.0, "max_new_tokens": 30}
 ANSWER: Options = {"num_beams": 5, "length_penalty": -1.0, "max_new_tokens": 10}
-CHAT: Options = {"num_beams": 5, "length_penalty": 1.0, "max_new_tokens": 30}
 
 
 class Blip2:
@@ -72,7 +71,7 @@ class Blip2:
 
         Args:
             path: output folder or checkpoint of a stage-2 run of blip2fast, or folder or hub name
-                of a transformers BLIP-2 (`Blip2ForConditionalGeneration`).
+                of a transformers BLIP-2 or InstructBLIP (`...ForConditionalGeneration`).
             dtype: of all weights.
             device: where it computes; by default CUDA where there is one.
             offload: "stream" keeps the language model's blocks in host memory.
@@ -113,7 +112,7 @@ class Blip2:
         *,
         image_embeds: Tensor | None = None,
         batch_size: int = BATCH_SIZE,
-    ) -> SoftPrompts:
+    ) -> EncodedImages:
         """Read images once, for several captions, questions or conversations about them.
 
         Args:
@@ -132,10 +131,10 @@ class Blip2:
         rows = range(pictures.count)
         _check_batch_size(batch_size)
         parts = [
-            pictures.prompts(rows[start : start + batch_size])
+            pictures.read(rows[start : start + batch_size])
             for start in range(0, pictures.count, batch_size)
         ]
-        return SoftPrompts(torch.cat(parts), pictures.one)
+        return EncodedImages(torch.cat(parts), pictures.one)
 
     def caption(
         self,
@@ -168,8 +167,9 @@ class Blip2:
                 f"the prompt {prompt!r} has a place for a question; use answer, or leave it out"
             )
         pictures = Pictures(self._parts, images, image_embeds)
-        rows = list(range(pictures.count))
-        written = self._write(pictures, rows, [prompt] * len(rows), CAPTION, options, num_captions)
+        rows = [[row] for row in range(pictures.count)]
+        texts = [self._parts.marker + prompt] * len(rows)
+        written = self._write(pictures, rows, texts, CAPTION, options, num_captions)
         if num_captions == 1:
             return written[0] if pictures.one else written
         nested = [
@@ -205,7 +205,8 @@ class Blip2:
         template = self._question_template(prompt, self.prompts.question)
         pictures = Pictures(self._parts, images, image_embeds)
         asked, alone = questions_by_image(questions, pictures.count, pictures.one)
-        rows = [row for row, each in enumerate(asked) for _ in each]
+        rows = [[row] for row, each in enumerate(asked) for _ in each]
+        template = self._parts.marker + template
         texts = [template.replace("{}", question) for each in asked for question in each]
         written = iter(self._write(pictures, rows, texts, ANSWER, options))
         answers = [[next(written) for _ in each] for each in asked]
@@ -214,25 +215,23 @@ class Blip2:
 
     def chat(
         self,
-        image: Images | None = None,
+        images: Images | None = None,
         *,
         image_embeds: Tensor | None = None,
         prompt: str | None = None,
         **options: Unpack[Options],
     ) -> Chat:
-        """Begin a conversation about one image, which is read here and never again.
+        """Begin a conversation about images, which are read here and never again.
 
         Args:
-            image, image_embeds: of one image, as in `encode`.
+            images, image_embeds: one image or several, as in `encode`; they stand in front.
             prompt: template of a question; None: `prompts.chat`.
             options: see `Options`; by default 5 beams, length penalty 1, at most 30 tokens.
 
         Raises:
-            ValueError: as in `encode`; several images.
+            ValueError: as in `encode`.
         """
-        seen = self.encode(image, image_embeds=image_embeds)
-        if len(seen) != 1:
-            raise ValueError(f"{len(seen)} images: a conversation is about one image; give one")
+        seen = self.encode(images, image_embeds=image_embeds)
         return Chat(self, seen, self._question_template(prompt, self.prompts.chat), options)
 
     def _question_template(self, given: str | None, own: str) -> str:
@@ -244,13 +243,13 @@ class Blip2:
     def _write(
         self,
         pictures: Pictures,
-        rows: Sequence[int],
+        rows: Sequence[Sequence[int]],
         texts: Sequence[str],
         defaults: Options,
         options: Options,
         per_text: int = 1,
     ) -> list[str]:
-        """Continue each text, after the image of its row."""
+        """Continue each text, which has a marker for each image of its row."""
         settings = generate_settings(defaults, options, per_text)
         settings |= {
             "eos_token_id": self._parts.end_ids,
@@ -258,78 +257,21 @@ class Blip2:
         }
         size = options.get("batch_size", BATCH_SIZE)
         _check_batch_size(size)
+        form = "image_embeds" if self.model.config.text_conditioned else "prompts"
         written: list[str] = []
         with _seeded(options.get("seed"), self.device):
             for start in range(0, len(rows), size):
-                batch = self._parts.text.prompt_batch(texts[start : start + size])
+                some = rows[start : start + size]
+                batch = self._parts.text.prompt_batch(
+                    texts[start : start + size], image_counts=[len(each) for each in some]
+                )
                 tokens = self.model.generate(
-                    prompts=pictures.prompts(rows[start : start + size]),
+                    **{form: pictures.read([row for each in some for row in each])},
                     **{name: value.to(self.device) for name, value in batch.items()},
                     **settings,
                 )
                 written += self._parts.text.decode(tokens)
         return written
-
-
-class Chat:
-    """A conversation about one image; call it with a question. Made by `Blip2.chat`.
-
-    The language model reads the image, then every earlier question with its answer, then the new
-    question (paper, section 4.1). The oldest turns are left out where the position table of a
-    decoder-only model has no room for all of them; an encoder with relative positions (T5) has
-    none, so there `history` may be shortened by hand.
-
-    Attributes:
-        history: (question, answer) of each turn; may be changed.
-        left_out: how many of the oldest turns the last question had no room for.
-    """
-
-    def __init__(self, model: Blip2, seen: SoftPrompts, template: str, options: Options) -> None:
-        self.history: list[tuple[str, str]] = []
-        self.left_out = 0
-        self._model, self._seen, self._template, self._options = model, seen, template, options
-
-    def __call__(self, question: str, **options: Unpack[Options]) -> str:
-        """Ask, and remember the answer.
-
-        Args:
-            question: without the template's words.
-            options: for this turn, over those of the conversation.
-
-        Raises:
-            ValueError: an empty question, or one that has no room even alone.
-        """
-        if not question.strip():
-            raise ValueError(f"the question {question!r} is empty; leave it out")
-        merged: Options = {**self._options, **options}
-        text = self._fitting(question, merged.get("max_new_tokens", CHAT["max_new_tokens"]))
-        pictures = Pictures(self._model._parts, self._seen, None)
-        (answer,) = self._model._write(pictures, [0], [text], CHAT, merged)
-        self.history.append((question, answer))
-        return answer
-
-    def prompt(self, question: str, first: int = 0) -> str:
-        """What the language model reads: the turns from `first` on, then the question."""
-        turns = [
-            f"{self._template.replace('{}', asked).rstrip()} {answer.rstrip('.')}."
-            for asked, answer in self.history[first:]
-        ]
-        return " ".join([*turns, self._template.replace("{}", question)])
-
-    def _fitting(self, question: str, new_tokens: int) -> str:
-        """The prompt with as many of the latest turns as there are positions for."""
-        language_model = self._model.model.language_model
-        limit = stage2_llm.position_limit(language_model)
-        self.left_out = 0
-        if limit is not None and not stage2_llm.is_encoder_decoder(language_model):
-            room = limit - self._seen.prompts.shape[1] - new_tokens
-            while self.left_out < len(self.history) and self._length(question) > room:
-                self.left_out += 1
-        return self.prompt(question, self.left_out)
-
-    def _length(self, question: str) -> int:
-        batch = self._model._parts.text.prompt_batch([self.prompt(question, self.left_out)])
-        return int(batch["input_ids"].shape[1])
 
 
 def _check_batch_size(size: int) -> None:

@@ -20,22 +20,23 @@ Questions = str | Sequence[str | Sequence[str]]
 
 
 @dataclass(frozen=True)
-class SoftPrompts:
-    """Images as the language model reads them; `Blip2.encode` makes them, once for many texts.
+class EncodedImages:
+    """Images that were read once, for many texts; made by `Blip2.encode`.
 
     Attributes:
-        prompts: [B, Q, L].
+        states: [B, Q, L], their soft prompts; of a text-conditioned Q-Former, which reads an image
+            anew under every text, [B, S, E], the image encoder's tokens.
         one: whether they are of one image that came without a list around it.
     """
 
-    prompts: Tensor
+    states: Tensor
     one: bool
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.states)
 
 
-Images = OneImage | Sequence[OneImage] | SoftPrompts
+Images = OneImage | Sequence[OneImage] | EncodedImages
 
 
 class Options(TypedDict, total=False):
@@ -112,7 +113,7 @@ def as_list(images: Images | None) -> tuple[list[OneImage], bool]:
     Raises:
         ValueError: none, or something that is no image.
     """
-    if images is None or isinstance(images, SoftPrompts):
+    if images is None or isinstance(images, EncodedImages):
         raise ValueError("no images: give images=..., or image_embeds=...")
     if isinstance(images, str | Path | Image.Image):
         return [images], True

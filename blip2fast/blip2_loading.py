@@ -14,6 +14,7 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     Blip2ForConditionalGeneration,
+    InstructBlipForConditionalGeneration,
     PreTrainedModel,
 )
 
@@ -23,12 +24,18 @@ from blip2fast.image_encoders import load_image_encoder
 from blip2fast.image_files import transform_for
 from blip2fast.offload.loading import load_streamed
 from blip2fast.offload.streaming import stream_blocks
+from blip2fast.run_texts import qformer_tokenizer
 from blip2fast.stage2 import Blip2Stage2
 from blip2fast.stage2_text import Stage2Text
 
 Offload = Literal["none", "stream"]
 # the position table bounds a prompt, not a number of the configuration
 NO_LIMIT = 1_000_000
+MARKER = "<image>"
+_KINDS = {
+    "blip-2": Blip2ForConditionalGeneration,
+    "instructblip": InstructBlipForConditionalGeneration,
+}
 
 
 @dataclass(frozen=True)
@@ -46,25 +53,29 @@ class Prompts:
     chat: str
 
 
-def paper_prompts(encoder_decoder: bool) -> Prompts:
-    """The paper's (arXiv 2301.12597): section 4.2 for captions, 4.1 for questions."""
+def paper_prompts(encoder_decoder: bool, text_conditioned: bool) -> Prompts:
+    """The paper's (arXiv 2301.12597): section 4.2 for captions, 4.1 for questions.
+
+    For a text-conditioned Q-Former those that InstructBLIP was tuned with (arXiv 2305.06500).
+    """
     chat = "Question: {} Answer:"
-    question = "Question: {} Short answer:" if encoder_decoder else chat
-    return Prompts("a photo of", question, chat)
+    short = encoder_decoder or text_conditioned
+    caption = "A short image description:" if text_conditioned else "a photo of"
+    return Prompts(caption, "Question: {} Short answer:" if short else chat, chat)
 
 
 def prompts_of_run(model: Blip2Stage2) -> Prompts:
     """What the run was trained with, and the paper's where it was trained with nothing of the kind.
 
     A decoder-only model that was trained without a prompt writes its captions without one; an
-    encoder has always read the beginning of a caption, so it gets the paper's.
+    encoder, or a Q-Former that reads text, gets the paper's: it has always read something.
     """
     own, encoder_decoder = model.config.prompt, stage2_llm.is_encoder_decoder(model.language_model)
-    paper = paper_prompts(encoder_decoder)
+    paper = paper_prompts(encoder_decoder, model.config.text_conditioned)
+    begun = paper.caption if encoder_decoder or model.config.text_conditioned else ""
     if "{}" in own:
-        return Prompts(paper.caption if encoder_decoder else "", own, own)
-    caption = own or (paper.caption if encoder_decoder else "")
-    return Prompts(caption, paper.question, paper.chat)
+        return Prompts(begun, own, own)
+    return Prompts(own or begun, paper.question, paper.chat)
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Parts:
 
     Attributes:
         model: in evaluation mode.
-        text: without a prompt of its own and without a limit.
+        text: without a prompt of its own and without a limit; images stand where markers are.
         prompts: the templates.
         transform: of images, for `model.image_encoder`; None where there is no encoder.
         no_encoder: why there is none.
@@ -87,6 +98,11 @@ class Parts:
     no_encoder: str
     end_ids: list[int]
 
+    @property
+    def marker(self) -> str:
+        """What stands for an image in texts."""
+        return self.text.image_marker or MARKER
+
 
 def load_parts(
     path: str,
@@ -99,7 +115,7 @@ def load_parts(
     """See `Blip2.from_pretrained`."""
     if offload not in ("none", "stream"):
         raise ValueError(f"offload={offload!r}: expected 'none' or 'stream'")
-    if (Path(path) / "model.json").is_file():
+    if checkpointing.is_trained(path):
         return _trained(path, dtype, device, offload, language_model, image_encoder)
     if (Path(path) / "checkpoints").is_dir():
         last = checkpointing.last_checkpoint(Path(path) / "checkpoints")
@@ -136,22 +152,30 @@ def _trained(
     model = checkpointing.load_trained(path, frozen)
     if not isinstance(model, Blip2Stage2):
         raise ValueError(f"{path}: expected a model of stage 2")
-    transform, missing = _add_encoder(model, image_encoder, description.image_encoder, dtype)
+    transform, missing = _add_encoder(model, image_encoder, description, path, dtype)
     _place(model, dtype, device)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    text = _text(model, tokenizer)
+    reads = model.config.text_conditioned
+    words = qformer_tokenizer(str(description.tokenizer)) if reads else None
+    text = _text(model, AutoTokenizer.from_pretrained(name), words)
     return Parts(model, text, prompts_of_run(model), transform, missing, [text.end_token_id])
 
 
 def _add_encoder(
-    model: Blip2Stage2, given: str | None, known: str, dtype: torch.dtype
+    model: Blip2Stage2,
+    given: str | None,
+    description: checkpointing.Description,
+    path: str,
+    dtype: torch.dtype,
 ) -> tuple[Transform | None, str]:
     """Load the encoder that the run's image tokens came from; its transform, or why there is none.
 
+    The description names it as `FrozenImageEncoder.encoder_id` does, "name, block n", or as a
+    feature cache of other origin said.
+
     Args:
-        given: folder or hub name, instead of the known one.
-        known: `FrozenImageEncoder.encoder_id`, "name, block n", or what else a cache said.
+        given: folder or hub name, instead of the one that the description names.
     """
+    known = description.image_encoder
     name, _, block = known.rpartition(", block ")
     layer = int(block) if name and block.isdigit() else None
     if given is None and layer is None:
@@ -167,21 +191,31 @@ def _add_encoder(
             f"image encoder {given or name!r} gives tokens of width {encoder.width}, this model "
             f"was trained on {model.config.encoder_hidden_size} (of {known!r})"
         )
+    checkpointing.check_frozen(
+        description,
+        "image_encoder",
+        encoder.identity,
+        path,
+        "Give image_encoder=..., the one it was trained with",
+    )
     model.image_encoder = encoder
     return transform_for(given or name, encoder.image_size), ""
 
 
 def _transformers(path: str, dtype: torch.dtype, device: torch.device, offload: Offload) -> Parts:
     try:
-        config = AutoConfig.from_pretrained(path)
-        if config.model_type != "blip-2":
+        kind = AutoConfig.from_pretrained(path).model_type
+        if kind not in _KINDS:
             raise ValueError(
-                f"{path} is a {config.model_type!r} model; give a run that blip2fast trained in "
-                "stage 2, or a transformers BLIP-2"
+                f"{path} is a {kind!r} model; give a run that blip2fast trained in stage 2, or a "
+                "transformers BLIP-2 or InstructBLIP"
             )
-        whole = Blip2ForConditionalGeneration.from_pretrained(path, dtype=dtype)
+        whole = _KINDS[kind].from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
         processor = AutoImageProcessor.from_pretrained(path)
+        words = None
+        if kind == "instructblip":
+            words = AutoTokenizer.from_pretrained(path, subfolder="qformer_tokenizer")
     except OSError as error:
         raise ValueError(
             f"{path!r}: not there: give a folder, a run of blip2fast or a transformers BLIP-2 with "
@@ -196,21 +230,25 @@ def _transformers(path: str, dtype: torch.dtype, device: torch.device, offload: 
     if offload == "stream":
         stream_blocks(model.language_model, device)
     _place(model, dtype, device)
-    text = _text(model, tokenizer)
+    text = _text(model, tokenizer, words)
     # checkpoints made from LAVIS's end their texts at a token that only this configuration names
     ends = model.language_model.generation_config.eos_token_id
     end_ids = [text.end_token_id] if ends is None else ends if isinstance(ends, list) else [ends]
     text.end_token_id = end_ids[0]
-    prompts = paper_prompts(stage2_llm.is_encoder_decoder(model.language_model))
+    encoder_decoder = stage2_llm.is_encoder_decoder(model.language_model)
+    prompts = paper_prompts(encoder_decoder, model.config.text_conditioned)
     return Parts(model, text, prompts, transform, "", end_ids)
 
 
-def _text(model: Blip2Stage2, tokenizer: Any) -> Stage2Text:
+def _text(model: Blip2Stage2, tokenizer: Any, qformer_tokenizer: Any) -> Stage2Text:
     return Stage2Text(
         tokenizer,
         stage2_llm.is_encoder_decoder(model.language_model),
         end_text=model.config.end_text,
         max_txt_len=NO_LIMIT,
+        image_marker=model.config.image_marker or MARKER,
+        num_query_tokens=model.config.num_query_tokens,
+        qformer_tokenizer=qformer_tokenizer,
     )
 
 

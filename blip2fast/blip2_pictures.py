@@ -1,4 +1,4 @@
-"""Images in any form to soft prompts, each image read once.
+"""Images in any form to what the language model is given of them, each image read once.
 
 Shapes: B images, Q queries, S image tokens, E image token width, L language model width.
 """
@@ -10,19 +10,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blip2fast.blip2_inputs import Images, OneImage, SoftPrompts, as_list, to_pixels
+from blip2fast import stage1_inputs
+from blip2fast.blip2_inputs import EncodedImages, Images, OneImage, as_list, to_pixels
 from blip2fast.blip2_loading import Parts
 
 
 class Pictures:
-    """Images in any form, read when their rows are asked for, each once while they come in order.
+    """Images, read when their rows are asked for; each once, while rows come in order.
+
+    Args:
+        parts: the model and what prepares its inputs.
+        images, image_embeds: as in `Blip2.encode`.
 
     Attributes:
         count: B.
         one: whether it is one image that came without a list.
+
+    Raises:
+        ValueError: no images, both forms, or pictures without a known image encoder.
     """
 
-    def __init__(self, parts: Parts, images: Images | None, image_embeds: Tensor | None) -> None:
+    def __init__(
+        self, parts: Parts, images: Images | None, image_embeds: Tensor | None = None
+    ) -> None:
         self._parts = parts
         self._known: dict[int, Tensor] = {}
         self._images: list[OneImage] = []
@@ -38,9 +48,9 @@ class Pictures:
             self.one = image_embeds.ndim == 2
             self._embeds = image_embeds[None] if self.one else image_embeds
             self.count = len(self._embeds)
-        elif isinstance(images, SoftPrompts):
+        elif isinstance(images, EncodedImages):
             self.one, self.count = images.one, len(images)
-            self._known = dict(enumerate(images.prompts))
+            self._known = dict(enumerate(images.states))
         else:
             self._images, self.one = as_list(images)
             self.count = len(self._images)
@@ -50,21 +60,34 @@ class Pictures:
                     "image_encoder=..., or give image_embeds=..., its tokens"
                 )
 
-    def prompts(self, rows: Sequence[int]) -> Tensor:
-        """Soft prompts [len(rows), Q, L]."""
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """The states of `EncodedImages` for rows, [len(rows), ...]."""
         new = [row for row in dict.fromkeys(rows) if row not in self._known]
         if new:
             # a row at the end of one batch may go on in the next
             kept = {row: self._known[row] for row in rows if row in self._known}
-            self._known = kept | dict(zip(new, self._read(new), strict=True))
+            self._known = kept | dict(zip(new, self._encode(new), strict=True))
         return torch.stack([self._known[row] for row in rows])
 
     @torch.no_grad()
-    def _read(self, rows: Sequence[int]) -> Tensor:
+    def _encode(self, rows: Sequence[int]) -> Tensor:
         model = self._parts.model
         device = model.query_tokens.device
         if self._embeds is not None:
-            return model.encode_image(self._embeds[list(rows)].to(device))[0]
+            inputs = {"image_embeds": self._embeds[list(rows)].to(device)}
+        else:
+            inputs = {"images": self._pixels(rows).to(device, model.query_tokens.dtype)}
+        if not model.config.text_conditioned:
+            return model.encode_image(**inputs)[0]
+        return stage1_inputs.image_tokens(
+            inputs.get("image_embeds"),
+            inputs.get("images"),
+            model.image_encoder,
+            model.config.encoder_hidden_size,
+        )
+
+    def _pixels(self, rows: Sequence[int]) -> Tensor:
+        """[len(rows), 3, h, w]."""
         transform = self._parts.transform
         if transform is None:
             raise ValueError("no image encoder for pictures")
@@ -72,5 +95,4 @@ class Pictures:
         shapes = {tuple(each.shape) for each in pixels}
         if len(shapes) > 1:
             raise ValueError(f"images of different sizes after their transform: {sorted(shapes)}")
-        images = torch.stack(pixels).to(device, model.query_tokens.dtype)
-        return model.encode_image(images=images)[0]
+        return torch.stack(pixels)

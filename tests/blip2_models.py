@@ -15,9 +15,10 @@ from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
-    Blip2QFormerConfig,
-    Blip2VisionConfig,
     BlipImageProcessorPil,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
     T5ForConditionalGeneration,
@@ -76,7 +77,22 @@ def language_config(kind: str, **changes: int):
     return t5_config(**(ids | {"decoder_start_token_id": 1} | changes))
 
 
-def write_run(folder: Path, kind: str, prompt: str = "", **changes: int) -> Path:
+def qformer_words() -> PreTrainedTokenizerFast:
+    """The Q-Former's tokenizer: [CLS] words [SEP]."""
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **names)
+
+
+def write_run(
+    folder: Path, kind: str, prompt: str = "", conditioned: bool = False, **changes: int
+) -> Path:
     """A finished stage-2 run with its frozen models beside it."""
     language = folder / "language"
     if kind == "opt":
@@ -102,7 +118,9 @@ def write_run(folder: Path, kind: str, prompt: str = "", **changes: int) -> Path
     vision.save_pretrained(folder / "vision")
     encoder = load_image_encoder(str(folder / "vision"), layer=1)
     torch.manual_seed(0)
-    model = Blip2Stage2(stage2_config(prompt=prompt), language_model)
+    config = stage2_config(prompt=prompt, text_conditioned=conditioned, vocab_size=64)
+    model = Blip2Stage2(config, language_model)
+    qformer_words().save_pretrained(folder / "words")
     for name, child in model.named_children():
         if name != "language_model":
             spread_weights(child, 3)
@@ -111,42 +129,37 @@ def write_run(folder: Path, kind: str, prompt: str = "", **changes: int) -> Path
         sizes=dataclasses.asdict(model.config),
         image_encoder=encoder.encoder_id,
         language_model=str(language),
+        tokenizer=str(folder / "words") if conditioned else None,
     )
     save_model(folder / "run", model.trainable_state_dict(), description)
     return folder / "run"
 
 
-def write_transformers(folder: Path, kind: str) -> Path:
-    """A transformers BLIP-2 with its processor."""
-    config = Blip2Config(
-        vision_config=Blip2VisionConfig(
-            hidden_size=24,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=SIZE,
-            patch_size=8,
-        ),
-        qformer_config=Blip2QFormerConfig(
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            encoder_hidden_size=24,
-        ),
+def write_transformers(folder: Path, kind: str, instruct: bool = False) -> Path:
+    """A transformers BLIP-2, or InstructBLIP, with its processor."""
+    vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": SIZE, "patch_size": 8}
+    qformer = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    qformer |= {"num_attention_heads": 2, "encoder_hidden_size": 24, "vocab_size": 64}
+    config = (InstructBlipConfig if instruct else Blip2Config)(
+        vision_config=vision,
+        qformer_config=qformer,
         text_config=language_config(kind),
         num_query_tokens=NUM_QUERIES,
         image_token_index=SPECIAL.index("<image>"),
     )
-    model = Blip2ForConditionalGeneration(config)
+    whole = InstructBlipForConditionalGeneration if instruct else Blip2ForConditionalGeneration
+    model = whole(config)
     spread_weights(model, {"opt": 4, "t5": 7}[kind])
     model.language_model.tie_weights()
     model.save_pretrained(folder)
-    processor = Blip2Processor(
-        BlipImageProcessorPil(size={"height": SIZE, "width": SIZE}),
-        word_tokenizer(kind),
-        num_query_tokens=NUM_QUERIES,
-    )
+    images = BlipImageProcessorPil(size={"height": SIZE, "width": SIZE})
+    if instruct:
+        processor = InstructBlipProcessor(
+            images, word_tokenizer(kind), qformer_words(), num_query_tokens=NUM_QUERIES
+        )
+    else:
+        processor = Blip2Processor(images, word_tokenizer(kind), num_query_tokens=NUM_QUERIES)
     processor.save_pretrained(folder)
     return folder
 

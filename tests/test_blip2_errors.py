@@ -66,7 +66,8 @@ CASES: dict[str, tuple[Callable[[Blip2], Any], str]] = {
         "has a place for a question; use answer",
     ),
     "question prompt": (lambda m: m.answer(ONE, "a ?", prompt="x"), "'x' has no {} for the"),
-    "chat of two": (lambda m: m.chat([ONE, ONE]), "2 images: a conversation is about one"),
+    "chat without": (lambda m: m.chat(), "no images: give images"),
+    "marker": (lambda m: m.answer(ONE, "is <image> it ?"), "marker"),
     "chat question": (lambda m: m.chat(ONE)(""), "the question '' is empty"),
     "beams": (lambda m: m.caption(ONE, num_beams=0), "num_beams=0, num_captions=1"),
     "captions": (
