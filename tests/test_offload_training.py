@@ -34,7 +34,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero3, recomputed": {"offload": "zero3", "gradient_checkpointing": True},
     "auto": {"offload": "auto"},
 }
-TWO = ("none", "stream", "stream, zero 1", "zero3")
+ON_HOST = {"offload_optimizer": "cpu"}
+TWO: dict[str, dict[str, Any]] = {
+    **{name: RUNS[name] for name in ("none", "stream", "stream, zero 1", "zero3")},
+    "zero 1, optimizer on the host": {"zero_stage": 1, **ON_HOST},
+    "zero 2, optimizer on the host": {"zero_stage": 2, **ON_HOST},
+    "zero 3, optimizer on the host": {"zero_stage": 3, **ON_HOST},
+    "zero 3, all on the host": {"zero_stage": 3, "offload_param": "cpu", **ON_HOST},
+}
+# texts of one length, so that the mean over two processes is that over one
+PLAIN: dict[str, Any] = {"model": {"dropout": 0.0}, "data": {"max_txt_len": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +122,9 @@ def _work(rank: int, port: int, world: Path, outputs: Path) -> None:
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    plain = {"model": {"dropout": 0.0}, "data": {"max_txt_len": 3}, "optim": {"batch_size": 2}}
-    for name in TWO:
-        train(config(world, outputs / name, 2, **plain, **RUNS[name]), say=_quiet)
+    plain = {**PLAIN, "optim": {"batch_size": 2}}
+    for name, settings in TWO.items():
+        train(config(world, outputs / name, 2, **plain, **settings), say=_quiet)
     # the processes find different memory, and all stop because one has too little
     free = Memory((64 << 30) if rank == 0 else 1000, 64 << 30, device_is_host=False)
     settle.machine_memory = lambda: free
@@ -132,7 +141,10 @@ def test_two_processes_train_alike(world: Path, tmp_path: Path) -> None:
     mp.spawn(_work, (port, world, tmp_path), nprocs=2)
     expected = _series(tmp_path / "none", "loss")
     assert len(expected) == 6
-    for name in TWO[1:]:
+    train(config(world, tmp_path / "one", 2, **PLAIN), say=_quiet)
+    one = _series(tmp_path / "one", "loss")
+    torch.testing.assert_close(expected, one, rtol=1e-5, atol=0)
+    for name in list(TWO)[1:]:
         torch.testing.assert_close(
             _series(tmp_path / name, "loss"), expected, rtol=2e-6, atol=0, msg=name
         )
