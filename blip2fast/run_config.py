@@ -80,6 +80,7 @@ class LanguageModelSection:
         match_embedding_scale: start soft prompts at the size of its token embeddings (a small
             language model learns sooner); False: PyTorch's default, as LAVIS.
         llm_dropout: train through its dropout, as LAVIS does; False: none.
+        pack_padding: compute no padding; see `Stage2Config`.
     """
 
     __pydantic_config__ = _STRICT
@@ -89,6 +90,7 @@ class LanguageModelSection:
     end_text: str | None = None
     match_embedding_scale: bool = False
     llm_dropout: bool = False
+    pack_padding: bool = False
 
 
 @dataclass
@@ -386,11 +388,8 @@ def _stage_faults(config: RunConfig) -> list[str]:
             for name in ("bert", "embed_dim")
             if getattr(config.model, name) is not None
         ]
-        reads = bool(config.model.text_conditioned)
-        if config.model.tokenizer is not None and not reads:
-            faults.append("model.tokenizer belongs to stage 1 or text_conditioned: true")
-        if config.model.tokenizer is None and reads:
-            faults.append("model.text_conditioned: the Q-Former reads text, set model.tokenizer")
+        if bool(config.model.text_conditioned) != (config.model.tokenizer is not None):
+            faults.append("model.tokenizer belongs to stage 1 or text_conditioned, which needs it")
         prompt = config.language_model.prompt if config.language_model else ""
         if config.data.task == "caption" and "{}" in prompt:
             faults.append("language_model.prompt has a {} for questions, but data.task is caption")

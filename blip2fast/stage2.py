@@ -21,6 +21,7 @@ from blip2fast import (
     stage2_convert,
     stage2_generation,
     stage2_llm,
+    stage2_packing,
     stage2_sequence,
 )
 from blip2fast.qformer import QFormer
@@ -74,6 +75,8 @@ class Blip2Stage2(nn.Module):
         self.language_projection = nn.Linear(config.hidden_size, width)
         if config.match_embedding_scale:
             stage2_llm.match_embedding_scale(self.language_projection, language_model)
+        if config.pack_padding:
+            stage2_packing.check_packable(language_model)
         self.language_model = language_model
         self.image_encoder = image_encoder
         stage2_llm.freeze(language_model)
@@ -101,20 +104,7 @@ class Blip2Stage2(nn.Module):
         Raises:
             ValueError: no config for a state dict; a tensor that is missing or of another shape.
         """
-        if isinstance(stage1, Blip2Stage1):
-            config = config or Stage2Config.from_stage1(stage1.config)
-            image_encoder = image_encoder or stage1.image_encoder
-            stage1 = stage1.state_dict()
-        elif config is None:
-            raise ValueError("a stage-1 state dict does not tell all sizes; pass config=...")
-        model = cls(config, language_model, image_encoder)
-        wanted = {
-            name: value
-            for name, value in model.trainable_state_dict().items()
-            if not name.startswith("language_projection.")
-        }
-        model._load("stage-1 state", stage2_convert.from_stage1(stage1, wanted), wanted)
-        return model
+        return stage2_convert.start_from_stage1(cls, stage1, language_model, config, image_encoder)
 
     @classmethod
     def from_transformers(cls, model: TransformersModel) -> Blip2Stage2:
@@ -157,6 +147,9 @@ class Blip2Stage2(nn.Module):
         if self.image_encoder is not None:
             self.image_encoder.eval()
         return self
+
+    def extra_repr(self) -> str:
+        return stage2_packing.describe(self.config, self.language_model)
 
     def gradient_checkpointing_enable(self) -> None:
         """Trade time for memory: recompute the Q-Former's and the language model's layers.
@@ -270,7 +263,13 @@ class Blip2Stage2(nn.Module):
             if in_place:
                 labels = stage2_sequence.predictable(labels)
             loss, logits = stage2_llm.continuation_loss(
-                self.language_model, embeds, mask, labels, input_ids.shape[1], return_logits
+                self.language_model,
+                embeds,
+                mask,
+                labels,
+                input_ids.shape[1],
+                return_logits,
+                self.config.pack_padding,
             )
         return Stage2Output(loss=loss, logits=logits, query_output=query_output, prompts=prompts)
 

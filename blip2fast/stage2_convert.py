@@ -24,9 +24,12 @@ from transformers import (
     InstructBlipVisionConfig,
     InstructBlipVisionModel,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
+from blip2fast.stage1 import Blip2Stage1
 from blip2fast.stage2_types import Stage2Config
+from blip2fast.state_dicts import check_state
 
 if TYPE_CHECKING:
     from blip2fast.stage2 import Blip2Stage2
@@ -70,6 +73,32 @@ def from_stage1(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
         if source in state:
             found[name] = state[source]
     return found
+
+
+def start_from_stage1(
+    kind: type[Blip2Stage2],
+    stage1: Blip2Stage1 | Mapping[str, Tensor],
+    language_model: PreTrainedModel,
+    config: Stage2Config | None,
+    image_encoder: nn.Module | None,
+) -> Blip2Stage2:
+    """See `Blip2Stage2.from_stage1`."""
+    if isinstance(stage1, Blip2Stage1):
+        config = config or Stage2Config.from_stage1(stage1.config)
+        image_encoder = image_encoder or stage1.image_encoder
+        stage1 = stage1.state_dict()
+    elif config is None:
+        raise ValueError("a stage-1 state dict does not tell all sizes; pass config=...")
+    model = kind(config, language_model, image_encoder)
+    wanted = {
+        name: value
+        for name, value in model.trainable_state_dict().items()
+        if not name.startswith("language_projection.")
+    }
+    state = from_stage1(stage1, wanted)
+    check_state("stage-1 state", state, wanted)
+    model.load_state_dict(state, strict=False)
+    return model
 
 
 def config_from_transformers(config: Blip2Config | InstructBlipConfig) -> Stage2Config:

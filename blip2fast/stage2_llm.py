@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from blip2fast import stage2_packing
 from blip2fast.stage1_inputs import describe
 from blip2fast.stage2_rows import IGNORED
 
@@ -208,10 +209,12 @@ def continuation_loss(
     labels: Tensor,
     T: int,
     return_logits: bool,
+    without_padding: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Decoder-only loss of [B, T] labels on the last T of [B, Q + T, L] embeddings.
 
     Label t is predicted from the position before it, the first one from the last soft prompt.
+    `without_padding` the samples share rows, where no logits of all positions are asked for.
 
     Returns:
         The loss, and the logits [B, Q + T, V] where asked for.
@@ -224,7 +227,14 @@ def continuation_loss(
     check_text(language_model, "labels", labels, None, B)
     image, position = target_rows(labels)
     rows = image * length + (length - T) + position - 1
-    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False}
+    inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask}
+    packed = None
+    if without_padding and not return_logits:
+        packed = stage2_packing.pack(mask, stage2_packing.ROW_LENGTH)
+    if packed is not None:
+        rows = packed.rows(rows)
+        inputs = packed.inputs(embeds, language_model.config._attn_implementation)
+    inputs["use_cache"] = False
     return _loss(language_model, rows, labels[image, position], return_logits, inputs)
 
 

@@ -37,6 +37,8 @@ class Stage2Config:
         vocab_size, max_position_embeddings, pad_token_id: of the instruction's tokens; stage 1's.
         llm_dropout: in training, the frozen language model drops out as its own configuration says.
             LAVIS trains so, because its `train()` reaches the frozen model; False: no dropout.
+        pack_padding: in training, put the samples of a batch behind one another in fewer rows, so
+            that a decoder-only language model computes no padding (`blip2fast.stage2_packing`).
         match_embedding_scale: start the projection such that soft prompts are of the size of the
             language model's token embeddings, instead of PyTorch's default as LAVIS. Prompts that
             are much larger drown the positions, and a small language model learns later.
@@ -63,6 +65,7 @@ class Stage2Config:
     max_position_embeddings: int = 512
     pad_token_id: int = 0
     llm_dropout: bool = False
+    pack_padding: bool = False
     match_embedding_scale: bool = False
 
     def __post_init__(self) -> None:

@@ -122,6 +122,18 @@ def test_llm_dropout_reaches_the_run(world, tmp_path):
     assert run(world, tmp_path / "again", **settings, language_model=dropping) == with_it
 
 
+def test_runs_without_padding(world, tmp_path):
+    """The losses of the run with it, but for rounding."""
+    settings = {"optim": {"max_steps": 3}, "model": {"dropout": 0.0}}
+    path = {"path": str(world / "opt")}
+    packed = path | {"pack_padding": True}
+    parts = build_run(config(world, tmp_path / "x", 2, language_model=packed), 0, 1)
+    assert parts.model.config.pack_padding
+    want = run(world, tmp_path / "padded", **settings, language_model=path)
+    got = run(world, tmp_path / "packed", **settings, language_model=packed)
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-4, atol=0)
+
+
 def test_no_image_files_to_read():
     reader = FileImages(Path("nowhere"), None, 0)
     assert len(reader([], Batch(0, np.array([], dtype=np.int64)))["image_embeds"]) == 0
@@ -130,8 +142,14 @@ def test_no_image_files_to_read():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": INSTRUCTED}, "the Q-Former reads text, set model.tokenizer"),
-        ({"model": {"tokenizer": "words"}}, "belongs to stage 1 or text_conditioned: true"),
+        (
+            {"model": INSTRUCTED},
+            "model.tokenizer belongs to stage 1 or text_conditioned, which needs it",
+        ),
+        (
+            {"model": {"tokenizer": "words"}},
+            "model.tokenizer belongs to stage 1 or text_conditioned, which",
+        ),
         (
             {"data": {"records": "r", "features": "f", "task": "sequence"}, "prompt": "a photo of"},
             "language_model.prompt has no {} for the records' prompts",
