@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_run import config, weights, write_world
+from small_run import config, distance, weights, write_world
 
 from blip2fast.caption_data import Batch, SequenceRecord, read_captions, write_records
 from blip2fast.run_config import parse_config
@@ -110,6 +110,19 @@ def test_instructions_from_stage1(world, tmp_path):
     )
     with pytest.raises(ValueError, match=r"reads text: set model.tokenizer and model.text_cond"):
         build_run(bare, 0, 1)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_zero_stages_train_alike(world, tmp_path, zero_stage):
+    """Instructions leave the text half of the last layer without gradient, images at times none."""
+    settings = sequences(world) | {
+        "model": INSTRUCTED | {"tokenizer": str(world / "qformer_tokenizer"), "dropout": 0.0},
+        "optim": {"max_steps": 4},
+    }
+    want = run(world, tmp_path / "whole", **settings)
+    got = run(world, tmp_path / "spread", **settings, zero_stage=zero_stage)
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-5, atol=0)
+    assert distance(tmp_path / "spread", tmp_path / "whole") < 3e-4
 
 
 def test_llm_dropout_reaches_the_run(world, tmp_path):
