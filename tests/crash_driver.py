@@ -17,11 +17,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ STEPS = 6
 # A log line spans a checkpoint, a checkpoint is replaced by the next, evaluations follow them.
 RUN: dict[str, Any] = {"save_every": 2, "eval_every": 4, "keep_last": 1, "log_every": 1}
 OLD, NEW, NEWER = 1, 2, 3
+# (process, moment), and the checkpoint that there is then: half a file of the second process, amid
+# the files of the first, after the checkpoint got its name.
+OF_TWO = {(1, 1): 2, (0, 8): 2, (0, 22): 4}
 
 
 class Stopped(BaseException):
@@ -127,12 +132,28 @@ class DiesWhileWriting:
         return written
 
 
-def in_process(work: Callable[[], Any], log: Path) -> bool:
-    """Run in a process of its own; whether it was killed.
+def in_processes(works: Sequence[Callable[[], Any]], log: Path) -> bool:
+    """Run each in a process of its own; whether one was killed, and with it the rest.
 
     Raises:
-        RuntimeError: it failed otherwise.
+        RuntimeError: one failed before any was killed.
     """
+    running = {_forked(work, log) for work in works}
+    killed = False
+    while running:
+        child, status = os.wait()
+        running.remove(child)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            # what a launcher does
+            for other in () if killed else running:
+                os.kill(other, signal.SIGKILL)
+            killed = True
+        elif status != 0 and not killed:
+            raise RuntimeError(log.read_text())
+    return killed
+
+
+def _forked(work: Callable[[], Any], log: Path) -> int:
     child = os.fork()
     if child == 0:
         with log.open("a") as sink:
@@ -148,12 +169,7 @@ def in_process(work: Callable[[], Any], log: Path) -> bool:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-        return True
-    if status != 0:
-        raise RuntimeError(log.read_text())
-    return False
+    return child
 
 
 class Scenarios:
@@ -168,7 +184,7 @@ class Scenarios:
 
     def run(self, folder: Path, stage: int, settings: dict[str, Any], **more: Any) -> None:
         """A whole training in a process of its own."""
-        killed = in_process(lambda: self.train(folder, stage, settings, **more), self.log)
+        killed = in_processes([lambda: self.train(folder, stage, settings, **more)], self.log)
         if killed:
             raise RuntimeError(f"{folder}: killed by something else")
 
@@ -190,7 +206,7 @@ class Scenarios:
                 counted.write_text(str(killer.count))
 
             folder.parent.mkdir(parents=True)
-            killed = in_process(work, self.log)
+            killed = in_processes([work], self.log)
             if killed != (moment > 0):
                 raise RuntimeError(f"{folder}: {'killed' if killed else 'not killed'}")
             if moment:
@@ -221,11 +237,40 @@ class Scenarios:
             TrainingStep.forward = counted  # type: ignore[method-assign]
             self.train(folder, stage, settings)
 
-        if not in_process(work, self.log):
+        if not in_processes([work], self.log):
             raise RuntimeError(f"{folder}: not killed")
         shutil.copytree(folder, folder.with_name("killed"))
         time.sleep(1.1)  # TensorBoard reads files in the order of the second in their names
         self.run(folder, stage, settings, resume=True)
+
+    def killed_of_two(self, name: str) -> None:
+        """Kill one of two processes while they write the second checkpoint."""
+        whole = self.output / name / "whole" / "resumed"
+        self._two(whole, dies=None)
+        for rank, moment in OF_TWO:
+            folder = self.output / name / f"{rank}-{moment}" / "resumed"
+            if not self._two(folder, (rank, moment)):
+                raise RuntimeError(f"{folder}: not killed")
+            shutil.copytree(folder, folder.with_name("killed"))
+            self._two(folder, dies=None, resume=True)
+
+    def _two(self, folder: Path, dies: tuple[int, int] | None, **more: Any) -> bool:
+        """A training on two processes, of which `dies` may name one and its moment."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+
+        def work(rank: int) -> None:
+            launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+            os.environ.update({name: str(value) for name, value in launched.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            if dies is not None and dies[0] == rank:
+                killer = DiesWhileWriting(folder, dies[1])
+                killer.during(checkpointing, "save_checkpoint", 2)
+            self.train(folder, 2, RUN, zero_stage=2, optim={"batch_size": 2}, **more)
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return in_processes([partial(work, rank) for rank in range(2)], self.log)
 
     def stopped_while_replacing(self) -> list[list[Any]]:
         """Replace a model twice, stopped at each change of the first and of the second time.
@@ -292,6 +337,7 @@ def main() -> None:
     scenarios.killed_in_a_step("step-2", 2, {**RUN, "log_every": 3})
     gc.unfreeze()
     report["replaced"] = scenarios.stopped_while_replacing()
+    scenarios.killed_of_two("two")
     (scenarios.output / "report.json").write_text(json.dumps(report))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_driver import NEW, NEWER, OLD, STEPS
+from crash_driver import NEW, NEWER, OF_TWO, OLD, STEPS
 from small_run import write_world
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -109,6 +109,19 @@ def test_a_run_killed_in_a_step_resumes_exactly(
     _assert_same_runs(folder / "resumed", folder / "whole")
     steps = [line["step"] for line in _lines(folder / "resumed") if "loss" in line]
     assert steps == ([1, 2, 3, 4, 5, 6] if stage == 1 else [3, 6])
+
+
+@pytest.mark.parametrize("dies", OF_TWO, ids=str)
+def test_a_run_of_two_processes_of_which_one_is_killed_resumes_exactly(
+    killed: tuple[Path, dict[str, Any]], dies: tuple[int, int]
+) -> None:
+    folder = killed[0] / "two" / f"{dies[0]}-{dies[1]}"
+    named = [p for p in (folder / "killed" / "checkpoints").iterdir() if p.suffix != ".partial"]
+    assert max(path.name for path in named) == f"step-{OF_TWO[dies]:08d}"
+    for path in named:
+        manifest.check(path)
+        assert "process_00001.pt" in manifest.read_manifest(path)
+    _assert_same_runs(folder / "resumed", killed[0] / "two" / "whole" / "resumed")
 
 
 @pytest.mark.parametrize("stage", [1, 2])
