@@ -230,7 +230,8 @@ def continuation_loss(
     inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask}
     packed = None
     if without_padding and not return_logits:
-        packed = stage2_packing.pack(mask, stage2_packing.ROW_LENGTH)
+        width = int(language_model.config.hidden_size)
+        packed = stage2_packing.pack(mask, width, stage2_packing.ROW_LENGTH)
     if packed is not None:
         rows = packed.rows(rows)
         inputs = packed.inputs(embeds, language_model.config._attn_implementation)

@@ -10,13 +10,14 @@ length. A position sees the earlier ones of its own sample, and is counted from 
                                                                                . . . B B
 
 Every layer but attention then works on real positions only; attention looks at more (masked) ones,
-which is why a row is not longer than needed. The function is the same, sums are rounded elsewhere.
+which is why rows are no longer than it pays. The function is the same, sums are rounded elsewhere.
 
 Shapes: B samples of L positions, R packed rows of P positions, W language model width.
 """
 
 from __future__ import annotations
 
+import heapq
 import inspect
 from dataclasses import dataclass
 
@@ -26,12 +27,11 @@ from transformers import PreTrainedModel
 
 from blip2fast.stage2_types import Stage2Config
 
-# Positions of a packed row. Padded rows of a caption batch have about 50: at P = 256 attention
-# costs a model of width 2560 (OPT-2.7B) 4 * 200 * 2560 more operations for each position, 1.3 % of
-# the 24 * 2560 ** 2 of its linears.
-ROW_LENGTH = 256
-# Packing moves every position once more; it is left out where it saves less than this share.
-LEAST_SAVING = 0.05
+# A packed row's length at most, but for unevenness: the mask has its square for each row.
+ROW_LENGTH = 512
+# Packing is left out where it saves less of the operations: on a CPU (OPT, width 512, 4 layers, 32
+# samples) 7 % fewer positions were no faster, 46 % fewer took 54 to 59 % of the time.
+LEAST_SAVING = 0.1
 # tests/test_stage2_packing.py tries each: positions from `position_ids` alone, masks [R, 1, P, P]
 FAMILIES = ("opt", "llama", "qwen2", "qwen3", "gemma", "granite", "cohere", "gpt_neox")
 
@@ -72,7 +72,7 @@ def check_packable(language_model: PreTrainedModel) -> None:
 def describe(config: Stage2Config, language_model: PreTrainedModel) -> str:
     """How a stage-2 model treats its language model; for its `extra_repr`."""
     if config.pack_padding:
-        padding = f"padding removed: samples share rows of up to {ROW_LENGTH} positions"
+        padding = f"padding removed where that saves {LEAST_SAVING:.0%}: samples share rows"
     else:
         reasons = not_packable_reasons(language_model)
         padding = f"padding kept: {'; '.join(reasons) if reasons else 'pack_padding is off'}"
@@ -129,42 +129,70 @@ class Packed:
         }
 
 
-def pack(mask: Tensor, row_length: int) -> Packed | None:
+def pack(mask: Tensor, width: int, row_length: int) -> Packed | None:
     """Put the samples of a batch behind one another.
-
-    The number of rows is the least that `row_length` allows; the longest sample goes first, and
-    each into the row with the most room, so that the rows end at about one place.
 
     Args:
         mask: [B, L], nonzero where a position is real.
-        row_length: most positions of a row, where no sample is longer.
+        width: W of the model's layers, which decides how long rows may be before attention costs
+            more than padding did.
+        row_length: about the most positions of a row, where no sample is longer.
 
     Returns:
-        The places, or None where fewer than `LEAST_SAVING` of the positions would be saved.
+        The places, or None where it would save less than `LEAST_SAVING` of the operations.
     """
     real = mask != 0
     lengths = real.sum(1).tolist()  # the host waits, as it does for the rows that have labels
-    rows = max(1, -(-sum(lengths) // max(row_length, *lengths)))
-    filled, starts = [0] * rows, [(0, 0)] * len(lengths)
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        row = filled.index(min(filled))
-        starts[number] = (row, filled[row])
-        filled[row] += lengths[number]
-    P = max(filled)
-    if rows * P > (1 - LEAST_SAVING) * mask.numel():
+    rows, starts = _cheapest(lengths, width, row_length)
+    R, P = len(rows), max(filled for filled, _ in rows)
+    B, L = mask.shape
+    saved = 1 - _cost(R, P, width) / _cost(B, L, width)
+    if saved < LEAST_SAVING:
         return None
-    start = torch.tensor([row * P + at for row, at in starts], device=mask.device)
+    start = torch.tensor([number * P + at for number, at in starts], device=mask.device)
     position = real.long().cumsum(1) - 1
     place = (start[:, None] + position).masked_fill(~real, -1)
     went, samples = place[real], torch.arange(len(mask), device=mask.device)
 
     def spread(values: Tensor, empty: int) -> Tensor:
-        return torch.full((rows * P,), empty, device=mask.device).scatter(0, went, values[real])
+        return torch.full((R * P,), empty, device=mask.device).scatter(0, went, values[real])
 
     flat = torch.arange(mask.numel(), device=mask.device).view_as(mask)
     return Packed(
         source=spread(flat, 0),
-        sample=spread(samples[:, None].expand_as(mask), -1).view(rows, P),
-        position_ids=spread(position, 0).view(rows, P),
+        sample=spread(samples[:, None].expand_as(mask), -1).view(R, P),
+        position_ids=spread(position, 0).view(R, P),
         place=place,
     )
+
+
+def _cost(R: int, P: int, width: int) -> float:
+    """Operations of R rows, in those of a layer's linears on one position.
+
+    A layer's linears take 24 * width ** 2 for a position, its attention 4 * P * width.
+    """
+    return R * P * (1 + P / (6 * width))
+
+
+def _cheapest(
+    lengths: list[int], width: int, row_length: int
+) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Rows `[filled, number]`, and for each sample its row and where in it it starts.
+
+    Numbers of rows are tried from the fewest that `row_length` allows to as many as there are
+    samples, at most about 24 of them: samples do not share evenly into every number of rows.
+    """
+    fewest = min(max(1, -(-sum(lengths) // max(row_length, *lengths))), len(lengths))
+    step = 1 + (len(lengths) - fewest) // 24
+    layouts = [_spread(lengths, count) for count in range(fewest, len(lengths) + 1, step)]
+    return min(layouts, key=lambda found: _cost(len(found[0]), max(found[0])[0], width))
+
+
+def _spread(lengths: list[int], count: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """The longest sample first, each into the row with the most room."""
+    rows, starts = [[0, number] for number in range(count)], [(0, 0)] * len(lengths)
+    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
+        filled, number = rows[0]
+        starts[sample] = (number, filled)
+        heapq.heapreplace(rows, [filled + lengths[sample], number])
+    return rows, starts

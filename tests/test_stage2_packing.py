@@ -17,7 +17,7 @@ from transformers import (
 
 from blip2fast import stage2_packing
 from blip2fast.stage2 import Blip2Stage2
-from blip2fast.stage2_packing import FAMILIES, pack
+from blip2fast.stage2_packing import FAMILIES, _spread, pack
 from blip2fast.stage2_rows import IMAGE_PLACE
 
 LENGTHS = torch.tensor([3, 9, 1, 4, 2, 9, 5])
@@ -70,11 +70,12 @@ def positions_seen(model, inputs):
     return seen[0].numel()
 
 
-@pytest.mark.parametrize("row_length", [16, 40, 256])
+@pytest.mark.parametrize("count", [5, 3, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_loss_and_gradients(family, row_length, monkeypatch):
+def test_same_loss_and_gradients(family, count, monkeypatch):
     """Many short rows, few long ones, and one row of all samples."""
-    monkeypatch.setattr(stage2_packing, "ROW_LENGTH", row_length)
+    monkeypatch.setattr(stage2_packing, "LEAST_SAVING", -100)
+    monkeypatch.setattr(stage2_packing, "_cheapest", lambda lengths, *_: _spread(lengths, count))
     padded, packed = pair(family)
     want, wanted = gradients(padded, batch())
     got, found = gradients(packed, batch())
@@ -118,34 +119,44 @@ def test_images_within_texts():
     torch.testing.assert_close(packed(**inputs).loss, padded(**inputs).loss, rtol=1e-12, atol=0)
 
 
-def test_packing_fills_rows_evenly_and_loses_nothing():
+@pytest.mark.parametrize("row_length", [9, 12, 20, 100])
+def test_packing_loses_nothing(row_length):
     mask = (torch.arange(T) < LENGTHS[:, None]).long()
-    for row_length in (9, 12, 20, 100):
-        packed = pack(mask, row_length)
-        rows, length = packed.sample.shape
-        assert rows == max(1, -(-33 // row_length))
-        assert sorted(packed.place[mask == 1].tolist()) == sorted(
-            torch.nonzero(packed.sample.flatten() >= 0).flatten().tolist()
-        )
-        real = packed.sample >= 0
-        places = torch.stack([packed.sample[real], packed.position_ids[real]], dim=1).tolist()
-        assert sorted(map(tuple, places)) == [(b, t) for b in range(B) for t in range(LENGTHS[b])]
-        flat = mask.flatten()[packed.source].view(rows, length)
-        assert bool(flat[real].all())
-        assert rows * length <= 33 + 4 * rows
-        order = packed.source.view(rows, length)[real]
-        assert torch.equal(order // T, packed.sample[real])
-        assert torch.equal(order % T, packed.position_ids[real])
+    packed = pack(mask, 4096, row_length)
+    rows, length = packed.sample.shape
+    assert -(-33 // max(9, row_length)) <= rows <= B
+    assert rows * length <= 33 + rows
+    real = packed.sample >= 0
+    where = real.flatten().nonzero().flatten()
+    assert torch.equal(packed.place[mask == 1].sort().values, where)
+    assert (packed.place[mask == 0] == -1).all()
+    held = torch.stack([packed.sample[real], packed.position_ids[real]], dim=1).tolist()
+    assert sorted(map(tuple, held)) == [(b, t) for b in range(B) for t in range(LENGTHS[b])]
+    source = packed.source.view(rows, length)[real]
+    assert torch.equal(source // T, packed.sample[real])
+    assert torch.equal(source % T, packed.position_ids[real])
+
+
+def test_rows_are_as_long_as_pays():
+    """32 equal samples beside a long one; attention over long rows costs a narrow model more."""
+    lengths = torch.tensor([40] * 31 + [80])
+    mask = (torch.arange(80) < lengths[:, None]).long()
+    narrow, wide = pack(mask, 64, 512), pack(mask, 4096, 512)
+    assert narrow.sample.shape[1] == 80
+    assert wide.sample.shape[0] * wide.sample.shape[1] == int(lengths.sum())
+    assert pack(mask, 1, 512) is not None
+    even = (torch.arange(50) < torch.tensor([[50]] + [[40]] * 31)).long()
+    assert pack(even, 4096, 512) is not None
+    assert pack(even, 16, 512) is None  # two in a row cost more than their padding
 
 
 def test_little_padding_is_kept():
-    """Below 5 %, and where all logits are asked for."""
-    mask = torch.ones(8, 10)
-    mask[0, 6:] = 0
-    assert pack(mask, 256) is not None
-    mask[0, 7:] = 1
-    assert mask.sum() == 79
-    assert pack(mask, 256) is None
+    """Below 10 % of the operations, and where all logits are asked for."""
+    mask = torch.ones(8, 100)
+    mask[:2, 40:] = 0
+    assert pack(mask, 10**6, 10**4) is not None
+    mask[:2, :70] = 1
+    assert pack(mask, 10**6, 10**4) is None
     padded, packed = pair("opt")
     assert packed(**batch(), return_logits=True).logits.shape == (B, Q + T, V)
     full = {name: value[LENGTHS == T] for name, value in batch().items()}
@@ -179,5 +190,5 @@ def test_says_what_it_does():
     assert "padding kept: pack_padding is off" in repr(Blip2Stage2(stage2_config(), language_model))
     config = stage2_config(pack_padding=True, llm_dropout=True)
     described = repr(Blip2Stage2(config, language_model))
-    assert "padding removed: samples share rows of up to 256 positions" in described
+    assert "padding removed where that saves 10%: samples share rows" in described
     assert "dropout as it was trained" in described
