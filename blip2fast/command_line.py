@@ -2,6 +2,7 @@
 
 blip2fast plan --config configs/vitg_opt6.7b_stage2.yaml --processes 8 --device-gib 80
 blip2fast storage-loss --config configs/scenes_stage2.yaml --storage int4 --batches 8
+blip2fast caption --model runs/scenes/stage2 one.png two.png
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exits with one line of text on bad input."""
-    parser = argparse.ArgumentParser(prog="blip2fast", description="Plan stage-2 runs of BLIP-2.")
+    parser = argparse.ArgumentParser(
+        prog="blip2fast", description="Plan and use stage-2 runs of BLIP-2."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser(
         "plan",
@@ -39,16 +42,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_config(loss)
     loss.add_argument("--storage", choices=("int8", "int4"), action="append")
     loss.add_argument("--batches", type=_positive, default=4)
+    _add_caption(commands)
     given = parser.parse_args(arguments)
+
+    run = {"plan": _plan, "storage-loss": _storage_loss, "caption": _caption}[given.command]
 
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        print(_plan(given) if given.command == "plan" else _storage_loss(given))
+        print(run(given))
     except ValueError as error:
         sys.exit(f"error: {error}")
+
+
+def _add_caption(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    caption = commands.add_parser(
+        "caption",
+        help="describe image files, or answer a question about each",
+        description="Print a line for each image: its path, a tab, and what the model writes.",
+    )
+    caption.add_argument("images", nargs="+", metavar="IMAGE", help="files")
+    caption.add_argument(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="a stage-2 run, a checkpoint of it, or a transformers BLIP-2 (folder or hub name)",
+    )
+    caption.add_argument("--question", help="to answer, instead of a caption")
+    caption.add_argument("--prompt", help="instead of the model's own; with {} for a question")
+    caption.add_argument("--num-beams", type=_positive, default=5)
+    caption.add_argument("--device", help="by default CUDA where there is one")
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -86,6 +111,20 @@ def _plan(given: argparse.Namespace) -> str:
     chosen = plan.first(config.stream_storage)
     verdict = "nothing fits" if chosen is None else f"offload: auto would choose {chosen.name!r}"
     return f"{plan}\n{verdict}"
+
+
+def _caption(given: argparse.Namespace) -> str:
+    from blip2fast.blip2 import Blip2
+
+    model = Blip2.from_pretrained(given.model, device=given.device)
+    if given.question is None:
+        texts = model.caption(given.images, prompt=given.prompt, num_beams=given.num_beams)
+    else:
+        texts = model.answer(
+            given.images, given.question, prompt=given.prompt, num_beams=given.num_beams
+        )
+    pairs = zip(given.images, texts, strict=True)
+    return "\n".join(f"{path}\t{text}" for path, text in pairs)
 
 
 def _storage_loss(given: argparse.Namespace) -> str:

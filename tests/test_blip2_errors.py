@@ -20,6 +20,7 @@ from blip2fast.checkpointing import (
     read_parameters,
     save_model,
 )
+from blip2fast.command_line import main
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +160,18 @@ def test_a_transformers_folder_has_its_own_parts(tmp_path: Path) -> None:
     folder = write_transformers(tmp_path, "opt")
     with pytest.raises(ValueError, match=r"language_model='x': .* has its own"):
         Blip2.from_pretrained(folder, language_model="x")
+
+
+def test_the_command_writes_a_line_for_each_image(
+    run: Path, blip2: Blip2, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(tmp_path / f"{n}.png") for n in range(2)]
+    for image, path in zip(pictures(2), paths, strict=True):
+        image.save(path)
+    main(["caption", *paths, "--model", str(run), "--num-beams", "2"])
+    want = blip2.caption(paths, num_beams=2)
+    assert capsys.readouterr().out == f"{paths[0]}\t{want[0]}\n{paths[1]}\t{want[1]}\n"
+    main(["caption", paths[0], "--model", str(run), "--question", "colour ?"])
+    assert capsys.readouterr().out == f"{paths[0]}\t{blip2.answer(paths[0], 'colour ?')}\n"
+    with pytest.raises(SystemExit, match=r"error: image '9\.png': no such file"):
+        main(["caption", str(tmp_path / "9.png"), "--model", str(run)])
