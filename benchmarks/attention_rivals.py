@@ -43,6 +43,7 @@ def self_providers(p: float, compiled: bool) -> dict[str, Provider[SelfInputs]]:
     """
     providers = {f"blip2fast {impl}": _our_self(impl, p) for impl in OURS}
     providers["torch sdpa"] = _padded(lambda x, problem: _sdpa(x, problem.visible[:, None], p))
+    providers["torch sdpa, padding timed"] = _from_token_buffer(p)
     providers["torch sdpa, no mask"] = _padded(lambda x, problem: _sdpa_unmasked(x, problem, p))
     providers["torch eager"] = _padded(
         lambda x, problem: written_out(x, problem.visible[:, None], p)
@@ -109,12 +110,15 @@ def _with_gradients(
 
 
 def _padded(solve: Solve, prepare: Callable[[Padded, torch.device], None] | None = None) -> Any:
-    """A provider from what solves one padded problem; padding itself is not timed."""
+    """A provider from what solves one padded problem; padding itself is not timed.
+
+    The data lie as transformers' linear layers leave them, `[n, L, H, D]` each.
+    """
 
     def provider(inputs: SelfInputs) -> Contender:
         data, douts = [], []
         for problem in inputs.padded:
-            padded = problem.pad(inputs.qkv.detach()).permute(2, 0, 3, 1, 4).contiguous()
+            padded = problem.pad(inputs.qkv.detach()).movedim(2, 0).contiguous().transpose(2, 3)
             data.append(padded.requires_grad_(inputs.train))
             douts.append(problem.pad(inputs.dout))
             if prepare is not None:
@@ -132,6 +136,32 @@ def _padded(solve: Solve, prepare: Callable[[Padded, torch.device], None] | None
             return packed
 
         return Contender({"": call}, canonical)
+
+    return provider
+
+
+def _from_token_buffer(p: float) -> Provider[SelfInputs]:
+    """SDPA on our own inputs: rows of the token buffer to padded problems, and back."""
+
+    def provider(inputs: SelfInputs) -> Contender:
+        R = len(inputs.qkv)
+        # padding reads row 0, which the mask hides
+        rows = [problem.rows.clamp(max=R - 1).flatten() for problem in inputs.padded]
+        places = torch.empty(R + 1, dtype=torch.int64, device=inputs.qkv.device)
+        all_rows = torch.cat([problem.rows.flatten() for problem in inputs.padded])
+        places[all_rows] = torch.arange(len(all_rows), device=places.device)
+        places = places[:R]
+
+        def call() -> Results:
+            outputs = []
+            for index, problem in zip(rows, inputs.padded, strict=True):
+                padded = inputs.qkv.index_select(0, index).unflatten(0, problem.rows.shape)
+                solved = _sdpa(padded.permute(2, 0, 3, 1, 4), problem.visible[:, None], p)
+                outputs.append(solved.flatten(0, 1))
+            out = torch.cat(outputs).index_select(0, places)
+            return _with_gradients([out], [inputs.qkv], [inputs.dout], inputs.train)
+
+        return Contender({"": call})
 
     return provider
 

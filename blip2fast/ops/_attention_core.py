@@ -21,10 +21,10 @@ Ints = NDArray[np.int64]
 # a call costs about 50 us, and a core does 20 GFLOP/s: measured, torch 2.13, one core
 WORTH_A_CALL_FLOP = 4e6
 # what one core gathers or converts at once
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 21
 # PyTorch's backward in 16 bits is slower than in fp32 up to this many keys, and less exact:
 # 16 x 12 heads of 64 x 64 took 70 ms in bf16, 21 in fp32 (torch 2.13, one core)
-_WIDEN_BELOW_KEYS = 128
+WIDEN_BELOW_KEYS = 128
 # explicit weights held at once
 _PIECE_ELEMENTS = 1 << 19
 
@@ -60,8 +60,8 @@ def attend(
     Returns:
         `(output [m, L, H, D], lse [m, L, H])`, in fp32 or wider where that is what was computed.
     """
-    q, k, v = _widen(k.shape[1], dropout, q, k, v)
     if dropout is not None:
+        q, k, v = _widen(q, k, v)
         return _explicit(q, k, v, bias, scale, dropout)
     bias = None if bias is None else bias.to(q.dtype)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -87,7 +87,8 @@ def attend_backward(
     Returns:
         `(dq [m, L, H, D], dk [m, M, H, D], dv [m, M, H, D])`.
     """
-    dout, q, k, v, out = _widen(k.shape[1], dropout, dout, q, k, v, out)
+    if dropout is not None or k.shape[1] < WIDEN_BELOW_KEYS:
+        dout, q, k, v, out = _widen(dout, q, k, v, out)
     if dropout is not None:
         return _explicit_backward(dout, q, k, v, out, lse, bias, scale, dropout)
     bias = None if bias is None else bias.to(q.dtype)
@@ -98,11 +99,8 @@ def attend_backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _widen(keys: int, dropout: Dropout | None, *tensors: Tensor) -> list[Tensor]:
-    narrow = tensors[0].dtype in (torch.float16, torch.bfloat16)
-    if narrow and (dropout is not None or keys < _WIDEN_BELOW_KEYS):
-        return [x.float() for x in tensors]
-    return list(tensors)
+def _widen(*tensors: Tensor) -> list[Tensor]:
+    return [x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in tensors]
 
 
 def _pieces(m: int, L: int, width: int) -> Iterator[tuple[slice, slice]]:
@@ -196,9 +194,32 @@ def _explicit_backward(
     return dq, dk, dv
 
 
+def even_pieces(count: int, most: int) -> Iterator[slice]:
+    """Slices of `count` things, as few as hold at most `most` each, and about equally many."""
+    pieces = -(-count // max(1, most))
+    for piece in range(pieces):
+        yield slice(piece * count // pieces, (piece + 1) * count // pieces)
+
+
+def run_of(indices: Ints) -> slice | None:
+    """The slice that takes what `indices` do, where they are consecutive."""
+    flat = indices.ravel()
+    first, last = int(flat[0]), int(flat[-1])
+    if last - first == len(flat) - 1 and (flat[1:] - flat[:-1] == 1).all():
+        return slice(first, last + 1)
+    return None
+
+
 def pick(x: Tensor, indices: Ints) -> Tensor:
     """`x[indices.ravel()]`, a view where they are consecutive."""
-    flat = indices.ravel()
-    if flat[-1] - flat[0] == len(flat) - 1 and (flat[1:] - flat[:-1] == 1).all():
-        return x[int(flat[0]) : int(flat[-1]) + 1]
-    return x.index_select(0, torch.from_numpy(flat))
+    run = run_of(indices)
+    return x.index_select(0, torch.from_numpy(indices.ravel())) if run is None else x[run]
+
+
+def put(x: Tensor, indices: Ints, values: Tensor) -> None:
+    """`x[indices.ravel()] = values`, by one copy where they are consecutive."""
+    run = run_of(indices)
+    if run is None:
+        x[torch.from_numpy(indices.ravel())] = values.to(x.dtype)
+    else:
+        x[run] = values

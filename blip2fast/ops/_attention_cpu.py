@@ -24,6 +24,7 @@ from blip2fast.ops._attention_core import (
     Ints,
     attend,
     attend_backward,
+    even_pieces,
     pick,
 )
 from blip2fast.ops.attention_layout import KIND_CODES, AttentionLayout, wide_dtype
@@ -54,12 +55,7 @@ class _Group:
     def chunks(self, width: int) -> Iterator[_Group]:
         """The same in parts that a cache holds; a row has `width` elements."""
         m, M = self.keys.shape
-        step = max(1, CHUNK_ELEMENTS * torch.get_num_threads() // (M * width))
-        if step >= m:
-            yield self
-            return
-        for start in range(0, m, step):
-            part = slice(start, start + step)
+        for part in even_pieces(m, CHUNK_ELEMENTS * torch.get_num_threads() // (M * width)):
             seen = None if self.seen_blocks is None else self.seen_blocks[part]
             yield replace(
                 self,

@@ -17,12 +17,16 @@ from torch import Tensor
 
 from blip2fast.ops._attention_core import (
     CHUNK_ELEMENTS,
+    WIDEN_BELOW_KEYS,
     WORTH_A_CALL_FLOP,
     Dropout,
     Ints,
     attend,
     attend_backward,
+    even_pieces,
     pick,
+    put,
+    run_of,
 )
 from blip2fast.ops.attention_layout import KVIndex, wide_dtype
 
@@ -40,8 +44,14 @@ class _Uses:
     blocks: Ints
 
 
-def _uses(index: KVIndex | None, kv: Tensor, flop_per_use: float) -> Iterator[_Uses]:
-    """Every block once, in pieces of a size that is worth a call."""
+def _uses(
+    index: KVIndex | None, kv: Tensor, flop_per_use: float, converted: bool = False
+) -> Iterator[_Uses]:
+    """Every block once, in pieces of a size that is worth a call.
+
+    Args:
+        converted: Whether the keys and values of a piece are copied to another type.
+    """
     if index is None:
         images = np.arange(kv.shape[0])
         groups = [_Uses(images, images[:, None])]
@@ -54,13 +64,14 @@ def _uses(index: KVIndex | None, kv: Tensor, flop_per_use: float) -> Iterator[_U
             groups.append(_Uses(images, order[offsets[images, None] + np.arange(count)]))
     threads = torch.get_num_threads()
     for group in groups:
-        step = max(1, CHUNK_ELEMENTS * threads // max(kv[0].numel(), 1))
-        consecutive = (np.diff(group.images) == 1).all()
-        if not consecutive and flop_per_use * group.blocks.shape[1] > WORTH_A_CALL_FLOP * threads:
+        uses = group.blocks.shape[1]
+        most = max(1, CHUNK_ELEMENTS * threads // max(kv[0].numel(), 1))
+        if index is None and not converted:
+            most = len(group.images)
+        elif run_of(group.images) is None and flop_per_use * uses > WORTH_A_CALL_FLOP * threads:
             # one by one, which copies nothing
-            step = 1
-        for start in range(0, len(group.images), step):
-            chosen = slice(start, start + step)
+            most = 1
+        for chosen in even_pieces(len(group.images), most):
             yield _Uses(group.images[chosen], group.blocks[chosen])
 
 
@@ -74,7 +85,7 @@ def _fold(x: Tensor, blocks: Ints) -> Tensor:
 
 def _unfold(x: Tensor, blocks: Ints, values: Tensor) -> None:
     """`x[blocks] = values`, the inverse of `_fold`."""
-    x[torch.from_numpy(blocks.ravel())] = values.reshape(-1, *x.shape[1:]).to(x.dtype)
+    put(x, blocks, values.reshape(-1, *x.shape[1:]))
 
 
 def _key_bias(key_mask: Tensor | None, uses: _Uses) -> tuple[Tensor | None, Tensor | None]:
@@ -110,11 +121,11 @@ def cross_forward(
     """`(out [N, Q, H, D], lse [N, Q, H])` from `q` `[N or 1, Q, H, D]`, `kv` `[B, S, 2, H, D]`."""
     _, Q, H, D = q.shape
     S = kv.shape[1]
-    out = q.new_zeros(num_blocks, Q, H, D)
-    lse = q.new_full((num_blocks, Q, H), -torch.inf, dtype=wide_dtype(q.dtype))
+    out = q.new_empty(num_blocks, Q, H, D)
+    lse = q.new_empty((num_blocks, Q, H), dtype=wide_dtype(q.dtype))
     if out.numel() == 0 or S == 0:
-        return out, lse
-    for uses in _uses(index, kv, 4.0 * Q * S * H * D):
+        return out.zero_(), lse.fill_(-torch.inf)
+    for uses in _uses(index, kv, 4.0 * Q * S * H * D, dropout_p > 0):
         k, v = pick(kv, uses.images).unbind(2)
         bias, blind = _key_bias(key_mask, uses)
         dropout = _dropout(philox, dropout_p, uses, Q)
@@ -122,6 +133,8 @@ def cross_forward(
         if blind is not None:
             output = output.masked_fill(blind[..., None], 0)
             statistics = statistics.masked_fill(blind, -torch.inf)
+        if uses.blocks.shape == (num_blocks, 1) and run_of(uses.blocks) is not None:
+            return output.to(q.dtype).contiguous(), statistics.contiguous()
         _unfold(out, uses.blocks, output)
         _unfold(lse, uses.blocks, statistics)
     return out, lse
@@ -142,13 +155,16 @@ def cross_backward(
     """`(dq, dkv [B, S, 2, H, D])`, `dq` of the shape of `q`."""
     N, Q, H, D = out.shape
     S = kv.shape[1]
-    dkv = kv.new_zeros(kv.shape)
+    # an image that no block reads gets no gradient
+    all_read = index is None or bool((index.offsets.diff() > 0).all())
+    dkv = kv.new_empty(kv.shape) if all_read and out.numel() and S else kv.new_zeros(kv.shape)
     shared = q.shape[0] == 1 and N != 1
     # queries that all blocks share add up before they are rounded
     dq = q.new_zeros(q.shape, dtype=lse.dtype if shared else q.dtype)
     if out.numel() == 0 or S == 0:
         return dq.to(q.dtype), dkv
-    for uses in _uses(index, kv, 4.0 * Q * S * H * D):
+    converted = dropout_p > 0 or S < WIDEN_BELOW_KEYS
+    for uses in _uses(index, kv, 4.0 * Q * S * H * D, converted):
         k, v = pick(kv, uses.images).unbind(2)
         bias, blind = _key_bias(key_mask, uses)
         d_output, statistics = _fold(dout, uses.blocks), _fold(lse, uses.blocks)
@@ -170,7 +186,6 @@ def cross_backward(
             dq += grads[0].unflatten(1, (-1, Q)).sum((0, 1), dtype=dq.dtype)
         else:
             _unfold(dq, uses.blocks, grads[0])
-        images = torch.from_numpy(uses.images)
-        dkv[images, :, 0] = grads[1].to(dkv.dtype)
-        dkv[images, :, 1] = grads[2].to(dkv.dtype)
+        put(dkv[:, :, 0], uses.images, grads[1])
+        put(dkv[:, :, 1], uses.images, grads[2])
     return dq.to(q.dtype), dkv
