@@ -98,10 +98,10 @@ class Stage2Output(ModelOutput):
 
     Attributes:
         loss: Mean cross-entropy of the targets; None without labels.
-        logits: With `return_logits`, of every position: [B, Q + T, V] decoder-only, [B, T, V] of
-            the decoder otherwise.
-        query_output: [B, Q, C], the queries' last states.
-        prompts: [B, Q, L], the soft prompts.
+        logits: With `return_logits`, of every position: [B, Q + T, V] decoder-only ([B, T, V] where
+            images stand in the text), [B, T, V] of the decoder otherwise.
+        query_output: [B, Q, C], the queries' last states; [N, Q, C] of N images in texts.
+        prompts: [B, Q, L], the soft prompts; [N, Q, L] of N images in texts.
     """
 
     loss: Tensor | None = None
