@@ -135,15 +135,18 @@ def test_llm_dropout_reaches_the_run(world, tmp_path):
     assert run(world, tmp_path / "again", **settings, language_model=dropping) == with_it
 
 
-def test_runs_without_padding(world, tmp_path):
-    """The losses of the run with it, but for rounding."""
+@pytest.mark.parametrize(
+    "place", [{}, {"zero_stage": 3}, {"offload": "stream"}], ids=["whole", "zero3", "stream"]
+)
+def test_runs_without_padding(world, tmp_path, place):
+    """The losses of the run with it, but for rounding, wherever the language model is."""
     settings = {"optim": {"max_steps": 3}, "model": {"dropout": 0.0}}
     path = {"path": str(world / "opt")}
     packed = path | {"pack_padding": True}
     parts = build_run(config(world, tmp_path / "x", 2, language_model=packed), 0, 1)
     assert parts.model.config.pack_padding
     want = run(world, tmp_path / "padded", **settings, language_model=path)
-    got = run(world, tmp_path / "packed", **settings, language_model=packed)
+    got = run(world, tmp_path / "packed", **settings, **place, language_model=packed)
     torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-4, atol=0)
 
 
