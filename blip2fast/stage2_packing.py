@@ -29,8 +29,8 @@ from blip2fast.stage2_types import Stage2Config
 
 # A packed row's length at most, but for unevenness: the mask has its square for each row.
 ROW_LENGTH = 512
-# Packing is left out where it saves less of the operations: on a CPU (OPT, width 512, 4 layers, 32
-# samples) 7 % fewer positions were no faster, 46 % fewer took 54 to 59 % of the time.
+# Packing is left out where it saves less of all work: on a CPU core (OPT, width 512, 4 blocks,
+# 32 samples, forward and backward) 7 % fewer positions took 97 % of the time, 50 % fewer 57 %.
 LEAST_SAVING = 0.1
 # tests/test_stage2_packing.py tries each: positions from `position_ids` alone, masks [R, 1, P, P]
 FAMILIES = ("opt", "llama", "qwen2", "qwen3", "gemma", "granite", "cohere", "gpt_neox")
