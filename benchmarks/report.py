@@ -5,8 +5,8 @@
     python benchmarks/report.py --add RAW...   # first take in pytest-benchmark's JSON files
     python benchmarks/report.py --show RAW...  # a short table of such files, nothing written
 
-A block between `<!-- NAME: generated ... -->` and `<!-- /NAME -->` is replaced: `demo` by the table
-of the newest demo, the name of a suite by the newest results of each machine.
+A block between `<!-- NAME: generated ... -->` and `<!-- /NAME -->` is replaced: a name of
+`TRAINING` by the table of its newest run, that of a suite by the newest results of each machine.
 """
 
 from __future__ import annotations
@@ -16,77 +16,34 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
+import training_tables
 from results import ResultFile, newest, reduce
 from tables import short_table, suite_table
 
-from blip2fast.demo.table import COLUMNS, FLOORS, ROW_NAMES, SECTIONS
-
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "docs" / "ablations.md",
+    ROOT / "docs" / "precision.md",
+)
 BLOCK = re.compile(r"(<!-- (\w+): generated[^>]*-->\n).*?(<!-- /\2 -->)", flags=re.DOTALL)
-
-
-def demo_table(summary: dict[str, Any]) -> str:
-    """The demo's table in markdown; losses as they are, everything else in percent."""
-    rows = summary["table"]
-    columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
-    lines = [
-        "| | " + " | ".join(COLUMNS[c] for c in columns) + " | gate |",
-        "|---|" + "---:|" * (len(columns) + 1),
-    ]
-    section = ""
-    for name, row in rows.items():
-        kind, _, part = name.partition("/")
-        if kind != section:
-            section = kind
-            lines.append(f"| **{SECTIONS.get(kind, kind)}** |" + " |" * (len(columns) + 1))
-        scale, digits = (1, 3) if kind == "loss" else (100, 1)
-        cells = [f"{scale * row[c]:.{digits}f}" if c in row else "" for c in columns]
-        gate = f"≥ {100 * FLOORS[name]:.0f}" if name in FLOORS else ""
-        lines.append(f"| {ROW_NAMES.get(part, part)} | " + " | ".join(cells) + f" | {gate} |")
-    return "\n".join([*lines, "", conditions(summary)])
-
-
-def conditions(summary: dict[str, Any]) -> str:
-    """Where and how the numbers were taken."""
-    machine = summary["machine"]
-    versions = ", ".join(
-        f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "deepspeed")
-    )
-    where = machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
-    return (
-        f"Seed {summary['settings']['seed']}, {summary['settings']['held_out_scenes']} held-out "
-        f"scenes, {summary['from_nothing']['seconds']:.0f} s on {where}; {versions}; commit "
-        f"{machine['commit'][:8]}. Losses as they are, the rest in percent."
-    )
-
-
-def digits_sentence(summary: dict[str, Any]) -> str:
-    """What the gated rows of the default source are on handwriting, in one paragraph."""
-    rows = summary["table"]
-    reached = "; ".join(
-        f"{_phrase(name)} {100 * rows[name]['model']:.1f} "
-        f"({100 * rows[name]['shuffled']:.1f} with images shuffled)"
-        for name in FLOORS
-    )
-    return (
-        "With `--source digits` (handwriting; the held-out scenes are written by other people than "
-        f"the training scenes), in percent: {reached}. {conditions(summary)}"
-    )
-
-
-def _phrase(name: str) -> str:
-    section, _, part = name.partition("/")
-    return f"{SECTIONS[section]}, {ROW_NAMES[part]}"
+# the newest `results/DATE_NAME.json` of each makes a table
+TRAINING = {
+    "demo": training_tables.demo_table,
+    "digits": training_tables.digits_sentence,
+    "ablations": training_tables.ablation_tables,
+    "precision": training_tables.precision_table,
+}
 
 
 def block_text(name: str) -> str:
     """What stands in a block."""
-    if name == "demo":
-        return demo_table(json.loads(max(RESULTS.glob("*_demo.json")).read_text()))
+    if name in TRAINING:
+        found = sorted(RESULTS.glob(f"????-??-??_{name}.json"))
+        return TRAINING[name](json.loads(found[-1].read_text())) if found else "No result yet."
     files = newest(RESULTS.glob("*.json"), name)
     return "\n\n".join(suite_table(file) for file in files) or "No result yet."
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import report
 import roofline
 import tables
+import training_tables
 from results import ResultFile, merge, newest, reduce, slug
 
 
@@ -152,3 +153,51 @@ def test_a_rate_stands_beside_its_time() -> None:
     table = tables.suite_table(result(captions))
     assert "blip2fast 2.00 s (2.00 s to 2.00 s): 4 images/s" in table
     assert table.count("images/s") == 1
+
+
+def test_ablations_are_means_with_standard_errors_and_paired_differences() -> None:
+    def seed(offset: float) -> dict[str, Any]:
+        stage2 = {"caption_exact": 0.5 + offset, "vqa_read": 0.75, "loss": 0.25}
+        stage1 = dict.fromkeys(("t2i_r1", "i2t_r1", "rerank_t2i_r1", "rerank_i2t_r1"), 0.5)
+        alone = stage2 | {"caption_exact": 0.25 + offset}
+        return {
+            "steps": 30,
+            "after_stage1": stage2,
+            "alone_equal_steps": alone,
+            "alone_equal_compute": stage2,
+            "stage1": stage1,
+            "itc_itm": stage1 | {"t2i_r1": 0.5 + offset},
+            "itc_itm_itg": stage1 | {"t2i_r1": 0.5},
+        }
+
+    conditions = {
+        "schedule": {"stage1": 11, "stage2": 12, "finetune": 3},
+        "held_out_scenes": 1000,
+        "batch": 64,
+        "versions": {"torch": "2.13"},
+        "commit": "0123456789",
+    }
+    text = training_tables.ablation_tables(
+        {"conditions": conditions, "seeds": [seed(0.0), seed(0.02)]}
+    )
+    # two values 0 and 2 %: mean 1, standard error 1
+    assert "(12) | 51.0 ± 1.0 | 75.0 ± 0.0 | 0.250 ± 0.000 |" in text
+    assert "| *difference, equal steps* | 25.0 ± 0.0 | 0.0 ± 0.0 | 0.000 ± 0.000 |" in text
+    assert "| *difference by ITG* | -1.0 ± 1.0 |" in text
+    assert "2 seeds" in text
+
+
+def test_precision_differences_are_in_standard_errors() -> None:
+    def runs(*values: float) -> list[dict[str, float]]:
+        return [{"loss": value, "eval_t2i_r1": 0.5 + value / 10} for value in values]
+
+    conditions = {"steps": 9, "batch": 64, "device": "x", "torch": "2", "commit": "0123"}
+    text = training_tables.precision_table(
+        {
+            "conditions": conditions,
+            "runs": {"fp32": runs(1.0, 3.0), "bf16": runs(2.0, 4.0)},
+        }
+    )
+    # means 2 and 3, each with a standard error of 1: 1 / sqrt(2)
+    assert "| loss | 2.000 ± 1.000 | 3.000 ± 1.000 | +0.7 |" in text
+    assert "| eval_t2i_r1 | 70.0 ± 10.0 | 80.0 ± 10.0 | +0.7 |" in text

@@ -1,0 +1,163 @@
+"""Tables of training runs: the demo, the ablations, bf16 against fp32."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from blip2fast.demo.table import COLUMNS, FLOORS, ROW_NAMES, SECTIONS
+
+
+def demo_table(summary: dict[str, Any]) -> str:
+    """The demo's table in markdown; losses as they are, everything else in percent."""
+    rows = summary["table"]
+    columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
+    lines = [
+        "| | " + " | ".join(COLUMNS[c] for c in columns) + " | gate |",
+        "|---|" + "---:|" * (len(columns) + 1),
+    ]
+    section = ""
+    for name, row in rows.items():
+        kind, _, part = name.partition("/")
+        if kind != section:
+            section = kind
+            lines.append(f"| **{SECTIONS.get(kind, kind)}** |" + " |" * (len(columns) + 1))
+        scale, digits = (1, 3) if kind == "loss" else (100, 1)
+        cells = [f"{scale * row[c]:.{digits}f}" if c in row else "" for c in columns]
+        gate = f"≥ {100 * FLOORS[name]:.0f}" if name in FLOORS else ""
+        lines.append(f"| {ROW_NAMES.get(part, part)} | " + " | ".join(cells) + f" | {gate} |")
+    return "\n".join([*lines, "", conditions(summary)])
+
+
+def conditions(summary: dict[str, Any]) -> str:
+    """Where and how the numbers were taken."""
+    machine = summary["machine"]
+    versions = ", ".join(
+        f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "deepspeed")
+    )
+    where = machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
+    return (
+        f"Seed {summary['settings']['seed']}, {summary['settings']['held_out_scenes']} held-out "
+        f"scenes, {summary['from_nothing']['seconds']:.0f} s on {where}; {versions}; commit "
+        f"{machine['commit'][:8]}. Losses as they are, the rest in percent."
+    )
+
+
+def digits_sentence(summary: dict[str, Any]) -> str:
+    """What the gated rows of the default source are on handwriting, in one paragraph."""
+    rows = summary["table"]
+    reached = "; ".join(
+        f"{_phrase(name)} {100 * rows[name]['model']:.1f} "
+        f"({100 * rows[name]['shuffled']:.1f} with images shuffled)"
+        for name in FLOORS
+    )
+    return (
+        "With `--source digits` (handwriting; the held-out scenes are written by other people than "
+        f"the training scenes), in percent: {reached}. {conditions(summary)}"
+    )
+
+
+def _phrase(name: str) -> str:
+    section, _, part = name.partition("/")
+    return f"{SECTIONS[section]}, {ROW_NAMES[part]}"
+
+
+def ablation_tables(result: dict[str, Any]) -> str:
+    """Mean and standard error over seeds of every run, and of differences seed by seed."""
+    seeds, schedule = result["seeds"], result["conditions"]["schedule"]
+    longer = seeds[0]["steps"]
+    stage2 = {
+        "after_stage1": f"stage 1 ({schedule['stage1']}), stage 2 ({schedule['stage2']} steps)",
+        "alone_equal_steps": f"stage 2 alone, as many of its steps ({schedule['stage2']})",
+        "alone_equal_compute": f"stage 2 alone, as many operations ({longer} steps)",
+    }
+    finetuned = {
+        "stage1": f"pretrained on all three ({schedule['stage1']} steps)",
+        "itc_itm": f"then fine-tuned on ITC + ITM ({schedule['finetune']} steps)",
+        "itc_itm_itg": f"then fine-tuned on ITC + ITM + ITG ({schedule['finetune']} steps)",
+    }
+    blocks = [
+        _seed_table(
+            seeds,
+            stage2,
+            {
+                "caption_exact": "captions exact",
+                "vqa_read": "VQA, caption then read",
+                "loss": "loss",
+            },
+            [
+                ("after_stage1", "alone_equal_steps", "difference, equal steps"),
+                ("after_stage1", "alone_equal_compute", "difference, equal operations"),
+            ],
+        ),
+        _seed_table(
+            seeds,
+            finetuned,
+            {
+                "t2i_r1": "text to image R@1",
+                "i2t_r1": "image to text R@1",
+                "rerank_t2i_r1": "re-ranked, text to image",
+                "rerank_i2t_r1": "re-ranked, image to text",
+            },
+            [("itc_itm_itg", "itc_itm", "difference by ITG")],
+        ),
+    ]
+    machine = result["conditions"]
+    blocks.append(
+        f"{len(seeds)} seeds, mean ± standard error, in percent but for the loss; differences are "
+        f"taken seed by seed. {machine['held_out_scenes']} held-out scenes, batch "
+        f"{machine['batch']}, torch {machine['versions']['torch']}, commit "
+        f"{machine['commit'][:8]}."
+    )
+    return "\n\n".join(blocks)
+
+
+def _seed_table(
+    seeds: Sequence[dict[str, Any]],
+    runs: dict[str, str],
+    metrics: dict[str, str],
+    differences: Sequence[tuple[str, str, str]],
+) -> str:
+    def row(title: str, values: dict[str, list[float]]) -> str:
+        return f"| {title} | " + " | ".join(_mean(name, v) for name, v in values.items()) + " |"
+
+    lines = [f"| | {' | '.join(metrics.values())} |", "|---|" + "---:|" * len(metrics)]
+    for run, title in runs.items():
+        lines.append(row(title, {m: [seed[run][m] for seed in seeds] for m in metrics}))
+    for one, other, title in differences:
+        gaps = {m: [seed[one][m] - seed[other][m] for seed in seeds] for m in metrics}
+        lines.append(row(f"*{title}*", gaps))
+    return "\n".join(lines)
+
+
+def _mean(name: str, values: Sequence[float]) -> str:
+    scale, digits = (1.0, 3) if "loss" in name else (100.0, 1)
+    mean = scale * statistics.fmean(values)
+    error = scale * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def precision_table(result: dict[str, Any]) -> str:
+    """Last losses and held-out retrieval of bf16 and fp32 runs, and whether spreads overlap."""
+    runs = result["runs"]
+    names = list(runs["fp32"][0])
+    lines = [
+        "| | fp32 | bf16 | difference of means over its standard error |",
+        "|---|---:|---:|---:|",
+    ]
+    for name in names:
+        values = {kind: [run[name] for run in found] for kind, found in runs.items()}
+        gap = statistics.fmean(values["bf16"]) - statistics.fmean(values["fp32"])
+        spread = math.sqrt(sum(statistics.variance(v) / len(v) for v in values.values()))
+        cells = (_mean(name, values[kind]) for kind in ("fp32", "bf16"))
+        lines.append(f"| {name} | {' | '.join(cells)} | {gap / spread:+.1f} |")
+    told = result["conditions"]
+    lines += [
+        "",
+        f"{len(runs['fp32'])} seeds each, {told['steps']} steps of {told['batch']} pairs; losses "
+        "are means of the last five logged ones, retrieval (in percent) is on held-out scenes. "
+        f"{told['device']}, torch {told['torch']}, commit {told['commit']}.",
+    ]
+    return "\n".join(lines)
