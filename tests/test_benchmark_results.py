@@ -181,7 +181,7 @@ def test_ablations_are_means_with_standard_errors_and_paired_differences() -> No
         {"conditions": conditions, "seeds": [seed(0.0), seed(0.02)]}
     )
     # two values 0 and 2 %: mean 1, standard error 1
-    assert "(12) | 51.0 ± 1.0 | 75.0 ± 0.0 | 0.250 ± 0.000 |" in text
+    assert "(12 steps) | 51.0 ± 1.0 | 75.0 ± 0.0 | 0.250 ± 0.000 |" in text
     assert "| *difference, equal steps* | 25.0 ± 0.0 | 0.0 ± 0.0 | 0.000 ± 0.000 |" in text
     assert "| *difference by ITG* | -1.0 ± 1.0 |" in text
     assert "2 seeds" in text
