@@ -9,9 +9,11 @@ import torch
 from small_run import config, distance, weights, write_world
 
 from blip2fast.caption_data import Batch, SequenceRecord, read_captions, write_records
+from blip2fast.offload.measuring import measure_trained
 from blip2fast.run_config import parse_config
 from blip2fast.run_log import read_metrics
 from blip2fast.run_parts import FileImages, build_run
+from blip2fast.stage2_types import Stage2Config
 from blip2fast.trainer import train
 
 INSTRUCTED = {"text_conditioned": True}
@@ -148,6 +150,21 @@ def test_runs_without_padding(world, tmp_path, place):
     want = run(world, tmp_path / "padded", **settings, language_model=path)
     got = run(world, tmp_path / "packed", **settings, **place, language_model=packed)
     torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-4, atol=0)
+
+
+def test_memory_of_a_qformer_with_instructions():
+    """Its text branch counts, whatever else is set."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 2, "encoder_hidden_size": 24, "vocab_size": 50}
+    plain, packed, reading = (
+        measure_trained(Stage2Config(**sizes, **more), 20, torch.float32, 2, 5)
+        for more in ({}, {"pack_padding": True, "llm_dropout": True}, {"text_conditioned": True})
+    )
+    assert packed == plain
+    tables = 16 * (50 + 512)
+    feed_forward = 2 * (2 * 16 * 32 + 16 + 32 + 2 * 16)
+    assert reading.parameters == plain.parameters + tables + feed_forward
+    assert reading.kept > plain.kept
 
 
 def test_no_image_files_to_read():

@@ -70,6 +70,9 @@ def kept_tensors(module: nn.Module) -> Iterator[KeptTensors]:
         yield kept
 
 
+INSTRUCTION = 32  # tokens assumed for a text-conditioned Q-Former
+
+
 @dataclass(frozen=True)
 class StreamBytes:
     """Bytes of a streamed model's blocks: all on the host, the largest one, one decoded."""
@@ -195,13 +198,24 @@ def measure_trained(
         batch, image_tokens: B and S.
     """
     with FakeTensorMode():
-        model = Blip2Stage2(replace(config, match_embedding_scale=False), _NoLanguage(width))
+        plain = replace(config, match_embedding_scale=False, pack_padding=False)
+        model = Blip2Stage2(plain, _NoLanguage(width))
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         model.train()
         tokens = torch.empty(batch, image_tokens, config.encoder_hidden_size, dtype=dtype)
         with kept_tensors(model) as kept:
-            model.encode_image(tokens)
+            if not config.text_conditioned:
+                model.encode_image(tokens)
+            else:
+                # its parts: ids without values do not pass the check of their range
+                ids = torch.zeros(batch, INSTRUCTION, dtype=torch.long)
+                states = model.qformer(
+                    query_embeds=model.query_tokens.expand(batch, -1, -1),
+                    encoder_hidden_states=model.ln_vision(tokens),
+                    input_ids=ids,
+                ).last_hidden_state
+                model.language_projection(states[:, : config.num_query_tokens])
         return TrainedSizes(sum(p.numel() for p in model.trainable_parameters()), kept.nbytes)
 
 
