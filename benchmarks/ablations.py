@@ -168,9 +168,14 @@ def measure_stage1(model: Blip2Stage1, held_out: EvalSet) -> dict[str, float]:
 
 
 def run_seed(
-    seed: int, folder: Path, schedule: Schedule, held_out: EvalSet, reader: Reader
+    seed: int,
+    folder: Path,
+    schedule: Schedule,
+    held_out: EvalSet,
+    reader: Reader,
+    stage2_runs: Sequence[str] = STAGE2_RUNS,
 ) -> dict[str, Any]:
-    """All trainings of a seed and what they reach; kept in `result.json` beside them."""
+    """The trainings of a seed and what they reach; kept in `result.json` beside them."""
     kept = folder / f"seed{seed}" / "result.json"
     if kept.is_file():
         found: dict[str, Any] = json.loads(kept.read_text())
@@ -179,12 +184,12 @@ def run_seed(
     train(["stage1"], places, seed, schedule, 0)
     ratio = compute_ratio(places, held_out, reader)
     longer = schedule.stage2 + round(ratio * schedule.stage1)
-    train([*FINETUNE_RUNS, *STAGE2_RUNS], places, seed, schedule, longer)
+    train([*FINETUNE_RUNS, *stage2_runs], places, seed, schedule, longer)
     result: dict[str, Any] = {"seed": seed, "stage1_over_stage2_flops": ratio, "steps": longer}
     for name in ("stage1", *FINETUNE_RUNS):
         model = load_trained(places.run(name))
         result[name] = measure_stage1(model, held_out)  # type: ignore[arg-type]
-    for name in STAGE2_RUNS:
+    for name in stage2_runs:
         model = load_trained(places.run(name), reader.model)
         result[name] = measure_stage2(model, reader, held_out)  # type: ignore[arg-type]
     kept.write_text(json.dumps(result, indent=1) + "\n")
@@ -195,6 +200,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--stage2-seeds", type=int, help="of these, how many ablate stage 2 too; all by default"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs", "ablations"))
     parser.add_argument("--stage1-steps", type=int, default=1100)
     parser.add_argument("--stage2-steps", type=int, default=1200)
@@ -219,7 +227,9 @@ def main() -> None:
     )
     seeds = []
     for seed in range(given.seeds):
-        seeds.append(run_seed(seed, folder, schedule, held_out, reader))
+        ablated = given.stage2_seeds is None or seed < given.stage2_seeds
+        runs = STAGE2_RUNS if ablated else ()
+        seeds.append(run_seed(seed, folder, schedule, held_out, reader, runs))
         print(json.dumps(seeds[-1]), flush=True)
     result = {
         "conditions": {

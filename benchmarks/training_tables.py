@@ -106,8 +106,8 @@ def ablation_tables(result: dict[str, Any]) -> str:
     ]
     machine = result["conditions"]
     blocks.append(
-        f"{len(seeds)} seeds, mean ± standard error, in percent but for the loss; differences are "
-        f"taken seed by seed. {machine['held_out_scenes']} held-out scenes, batch "
+        "Mean ± standard error over seeds, in percent but for the loss; differences are taken seed "
+        f"by seed. {machine['held_out_scenes']} held-out scenes, batch "
         f"{machine['batch']}, torch {machine['versions']['torch']}, commit "
         f"{machine['commit'][:8]}."
     )
@@ -123,7 +123,9 @@ def _seed_table(
     def row(title: str, values: dict[str, list[float]]) -> str:
         return f"| {title} | " + " | ".join(_mean(name, v) for name, v in values.items()) + " |"
 
-    lines = [f"| | {' | '.join(metrics.values())} |", "|---|" + "---:|" * len(metrics)]
+    seeds = [seed for seed in seeds if runs.keys() <= seed.keys()]
+    head = f"| {len(seeds)} seeds | {' | '.join(metrics.values())} |"
+    lines = [head, "|---|" + "---:|" * len(metrics)]
     for run, title in runs.items():
         lines.append(row(title, {m: [seed[run][m] for seed in seeds] for m in metrics}))
     for one, other, title in differences:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import ablations
 import report
 import roofline
 import tables
@@ -178,13 +179,21 @@ def test_ablations_are_means_with_standard_errors_and_paired_differences() -> No
         "commit": "0123456789",
     }
     text = training_tables.ablation_tables(
-        {"conditions": conditions, "seeds": [seed(0.0), seed(0.02)]}
+        {
+            "conditions": conditions,
+            "seeds": [
+                seed(0.0),
+                seed(0.02),
+                {k: v for k, v in seed(0.01).items() if k not in ablations.STAGE2_RUNS},
+            ],
+        }
     )
     # two values 0 and 2 %: mean 1, standard error 1
     assert "(12 steps) | 51.0 ± 1.0 | 75.0 ± 0.0 | 0.250 ± 0.000 |" in text
     assert "| *difference, equal steps* | 25.0 ± 0.0 | 0.0 ± 0.0 | 0.000 ± 0.000 |" in text
-    assert "| *difference by ITG* | -1.0 ± 1.0 |" in text
-    assert "2 seeds" in text
+    assert "| *difference by ITG* | -1.0 ± 0.6 |" in text
+    assert text.startswith("| 2 seeds |")
+    assert "| 3 seeds |" in text
 
 
 def test_precision_differences_are_in_standard_errors() -> None:
