@@ -56,6 +56,22 @@ class Inputs:
         leaves = [x.detach().float().requires_grad_() for x in self.leaves]
         return differentiate(self._formula, leaves, self.dout.float())
 
+    @cached_property
+    def errors(self) -> list[float]:
+        """Relative errors of PyTorch's own functions in the type of the data.
+
+        In bf16 on a CPU its LayerNorm's gradient of the weight was 3 % off at 1,000 rows.
+        """
+        return relative_errors(differentiate(self._formula, self.leaves, self.dout), self.truth)
+
+
+def relative_errors(results: list[Tensor], truth: list[Tensor]) -> list[float]:
+    """Norm of each error over that of what is true."""
+    return [
+        float((found.float() - expected).norm() / expected.norm())
+        for found, expected in zip(results, truth, strict=True)
+    ]
+
 
 def differentiate(formula: Formula, leaves: list[Tensor], dout: Tensor) -> list[Tensor]:
     """A result and its gradients."""
@@ -88,12 +104,13 @@ def contenders(
 
 
 def agree(inputs: Inputs, results: list[Tensor]) -> None:
-    """Raise AssertionError where a result or gradient is not what fp32 gives."""
+    """Raise AssertionError where a result is further from fp32 than rounding or PyTorch."""
+    for found, expected in zip(results, inputs.truth, strict=True):
+        assert found.shape == expected.shape, f"shapes {list(found.shape)}, {list(expected.shape)}"
     tolerance = TOLERANCE[inputs.leaves[0].dtype]
-    for which, (found, expected) in enumerate(zip(results, inputs.truth, strict=True)):
-        assert found.shape == expected.shape, f"result {which}: shape {list(found.shape)}"
-        error = float((found.float() - expected).norm() / expected.norm())
-        assert error < tolerance, f"result {which}: relative error {error:.1e}"
+    for which, error in enumerate(relative_errors(results, inputs.truth)):
+        bound = max(tolerance, 2 * inputs.errors[which])
+        assert error < bound, f"result {which}: relative error {error:.1e}"
 
 
 def leaf(seed: int, *size: int, device: torch.device, scale: float = 1.0) -> Tensor:
