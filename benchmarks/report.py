@@ -19,7 +19,7 @@ from pathlib import Path
 
 import training_tables
 from results import ResultFile, newest, reduce
-from tables import short_table, suite_table
+from tables import HEADLINES, headlines, short_table, suite_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,6 +44,9 @@ def block_text(name: str) -> str:
     if name in TRAINING:
         found = sorted(RESULTS.glob(f"????-??-??_{name}.json"))
         return TRAINING[name](json.loads(found[-1].read_text())) if found else "No result yet."
+    if name == "headlines":
+        suites = {suite: newest(RESULTS.glob("*.json"), suite)[:1] for suite, *_ in HEADLINES}
+        return headlines({suite: found[0] for suite, found in suites.items() if found})
     files = newest(RESULTS.glob("*.json"), name)
     return "\n\n".join(suite_table(file) for file in files) or "No result yet."
 

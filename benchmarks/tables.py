@@ -218,3 +218,42 @@ def short_table(files: Iterable[ResultFile]) -> str:
             failed = [f"  {n}: {r['failed']}" for n, r in found.items() if "failed" in r]
             lines += [line[:160] for line in failed]
     return "\n".join(lines)
+
+
+# suite, benchmark, what it is, ours, the rival
+HEADLINES = (
+    ("stage1_step", "step[vit_g_b8-fp32]", "stage-1 step, 8 pairs, fp32", "blip2fast", "textbook"),
+    ("stage1_step", "step[vit_g_b8-bf16]", "stage-1 step, 8 pairs, bf16", "blip2fast", "textbook"),
+    (
+        "itc",
+        "itc[n1680_cpu-fp32-train]",
+        "ITC with gradients, 1,680 pairs, fp32",
+        "blip2fast auto",
+        "torch matmul, amax",
+    ),
+    (
+        "qformer",
+        "forward[vit_g_b1-fp32]",
+        "`QFormer` on one image, fp32, inference",
+        "blip2fast",
+        "transformers sdpa",
+    ),
+)
+
+
+def headlines(files: Mapping[str, ResultFile]) -> str:
+    """A few rows of one machine's suites, each against the rival that its users have today."""
+    lines = [
+        "| | blip2fast | peak | rival | | peak | times faster |",
+        "|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for suite, cell, title, ours, rival in HEADLINES:
+        if suite in files and cell in files[suite].cells:
+            found = files[suite].cells[cell]["contenders"]
+            us, them = found[ours], found[rival]
+            lines.append(
+                f"| {title} | {seconds(us['median_s'])} | {us['peak_bytes'] / 1e6:,.0f} MB "
+                f"| {rival} | {seconds(them['median_s'])} | {them['peak_bytes'] / 1e6:,.0f} MB "
+                f"| {them['median_s'] / us['median_s']:.2f} |"
+            )
+    return "\n".join(lines)

@@ -210,3 +210,11 @@ def test_precision_differences_are_in_standard_errors() -> None:
     # means 2 and 3, each with a standard error of 1: 1 / sqrt(2)
     assert "| loss | 2.000 ± 1.000 | 3.000 ± 1.000 | +0.7 |" in text
     assert "| eval_t2i_r1 | 70.0 ± 10.0 | 80.0 ± 10.0 | +0.7 |" in text
+
+
+def test_headlines_name_both_and_leave_out_what_was_not_run() -> None:
+    times = {"blip2fast auto": 0.5, "torch matmul, amax": 1.0, "torch": 0.1}
+    file = result(raw("itc[n1680_cpu-fp32-train]", "2026-01-02", times))
+    lines = tables.headlines({"itc": file}).splitlines()
+    assert len(lines) == 3
+    assert "500 ms | 2 MB | torch matmul, amax | 1.00 s | 2 MB | 2.00 |" in lines[2]
