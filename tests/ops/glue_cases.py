@@ -1,13 +1,26 @@
-"""What the tests of the glue ops share: random rows, errors against PyTorch's."""
+"""What the tests of the glue ops share: random rows, poisoned memory, errors against PyTorch's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 Function = Callable[..., Tensor]
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """What `torch.empty` gives is NaN, so that an element that nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def make_rows(

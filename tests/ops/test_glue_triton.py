@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from glue_cases import assert_as_exact_as, make_rows
+from glue_cases import assert_as_exact_as, make_rows, poisoned_memory
 from torch import Tensor
 
 from blip2fast.kernels.dropout_add_layer_norm import pytorch, reference
@@ -32,6 +33,12 @@ P = 0.3
 runs_kernels = pytest.mark.skipif(
     not (HAS_TRITON and (GPU or INTERPRETED)), reason="needs a GPU or TRITON_INTERPRET=1"
 )
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    with poisoned_memory():
+        yield
 
 
 @pytest.mark.skipif(not HAS_TRITON or GPU or INTERPRETED, reason="the tests below run anyway")
