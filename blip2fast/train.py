@@ -59,7 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     _share_cores()
 
-    import torch.distributed as dist
     import transformers
 
     from blip2fast.run_config import load_config
@@ -74,9 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The launcher ends all processes as soon as one has: each says why.
         rank = os.environ.get("RANK", "0")
         sys.exit(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _share_cores() -> None:
@@ -100,6 +96,17 @@ def _import_from_repository() -> None:
     sys.path.insert(0, str(here.parent))
 
 
+def _leave_processes() -> None:
+    """End what connects the processes; nothing can train in this one afterwards."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     _import_from_repository()
-    main()
+    try:
+        main()
+    finally:
+        _leave_processes()
