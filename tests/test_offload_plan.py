@@ -284,6 +284,21 @@ def test_auto_takes_the_first_that_fits(
     assert "offload: auto chose 'none" in said[0] or "offload: auto chose 'stream" in said[0]
 
 
+def test_a_plan_does_not_depend_on_what_zero_left(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = large_run(world, tmp_path)
+    plan = plan_memory(run, memory=LARGE)
+
+    def as_zero_leaves_it(x: Any, weight: Any, bias: Any = None) -> Any:
+        product = x.matmul(weight.t())
+        return product if bias is None else product.add_(bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", as_zero_leaves_it)
+    assert plan_memory(run, memory=LARGE) == plan
+    assert torch.nn.functional.linear is as_zero_leaves_it
+
+
 def test_auto_spreads_where_every_process_would_need_a_copy(world: Path, tmp_path: Path) -> None:
     """Eight processes, 40 GiB of host memory: a copy each does not fit, an eighth each does."""
     run = large_run(world, tmp_path, offload="auto", optim={"batch_size": 16})

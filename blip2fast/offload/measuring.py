@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -68,6 +69,21 @@ def kept_tensors(module: nn.Module) -> Iterator[KeptTensors]:
     kept = KeptTensors({p.untyped_storage()._cdata for p in module.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
         yield kept
+
+
+@contextmanager
+def _without_numbers() -> Iterator[None]:
+    """Fake tensors, and PyTorch's own linear function.
+
+    ZeRO-3 replaces that function for the whole process once it has spread a model; its form keeps
+    more, and a plan must not depend on what ran before it.
+    """
+    replaced, F.linear = F.linear, torch._C._nn.linear
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        F.linear = replaced
 
 
 INSTRUCTION = 32  # tokens assumed for a text-conditioned Q-Former
@@ -151,7 +167,7 @@ def measure_language_model(
             reads Q + T and writes T.
     """
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with FakeTensorMode():
+    with _without_numbers():
         model = kind.from_config(config, dtype=dtype).eval().requires_grad_(False)
         _untie_head(model)
         blocks = find_blocks(model)
@@ -197,7 +213,7 @@ def measure_trained(
         dtype: of the activations.
         batch, image_tokens: B and S.
     """
-    with FakeTensorMode():
+    with _without_numbers():
         plain = replace(config, match_embedding_scale=False, pack_padding=False)
         model = Blip2Stage2(plain, _NoLanguage(width))
         for parameter in model.parameters():
@@ -222,7 +238,7 @@ def measure_trained(
 def measure_image_encoder(config: Any) -> tuple[int, int]:
     """Parameters of a frozen image encoder, with blocks that are cut off later, and its width E."""
     vision = getattr(config, "vision_config", config)
-    with FakeTensorMode():
+    with _without_numbers():
         if vision.model_type == "blip_2_vision_model":
             model = Blip2VisionModel(vision)
         else:
