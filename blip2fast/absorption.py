@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from blip2fast.fused_weights import is_plain
 
 # Absorption's products are narrower. On a CPU (benchmarks/README.md, "Q-Former, forward") it is a
-# draw at 0.61 of the operations, BLIP-2's own shape, and wins by 1.4 times and more at 0.5.
+# draw at 0.61 of the operations, BLIP-2's own shape, and wins by about 1.4 times at 0.5 and 0.3.
 _FEWER_OPERATIONS = 0.6
 
 
