@@ -138,7 +138,14 @@ def flops_of_a_pair(shape: Shape, device: torch.device) -> float:
     operations = {str(op) for op in counter.get_flop_counts()["Global"]}
     if not any("bmm" in op or "attention" in op for op in operations):
         flops += attention_flops(counted)  # inside ops that the counter does not look into
+    flops += word_flops(counted)  # always inside one
     return flops / counted.batch
+
+
+def word_flops(shape: Shape) -> float:
+    """The word head on label rows: logits, and the gradients of both factors."""
+    labels = sum(spread_lengths(shape.batch, shape.mean_caption, shape.text_tokens)) - shape.batch
+    return 6 * labels * shape.config.hidden_size * shape.config.vocab_size
 
 
 def attention_flops(shape: Shape) -> float:
