@@ -1,30 +1,21 @@
-"""LAVIS's reference step through the Triton kernels: on a GPU, else interpreted on the CPU.
-
-The interpreter has to be asked for before Triton is imported, so `test_through_the_interpreter`
-runs this file in a process of its own.
-"""
+"""LAVIS's reference step through the Triton kernels: on a GPU, else interpreted on the CPU."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from stage1_cases import ReferenceCase
+from triton_cases import DEVICE, run_interpreted, runs_kernels, starts_interpreter
 
 pytest.importorskip("triton")
 
 from blip2fast.lavis import to_lavis_name
 from blip2fast.ops import dispatch
-from blip2fast.ops._glue_checks import INTERPRETED
 from blip2fast.stage1 import Blip2Stage1
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 # every op of a step that has a Triton kernel
 TRITON_OPS = {
     "qformer_attention": "qformer_attention",
@@ -36,16 +27,9 @@ TRITON_OPS = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the test below runs anyway")
+@starts_interpreter
 def test_through_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    # all but this test itself
-    assert "2 passed, 1 skipped" in done.stdout, done.stdout[-4000:]
+    run_interpreted(__file__)
 
 
 @pytest.fixture
@@ -63,7 +47,7 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return ran
 
 
-@pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs TRITON_INTERPRET=1")
+@runs_kernels
 def test_reference_losses_outputs_and_gradients(reference: ReferenceCase, forced: set[str]) -> None:
     """fp32, held to the bounds of the other backends."""
     model = Blip2Stage1.from_lavis_state_dict(reference.weight, reference.config)

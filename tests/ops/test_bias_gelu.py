@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from glue_cases import assert_as_exact_as, make_rows, poisoned_memory
+from glue_cases import assert_as_exact_as, make_rows
 from torch import Tensor
 
 from blip2fast.ops import bias_gelu
 from blip2fast.ops.bias_gelu import BACKENDS, BiasGeluCall
 from blip2fast.ops.dispatch import choose
 
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    with poisoned_memory():
-        yield
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def make_inputs(R: int, width: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

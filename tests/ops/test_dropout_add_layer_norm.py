@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from glue_cases import assert_as_exact_as, make_rows, poisoned_memory, saved_tensors
+from glue_cases import assert_as_exact_as, make_rows, saved_tensors
 from torch import Tensor
 
 from blip2fast.kernels.dropout_add_layer_norm import reference
@@ -18,14 +18,9 @@ from blip2fast.ops.dispatch import choose
 from blip2fast.ops.dropout_add_layer_norm import BACKENDS, DropoutAddLayerNormCall
 from blip2fast.ops.philox import philox_state, with_offset
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 P = 0.3
 PHILOX = philox_state(seed=5, offset=2)
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def make_inputs(R: int, C: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

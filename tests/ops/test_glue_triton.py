@@ -1,56 +1,28 @@
-"""The Triton kernels of the glue ops: on a GPU where there is one, else through the interpreter.
-
-The interpreter has to be asked for before Triton is imported, so `test_through_the_interpreter`
-runs this file in a process of its own.
-"""
+"""The Triton kernels of the glue ops: on a GPU where there is one, else through the interpreter."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from glue_cases import assert_as_exact_as, make_rows, poisoned_memory
+from glue_cases import assert_as_exact_as, make_rows
 from torch import Tensor
+from triton_cases import DEVICE, DTYPES, run_interpreted, runs_kernels, starts_interpreter
 
 from blip2fast.kernels.dropout_add_layer_norm import pytorch, reference
 from blip2fast.ops import bias_gelu, dropout_add_layer_norm
-from blip2fast.ops._glue_checks import HAS_TRITON, INTERPRETED
 from blip2fast.ops.philox import philox_state
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-# the interpreter computes bf16 wrongly
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 P = 0.3
-runs_kernels = pytest.mark.skipif(
-    not (HAS_TRITON and (GPU or INTERPRETED)), reason="needs a GPU or TRITON_INTERPRET=1"
-)
 
 
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    with poisoned_memory():
-        yield
-
-
-@pytest.mark.skipif(not HAS_TRITON or GPU or INTERPRETED, reason="the tests below run anyway")
+@starts_interpreter
 def test_through_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    # all but this test itself
-    assert "1 skipped" in done.stdout, done.stdout[-4000:]
+    run_interpreted(__file__)
 
 
 def make_inputs(R: int, C: int, dtype: torch.dtype) -> list[Tensor]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from glue_cases import assert_as_exact_as, poisoned_memory, saved_tensors
+from glue_cases import assert_as_exact_as, saved_tensors
 from itc_cases import definition, make_features
+from stage1_cases import ReferenceCase
 from torch import Tensor
 
 from blip2fast import Blip2Stage1, ITCLoss
@@ -23,19 +21,11 @@ from blip2fast.ops import itc_loss
 from blip2fast.ops.itc import itc_loss_and_grads
 from blip2fast.ops.philox import philox_state
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from stage1_cases import ReferenceCase
-
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 IMPLS = ["reference", "chunked"]
 # batch, queries, width: N of 1, 2 and no multiple of a tile; Q from 1 to 256; D from 16 to 1024
 SHAPES = [(1, 4, 16), (2, 1, 16), (7, 5, 20), (33, 32, 64), (3, 256, 16), (5, 3, 1024)]
 BUDGETS = [0, 2**30]
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def make_ids(b: int) -> Tensor:

@@ -1,61 +1,32 @@
-"""The ITC kernels in Triton: on a GPU where there is one, else through the interpreter.
-
-The interpreter has to be asked for before Triton is imported, so `test_through_the_interpreter`
-runs this file in a process of its own.
-"""
+"""The ITC kernels in Triton: on a GPU where there is one, else through the interpreter."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from glue_cases import assert_as_exact_as, poisoned_memory
+from glue_cases import assert_as_exact_as
 from itc_cases import definition, make_features
 from torch import Tensor
+from triton_cases import DEVICE, DTYPES, GPU, run_interpreted, runs_kernels, starts_interpreter
 
 pytest.importorskip("triton")
 from blip2fast.kernels.itc import backward, forward, reference
 from blip2fast.kernels.itc.config import TritonConfig, backward_config, forward_config
 from blip2fast.kernels.itc.interface import Options, Pairs, Weights
 from blip2fast.ops import itc_loss
-from blip2fast.ops.itc_sweep import INTERPRETED
 from blip2fast.ops.philox import philox_state
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-# the interpreter computes bf16 wrongly
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 GPU_SHAPES = [(300, 32, 256), (65, 256, 64), (50, 3, 1024), (130, 1, 16)]
-runs_kernels = pytest.mark.skipif(
-    not (GPU or INTERPRETED), reason="needs a GPU or TRITON_INTERPRET=1"
-)
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests below run anyway")
+@starts_interpreter
 def test_through_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    # all but this test itself and what is for a GPU
-    skipped = 1 + len(GPU_SHAPES) * len(DTYPES)
-    assert f" {skipped} skipped" in done.stdout, done.stdout[-4000:]
+    run_interpreted(__file__, for_a_gpu=len(GPU_SHAPES) * len(DTYPES))
 
 
 def small(Q: int, D: int, images: int = 2, **changes: int) -> TritonConfig:

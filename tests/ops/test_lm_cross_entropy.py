@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from glue_cases import assert_as_exact_as, make_rows, poisoned_memory
+from glue_cases import assert_as_exact_as, make_rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blip2fast.ops import _lm_chunks, lm_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 C, V = 12, 37
 # three rows of fp32 logits
 CHUNK = 3 * V * 4
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def make_inputs(R: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

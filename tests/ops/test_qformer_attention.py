@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from attention_cases import (
@@ -17,7 +15,6 @@ from attention_cases import (
     make_qkv,
     philox_of,
 )
-from glue_cases import poisoned_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,14 +26,9 @@ from blip2fast.ops import _attention_padded, qformer_attention, qformer_cross_at
 from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
 from blip2fast.ops.philox import philox_state
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 # the accelerators' path of `sdpa`, on the CPU
 PADDED = "padded"
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def run_self(

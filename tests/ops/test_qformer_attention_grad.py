@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -20,7 +19,7 @@ from attention_cases import (
     philox_of,
     value_and_grads,
 )
-from glue_cases import poisoned_memory, saved_tensors
+from glue_cases import saved_tensors
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -28,14 +27,9 @@ from blip2fast.ops import _attention_core, _attention_padded
 from blip2fast.ops import qformer_attention as attend_self
 from blip2fast.ops import qformer_cross_attention as attend_cross
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IMPLS = ["reference", "sdpa"]
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 @pytest.mark.parametrize("impl", IMPLS)
