@@ -166,3 +166,10 @@ def cross_attention(
         out = out.masked_fill(blind, 0)
         lse = lse.masked_fill(blind[..., 0], -torch.inf)
     return out, lse
+
+
+def one_call(q: Tensor, kv: Tensor, scale: float) -> Tensor:
+    """`[N, Q, H, D]` from `q` `[N or 1, Q, H, D]` and `kv` `[N, S, 2, H, D]`, on any device."""
+    q = q.expand(kv.shape[0], -1, -1, -1)
+    q, k, v = (x.transpose(1, 2) for x in (q, *kv.unbind(2)))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()

@@ -236,6 +236,8 @@ def qformer_cross_attention(
         )
     elif impl == "xformers":
         return _attention_xformers.cross_attention(q, kv, image, scale)
+    elif impl == "sdpa" and not return_lse and _is_one_call(q, kv, index, key_mask, dropout_p):
+        return _attention_padded.one_call(q, kv, scale)
     elif impl == "sdpa" and q.device.type != "cpu":
         out, lse = _attention_padded.cross_attention(
             q, kv, image, key_mask, scale, dropout_p, philox
@@ -245,3 +247,12 @@ def qformer_cross_attention(
             q, kv, *unpack_index(index), key_mask, N, philox, scale, dropout_p, impl
         )
     return (out, lse.detach()) if return_lse else out
+
+
+def _is_one_call(
+    q: Tensor, kv: Tensor, index: KVIndex | None, key_mask: Tensor | None, dropout_p: float
+) -> bool:
+    """Whether this is what PyTorch's function computes, without a gradient."""
+    trained = torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad)
+    plain = index is None and key_mask is None and dropout_p == 0
+    return plain and not trained and q.numel() > 0 and kv.numel() > 0

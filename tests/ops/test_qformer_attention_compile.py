@@ -22,9 +22,10 @@ from attention_cases import (
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from blip2fast.masks import MaskKind
 from blip2fast.ops import (
-    _attention_cpu,
     _attention_cpu_cross,
+    _attention_cpu_plan,
     _attention_xformers,
     qformer_attention,
     qformer_cross_attention,
@@ -174,7 +175,7 @@ def test_row_numbers_beyond_31_bits() -> None:
         order=torch.zeros(1, dtype=torch.int32),
         offsets=torch.tensor([0, 1], dtype=torch.int32),
     )
-    (group,) = _attention_cpu._groups(layout, head_elements=32)
+    (group,) = _attention_cpu_plan._groups(layout, head_elements=32)
     end = blocks * Q
     expected = [*range(end - Q, end), *(end + 2**31 - 4 + t for t in range(3))]
     assert group.rows.tolist() == group.keys.tolist() == [expected]
@@ -193,12 +194,33 @@ def test_consecutive_rows_are_not_copied() -> None:
 
 def test_buckets_hold_texts_of_like_length() -> None:
     lengths = np.array([9, 1, 40, 2, 39, 10, 1, 41])
-    buckets = _attention_cpu._buckets(lengths, seen=32, head_elements=12 * 64)
+    buckets = _attention_cpu_plan._buckets(lengths, seen=32, head_elements=12 * 64)
     assert sorted(i for bucket in buckets for i in bucket) == list(range(8))
     assert len(buckets) > 1
     longest = [lengths[bucket].max() for bucket in buckets]
     assert longest == sorted(longest)
-    assert len(_attention_cpu._buckets(lengths[:2] * 0 + 7, 32, 10**6)) == 1
+    assert len(_attention_cpu_plan._buckets(lengths[:2] * 0 + 7, 32, 10**6)) == 1
+
+
+def test_layers_share_a_plan_and_other_texts_do_not() -> None:
+    def layout(*lengths: int) -> AttentionLayout:
+        return AttentionLayout.build(2, 3, lengths, MaskKind.BIDIRECTIONAL)
+
+    with torch.inference_mode():
+        plan = _attention_cpu_plan.plan_of(layout(4, 2), head_elements=32)
+    assert _attention_cpu_plan.plan_of(layout(4, 2), head_elements=32) is plan
+    assert not plan.order.is_inference()
+    assert _attention_cpu_plan.plan_of(layout(2, 4), head_elements=32) is not plan
+    assert plan.rows() == 2 * 3 + 2 * 4
+
+
+def test_what_is_one_call_gives_what_it_gives_in_training() -> None:
+    q, kv = torch.randn(3, 4, 2, 16), torch.randn(3, 130, 2, 2, 16)
+    out = qformer_cross_attention(q, kv)
+    assert out.equal(qformer_cross_attention(q.clone().requires_grad_(), kv).detach())
+    shared = qformer_cross_attention(q[:1], kv)
+    assert shared.equal(qformer_cross_attention(q[:1].expand(3, -1, -1, -1), kv))
+    assert shared.is_contiguous()
 
 
 @pytest.mark.parametrize("name", [name for name, case in SELF_CASES.items() if case.p == 0])
