@@ -16,20 +16,14 @@ from torch import Tensor, nn
 from blip2fast import lavis, losses, stage1_inputs
 from blip2fast.fused_weights import not_plain
 from blip2fast.gathering import rank
-from blip2fast.masks import MaskKind
 from blip2fast.negatives import NegativeExchange
 from blip2fast.ops import itc_loss, lm_cross_entropy
-from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
 from blip2fast.ops.philox import philox_state, with_offset
-from blip2fast.packed_qformer import Dropout, PackedPass, PackedQFormer
+from blip2fast.packed_qformer import Dropout, PackedQFormer
 from blip2fast.qformer import QFormer
 from blip2fast.stage1_generation import generate, padded_logits
-from blip2fast.stage1_passes import (
-    PackedTexts,
-    contrast_pass,
-    images_of_pairs,
-    matching_pass,
-)
+from blip2fast.stage1_matching import encode_image, encode_text, match, match_logits
+from blip2fast.stage1_passes import PackedTexts, contrast_pass, images_of_pairs, matching_pass
 from blip2fast.stage1_types import LOSSES, Stage1Config, Stage1Output, check_losses
 from blip2fast.state_dicts import check_state
 from blip2fast.text_modules import LMHead, TextEmbeddings, copy_text_ffn_to_queries
@@ -184,7 +178,7 @@ class Blip2Stage1(nn.Module):
             ValueError: an input is missing, has the wrong shape, or leaves no negative.
         """
         image_embeds = self.image_tokens(image_embeds, images)
-        texts = self._texts(input_ids, attention_mask, cu_seqlens)
+        texts = self.packed_texts(input_ids, attention_mask, cu_seqlens)
         stage1_inputs.check_pairs(image_embeds, texts)
         stage1_inputs.check_training_batch(texts, image_ids)
         visible = stage1_inputs.check_image_mask(image_embeds, image_attention_mask)
@@ -266,13 +260,7 @@ class Blip2Stage1(nn.Module):
         Returns:
             `(image_features [B, Q, D], query_output [B, Q, C])`; the features are normalised.
         """
-        image_embeds = self.image_tokens(image_embeds)
-        visible = stage1_inputs.check_image_mask(image_embeds, image_attention_mask)
-        layout = AttentionLayout.build(
-            len(image_embeds), self.config.num_query_tokens, device=image_embeds.device
-        )
-        states, _ = self._one_pass(image_embeds, None, PackedPass(layout, image_mask=visible))
-        return losses.unit(self.vision_projection(states)), states
+        return encode_image(self, image_embeds, image_attention_mask)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Features of texts that saw no image: the projected [CLS] state, normalised.
@@ -284,13 +272,7 @@ class Blip2Stage1(nn.Module):
         Returns:
             `[B, D]`.
         """
-        texts = self._texts(input_ids, attention_mask, None)
-        layout = AttentionLayout.build(
-            0, 0, texts.lengths, MaskKind.UNIMODAL, device=texts.ids.device
-        )
-        packed = PackedPass(layout, kept_text=texts.cu_seqlens[:-1])
-        _, states = self._one_pass(None, (texts.ids, texts.positions), packed)
-        return losses.unit(self.text_projection(states))
+        return encode_text(self, input_ids, attention_mask)
 
     def match(
         self,
@@ -310,17 +292,9 @@ class Blip2Stage1(nn.Module):
             image_index: `[B]`, the image of each text, where `image_embeds` `[images, S, E]` holds
                 each image once: its keys and values then serve all its texts. Default: image i.
         """
-        image_embeds = self.image_tokens(image_embeds)
-        texts = self._texts(input_ids, attention_mask, None)
-        index = None
-        if image_index is None:
-            stage1_inputs.check_pairs(image_embeds, texts)
-        else:
-            index = KVIndex.build(image_index.to(image_embeds.device), len(image_embeds))
-        visible = stage1_inputs.check_image_mask(image_embeds, image_attention_mask)
-        pairs = matching_pass(texts, None, self.config.num_query_tokens, index, visible)
-        states, _ = self._one_pass(image_embeds, (pairs.ids, pairs.positions), pairs.packed)
-        return self._judge(states)
+        return match(
+            self, image_embeds, input_ids, attention_mask, image_attention_mask, image_index
+        )
 
     @torch.no_grad()
     def generate(
@@ -351,24 +325,6 @@ class Blip2Stage1(nn.Module):
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return self.query_tokens.dtype
-
-    def _one_pass(
-        self,
-        image_embeds: Tensor | None,
-        words: tuple[Tensor, Tensor] | None,
-        packed: PackedPass,
-    ) -> tuple[Tensor, Tensor]:
-        """Query and text states of a pass of its own; words are ids and positions."""
-        device = self.query_tokens.device
-        runner = PackedQFormer(self.qformer, self.computing_dtype(device))
-        keys_values = []
-        if image_embeds is not None:
-            keys_values = runner.image_keys_values(image_embeds, self.ln_vision)
-        text = self.query_tokens.new_empty(0, self.config.hidden_size)
-        if words is not None:
-            text = self.embeddings(*words)
-        dropout = Dropout.of(self.qformer, philox_state(device=device), 0)
-        return runner(self.query_tokens[0], text, keys_values, packed, dropout)
 
     def _generation_loss(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """ITG's loss and accuracy from the rows that predict a word, `[K, C]`."""
@@ -415,11 +371,7 @@ class Blip2Stage1(nn.Module):
             pairs.packed,
             Dropout.of(self.qformer, philox, 1),
         )
-        return self._judge(states)
-
-    def _judge(self, states: Tensor) -> Tensor:
-        """ITM logits of query states `[N, Q, C]`; the mean over queries goes through the head."""
-        return losses.wide(self.itm_head(losses.wide(states).mean(1).to(states.dtype)))
+        return match_logits(self, states)
 
     def image_tokens(self, image_embeds: Tensor | None, images: Tensor | None = None) -> Tensor:
         """`[B, S, E]` tokens, given or computed by the image encoder, checked."""
@@ -428,9 +380,13 @@ class Blip2Stage1(nn.Module):
         stage1_inputs.check_gathered(self.query_tokens)
         return tokens
 
-    def _texts(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+    def packed_texts(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None = None,
     ) -> PackedTexts:
+        """The texts of `forward` without padding, checked, on the model's device."""
         texts = stage1_inputs.packed_texts(
             input_ids,
             attention_mask,

@@ -225,7 +225,7 @@ def test_match_by_image_index_is_match_of_repeated_images(small_batch: dict[str,
 
 
 def test_texts_on_the_cpu_are_packed_there(small_batch: dict[str, Tensor]) -> None:
-    texts = small_model()._texts(small_batch["input_ids"], small_batch["attention_mask"], None)
+    texts = small_model().packed_texts(small_batch["input_ids"], small_batch["attention_mask"])
     moved = texts.to(torch.device("meta"))
     assert moved.ids.device.type == moved.positions.device.type == "meta"
     assert moved.lengths.device.type == "cpu"
