@@ -1,9 +1,9 @@
 """The backend `sdpa` on an accelerator: PyTorch's attention on padded tensors, under autograd.
 
 Everything is an index computation on the device; the host waits for nothing. Memory is that of the
-padded tensors and, where blocks share images, of gathered keys and values. Shapes: R rows of the
-token buffer, N query blocks, Q queries, n texts padded to T, B images, S image tokens, H heads,
-D head width.
+padded tensors and, where blocks share images, of gathered keys and values; under dropout, and where
+the lse is asked for, of the scores too. Shapes: R rows of the token buffer, N query blocks,
+Q queries, n texts padded to T, B images, S image tokens, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from blip2fast.ops.philox import keep_mask
 
 
 def self_attention(
-    qkv: Tensor, layout: AttentionLayout, scale: float, dropout_p: float, philox: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`(out [R, H, D], lse [R, H])` from `qkv` `[R, 3, H, D]`."""
+    qkv: Tensor,
+    layout: AttentionLayout,
+    scale: float,
+    dropout_p: float,
+    philox: Tensor | None,
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`(out [R, H, D], lse [R, H])` from `qkv` `[R, 3, H, D]`; None for the lse where unasked."""
     N, Q, R, H = layout.num_blocks, layout.num_queries, layout.num_rows, qkv.shape[2]
-    outputs, lses = [], []
+    results: list[tuple[Tensor, Tensor | None]] = []
     device = qkv.device
     T = layout.max_seqlen if layout.num_text_rows else 0
     if T:
@@ -38,18 +43,19 @@ def self_attention(
             keys = torch.cat([query_rows, text_rows[text]], 1)
             shown = real[text] & (text >= 0)[:, None]
             visible = F.pad(shown, (Q, 0), value=True)[:, None, None]
-        out, lse = _attend(qkv, query_rows, keys, visible, scale, dropout_p, philox, first_column=0)
-        outputs.append(out.flatten(0, 1))
-        lses.append(lse.flatten(0, 1))
+        options = scale, dropout_p, philox, with_lse
+        out, lse = _attend(qkv, query_rows, keys, visible, *options, first_column=0)
+        results.append((out.flatten(0, 1), None if lse is None else lse.flatten(0, 1)))
     if T:
-        out, lse = _texts(qkv, layout, text_rows, real, scale, dropout_p, philox)
+        out, lse = _texts(qkv, layout, text_rows, real, scale, dropout_p, philox, with_lse)
         text_row = torch.arange(layout.num_text_rows, device=device)
         text = torch.searchsorted(layout.cu_seqlens[1:].long(), text_row, right=True)
-        outputs.append(out[text, text_row - starts[text]])
-        lses.append(lse[text, text_row - starts[text]])
-    if not outputs:
+        where = text, text_row - starts[text]
+        results.append((out[where], None if lse is None else lse[where]))
+    if not results:
         return qkv[:, 0], qkv.new_zeros(R, H, dtype=wide_dtype(qkv.dtype))
-    return torch.cat(outputs), torch.cat(lses)
+    lses = [lse for _, lse in results if lse is not None]
+    return torch.cat([out for out, _ in results]), torch.cat(lses) if with_lse else None
 
 
 def _texts(
@@ -60,7 +66,8 @@ def _texts(
     scale: float,
     dropout_p: float,
     philox: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """`(out [n, T, H, D], lse [n, T, H])`; padding rows mean nothing."""
     N, Q = layout.num_blocks, layout.num_queries
     kinds, T = layout.kinds, text_rows.shape[1]
@@ -76,7 +83,8 @@ def _texts(
         keys, first_column = torch.cat([block[:, None] * Q + queries, text_rows], 1), 0
         shown = (sees_queries[:, None] | ~real)[:, :, None].expand(-1, -1, Q)
         visible = torch.cat([shown, visible], 2)
-    return _attend(qkv, text_rows, keys, visible[:, None], scale, dropout_p, philox, first_column)
+    options = scale, dropout_p, philox, with_lse
+    return _attend(qkv, text_rows, keys, visible[:, None], *options, first_column)
 
 
 def _attend(
@@ -87,15 +95,16 @@ def _attend(
     scale: float,
     dropout_p: float,
     philox: Tensor | None,
+    with_lse: bool,
     first_column: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Rows `[m, L]` of a token buffer attend to its rows `keys` `[m, M]`."""
     keep = None
     if dropout_p > 0 and philox is not None:
         head = torch.arange(qkv.shape[2], device=qkv.device)[:, None]
         keep = keep_mask(philox, dropout_p, rows[:, None], head, keys.shape[1], first_column)
     k, v = qkv[:, 1:][keys].unbind(2)
-    return attend(qkv[:, 0][rows], k, v, visible, keep, scale, dropout_p)
+    return attend(qkv[:, 0][rows], k, v, visible, keep, scale, dropout_p, with_lse)
 
 
 def attend(
@@ -106,7 +115,8 @@ def attend(
     keep: Tensor | None,
     scale: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Padded attention in which every row sees something.
 
     Args:
@@ -116,13 +126,16 @@ def attend(
         keep: `[m, H, L, M]` bool, the weights that dropout keeps, or None.
         scale: Factor of the scores.
         dropout_p: Probability of dropping.
+        with_lse: Whether to compute the lse, which takes the scores; else it is None.
 
     Returns:
         `(out [m, L, H, D], lse [m, L, H])`.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with torch.no_grad():
-        lse = _scores(q, k, visible, scale).logsumexp(-1).transpose(1, 2)
+    lse = None
+    if with_lse:
+        with torch.no_grad():
+            lse = _scores(q, k, visible, scale).logsumexp(-1).transpose(1, 2)
     if keep is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     else:
@@ -145,7 +158,8 @@ def cross_attention(
     scale: float,
     dropout_p: float,
     philox: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """`(out [N, Q, H, D], lse [N, Q, H])` from `q` `[N or 1, Q, H, D]`, `kv` `[B, S, 2, H, D]`."""
     # indexing, whose gradient adds up in a fixed order; index_select's does not on a GPU
     read = kv if kv_index is None else kv[kv_index.long()]
@@ -161,10 +175,11 @@ def cross_attention(
         head = torch.arange(H, device=q.device)[:, None]
         keep = keep_mask(philox, dropout_p, rows, head, S)
     k, v = read.unbind(2)
-    out, lse = attend(q.expand(N, -1, -1, -1), k, v, visible, keep, scale, dropout_p)
+    q = q.expand(N, -1, -1, -1)
+    out, lse = attend(q, k, v, visible, keep, scale, dropout_p, with_lse)
     if blind is not None:
         out = out.masked_fill(blind, 0)
-        lse = lse.masked_fill(blind[..., 0], -torch.inf)
+        lse = None if lse is None else lse.masked_fill(blind[..., 0], -torch.inf)
     return out, lse
 
 

@@ -113,17 +113,20 @@ def qformer_attention(
     impl = choose("qformer_attention", BACKENDS, call, impl)
     scale = D**-0.5 if scale is None else scale
     philox = philox if dropout_p > 0 else None
+    lse: Tensor | None
     if impl == "reference":
         out, lse = reference.qformer_attention(qkv, layout, scale, dropout_p, philox)
     elif impl == "xformers":
         return _attention_xformers.self_attention(qkv, layout, scale)
     elif impl == "sdpa" and qkv.device.type != "cpu":
-        out, lse = _attention_padded.self_attention(qkv, layout, scale, dropout_p, philox)
+        out, lse = _attention_padded.self_attention(
+            qkv, layout, scale, dropout_p, philox, with_lse=return_lse
+        )
     else:
         out, lse = torch.ops.blip2fast.qformer_attention(
             qkv, *unpack_layout(layout), philox, scale, dropout_p, impl
         )
-    return (out, lse.detach()) if return_lse else out
+    return out if lse is None or not return_lse else (out, lse.detach())
 
 
 @overload
@@ -230,6 +233,7 @@ def qformer_cross_attention(
     if key_lengths is not None:
         key_mask = torch.arange(S, device=kv.device) < key_lengths[:, None]
     image = None if index is None else index.index
+    lse: Tensor | None
     if impl == "reference":
         out, lse = reference.qformer_cross_attention(
             q, kv, image, key_mask, scale, dropout_p, philox
@@ -240,13 +244,13 @@ def qformer_cross_attention(
         return _attention_padded.one_call(q, kv, scale)
     elif impl == "sdpa" and q.device.type != "cpu":
         out, lse = _attention_padded.cross_attention(
-            q, kv, image, key_mask, scale, dropout_p, philox
+            q, kv, image, key_mask, scale, dropout_p, philox, with_lse=return_lse
         )
     else:
         out, lse = torch.ops.blip2fast.qformer_cross_attention(
             q, kv, *unpack_index(index), key_mask, N, philox, scale, dropout_p, impl
         )
-    return (out, lse.detach()) if return_lse else out
+    return out if lse is None or not return_lse else (out, lse.detach())
 
 
 def _is_one_call(
