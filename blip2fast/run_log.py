@@ -88,9 +88,35 @@ class RunLog:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`."""
+    """The lines of a run's `metrics.jsonl`, also while the run goes on.
+
+    A last line without its end, which the run is writing or was killed in, is left out.
+
+    Raises:
+        ValueError: no file there, or a line that has its end and is not one of a run's.
+    """
     path = Path(folder) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not path.is_file():
+        raise ValueError(f"no metrics at {path}: not a file; give the output folder of a run")
+    lines, fault = _read_lines(path)
+    if fault:
+        raise ValueError(fault)
+    return lines
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The lines up to the first that is damaged, and what is wrong with that one."""
+    lines: list[dict[str, Any]] = []
+    *whole, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(whole, 1):
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            return lines, f"{path}, line {number} is not JSON ({error}); delete it to read the rest"
+        if not isinstance(values, dict) or "step" not in values:
+            return lines, f"{path}, line {number}: expected a step and its metrics, got {line!r}"
+        lines.append(values)
+    return lines, ""
 
 
 def _is_evaluation(line: Mapping[str, Any]) -> bool:
@@ -101,14 +127,8 @@ def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Take the lines after `step` out of a file; returns those that stay."""
     if not path.exists():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            break  # the run was killed in the middle of this line
-        if values["step"] <= step:
-            kept.append(values)
+    # a line that a crash damaged is of a step after the checkpoint, which had been flushed
+    kept = [values for values in _read_lines(path)[0] if values["step"] <= step]
     text = "".join(json.dumps(values) + "\n" for values in kept)
     replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     return kept
