@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip2fast import manifest
 from blip2fast.frozen_identity import FrozenIdentity
 
 CacheDtype = Literal["float32", "bfloat16", "int8"]
@@ -73,22 +74,22 @@ class FeatureCache:
                 else "; build it with `python -m blip2fast.cache_features`"
             )
             raise ValueError(f"no feature cache at {self.path}{hint}")
-        manifest = _read_json(manifest_path)
-        if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-            found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        stated = _read_json(manifest_path)
+        if not isinstance(stated, dict) or stated.get("format") != _FORMAT:
+            found = stated.get("format") if isinstance(stated, dict) else stated
             raise ValueError(
                 f"{manifest_path}: format {found!r}, this version reads {_FORMAT}; write it again"
             )
         self.keys: list[str] = _read_json(self.path / _KEYS)
-        self.num_images: int = manifest["num_images"]
-        self.num_tokens: int = manifest["num_tokens"]
-        self.width: int = manifest["width"]
-        self.dtype: str = manifest["dtype"]
-        self.encoder_id: str = manifest["encoder_id"]
-        encoder = manifest.get("encoder")
+        self.num_images: int = stated["num_images"]
+        self.num_tokens: int = stated["num_tokens"]
+        self.width: int = stated["width"]
+        self.dtype: str = stated["dtype"]
+        self.encoder_id: str = stated["encoder_id"]
+        encoder = stated.get("encoder")
         self.encoder = None if encoder is None else FrozenIdentity(**encoder)
-        self.relative_error: float = manifest["relative_error"]
-        if len(self.keys) != self.num_images or _digest(self.keys) != manifest["keys_sha256"]:
+        self.relative_error: float = stated["relative_error"]
+        if len(self.keys) != self.num_images or _digest(self.keys) != stated["keys_sha256"]:
             raise ValueError(
                 f"{self.path}: {_KEYS} holds {len(self.keys)} keys that are not the "
                 f"{self.num_images} of the manifest; write the cache again"
@@ -301,7 +302,7 @@ class FeatureCacheWriter:
         self._written[rows] = True
 
     def close(self) -> None:
-        """Write the manifest and give the folder its final name.
+        """Write the manifest and give the folder its final name, once all of it is on the disk.
 
         Raises:
             ValueError: rows are missing.
@@ -317,12 +318,19 @@ class FeatureCacheWriter:
         for array in (self._features, self._scales):
             if array is not None:
                 array.flush()
-        _write_json(self._partial / _MANIFEST, {**self._plan, "relative_error": relative})
-        for name in (_ERRORS, _WRITTEN, "plan.json"):
-            (self._partial / name).unlink()
+        stated = {**self._plan, "relative_error": relative}
+        # A crash after the rename must not find a folder of that name with files yet to be written.
+        for name in (_KEYS, _FEATURES, *((_SCALES,) if self._scales is not None else ())):
+            manifest.flush(self._partial / name)
+        manifest.replace_file(self._partial / _MANIFEST, manifest.write_json(stated))
         if self.path.exists():
-            shutil.rmtree(self.path)
-        self._partial.rename(self.path)
+            # Renamed first: a kill while deleting must not leave half a cache under its name.
+            older = self.path.with_name(self.path.name + ".old.partial")
+            shutil.rmtree(older, ignore_errors=True)
+            shutil.rmtree(self.path.rename(older))
+        manifest.rename_folder(self._partial, self.path)
+        for name in (_ERRORS, _WRITTEN, "plan.json"):
+            (self.path / name).unlink()
 
     def __enter__(self) -> "FeatureCacheWriter":
         return self

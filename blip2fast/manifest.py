@@ -42,17 +42,26 @@ class Entry:
     sha256: str
 
 
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_through(path: Path, write: Write) -> None:
     """Let `write` make the file `path`, and flush it to the disk."""
     write(path)
-    _flush(path)
+    flush(path)
 
 
 def replace_file(path: Path, write: Write) -> None:
     """Replace a single file: whenever the writer is killed, the old one or the new one is there."""
     write_through(aside(path), write)
     aside(path).replace(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def write_json(value: Any) -> Write:
@@ -75,7 +84,7 @@ def seal(folder: Path, names: Iterable[str]) -> None:
 def rename_folder(folder: Path, name: Path) -> None:
     """Give a sealed folder its name, for good."""
     folder.rename(name)
-    _flush(name.parent)
+    flush(name.parent)
 
 
 def replace_files(folder: Path, writes: Mapping[str, Write]) -> None:
@@ -94,7 +103,7 @@ def replace_files(folder: Path, writes: Mapping[str, Write]) -> None:
     for name, write in writes.items():
         write_through(aside(folder / name), write)
         entries[name] = _measure(aside(folder / name))
-    _flush(folder)
+    flush(folder)
     _write_manifest(folder, entries)
     _rename_all(folder, entries)
 
@@ -155,7 +164,7 @@ def _rename_all(folder: Path, entries: Mapping[str, Entry]) -> None:
         path = folder / name
         if _fault(aside(path), entry) is None:
             aside(path).replace(path)
-    _flush(folder)
+    flush(folder)
 
 
 def _write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
@@ -182,12 +191,3 @@ def _fault(path: Path, entry: Entry) -> str | None:
             "it was damaged or changed"
         )
     return None
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,11 @@
 """The feature cache: what is read is what was written, and nothing half-written is read."""
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +104,80 @@ def test_existing_is_refused_unless_replaced(tmp_path: Path) -> None:
     with FeatureCache.create(tmp_path / "c", _keys(), S, E, when_there="replace") as writer:
         writer.write(0, _features(1))
     assert torch.equal(FeatureCache(tmp_path / "c").read([0]), _features(1)[:1])
+
+
+def test_files_are_on_the_disk_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    at_rename: list[set[int]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        flushed.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        at_rename.append(set(flushed))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    _write(tmp_path / "c", "int8")
+    (before,) = at_rename
+    files = list((tmp_path / "c").iterdir())
+    assert {f.name for f in files} == {"features.bin", "keys.json", "manifest.json", "scales.bin"}
+    for path in (*files, tmp_path / "c"):
+        assert path.stat().st_ino in before, path
+    assert flushed[-1] == tmp_path.stat().st_ino  # the new name
+
+
+def test_a_writer_that_is_killed_while_closing_leaves_a_whole_cache_or_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every change that `close` makes to files: the older cache, the new one, or none."""
+    path, moment, found = tmp_path / "c", 0, []
+    changes = [(os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "unlink")]
+    changes += [(shutil, "rmtree"), (Path, "write_text")]
+    while True:
+        moment += 1
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        _write(path)
+        writer = FeatureCache.create(path, _keys(), S, E, when_there="replace")
+        writer.write(0, _features(1))
+        left = moment
+
+        def dies(change: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left <= 0:
+                    raise SystemExit("killed")
+                return change(*args, **kwargs)
+
+            return counted
+
+        with monkeypatch.context() as patch:
+            for owner, name in changes:
+                patch.setattr(owner, name, dies(getattr(owner, name)))
+            try:
+                writer.close()
+                break
+            except SystemExit:
+                pass
+        if path.exists():
+            found.append(FeatureCache(path).read([0])[0, 0, 0].item())
+            assert found[-1] in (_features()[0, 0, 0], _features(1)[0, 0, 0])
+        if path.with_name("c.partial").exists():
+            shutil.rmtree(path, ignore_errors=True)
+            again = FeatureCache.create(path, _keys(), S, E, when_there="resume")
+            assert again.missing_rows == []
+            again.close()
+        assert torch.equal(FeatureCache(path).read(range(N)), _features(1))
+    assert len(set(found)) == 2
+    assert moment > 10
+    assert torch.equal(FeatureCache(path).read(range(N)), _features(1))
 
 
 def test_cut_or_mixed_files_are_refused(tmp_path: Path) -> None:
