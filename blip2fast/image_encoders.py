@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from blip2fast.frozen_identity import identify_model
+from blip2fast.hub_names import not_there
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,7 @@ def load_image_encoder(
             )
         model = _load(kind, name_or_path, config)
     except OSError as error:
-        raise ValueError(
-            f"image encoder {name_or_path!r}: not there: give a local folder or a hub name that "
-            f"can be reached ({error})"
-        ) from error
+        raise ValueError(not_there("image encoder", name_or_path, error)) from error
     num_blocks = len(_blocks(model)) - kind.skipped_blocks if layer is None else layer
     # cast here and not while loading: what it is identified by must not depend on the precision
     return FrozenImageEncoder(model, num_blocks, name_or_path).to(dtype)

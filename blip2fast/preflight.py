@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from blip2fast.checkpointing import is_trained
+from blip2fast.hub_names import not_there
 from blip2fast.run_config import RunConfig
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
@@ -36,20 +37,19 @@ def check_pretrained(key: str, name: str) -> str | None:
 
     A folder is looked into; any other name is asked of the hub or its local cache.
     """
-    remedy = "not there: give a local folder or a hub name that can be reached"
     folder = Path(name).expanduser()
     if folder.is_dir():
         if any((folder / f).is_file() for f in ("config.json", "tokenizer_config.json")):
             return None
-        return f"{key} {name!r}: the folder has no config.json; {remedy}"
+        return not_there(key, name, "the folder has no config.json")
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        return f"{key} {name!r}: {remedy}"
+        return not_there(key, name)
     from transformers.utils import cached_file
 
     try:
         cached_file(name, "config.json")
     except (OSError, ValueError) as error:
-        return f"{key} {name!r}: {remedy} ({str(error).splitlines()[0]})"
+        return not_there(key, name, error)
     return None
 
 

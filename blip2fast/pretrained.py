@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import BertForMaskedLM, Blip2ForImageTextRetrieval
 
+from blip2fast.hub_names import not_there
 from blip2fast.stage1 import Blip2Stage1
 from blip2fast.stage1_types import Stage1Config
 from blip2fast.state_dicts import check_state
@@ -54,10 +55,7 @@ def initialise_from_bert(
         try:
             bert = BertForMaskedLM.from_pretrained(bert)
         except OSError as error:
-            raise ValueError(
-                f"BERT {str(bert)!r} is not there: give a local folder or a hub name that can be "
-                f"reached ({error})"
-            ) from error
+            raise ValueError(not_there("BERT", bert, error)) from error
     own = model.state_dict()
     loaded = _rename_bert(bert.state_dict(), own)
     expected = {

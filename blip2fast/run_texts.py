@@ -16,6 +16,7 @@ from blip2fast.caption_data import (
     read_questions,
     read_sequences,
 )
+from blip2fast.hub_names import not_there
 from blip2fast.run_config import RunConfig
 from blip2fast.stage2_text import Stage2Text
 
@@ -36,10 +37,7 @@ def qformer_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.tokenizer {name!r}: not there: give a local folder or a hub name that can be "
-            f"reached ({error})"
-        ) from error
+        raise ValueError(not_there("model.tokenizer", name, error)) from error
     if tokenizer.bos_token is None:
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     ids = tokenizer("a")["input_ids"]

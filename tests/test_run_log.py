@@ -37,7 +37,7 @@ def test_other_damage_is_an_error_that_names_the_line(
 
 
 def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="metrics.jsonl: not a file; give the output folder"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: not a file; give the output folder"):
         read_metrics(tmp_path)
 
 

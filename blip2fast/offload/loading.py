@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from blip2fast.frozen_identity import FrozenIdentity, identify, note_identity
+from blip2fast.hub_names import not_there
 from blip2fast.language_models import load_language_model
 from blip2fast.offload.blocks import find_blocks
 from blip2fast.offload.quantised import Storage
@@ -65,10 +66,7 @@ def empty_language_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"language model {name!r}: not there: give a local folder or a hub name that can be "
-            f"reached ({str(error).splitlines()[0]})"
-        ) from error
+        raise ValueError(not_there("language model", name, error)) from error
     return build_empty(config, dtype)
 
 

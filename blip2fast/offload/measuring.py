@@ -27,6 +27,7 @@ from transformers import (
     Blip2VisionModel,
 )
 
+from blip2fast.hub_names import not_there
 from blip2fast.offload.blocks import find_blocks, lay_out, own_parameters
 from blip2fast.offload.quantised import STORAGES, Storage
 from blip2fast.stage2 import Blip2Stage2
@@ -149,10 +150,7 @@ def read_model_config(key: str, name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{key} {name!r}: its config.json is not there: give a local folder or a hub name that "
-            f"can be reached ({str(error).splitlines()[0]})"
-        ) from error
+        raise ValueError(not_there(key, name, error)) from error
 
 
 def measure_language_model(
