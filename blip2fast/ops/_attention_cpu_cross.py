@@ -88,6 +88,11 @@ def _unfold(x: Tensor, blocks: Ints, values: Tensor) -> None:
     put(x, blocks, values.reshape(-1, *x.shape[1:]))
 
 
+def _is_all(uses: _Uses, num_blocks: int) -> bool:
+    """Whether these are all blocks in order, so that results are already where they belong."""
+    return uses.blocks.shape == (num_blocks, 1) and run_of(uses.blocks) is not None
+
+
 def _key_bias(key_mask: Tensor | None, uses: _Uses) -> tuple[Tensor | None, Tensor | None]:
     """What hides keys, and which images `[m]` show none; None where nothing is hidden."""
     if key_mask is None:
@@ -133,7 +138,7 @@ def cross_forward(
         if blind is not None:
             output = output.masked_fill(blind[..., None], 0)
             statistics = statistics.masked_fill(blind, -torch.inf)
-        if uses.blocks.shape == (num_blocks, 1) and run_of(uses.blocks) is not None:
+        if _is_all(uses, num_blocks):
             return output.to(q.dtype).contiguous(), statistics.contiguous()
         _unfold(out, uses.blocks, output)
         _unfold(lse, uses.blocks, statistics)
@@ -159,10 +164,10 @@ def cross_backward(
     all_read = index is None or bool((index.offsets.diff() > 0).all())
     dkv = kv.new_empty(kv.shape) if all_read and out.numel() and S else kv.new_zeros(kv.shape)
     shared = q.shape[0] == 1 and N != 1
-    # queries that all blocks share add up before they are rounded
-    dq = q.new_zeros(q.shape, dtype=lse.dtype if shared else q.dtype)
     if out.numel() == 0 or S == 0:
-        return dq.to(q.dtype), dkv
+        return q.new_zeros(q.shape), dkv
+    # queries that all blocks share add up before they are rounded
+    dq = q.new_zeros(q.shape, dtype=lse.dtype) if shared else q.new_empty(q.shape)
     converted = dropout_p > 0 or S < WIDEN_BELOW_KEYS
     for uses in _uses(index, kv, 4.0 * Q * S * H * D, converted):
         k, v = pick(kv, uses.images).unbind(2)
@@ -184,6 +189,8 @@ def cross_backward(
         )
         if shared:
             dq += grads[0].unflatten(1, (-1, Q)).sum((0, 1), dtype=dq.dtype)
+        elif _is_all(uses, N):
+            dq = grads[0].contiguous()
         else:
             _unfold(dq, uses.blocks, grads[0])
         put(dkv[:, :, 0], uses.images, grads[1])
