@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from stage2_models import opt_config, stage2_config, t5_config
+from stage2_models import (
+    SIZE,
+    Q,
+    opt_config,
+    spread_weights,
+    stage2_config,
+    t5_config,
+    transformers_model,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import nn
 from transformers import (
-    Blip2Config,
-    Blip2ForConditionalGeneration,
     Blip2Processor,
     BlipImageProcessorPil,
-    InstructBlipConfig,
-    InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
@@ -30,8 +33,7 @@ from blip2fast.checkpointing import Description, save_model
 from blip2fast.image_encoders import load_image_encoder
 from blip2fast.stage2 import Blip2Stage2
 
-SIZE = 16  # of the encoder's images, in pixels
-NUM_QUERIES = 4
+NUM_QUERIES = Q
 SPECIAL = ["</s>", "<pad>", "<unk>", "<image>"]
 TEXT = """a photo of Question Short Answer answer question : ? . what is it its colour and where
 red blue green black ring star cross disc top left right bottom the on with dog cat"""
@@ -55,18 +57,6 @@ def word_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         additional_special_tokens=["<image>"],
     )
-
-
-def spread_weights(model: nn.Module, seed: int) -> None:
-    """Weights so far from zero that a random model writes varied texts."""
-    draws = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        norm = parameter.dim() == 1 and not name.endswith("bias")
-        std = 0.2 if parameter.dim() == 1 else 0.3
-        if name.endswith(".q.weight"):  # T5 does not scale its scores
-            std = 0.1
-        value = torch.randn(parameter.shape, generator=draws) * std + float(norm)
-        parameter.data.copy_(value)
 
 
 def language_config(kind: str, **changes: int):
@@ -137,20 +127,14 @@ def write_run(
 
 def write_transformers(folder: Path, kind: str, instruct: bool = False) -> Path:
     """A transformers BLIP-2, or InstructBLIP, with its processor."""
-    vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": SIZE, "patch_size": 8}
-    qformer = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    qformer |= {"num_attention_heads": 2, "encoder_hidden_size": 24, "vocab_size": 64}
-    config = (InstructBlipConfig if instruct else Blip2Config)(
-        vision_config=vision,
-        qformer_config=qformer,
-        text_config=language_config(kind),
-        num_query_tokens=NUM_QUERIES,
-        image_token_index=SPECIAL.index("<image>"),
+    model = transformers_model(
+        language_config(kind),
+        instruct,
+        image_token=SPECIAL.index("<image>"),
+        seed={"opt": 4, "t5": 7}[kind],
+        num_hidden_layers=2,
+        vocab_size=64,
     )
-    whole = InstructBlipForConditionalGeneration if instruct else Blip2ForConditionalGeneration
-    model = whole(config)
-    spread_weights(model, {"opt": 4, "t5": 7}[kind])
     model.language_model.tie_weights()
     model.save_pretrained(folder)
     images = BlipImageProcessorPil(size={"height": SIZE, "width": SIZE})

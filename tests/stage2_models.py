@@ -4,15 +4,27 @@ import torch
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
-    Blip2QFormerConfig,
-    Blip2VisionConfig,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
     OPTConfig,
+    OPTForCausalLM,
     T5Config,
 )
 
+from blip2fast.stage1 import Blip2Stage1
+from blip2fast.stage1_types import Stage1Config
 from blip2fast.stage2 import Stage2Config
 
 B, Q, T, V, IMAGE_TOKEN, PAD = 3, 4, 7, 41, 40, 1
+SIZE = 16  # of images, in pixels
+WORDS = 29  # of an InstructBLIP's Q-Former
+QFORMER_SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "encoder_hidden_size": 24,
+}
 
 
 def opt_config(**changes):
@@ -45,42 +57,58 @@ def t5_config(**changes):
     return T5Config(**(sizes | changes))
 
 
-def reference_model(kind, dtype=torch.float64):
-    torch.manual_seed(0)
-    vision = Blip2VisionConfig(
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-        initializer_range=0.5,
-    )
-    qformer = Blip2QFormerConfig(
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        vocab_size=V,
-        encoder_hidden_size=24,
-        initializer_range=0.2,
-    )
-    config = Blip2Config(
-        vision_config=vision,
-        qformer_config=qformer,
-        text_config=opt_config() if kind == "opt" else t5_config(),
-        num_query_tokens=Q,
-        image_token_index=IMAGE_TOKEN,
-    )
-    model = Blip2ForConditionalGeneration(config)
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():  # far from 0 and 1, to write varied text
+def opt_model(**changes):
+    torch.manual_seed(2)
+    return OPTForCausalLM(opt_config(**changes))
+
+
+def spread_weights(model, seed):
+    """Weights so far from 0 and 1 that a random model writes varied texts."""
+    draws = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
         is_norm = parameter.dim() == 1 and not name.endswith("bias")
         std = 0.2 if parameter.dim() == 1 else 0.3
         if name.endswith(".q.weight"):  # T5 does not scale its scores
             std = 0.1
-        torch.nn.init.normal_(parameter, 1.0 if is_norm else 0.0, std)
-    return model.to(dtype).eval()
+        value = torch.randn(parameter.shape, generator=draws) * std + float(is_norm)
+        parameter.data.copy_(value)
+
+
+def transformers_model(language, instruct=False, image_token=IMAGE_TOKEN, seed=0, **qformer):
+    """transformers' BLIP-2, or InstructBLIP, with random weights; `qformer`: its own sizes."""
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": SIZE,
+        "patch_size": 8,
+    }
+    sizes = QFORMER_SIZES | {"num_hidden_layers": 3, "vocab_size": V} | qformer
+    config = (InstructBlipConfig if instruct else Blip2Config)(
+        vision_config=vision,
+        qformer_config=sizes,
+        text_config=language,
+        num_query_tokens=Q,
+        image_token_index=image_token,
+    )
+    whole = InstructBlipForConditionalGeneration if instruct else Blip2ForConditionalGeneration
+    model = whole(config)
+    spread_weights(model, seed)
+    return model
+
+
+def text_config(kind):
+    return opt_config() if kind == "opt" else t5_config()
+
+
+def reference_model(kind, dtype=torch.float64):
+    return transformers_model(text_config(kind)).to(dtype).eval()
+
+
+def instruct_model(kind, dtype=torch.float64):
+    sizes = {"vocab_size": WORDS, "max_position_embeddings": 12}
+    return transformers_model(text_config(kind), instruct=True, **sizes).to(dtype).eval()
 
 
 def text_batch():
@@ -92,7 +120,7 @@ def text_batch():
 
 
 def images(dtype=torch.float64):
-    return torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    return torch.randn(B, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2), dtype=dtype)
 
 
 def with_placeholders(ids, mask):
@@ -116,13 +144,11 @@ def batches(kind):
     return ours, theirs
 
 
+def stage1_model(**changes):
+    sizes = {"num_query_tokens": Q, "vocab_size": 50, "bos_token_id": 49, "embed_dim": 8}
+    torch.manual_seed(1)
+    return Blip2Stage1(Stage1Config(**(QFORMER_SIZES | sizes | changes)))
+
+
 def stage2_config(**changes):
-    sizes = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "encoder_hidden_size": 24,
-        "num_query_tokens": Q,
-    }
-    return Stage2Config(**(sizes | changes))
+    return Stage2Config(**(QFORMER_SIZES | {"num_query_tokens": Q} | changes))

@@ -10,40 +10,19 @@ from stage2_models import (
     Q,
     batches,
     images,
-    opt_config,
+    opt_model,
     reference_model,
+    stage1_model,
     stage2_config,
     text_batch,
 )
-from transformers import AutoModelForCausalLM, Blip2ForConditionalGeneration, OPTForCausalLM
+from transformers import AutoModelForCausalLM, Blip2ForConditionalGeneration
 
 from blip2fast.stage1 import Blip2Stage1
-from blip2fast.stage1_types import Stage1Config
 from blip2fast.stage2 import Blip2Stage2, Stage2Config
 from blip2fast.stage2_convert import VisionTokens, trained_to_transformers
 
 KINDS = ["opt", "t5"]
-
-
-def stage1_model(**changes):
-    sizes = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "encoder_hidden_size": 24,
-        "num_query_tokens": Q,
-        "vocab_size": 50,
-        "bos_token_id": 49,
-        "embed_dim": 8,
-    }
-    torch.manual_seed(1)
-    return Blip2Stage1(Stage1Config(**(sizes | changes)))
-
-
-def opt_model(**changes):
-    torch.manual_seed(2)
-    return OPTForCausalLM(opt_config(**changes))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,27 +8,25 @@ import torch.nn.functional as F
 from stage2_models import (
     IMAGE_TOKEN,
     PAD,
+    WORDS,
     B,
     Q,
     T,
     V,
     batches,
     images,
-    opt_config,
+    instruct_model,
+    opt_model,
+    stage1_model,
     stage2_config,
-    t5_config,
     text_batch,
     with_placeholders,
 )
-from test_stage2_convert import opt_model, stage1_model
 from test_stage2_text import word_tokenizer
 from transformers import (
     Blip2VisionConfig,
     Blip2VisionModel,
-    InstructBlipConfig,
     InstructBlipForConditionalGeneration,
-    InstructBlipQFormerConfig,
-    InstructBlipVisionConfig,
 )
 
 from blip2fast.stage2 import Blip2Stage2
@@ -36,39 +34,6 @@ from blip2fast.stage2_rows import IMAGE_PLACE
 from blip2fast.stage2_text import Stage2Text
 
 KINDS = ["opt", "t5"]
-WORDS = 29  # of the Q-Former
-
-
-def instruct_model(kind, dtype=torch.float64):
-    torch.manual_seed(0)
-    config = InstructBlipConfig(
-        vision_config=InstructBlipVisionConfig(
-            hidden_size=24,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        ),
-        qformer_config=InstructBlipQFormerConfig(
-            hidden_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            intermediate_size=32,
-            vocab_size=WORDS,
-            max_position_embeddings=12,
-            encoder_hidden_size=24,
-        ),
-        text_config=opt_config() if kind == "opt" else t5_config(),
-        num_query_tokens=Q,
-        image_token_index=IMAGE_TOKEN,
-    )
-    model = InstructBlipForConditionalGeneration(config)
-    for name, parameter in model.named_parameters():
-        is_norm = parameter.dim() == 1 and not name.endswith("bias")
-        std = 0.2 if parameter.dim() == 1 else 0.1 if name.endswith(".q.weight") else 0.3
-        torch.nn.init.normal_(parameter, 1.0 if is_norm else 0.0, std)
-    return model.to(dtype).eval()
 
 
 def instructions():
