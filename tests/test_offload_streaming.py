@@ -3,91 +3,28 @@
 from __future__ import annotations
 
 import copy
-import time
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from stage2_models import opt_config, t5_config
-from torch import Tensor, nn
-from transformers import (
-    DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTForCausalLM,
-    PreTrainedModel,
-    T5ForConditionalGeneration,
+from streaming_cases import (
+    LAYERS,
+    MODELS,
+    assert_gradients_close,
+    frozen,
+    inputs,
+    loss_and_gradient,
+    opt,
+    t5,
 )
+from torch import Tensor, nn
+from transformers import DynamicCache, OPTForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from blip2fast.offload import copying, stream_blocks
+from blip2fast.offload import stream_blocks
 from blip2fast.offload.blocks import find_blocks
 from blip2fast.offload.streaming import BlockStream
 from blip2fast.stage2_llm import recompute_layers
-
-LAYERS = 5
-
-
-def opt(**changes: Any) -> PreTrainedModel:
-    return OPTForCausalLM(opt_config(num_hidden_layers=LAYERS, **changes))
-
-
-def t5() -> PreTrainedModel:
-    return T5ForConditionalGeneration(t5_config(num_layers=LAYERS))
-
-
-def llama() -> PreTrainedModel:
-    sizes = {"hidden_size": 20, "intermediate_size": 24, "num_hidden_layers": LAYERS}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 10}
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=41, max_position_embeddings=32, **sizes, **heads)
-    )
-
-
-def gpt2() -> PreTrainedModel:
-    sizes = {"n_embd": 20, "n_layer": LAYERS, "n_head": 2, "n_positions": 32}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=41, bos_token_id=0, eos_token_id=0, **sizes))
-
-
-MODELS = {"opt": opt, "t5": t5, "llama": llama, "gpt2": gpt2}
-
-
-def frozen(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = make().eval().requires_grad_(False)
-    for parameter in model.parameters():  # far from zero, so that every weight shows
-        parameter.data += 0.1 * torch.randn(parameter.shape)
-    return model
-
-
-def inputs(model: PreTrainedModel, seed: int = 1) -> dict[str, Tensor]:
-    """Embeddings [3, 7, 20] that need gradients, padded rows, and a decoder's tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = (torch.arange(7) < torch.tensor([[7], [4], [2]])).long()
-    given = {
-        "inputs_embeds": torch.randn(3, 7, 20, generator=generator).requires_grad_(),
-        "attention_mask": mask,
-    }
-    if model.config.is_encoder_decoder:
-        given["decoder_input_ids"] = torch.randint(2, 40, (3, 4), generator=generator)
-    return given
-
-
-def loss_and_gradient(model: PreTrainedModel, seed: int = 1) -> tuple[Tensor, Tensor]:
-    given = inputs(model, seed)
-    loss = model(**given, use_cache=False).logits.float().logsumexp(-1).square().mean()
-    loss.backward()
-    gradient = given["inputs_embeds"].grad
-    assert gradient is not None
-    return loss.detach(), gradient
-
-
-def assert_gradients_close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -129,63 +66,6 @@ def test_loss_gradient_and_weights_are_those_of_the_resident_model(
 def undone(stream: BlockStream, model: nn.Module) -> dict[str, Tensor]:
     stream.undo()
     return model.state_dict()
-
-
-@pytest.mark.parametrize("recompute", [True, False])
-def test_no_block_is_on_the_device_but_in_the_buffers(recompute: bool) -> None:
-    """The blocks have no parameters left; while one runs its weights lie in a buffer."""
-    model = frozen(opt)
-    sizes = [sum(p.nbytes for p in block.parameters()) for block in find_blocks(model)]
-    stream = stream_blocks(model, "cpu", recompute=recompute)
-    assert [list(block.parameters()) for block in stream.blocks] == [[]] * LAYERS
-    assert not hasattr(stream.blocks[0].fc1, "weight")
-    assert stream.host_bytes >= sum(sizes)
-    assert 2 * max(sizes) <= stream.device_bytes < 2 * max(sizes) + 2 * 16 * 256
-    buffers = {slot.buffer.untyped_storage().data_ptr() for slot in stream._slots}
-    seen: list[int] = []
-    for block in stream.blocks:
-        block.fc1.register_forward_pre_hook(
-            lambda module, _: seen.append(module.weight.untyped_storage().data_ptr())
-        )
-    loss_and_gradient(model)
-    assert len(seen) == (2 if recompute else 1) * LAYERS
-    assert set(seen) == buffers
-
-
-class Packed:
-    """A tensor that autograd keeps."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()  # an output would keep its own graph alive
-
-
-def test_what_the_forward_pass_keeps() -> None:
-    """The inputs of blocks, or all activations: no weights, and no graph that nobody needs."""
-    model = frozen(opt)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[str, int] = {}
-    stream: BlockStream | None = None
-    for way in ("resident", "recomputed", "kept"):
-        if way != "resident":
-            stream = stream or stream_blocks(model, "cpu")
-            stream.recompute = way == "recomputed"
-            weights |= {p.untyped_storage().data_ptr() for p in model.parameters()}
-        packed: weakref.WeakSet[Packed] = weakref.WeakSet()
-
-        def pack(tensor: Tensor, packed: weakref.WeakSet[Packed] = packed) -> Packed:
-            packed.add(kept_one := Packed(tensor))
-            return kept_one
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept_one: kept_one.tensor):
-            out = model.base_model(**inputs(model), use_cache=False).last_hidden_state
-        storages = {p.tensor.untyped_storage().data_ptr(): p.tensor.nbytes for p in packed}
-        kept[way] = sum(size for at, size in storages.items() if at not in weights)
-        assert out.requires_grad
-    hidden, mask, statistics = 3 * 7 * 20 * 4, 3 * 7 * 7 * 4, 2 * 3 * 7 * 4
-    # the inputs of the blocks and of the last norm
-    inputs_of_blocks = (LAYERS + 1) * hidden
-    assert inputs_of_blocks <= kept["recomputed"] <= inputs_of_blocks + mask + statistics
-    assert kept["resident"] > 3 * kept["recomputed"]
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -345,16 +225,6 @@ def test_double_backward_is_refused() -> None:
         first.sum().backward()
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-def test_a_stream_that_is_undone_before_the_backward_pass(recompute: bool) -> None:
-    model = frozen(opt)
-    stream = stream_blocks(model, "cpu", recompute=recompute)
-    loss = model(**inputs(model), use_cache=False).logits.square().mean()
-    stream.undo()
-    with pytest.raises(ValueError, match="the stream was undone; run forward and backward again"):
-        loss.backward()
-
-
 def test_recomputing_layers_of_a_streamed_model() -> None:
     """Its own way of recomputing is used, not a second one around it."""
     model = frozen(opt)
@@ -387,59 +257,3 @@ def test_refusals() -> None:
         stream_blocks(model, "cpu")
     with pytest.raises(ValueError, match=r"is trained, .* call requires_grad_\(False\)"):
         stream_blocks(opt(), "cpu")
-
-
-@pytest.mark.parametrize("kind", ["native", "python"])
-def test_copiers_copy(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both threads copy whole blocks, in order, also where nobody waits for one."""
-    if kind == "native" and copying.why_not_native():
-        pytest.skip(copying.why_not_native())
-    copier = copying.NativeCopier() if kind == "native" else copying.ThreadCopier()
-    slot = copying.Slot(torch.zeros(1 << 22, dtype=torch.uint8))
-    sources = [torch.full((size,), 1 + i, dtype=torch.uint8) for i, size in enumerate((1 << 22, 9))]
-    for source in sources:
-        copier.start(slot, source)
-    copier.wait(slot)
-    copier.wait(slot)
-    assert slot.buffer[:10].tolist() == [2] * 9 + [1]
-    assert int(slot.buffer.sum()) == 2 * 9 + (1 << 22) - 9
-    copier.close()
-
-
-def test_the_model_trains_alike_without_the_compiled_module(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = frozen(opt)
-    loss, gradient = loss_and_gradient(model)
-
-    def missing() -> Any:
-        raise ImportError("no module")
-
-    monkeypatch.setattr(copying, "_native", missing)
-    stream = stream_blocks(model, "cpu")
-    assert stream.copier == "python thread"
-    found = loss_and_gradient(model)
-    assert torch.equal(found[0], loss)
-    assert torch.equal(found[1], gradient)
-
-
-def test_a_block_waits_for_its_copy() -> None:
-    """A slow copy delays the block; without the wait it would read the buffer's old weights."""
-    model = frozen(opt)
-    loss, gradient = loss_and_gradient(model)
-    stream = stream_blocks(model, "cpu")
-
-    class Slow(copying.ThreadCopier):
-        def start(self, slot: copying.Slot, source: Tensor) -> None:
-            self.wait(slot)
-
-            def copy_later() -> None:
-                time.sleep(0.01)
-                slot.buffer[: len(source)].copy_(source)
-
-            slot.pending = self._pool.submit(copy_later)
-
-    stream._copier = Slow()
-    found = loss_and_gradient(model)
-    assert torch.equal(found[0], loss)
-    assert torch.equal(found[1], gradient)
