@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 import torch
+from shapes import flan_t5, opt
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, OPTConfig, T5Config
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from blip2fast import Blip2Stage2, Stage2Config, stage2_llm
 from blip2fast.offload import BlockStream, stream_blocks
@@ -50,41 +51,19 @@ SMALL_QFORMER = Stage2Config(
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
-
-
-def _opt(width: int, layers: int, **sizes: int) -> OPTConfig:
-    return OPTConfig(
-        hidden_size=width,
-        word_embed_proj_dim=width,
-        ffn_dim=4 * width,
-        num_hidden_layers=layers,
-        **({"num_attention_heads": 32} | sizes),
-    )
-
-
-FLAN_T5_XL = T5Config(
-    vocab_size=32128,
-    d_model=2048,
-    d_kv=64,
-    d_ff=5120,
-    num_layers=24,
-    num_heads=32,
-    feed_forward_proj="gated-gelu",
-    decoder_start_token_id=0,
-)
 # 16,384 tokens a step and more, from where on the copies should hide behind the arithmetic
 SHAPES = {
     "small": StepShape(
-        _opt(512, 8, num_attention_heads=8, vocab_size=1000),
+        opt(512, 8, 8, vocab_size=1000),
         SMALL_QFORMER,
         batch=8,
         text_tokens=16,
         image_tokens=65,
         dtype=torch.float32,
     ),
-    "opt_2.7b": StepShape(_opt(2560, 32), QFORMER, 256, 32, 257, torch.bfloat16),
-    "opt_6.7b": StepShape(_opt(4096, 32), QFORMER, 256, 32, 257, torch.bfloat16),
-    "flan_t5_xl": StepShape(FLAN_T5_XL, QFORMER, 256, 32, 257, torch.bfloat16),
+    "opt_2.7b": StepShape(opt(2560, 32, 32), QFORMER, 256, 32, 257, torch.bfloat16),
+    "opt_6.7b": StepShape(opt(4096, 32, 32), QFORMER, 256, 32, 257, torch.bfloat16),
+    "flan_t5_xl": StepShape(flan_t5(2048, 5120, 24, 32), QFORMER, 256, 32, 257, torch.bfloat16),
 }
 NO_GPU = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="billions of parameters: timed on a CUDA device only"
