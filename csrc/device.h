@@ -143,6 +143,18 @@ BLIP2FAST_DEVICE void load_matrices_transposed(uint32_t (&matrix)[4], const void
                : "memory");
 }
 
+// 10 * major + minor of the current device.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  return 10 * major + minor;
+}
+
 template <typename Params>
 void launch(void (*kernel)(Params), int64_t blocks, int threads, void* stream, Params params,
             int shared_bytes = 0) {

@@ -50,6 +50,8 @@ int itc_text_splits(int64_t images, int64_t texts) {
 }
 
 void itc_similarity(const ItcSweep& p, Format16 format, void* stream) {
+  // every build with CUDA has the code for sm_90a
+  if (compute_capability() == 90) return itc_similarity_sm90(p, format, stream);
   format == Format16::kHalf ? similarity<Half>(p, stream) : similarity<BFloat16>(p, stream);
 }
 

@@ -56,6 +56,7 @@ int itc_text_splits(int64_t images, int64_t texts);
 
 // Each on a cudaStream_t; raise std::runtime_error where a launch fails.
 void itc_similarity(const ItcSweep& p, Format16 format, void* stream);
+void itc_similarity_sm90(const ItcSweep& p, Format16 format, void* stream);  // for 9.0 alone
 void itc_statistics(const ItcSweep& p, void* stream);
 void itc_join_columns(const ItcSweep& p, void* stream);
 void itc_gradient(const ItcSweep& p, Format16 format, void* stream);

@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -13,8 +14,11 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
+
+#include "emulated_formats.h"
 
 #define BLIP2FAST_KERNEL(threads, blocks) void
 #define BLIP2FAST_DEVICE inline
@@ -22,15 +26,22 @@
 
 namespace blip2fast {
 
-struct Half {};
-struct BFloat16 {};
 struct float2 {
   float x, y;
 };
 
 namespace emulated {
 
-enum class Exchange { kNone, kShuffle, kTranspose, kMma, kLoad, kLoadTransposed, kWarpBarrier };
+enum class Exchange {
+  kNone,
+  kShuffle,
+  kTranspose,
+  kMma,
+  kLoad,
+  kLoadTransposed,
+  kWarpBarrier,
+  kProduct,  // emulated_warpgroup.h
+};
 
 // What a lane brings to an exchange; two sets, because a fast lane may reach the next exchange
 // before a slow one has read this one.
@@ -45,8 +56,28 @@ struct Copy {
   const void* from;  // null: zeros
 };
 
+// Of 16 bytes of shared memory: what products of warpgroups may find there, and how many threads'
+// products read them now.
+enum class Arrival : uint8_t { kUnknown, kCopying, kLanded, kPublished };
+struct Piece {
+  Arrival arrival = Arrival::kUnknown;
+  int readers = 0;
+};
+
+// A thread's part of the products of its warpgroup.
+struct Products {
+  float* accumulator = nullptr;
+  std::vector<float> value;  // of the accumulator, once the products are done
+  std::vector<size_t> open;  // pieces that they read, not yet in a group
+  std::deque<std::vector<size_t>> groups;
+  bool begun = false;  // the registers are fenced
+  size_t issued = 0;
+};
+
 struct Thread {
   ucontext_t context;
+  std::vector<size_t> landed;  // pieces whose copies this thread has waited for, not published
+  Products products;
   // copies happen when they are waited for, as late as the hardware may make them visible
   std::deque<std::vector<Copy>> groups;
   std::vector<Copy> open;
@@ -60,11 +91,30 @@ struct Thread {
 struct Block {
   int64_t index = 0;
   int current = 0;
+  int64_t progress = 0;  // arrivals of any kind
   std::vector<Thread> threads;
   ucontext_t scheduler;
   std::function<void()> body;
   std::vector<char> shared;
+  std::vector<Piece> pieces;  // of shared
+  // emulated_warpgroup.h: the descriptors of every product of a warpgroup, named barriers
+  std::map<int, std::vector<std::array<uint64_t, 2>>> issued;
+  struct NamedBarrier {
+    int threads = 0, arrived = 0;
+    int64_t completed = 0;
+  };
+  std::map<int, NamedBarrier> named;
+
+  size_t piece(const void* at) const {
+    return (static_cast<const char*>(at) - shared.data()) / 16;
+  }
 };
+
+// Compute capability of the device, as compute_capability() gives it.
+inline int& capability() {
+  static int value = 80;
+  return value;
+}
 
 inline Block*& running() {
   static thread_local Block* block = nullptr;
@@ -84,7 +134,11 @@ inline void yield() {
 inline void enter() {
   Block& block = *running();
   block.body();
-  block.threads[block.current].done = true;
+  Thread& thread = block.threads[block.current];
+  if (!thread.products.open.empty() || !thread.products.groups.empty())
+    fail("a thread left the kernel with products under way");
+  thread.done = true;
+  ++block.progress;
   swapcontext(&block.threads[block.current].context, &block.scheduler);
 }
 
@@ -102,6 +156,7 @@ inline Lanes meet(Exchange kind, int mask, const uint32_t* values, int count) {
   mine.mask = mask;
   std::memcpy(mine.value, values, sizeof(uint32_t) * count);
   const int64_t meeting = ++thread.arrived;
+  ++block.progress;
   Lanes lanes;
   for (int lane = 0; lane < 32; ++lane) {
     Thread& other = block.threads[first + lane];
@@ -116,77 +171,35 @@ inline Lanes meet(Exchange kind, int mask, const uint32_t* values, int count) {
   return lanes;
 }
 
-inline float half_to_float(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits >> 15) << 31;
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  float magnitude;
-  if (exponent == 31) {
-    magnitude = fraction ? NAN : INFINITY;
-  } else if (exponent == 0) {
-    magnitude = std::ldexp(static_cast<float>(fraction), -24);
-  } else {
-    magnitude = std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+// Until all lanes wait for others, or are done; whether any is left.
+inline bool run_warp(Block& block, size_t warp) {
+  const size_t end = std::min(32 * warp + 32, block.threads.size());
+  for (;;) {
+    const int64_t before = block.progress;
+    bool left = false;
+    for (size_t i = 32 * warp; i < end; ++i) {
+      if (block.threads[i].done) continue;
+      left = true;
+      block.current = static_cast<int>(i);
+      swapcontext(&block.scheduler, &block.threads[i].context);
+    }
+    if (!left || block.progress == before) return left;
   }
-  return sign ? -magnitude : magnitude;
-}
-
-inline uint16_t float_to_half(float value) {
-  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  const float magnitude = std::fabs(value);
-  if (std::isnan(value)) return 0x7E00;
-  if (magnitude >= 65520.0f) return sign | 0x7C00;
-  // nearbyint rounds to nearest even, as cvt.rn does
-  if (magnitude < 6.103515625e-5f)
-    return sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, 24)));
-  int exponent;
-  std::frexp(magnitude, &exponent);  // magnitude = f * 2^exponent, f in [0.5, 1)
-  const int fraction = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 11 - exponent)));
-  return sign | static_cast<uint16_t>(((exponent + 14) << 10) + (fraction - 1024));
-}
-
-inline float bfloat_to_float(uint16_t bits) {
-  const uint32_t word = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
-}
-
-inline uint16_t float_to_bfloat(float value) {
-  uint32_t word;
-  std::memcpy(&word, &value, 4);
-  if (std::isnan(value)) return 0x7FC0;
-  return static_cast<uint16_t>((word + 0x7FFF + (word >> 16 & 1)) >> 16);
-}
-
-template <typename Format>
-float decode(uint16_t bits);
-template <>
-inline float decode<Half>(uint16_t bits) {
-  return half_to_float(bits);
-}
-template <>
-inline float decode<BFloat16>(uint16_t bits) {
-  return bfloat_to_float(bits);
-}
-template <typename Format>
-uint16_t encode(float value);
-template <>
-inline uint16_t encode<Half>(float value) {
-  return float_to_half(value);
-}
-template <>
-inline uint16_t encode<BFloat16>(float value) {
-  return float_to_bfloat(value);
 }
 
 inline void run_block(Block& block) {
   constexpr int kStack = 128 * 1024;
   running() = &block;
+  block.pieces.assign(block.shared.size() / 16, {});
+  block.issued.clear();
+  block.named.clear();
   for (Thread& thread : block.threads) {
     thread.arrived = thread.barriers = 0;
     thread.done = false;
     thread.groups.clear();
     thread.open.clear();
+    thread.landed.clear();
+    thread.products = {};
     if (!thread.stack) thread.stack.reset(new char[kStack]);
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
@@ -194,15 +207,17 @@ inline void run_block(Block& block) {
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, enter, 0);
   }
-  for (size_t left = block.threads.size(); left > 0;) {
-    left = 0;
-    for (size_t i = 0; i < block.threads.size(); ++i) {
-      if (block.threads[i].done) continue;
-      ++left;
-      block.current = static_cast<int>(i);
-      swapcontext(&block.scheduler, &block.threads[i].context);
-    }
+  // a warp goes as far as it can before another does, so that a missing barrier shows; the first
+  // warp is ahead in one block, the last in the next
+  const size_t warps = (block.threads.size() + 31) / 32;
+  for (bool left = true; left;) {
+    const int64_t before = block.progress;
+    left = false;
+    for (size_t i = 0; i < warps; ++i) left |= run_warp(block, block.index % 2 ? warps - 1 - i : i);
+    if (left && block.progress == before) fail("the threads wait for each other");
   }
+  for (const auto& [id, barrier] : block.named)
+    if (barrier.arrived > 0) fail("the block ends with threads of a barrier missing");
   running() = nullptr;
 }
 
@@ -232,6 +247,10 @@ inline int shuffle_xor(int value, int mask) {
   return static_cast<int>(lanes.of[(thread_index() % 32) ^ mask]->value[0]);
 }
 
+inline int compute_capability() {
+  return emulated::capability();
+}
+
 inline char* shared_memory() {
   return emulated::running()->shared.data();
 }
@@ -239,6 +258,7 @@ inline char* shared_memory() {
 inline void block_barrier() {
   emulated::Block& block = *emulated::running();
   const int64_t meeting = ++block.threads[block.current].barriers;
+  ++block.progress;
   for (emulated::Thread& other : block.threads) {
     while (other.barriers < meeting) {
       if (other.done) emulated::fail("a thread left the kernel while others wait for it");
@@ -253,6 +273,9 @@ inline void copy16_async(void* shared, const void* global, bool valid) {
   const char* begin = block.shared.data();
   if (at < begin || at + 16 > begin + block.shared.size() || (at - begin) % 16 != 0)
     emulated::fail("a copy outside shared memory, or not at 16 bytes");
+  emulated::Piece& piece = block.pieces[block.piece(shared)];
+  if (piece.readers > 0) emulated::fail("a copy to memory that products under way read");
+  piece.arrival = emulated::Arrival::kCopying;
   block.threads[block.current].open.push_back({shared, valid ? global : nullptr});
 }
 inline void copy_commit() {
@@ -264,13 +287,16 @@ inline void copy_commit() {
 template <int LATEST>
 void copy_wait() {
   emulated::Block& block = *emulated::running();
-  auto& groups = block.threads[block.current].groups;
+  emulated::Thread& thread = block.threads[block.current];
+  auto& groups = thread.groups;
   for (; groups.size() > LATEST; groups.pop_front()) {
     for (const emulated::Copy& copy : groups.front()) {
       if (copy.from == nullptr)
         std::memset(copy.to, 0, 16);
       else
         std::memcpy(copy.to, copy.from, 16);
+      block.pieces[block.piece(copy.to)].arrival = emulated::Arrival::kLanded;
+      thread.landed.push_back(block.piece(copy.to));
     }
   }
 }
@@ -354,6 +380,9 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 template <typename Params>
 void launch(void (*kernel)(Params), int64_t blocks, int threads, void*, Params params,
             int shared_bytes = 0) {
+  // what a block may have: 163 KB on sm_80, 227 KB on sm_90
+  if (shared_bytes > (emulated::capability() == 90 ? 227 : 163) * 1024)
+    emulated::fail("more shared memory than a block may have");
   emulated::Block block;
   block.shared = std::vector<char>(shared_bytes);
   block.threads = std::vector<emulated::Thread>(threads);

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from extension_build import build_extension, needs_compiler
+from extension_build import ROOT, build_extension, needs_compiler, needs_nvcc
 
 from blip2fast import _extension
 from blip2fast.ops import philox
@@ -142,17 +142,71 @@ def test_kernels_fit_their_registers() -> None:
     assert max(int(registers) for _, registers, _, _ in kernels) <= 255
 
 
+def _machine_code(architecture: str) -> dict[str, str]:
+    """Disassembly of every kernel that the library has for an architecture."""
+    parts = re.split(r"Function : (\w+)", _cuobjdump("-sass", "-arch", architecture))[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+WGMMA_KERNEL = "itc_similarity_sm90_kernel<>"
+
+
 @needs_cuda_build
-def test_kernels_multiply_on_tensor_cores() -> None:
-    code = _cuobjdump("-sass", "-arch", "sm_80")
-    functions = re.split(r"Function : (\w+)", code)[1:]
-    by_name = dict(zip(functions[::2], functions[1::2], strict=True))
-    assert by_name
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_kernels_multiply_on_tensor_cores(architecture: str) -> None:
+    code = _machine_code(architecture)
+    names = [_kernel_name(name) for name in code]
+    assert names.count("itc_similarity_kernel<>") == 2
+    # Hopper's own kernel exists for Hopper alone
+    assert names.count(WGMMA_KERNEL) == (2 if architecture == "sm_90a" else 0)
     sums = ("itc_rows", "itc_columns", "itc_join")  # no products in these
-    for name, body in by_name.items():
+    for name, body in code.items():
         assert "ATOM" not in body, name  # sums in a fixed order
         assert "RED." not in body, name
         if _kernel_name(name).startswith(sums):
             continue
-        kind = "HMMA.16816.F32.BF16" if "BFloat16" in name else "HMMA.16816.F32 "
+        bfloat = "BFloat16" in name
+        if _kernel_name(name) == WGMMA_KERNEL:
+            kind = "HGMMA.64x256x16.F32.BF16 " if bfloat else "HGMMA.64x256x16.F32 "
+            assert " HMMA." not in body, name
+        else:
+            kind = "HMMA.16816.F32.BF16" if bfloat else "HMMA.16816.F32 "
+            assert "HGMMA" not in body, name
         assert kind in body, name
+
+
+@needs_cuda_build
+def test_hopper_similarities_do_not_wait_for_each_product() -> None:
+    """Four products in a row, then one wait that leaves them running; 24 shuffles a tile."""
+    bodies = [b for n, b in _machine_code("sm_90a").items() if _kernel_name(n) == WGMMA_KERNEL]
+    for body in bodies:
+        found = re.findall(r"HGMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d", body)
+        products = ["WARPGROUP.ARRIVE", *["HGMMA"] * 4, "WARPGROUP.DEPBAR.LE gsb0, 0x1"]
+        assert found == [*products, "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+        assert body.count("SHFL.BFLY") == 24
+        assert "LDGSTS.E.BYPASS.128" in body  # copies in the background, 16 bytes each
+
+
+@needs_nvcc
+@pytest.mark.parametrize("fault", [False, True])
+def test_the_compiler_keeps_hopper_products_in_flight(fault: bool, tmp_path: Path) -> None:
+    """Where accumulators are touched too early ptxas makes the products wait, and says so."""
+    for name in ("itc_similarity_sm90.h", "itc_similarity_sm90.cu"):
+        shutil.copy(ROOT / "csrc" / name, tmp_path)
+    if fault:
+        header = tmp_path / "itc_similarity_sm90.h"
+        reading = "wait_products<1>();\n      if (c[0] == 1.0f) p.sim[0] = c[1];"
+        header.write_text(header.read_text().replace("wait_products<1>();", reading))
+    command = ["nvcc", "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", "-cubin"]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", "itc_similarity_sm90.cu", "-o", "cubin"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    report = run.stdout + run.stderr
+    assert report.count("Compiling entry function") == 2
+    # C7510 and its like: "wgmma.mma_async instructions are serialized due to ..."
+    assert ("serialized" in report or "C75" in report) == fault, report
+    if not fault:
+        assert report.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 2
+        registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+        assert len(registers) == 2
+        # 128 of them are the accumulators; 256 threads may have 255 each
+        assert 128 < max(registers) <= 224

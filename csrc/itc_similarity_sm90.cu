@@ -1,0 +1,21 @@
+// Compiled for sm_90a alone, of which wgmma is a part.
+#include "itc_similarity_sm90.h"
+#include "qformer_attention.h"
+
+namespace blip2fast {
+namespace {
+
+template <typename Format>
+void similarity(const ItcSweep& p, void* stream) {
+  const SimilarityParams params = {p, similarity_grid(p.end - p.begin, p.texts)};
+  launch(itc_similarity_sm90_kernel<Format>, params.grid.groups * params.grid.splits,
+         kGroups * kWarpgroup, stream, params, similarity_sm90_shared(p.dim));
+}
+
+}  // namespace
+
+void itc_similarity_sm90(const ItcSweep& p, Format16 format, void* stream) {
+  format == Format16::kHalf ? similarity<Half>(p, stream) : similarity<BFloat16>(p, stream);
+}
+
+}  // namespace blip2fast
