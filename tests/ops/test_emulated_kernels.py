@@ -236,3 +236,22 @@ def test_schemas_tell_the_truth(kernels: torch._ops._OpNamespace) -> None:
     arguments = (out, q, kv, out, lse, *[None] * 5, len(q), 0.1, 0.0, *gradients)
     op = kernels.qformer_cross_attention_bwd
     torch.library.opcheck(op.default, arguments, test_utils="test_schema")
+
+
+@pytest.mark.parametrize("name", ["window", "shared images", "shared queries", "a layer's slice"])
+def test_the_public_operator_is_what_its_fake_says(
+    kernels: torch._ops._OpNamespace, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Schema, fake, autograd and compiled shapes of `impl="cuda"`, forward and backward."""
+    monkeypatch.setattr(_attention_cuda, "_OPS", kernels)
+    q, kv, index, mask, philox = _inputs(CASES[name])
+    ops, N, p = torch.ops.blip2fast, CASES[name].N, CASES[name].p
+    uses = (None,) * 3 if index is None else (index.index, index.order, index.offsets)
+    options = (philox, 0.125, p, "cuda")
+    leaves = (q.requires_grad_(), kv.requires_grad_())
+    torch.library.opcheck(ops.qformer_cross_attention, (*leaves, *uses, mask, N, *options))
+    q, kv = q.detach(), kv.detach()
+    out, lse = ops.qformer_cross_attention(q, kv, *uses, mask, N, *options)
+    torch.library.opcheck(
+        ops.qformer_cross_attention_grad, (out, q, kv, out, lse, *uses, mask, *options)
+    )
