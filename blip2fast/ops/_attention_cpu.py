@@ -9,7 +9,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from blip2fast.ops._attention_core import attend, attend_backward
-from blip2fast.ops._attention_cpu_plan import Plan, plan_of
+from blip2fast.ops._attention_cpu_plan import (
+    BACKWARD_ELEMENTS,
+    FORWARD_ELEMENTS,
+    Plan,
+    plan_of,
+)
 from blip2fast.ops.attention_layout import AttentionLayout, wide_dtype
 
 
@@ -55,7 +60,7 @@ def self_forward(
 ) -> tuple[Tensor, Tensor]:
     """`(out [R, H, D], lse [R, H])` from `qkv` `[R, 3, H, D]`."""
     H, D = qkv.shape[2:]
-    plan = plan_of(layout, H * D)
+    plan = plan_of(layout, H * D, FORWARD_ELEMENTS)
     outputs = _Collected(plan, qkv, (H, D))
     statistics = _Collected(plan, qkv.new_empty(0, dtype=wide_dtype(qkv.dtype)), (H,))
     for part in plan.parts:
@@ -81,7 +86,7 @@ def self_backward(
     """`dqkv [R, 3, H, D]`."""
     H, D = qkv.shape[2:]
     N, Q = layout.num_blocks, layout.num_queries
-    plan = plan_of(layout, H * D)
+    plan = plan_of(layout, H * D, BACKWARD_ELEMENTS)
     collected = _Collected(plan, qkv, (3, H, D))
     # what queries get from texts that only read them, added up before it is rounded
     seen = None

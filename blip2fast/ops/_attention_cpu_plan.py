@@ -28,10 +28,10 @@ from blip2fast.ops._attention_core import (
 from blip2fast.ops.attention_layout import KIND_CODES, AttentionLayout
 
 _MAX_BUCKETS = 8
-# what one core gathers at once: four times as many took a tenth longer, in fresh memory each time
-# (torch 2.13, two cores, 64 x 64 rows of 12 heads in fp32)
-_GATHERED_ELEMENTS = 1 << 19
-# the two passes of a step, and as many of an evaluation in between
+# what one core gathers at once; a backward pass, which has four times as much at hand, took a tenth
+# longer in pieces of the forward's size (torch 2.13, two cores, 64 x 64 rows of 12 heads)
+FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 1 << 21, 1 << 19
+# of the two passes of a step, each way
 _PLANS_KEPT = 4
 
 
@@ -116,8 +116,14 @@ class _Request:
     layout: AttentionLayout = field(compare=False)
 
 
-def plan_of(layout: AttentionLayout, head_elements: int) -> Plan:
-    """The plan for rows of `head_elements` numbers in all heads; kept for the next layer."""
+def plan_of(layout: AttentionLayout, head_elements: int, gathered: int) -> Plan:
+    """The plan for a pass, kept for the next layer.
+
+    Args:
+        layout: Of the token buffer, on the CPU.
+        head_elements: H * D.
+        gathered: How many elements of the token buffer a core takes at once.
+    """
     indices = (layout.cu_seqlens, layout.kinds, layout.blocks, layout.block_text)
     request = _Request(
         tuple(x.numpy().tobytes() for x in indices),
@@ -127,7 +133,7 @@ def plan_of(layout: AttentionLayout, head_elements: int) -> Plan:
             layout.num_rows,
             int(layout.has_bidirectional),
             head_elements,
-            torch.get_num_threads(),
+            gathered * torch.get_num_threads(),
         ),
         layout,
     )
@@ -136,11 +142,12 @@ def plan_of(layout: AttentionLayout, head_elements: int) -> Plan:
 
 @lru_cache(maxsize=_PLANS_KEPT)
 def _kept_plan(request: _Request) -> Plan:
-    layout, head_elements = request.layout, request.counts[4]
+    layout = request.layout
+    head_elements, gathered = request.counts[-2:]
     groups = [
         piece
         for group in _groups(layout, head_elements)
-        for piece in group.pieces(3 * head_elements)
+        for piece in group.pieces(gathered // (3 * head_elements))
     ]
     if not groups:
         return Plan((), None)
@@ -177,10 +184,10 @@ class _Group:
     first_column: int = 0
     seen_blocks: Ints | None = None
 
-    def pieces(self, width: int) -> Iterator[_Group]:
-        """The same in parts that a cache holds; a row has `width` elements."""
+    def pieces(self, keys: int) -> Iterator[_Group]:
+        """The same in parts of so many keys."""
         m, M = self.keys.shape
-        for piece in even_pieces(m, _GATHERED_ELEMENTS * torch.get_num_threads() // (M * width)):
+        for piece in even_pieces(m, keys // M):
             seen = None if self.seen_blocks is None else self.seen_blocks[piece]
             yield replace(
                 self,

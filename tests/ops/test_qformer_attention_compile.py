@@ -206,12 +206,19 @@ def test_layers_share_a_plan_and_other_texts_do_not() -> None:
     def layout(*lengths: int) -> AttentionLayout:
         return AttentionLayout.build(2, 3, lengths, MaskKind.BIDIRECTIONAL)
 
+    def plan_of(*lengths: int, gathered: int = 1 << 20) -> _attention_cpu_plan.Plan:
+        return _attention_cpu_plan.plan_of(layout(*lengths), 32, gathered)
+
     with torch.inference_mode():
-        plan = _attention_cpu_plan.plan_of(layout(4, 2), head_elements=32)
-    assert _attention_cpu_plan.plan_of(layout(4, 2), head_elements=32) is plan
+        plan = plan_of(4, 2)
+    assert plan_of(4, 2) is plan
     assert not plan.order.is_inference()
-    assert _attention_cpu_plan.plan_of(layout(2, 4), head_elements=32) is not plan
+    assert plan_of(2, 4) is not plan
     assert plan.rows() == 2 * 3 + 2 * 4
+    assert len(plan.parts) == 1
+    # two problems of seven keys, with room for thirteen
+    small = plan_of(4, 2, gathered=13 * 3 * 32 // torch.get_num_threads())
+    assert len(small.parts) == 2
 
 
 def test_what_is_one_call_gives_what_it_gives_in_training() -> None:
