@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _RUNS, _RUN = 8, 32
@@ -211,6 +212,9 @@ def _function_of(values: Mapping[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def _samples(model: nn.Module) -> Iterator[Sample]:
     for tensor in model.state_dict().values():
-        values = tensor.detach().reshape(-1)
+        values = tensor.detach()
+        if is_traceable_wrapper_subclass(values):
+            values = values.dequantize()  # type: ignore[attr-defined]
+        values = values.reshape(-1)
         parts = [values[part] for part in sampled_parts(values.numel())]
         yield tuple(tensor.shape), torch.cat(parts).cpu()

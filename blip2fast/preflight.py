@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from blip2fast.checkpointing import is_trained
 from blip2fast.hub_names import not_there
+from blip2fast.language_models import quantised_fault
 from blip2fast.run_config import RunConfig
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
@@ -91,10 +93,20 @@ def _path_faults(config: RunConfig) -> list[str]:
     if config.model.bert is not None:
         asked.append(check_weights("model.bert", config.model.bert))
     if config.language_model is not None:
-        asked.append(check_weights("language_model.path", config.language_model.path))
+        asked.append(_language_model_fault("language_model.path", config.language_model.path))
     if data.image_encoder is not None:
         asked.append(check_weights("data.image_encoder", data.image_encoder))
     return faults + [fault for fault in asked if fault is not None]
+
+
+def _language_model_fault(key: str, name: str) -> str | None:
+    fault = check_weights(key, name)
+    if fault is not None:
+        return fault
+    try:
+        return quantised_fault(key, name, AutoConfig.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        return f"{key} {name!r}: its config.json cannot be read ({str(error).splitlines()[0]})"
 
 
 def _output_faults(config: RunConfig) -> list[str]:

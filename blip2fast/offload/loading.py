@@ -27,7 +27,7 @@ from transformers import (
 
 from blip2fast.frozen_identity import FrozenIdentity, identify, note_identity
 from blip2fast.hub_names import not_there
-from blip2fast.language_models import load_language_model
+from blip2fast.language_models import load_language_model, quantised_fault
 from blip2fast.offload.blocks import find_blocks
 from blip2fast.offload.quantised import Storage
 from blip2fast.offload.streaming import BlockStream, stream_blocks
@@ -119,9 +119,10 @@ def load_streamed(
         The model and its stream.
 
     Raises:
-        ValueError: not there, damaged, or what `stream_blocks` refuses.
+        ValueError: not there, damaged, quantised by a library, or what `stream_blocks` refuses.
     """
     model = empty_language_model(name, dtype)
+    _refuse_quantised(model, name)
     sources = _sources(model, name, dtype)
     if sources is None:
         model = load_language_model(name, dtype)
@@ -157,11 +158,12 @@ def load_partitioned(
         The model.
 
     Raises:
-        ValueError: not there, or damaged.
+        ValueError: not there, damaged, or quantised by a library.
     """
     import deepspeed
 
     model = empty_language_model(name, dtype)
+    _refuse_quantised(model, name)
     sources = _sources(model, name, dtype)
     if sources is None:
         model = load_language_model(name, dtype)
@@ -185,6 +187,12 @@ def load_partitioned(
     _fill(model, sources, dtype)
     _finish(model, name, sources)
     return model
+
+
+def _refuse_quantised(model: PreTrainedModel, name: str) -> None:
+    fault = quantised_fault("language model", name, model.config)
+    if fault is not None:
+        raise ValueError(fault)
 
 
 def _sources(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Sources | None:

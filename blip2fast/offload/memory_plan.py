@@ -174,6 +174,10 @@ def plan_memory(
     dtype = DTYPES[config.precision]
     path = config.language_model.path
     language_config = read_model_config("language_model.path", path)
+    if getattr(language_config, "quantization_config", None) is not None:
+        notes.append(
+            f"{path} is quantised: counted in {config.precision}, which is more than it is"
+        )
     encoder_parameters, width, image_tokens = _images(config, notes)
     sizes = _trained_config(config, width, notes)
     batch = config.optim.batch_size

@@ -99,7 +99,8 @@ def stream_blocks(
 
     Raises:
         ValueError: fewer than two buffers, an unknown storage or device, no blocks, a model that is
-            not frozen, is streamed already, recomputes its layers, or is spread by ZeRO-3.
+            not frozen, is streamed already, recomputes its layers, is spread by ZeRO-3, or is
+            quantised by a library.
     """
     if buffers < 2:
         raise ValueError(f"buffers {buffers}: expected at least 2, one to compute and one to fill")
@@ -351,7 +352,14 @@ def _refuse_unsuitable(model: nn.Module, modules: Sequence[nn.Module]) -> None:
                 f"{name}: its forward has been replaced (recomputed layers, another offload?); "
                 "stream the model as it was loaded: a stream recomputes its blocks anyway"
             )
-        for parameter in module.parameters():
+        for weight, parameter in module.named_parameters():
+            if type(parameter) is not nn.Parameter and not hasattr(parameter, "ds_id"):
+                raise ValueError(
+                    f"{name}: {weight} is a {type(parameter).__qualname__} of "
+                    f"{type(parameter).__module__}, whose form only that library can copy: leave "
+                    "the model on the device, or stream it as it was before, with storage int8 or "
+                    "int4"
+                )
             if parameter.requires_grad:
                 raise ValueError(
                     f"{name}: is trained, and streaming gives no gradients to weights: call "
