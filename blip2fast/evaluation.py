@@ -76,6 +76,15 @@ def held_out_losses(
     return {name: total / count for name, total in totals.items()}
 
 
+def caption_batch(images: ImageReader, texts: Texts, numbers: Tensor) -> dict[str, Tensor]:
+    """The arguments of a stage-1 forward pass for the texts of these numbers and their images."""
+    return {
+        "image_embeds": images(texts.image[numbers]),
+        "input_ids": texts.input_ids[numbers],
+        "attention_mask": texts.attention_mask[numbers],
+    }
+
+
 def caption_batches(
     images: ImageReader, texts: Texts, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
@@ -87,11 +96,7 @@ def caption_batches(
     first = {i: j for j, i in reversed(list(enumerate(texts.image.tolist())))}
     for numbers in torch.tensor(sorted(first.values())).split(batch_size):
         if len(numbers) > 1:
-            yield {
-                "image_embeds": images(texts.image[numbers]),
-                "input_ids": texts.input_ids[numbers],
-                "attention_mask": texts.attention_mask[numbers],
-            }
+            yield caption_batch(images, texts, numbers)
 
 
 def evaluate_stage1(
@@ -180,11 +185,7 @@ def generate_texts(
             tokens = model.generate(
                 image_embeds=images(image_rows[rows]).to(device),
                 **{name: value.to(device) for name, value in prompt.items()},
-                max_new_tokens=max_new_tokens,
-                eos_token_id=text.end_token_id,
-                pad_token_id=text.pad_token_id,
-                do_sample=False,
-                num_beams=1,
+                **_greedily(text, max_new_tokens),
             )
             texts += text.decode(tokens)
     return texts
@@ -228,16 +229,23 @@ def continue_texts(
             }
             tokens = language_model.generate(
                 **{name: value.to(device) for name, value in inputs.items()},
-                max_new_tokens=max_new_tokens,
-                eos_token_id=text.end_token_id,
-                pad_token_id=text.pad_token_id,
-                do_sample=False,
-                num_beams=1,
+                **_greedily(text, max_new_tokens),
             )
             start = 1 if text.is_encoder_decoder else inputs["input_ids"].shape[1]
             texts += text.decode(tokens[:, start:])
     continuation = dict(zip(unique, texts, strict=True))
     return [continuation[tuple(prompt)] for prompt in prompts]
+
+
+def _greedily(text: Stage2Text, max_new_tokens: int) -> dict[str, Any]:
+    """Settings of `generate`: the likeliest token each time, up to the text's own end."""
+    return {
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": text.end_token_id,
+        "pad_token_id": text.pad_token_id,
+        "do_sample": False,
+        "num_beams": 1,
+    }
 
 
 def exact_match(

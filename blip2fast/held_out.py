@@ -96,17 +96,11 @@ def _stage1(
     tokens = tokenize_captions(parts.tokenizer, captions, config.data.max_txt_len)
     texts = retrieval.Texts(tokens["input_ids"], tokens["attention_mask"], torch.tensor(owner))
     first = torch.tensor([owner.index(n) for n in range(len(reader.keys))])
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for rows in _shards(len(first), config.eval_batch_size):
-            chosen = first[rows]
-            yield {
-                "image_embeds": reader(texts.image[chosen]),
-                "input_ids": texts.input_ids[chosen],
-                "attention_mask": texts.attention_mask[chosen],
-            }
-
-    results = _mean_over_processes(evaluation.held_out_losses(model, batches()))
+    batches = (
+        evaluation.caption_batch(reader, texts, first[rows])
+        for rows in _shards(len(first), config.eval_batch_size)
+    )
+    results = _mean_over_processes(evaluation.held_out_losses(model, batches))
     features = retrieval.encode_all(model, reader, len(reader.keys), texts, config.eval_batch_size)
     similarity = retrieval.query_similarity(*features)
     return results | retrieval.retrieval_recall(similarity, similarity, texts.image)

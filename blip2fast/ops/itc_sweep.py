@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,11 +25,9 @@ from blip2fast.kernels.itc.interface import (
     statistics_shape,
     wide_dtype,
 )
+from blip2fast.ops._glue_checks import HAS_TRITON, INTERPRETED
 from blip2fast.ops.dispatch import COMPILED_NOT_RUN, Backend
 
-HAS_TRITON = find_spec("triton") is not None
-# Triton's own switch: its kernels then run on the CPU, slowly, to be checked
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WHY_NO_CUDA = why_not("itc_sweep")
 HALVES = (torch.float16, torch.bfloat16)
 

@@ -13,7 +13,7 @@ from aot import SHARED_LIMIT_BYTES, Compiled, compile_kernel
 
 from blip2fast.kernels.itc import backward, forward
 from blip2fast.kernels.itc.config import TritonConfig, backward_config, forward_config
-from blip2fast.ops.itc_sweep import INTERPRETED
+from blip2fast.ops._glue_checks import INTERPRETED
 
 pytestmark = [
     pytest.mark.slow,
