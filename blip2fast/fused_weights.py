@@ -46,6 +46,27 @@ def not_plain(root: nn.Module) -> list[str]:
     return names
 
 
+# what becomes of `ln_vision` before the image's keys and values
+FOLDED = "ln_vision folded into the keys' and values' weights"
+TRAINED = "ln_vision not folded: the image tokens need a gradient"
+CALLED = "ln_vision not folded: layers of keys or values are called"
+
+
+def describe(root: nn.Module, image_form: str) -> str:
+    """What is fused, what is called instead, and what the last pass over images did; for a `repr`.
+
+    Args:
+        root: The Q-Former.
+        image_form: One of the three above, or empty before the first pass.
+    """
+    called = not_plain(root)
+    how = "linear layers fused"
+    if called:
+        how = f"called, not fused: {', '.join(called[:4])}"
+        how += f" and {len(called) - 4} more" if len(called) > 4 else ""
+    return f"{how}, last step: {image_form or 'none yet'}"
+
+
 class _ConcatCast(torch.autograd.Function):
     """Tensors joined along the first dimension and cast, in one copy."""
 
@@ -131,6 +152,13 @@ class FusedLinear:
         return F.linear(x, self.weight, self.bias).unflatten(-1, (len(self.modules), -1))
 
 
+def image_form(image_embeds: Tensor, projections: list[tuple[nn.Module, nn.Module]]) -> str:
+    """`FOLDED`, `TRAINED` or `CALLED`: the form of `image_keys_values` for these arguments."""
+    if not all(is_plain(module) for pair in projections for module in pair):
+        return CALLED
+    return TRAINED if image_embeds.requires_grad else FOLDED
+
+
 def image_keys_values(
     image_embeds: Tensor,
     ln_vision: nn.LayerNorm,
@@ -165,7 +193,7 @@ def image_keys_values(
     weight = torch.cat([module.weight for module in plain])
     bias = torch.cat([_bias(module) for module in plain])
     with torch.autocast(image_embeds.device.type, enabled=False):
-        if image_embeds.requires_grad:
+        if image_form(image_embeds, projections) == TRAINED:
             tokens = ln_vision(image_embeds.to(ln_vision.weight.dtype)).to(dtype)
             merged = F.linear(tokens, weight.to(dtype), bias.to(dtype))
         else:

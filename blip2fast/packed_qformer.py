@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation
 
-from blip2fast.fused_weights import FusedLinear, Linear, image_keys_values
+from blip2fast.fused_weights import FusedLinear, Linear, image_form, image_keys_values
 from blip2fast.ops import (
     bias_gelu,
     dropout_add_layer_norm,
@@ -93,12 +93,16 @@ class PackedQFormer:
     Args:
         qformer: Whose weights are read. Its own `forward` stays what it is.
         dtype: The computing precision; statistics and softmax are in fp32 whatever it is.
+
+    Attributes:
+        image_form: How the image's keys and values were computed last (`fused_weights`), or empty.
     """
 
     def __init__(self, qformer: QFormer, dtype: torch.dtype) -> None:
         self.qformer = qformer
         self.config = qformer.config
         self.dtype = dtype
+        self.image_form = ""
         self.layers = [
             PackedLayer(cast(QFormerLayer, layer), self.config.num_attention_heads, dtype)
             for layer in qformer.encoder.layer
@@ -115,9 +119,9 @@ class PackedQFormer:
         """
         crossing = [layer for layer in self.layers if layer.has_cross_attention]
         heads = self.config.num_attention_heads
-        pairs = image_keys_values(
-            image_embeds, ln_vision, [layer.key_value for layer in crossing], heads, self.dtype
-        )
+        projections = [layer.key_value for layer in crossing]
+        self.image_form = image_form(image_embeds, projections)
+        pairs = image_keys_values(image_embeds, ln_vision, projections, heads, self.dtype)
         values = iter(pairs)
         return [next(values) if layer.has_cross_attention else None for layer in self.layers]
 

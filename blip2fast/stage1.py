@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2fast import lavis, losses, stage1_inputs
-from blip2fast.fused_weights import not_plain
+from blip2fast.fused_weights import describe
 from blip2fast.gathering import rank
 from blip2fast.negatives import NegativeExchange
 from blip2fast.ops import itc_loss, lm_cross_entropy
@@ -60,6 +60,7 @@ class Blip2Stage1(nn.Module):
         super().__init__()
         self.config = config
         self.losses = check_losses(losses)
+        self._image_form = ""
         C = config.hidden_size
         self.ln_vision = nn.LayerNorm(config.encoder_hidden_size, eps=config.ln_vision_eps)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, C))
@@ -135,11 +136,7 @@ class Blip2Stage1(nn.Module):
         self.qformer.recompute_layers()
 
     def extra_repr(self) -> str:
-        called = not_plain(self.qformer)
-        how = "image keys and values once, ln_vision folded where the image tokens are frozen"
-        if called:
-            how = f"called, not fused: {', '.join(called[:4])}"
-            how += f" and {len(called) - 4} more" if len(called) > 4 else ""
+        how = describe(self.qformer, self._image_form)
         return f"num_query_tokens={self.config.num_query_tokens}, losses={self.losses}, {how}"
 
     def forward(
@@ -188,6 +185,7 @@ class Blip2Stage1(nn.Module):
 
         packed = PackedQFormer(self.qformer, self.computing_dtype(image_embeds.device))
         keys_values = packed.image_keys_values(image_embeds, self.ln_vision)
+        self._image_form = packed.image_form
         bos = self.config.bos_token_id if "itg" in self.losses else None
         contrast = contrast_pass(texts, Q, bos, visible)
         query_output, text_states = packed(

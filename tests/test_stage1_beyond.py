@@ -93,6 +93,21 @@ class StoredIn8Bits(nn.Module):
         return x @ (self.weight * self.scale).to(x.dtype).T + self.bias.to(x.dtype)
 
 
+def test_the_model_says_which_path_ran() -> None:
+    model = a_model()
+    batch = make_batch(SMALL, batch=6)
+    assert model.extra_repr().endswith("linear layers fused, last step: none yet")
+    model(**batch, negatives=NEGATIVES)
+    assert "last step: ln_vision folded" in str(model)
+    trained = {**batch, "image_embeds": batch["image_embeds"].requires_grad_()}
+    model(**trained, negatives=NEGATIVES)
+    assert "last step: ln_vision not folded: the image tokens need a gradient" in str(model)
+    value = model.qformer.encoder.layer[0].crossattention.attention
+    value.value = StoredIn8Bits(value.value)
+    model(**batch, negatives=NEGATIVES)
+    assert "last step: ln_vision not folded: layers of keys or values are called" in str(model)
+
+
 def test_quantised_layers_are_called_and_named() -> None:
     """All linear layers of the Q-Former: the step is that of the weights that they stand for."""
     quantised, plain = a_model(), a_model()
