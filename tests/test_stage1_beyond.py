@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from stage1_cases import SMALL, make_batch
+from stage1_cases import SMALL, make_batch, relative_error
 from textbook_stage1 import TextbookStage1
 from torch import Tensor, nn
 
@@ -15,10 +18,6 @@ from blip2fast.stage1_types import Stage1Config
 
 NEGATIVES = (torch.tensor([2, 3, 0, 1, 5, 4]), torch.tensor([5, 4, 1, 0, 2, 1]))
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
-
-
-def relative_error(ours: Tensor, truth: Tensor) -> float:
-    return float((ours - truth).detach().norm() / truth.detach().norm())
 
 
 def a_model(config: Stage1Config = SMALL) -> Blip2Stage1:
@@ -50,8 +49,7 @@ def test_any_sizes_are_the_textbook(sizes: dict[str, int], tokens: int, text: in
     ours.loss.backward()
     truth["loss"].backward()
     for name, parameter in model.named_parameters():
-        owner = textbook.qformer if name.startswith("qformer.") else None
-        twin = owner.get_parameter(name.removeprefix("qformer.")) if owner else textbook.w(name)
+        twin = textbook.twin(name)
         if not name.endswith("key.bias"):
             error = (parameter.grad - twin.grad).norm()
             assert error <= 1e-9 * twin.grad.norm() + 1e-14, name
@@ -91,6 +89,16 @@ class StoredIn8Bits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ (self.weight * self.scale).to(x.dtype).T + self.bias.to(x.dtype)
+
+
+def test_the_example_of_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "stage1.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["out"].loss.isfinite()
+    assert names["model"].query_tokens.grad is not None
+    assert "ln_vision folded" in capsys.readouterr().out
 
 
 def test_the_model_says_which_path_ran() -> None:
