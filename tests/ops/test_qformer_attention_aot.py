@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -135,6 +136,8 @@ def check(launch: Launch, capability: int, tensor_cores: bool = True) -> None:
     assert compiled.resources["STACK"] == 0, f"{launch.kernel.__name__}: {compiled.resources}"
     assert compiled.resources["LOCAL"] == 0
     assert compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability]
+    # sums in a fixed order
+    assert not re.search(r"\batom\.|\bred\.global", compiled.ptx), launch.kernel.__name__
     # tiles of fewer than 64 rows use the older instruction everywhere
     instructions = {TENSOR_CORES[capability], "mma.sync"}
     assert any(name in compiled.ptx for name in instructions) == tensor_cores
