@@ -1,4 +1,4 @@
-"""LAVIS's reference cases and a small stage-1 configuration with its batches."""
+"""LAVIS's reference cases, a small stage-1 configuration with its batches, relative errors."""
 
 from __future__ import annotations
 
@@ -82,3 +82,8 @@ def make_batch(
         "input_ids": ids.masked_fill(~mask, config.pad_token_id),
         "attention_mask": mask.long(),
     }
+
+
+def relative_error(ours: Tensor, truth: Tensor) -> float:
+    ours, truth = ours.detach().double(), truth.detach().double()
+    return float((ours - truth).norm() / truth.norm())

@@ -8,7 +8,7 @@ from itertools import chain
 import pytest
 import torch
 from dropout_masks import Masks, dropping, passes_of
-from stage1_cases import SMALL, make_batch
+from stage1_cases import SMALL, make_batch, relative_error
 from textbook_stage1 import TextbookStage1
 from torch import Tensor
 
@@ -19,10 +19,6 @@ from blip2fast.stage1_types import Stage1Config
 DROPPING = replace(SMALL, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3)
 VIT_G = Stage1Config(encoder_hidden_size=1408)
 VIT_L = Stage1Config(encoder_hidden_size=1024)
-
-
-def relative_error(ours: Tensor, truth: Tensor) -> float:
-    return float((ours - truth).norm() / truth.norm())
 
 
 def compare(
@@ -55,8 +51,7 @@ def compare(
     ours.loss.backward()
     truth["loss"].backward()
     for name, parameter in model.named_parameters():
-        owner = textbook.qformer if name.startswith("qformer.") else None
-        twin = owner.get_parameter(name.removeprefix("qformer.")) if owner else textbook.w(name)
+        twin = textbook.twin(name)
         if not name.endswith("key.bias"):
             assert relative_error(parameter.grad, twin.grad) < grad_bound, name
 

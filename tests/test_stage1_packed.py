@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from stage1_cases import SMALL, make_batch
+from stage1_cases import SMALL, make_batch, relative_error
 from textbook_stage1 import TextbookStage1
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,10 +20,6 @@ from blip2fast.stage1_types import Stage1Config
 
 NEGATIVES = (torch.tensor([2, 3, 0, 1, 5, 4]), torch.tensor([5, 4, 1, 0, 2, 1]))
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
-
-
-def relative_error(ours: Tensor, truth: Tensor) -> float:
-    return float((ours - truth).detach().norm() / truth.detach().norm())
 
 
 class LowRank(nn.Module):

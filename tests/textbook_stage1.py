@@ -34,6 +34,12 @@ class TextbookStage1(nn.Module):
     def w(self, name: str) -> Tensor:
         return self.weights[name.replace(".", "/")]
 
+    def twin(self, name: str) -> Tensor:
+        """The parameter that the model has under this name."""
+        if name.startswith("qformer."):
+            return self.qformer.get_parameter(name.removeprefix("qformer."))
+        return self.w(name)
+
     def linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.w(f"{name}.weight"), self.w(f"{name}.bias"))
 
