@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ CASES = {
     "a text tile and one, rank 1": (9, 129, 32, 40, 3, False),
     "ids, few queries": (20, 16, 5, 24, 0, True),
     "one text": (9, 1, 1, 8, 0, False),
+    "two pairs": (2, 2, 32, 256, 0, False),
     "chunks": (66, 100, 2, 8, 0, False),  # 64 rows at once
 }
 
@@ -33,11 +36,19 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> torch._ops._OpNamespace
     return torch.ops.blip2fast_emulated
 
 
-def _features(M: int, N: int, Q: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
+@pytest.fixture
+def device(kernels: torch._ops._OpNamespace) -> Iterator[ctypes.CDLL]:
+    """What the emulated device is, for a test to choose."""
+    library = ctypes.CDLL(str(build_target("emulated/_C.so")))
+    yield library
+    library.blip2fast_emulate(80)
+
+
+def _features(M: int, N: int, Q: int, D: int, temp: float = 0.07) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     image = F.normalize(torch.randn(M, Q, D), dim=-1).bfloat16()
     text = F.normalize(torch.randn(N, D), dim=-1).bfloat16()
-    return image, text, torch.tensor(0.07)
+    return image, text, torch.tensor(temp)
 
 
 def _ids(M: int, N: int, some: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -71,8 +82,39 @@ def test_sweep(kernels: torch._ops._OpNamespace, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_sweep_grad(kernels: torch._ops._OpNamespace, name: str, local: bool) -> None:
     M, N, Q, D, first, some_ids = CASES[name]
-    image, text, temp = _features(M, N, Q, D)
-    ids = _ids(M, N, some_ids)
+    _check_gradients(kernels, _features(M, N, Q, D), _ids(M, N, some_ids), first, local)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("value", [0.001, 10.0])
+def test_temperatures(
+    kernels: torch._ops._OpNamespace, device: ctypes.CDLL, capability: int, value: float
+) -> None:
+    device.blip2fast_emulate(capability)
+    image, text, temp = _features(13, 15, 4, 32, value)
+    philox = philox_state(5, 1)
+    out = kernels.itc_sweep(image, text, temp, None, None, philox, 1, True)
+    wide = (image.double(), text.double(), temp.double())
+    expected = reference.sweep(*wide, Pairs(1, None, None), Options(philox, save=True))
+    for ours, truth in zip(out[:2], expected[:2], strict=True):
+        assert ours.isfinite().all()
+        # fp32 sums of 32 products below 1, over the temperature, up to 15 of them
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=15 * 2e-7 / value)
+    for ours, truth in zip(out[2:4], expected[2:4], strict=True):
+        assert ours.equal(truth)
+    _check_gradients(kernels, (image, text, temp), (None, None), 1, True)
+
+
+def _check_gradients(
+    kernels: torch._ops._OpNamespace,
+    features: tuple[Tensor, Tensor, Tensor],
+    ids: tuple[Tensor | None, Tensor | None],
+    first: int,
+    local: bool,
+) -> None:
+    """Saved or computed again alike; no further from fp64 than twice PyTorch's in bf16."""
+    image, text, temp = features
+    M, N = len(image), len(text)
     rows, columns, _, _, sim, arg = kernels.itc_sweep(image, text, temp, *ids, None, first, True)
     weights = torch.randn(3, M) / M, torch.randn(3, N) / N
     sides = (rows[LSE].contiguous(), weights[0], columns[LSE].contiguous(), weights[1])
