@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from blip2fast.language_models import load_language_model
 from blip2fast.offload.choices import with_offload
+from blip2fast.offload.frozen_linear import keep_no_inputs
 from blip2fast.offload.loading import load_partitioned, load_streamed
 from blip2fast.offload.memory_plan import (
     DTYPES,
@@ -95,5 +96,10 @@ def load_frozen(config: RunConfig) -> PreTrainedModel:
         from blip2fast.deepspeed_setup import deepspeed_config
 
         # what only the engine needs to know, the sizes of buckets, is filled in when it starts
-        return load_partitioned(path, dtype, deepspeed_config(config, dist.get_world_size(), [1]))
-    return load_language_model(path, dtype)
+        values = deepspeed_config(config, dist.get_world_size(), [1])
+        model = load_partitioned(path, dtype, values)
+    else:
+        model = load_language_model(path, dtype)
+    if config.zero_stage == 3:
+        keep_no_inputs(model.requires_grad_(False))
+    return model
