@@ -97,7 +97,10 @@ def test_blip2_shape(part: str, capability: int, saved: bool) -> None:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("part", list(KERNELS))
-@pytest.mark.parametrize(("Q", "D", "data"), [(256, 256, "*bf16"), (5, 300, "*fp32")])
+@pytest.mark.parametrize(
+    ("Q", "D", "data"),
+    [(256, 256, "*bf16"), (5, 300, "*fp32"), (32, 1024, "*bf16"), (1, 16, "*bf16")],
+)
 def test_ends_of_the_range_fit(part: str, capability: int, Q: int, D: int, data: str) -> None:
     """Many queries may spill a few registers; no shape may ask for more shared memory than is."""
     compiled, config = compile_itc(part, capability, saved=False, Q=Q, D=D, data=data)

@@ -44,6 +44,9 @@ CASES = [
     (1, 1, 0, 3, 16, small(3, 16)),
     (2, 2, 0, 1, 16, small(1, 16)),
     (3, 18, 15, 32, 48, small(32, 48, images=1, block_d=16, out_d=16)),
+    # the most queries, and the widest
+    (3, 18, 0, 256, 16, small(256, 16, images=1)),
+    (3, 18, 0, 2, 1024, small(2, 1024, block_d=128, out_d=256)),
 ]
 
 
