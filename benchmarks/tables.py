@@ -171,6 +171,11 @@ def _shares_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _shares_line(who: str, result: Mapping[str, Any]) -> str:
+    parts = [f"{kind} {100 * share:.0f} %" for kind, share in result.get("shares", {}).items()]
+    return f"{who}: {', '.join(parts)}"
+
+
 def _absences(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each contender and reason, with how many cells it is about."""
     counts: dict[tuple[str, str], int] = {}
@@ -200,11 +205,17 @@ def _conditions(file: ResultFile) -> str:
 
 
 def short_table(files: Iterable[ResultFile]) -> str:
-    """A line for each benchmark: our best time, its share of the floor, the best rival's factor."""
+    """A line for each benchmark: our best time, its share of the floor, the best rival's factor.
+
+    Where a step was profiled, a line for each contender: what its time went to.
+    """
     lines = [f"{'benchmark':52} {'ours':>10} {'floor':>6} {'rival/ours':>10}  by / against"]
     for file in files:
         for name, cell in file.cells.items():
             found = cell["contenders"]
+            if _any(found, "shares"):
+                lines += [f"{file.suite} {name}: {_shares_line(*item)}" for item in found.items()]
+                continue
             ours, rival, factor = fastest(found, True), fastest(found, False), ratio(found)
             if ours is None:
                 lines.append(f"{file.suite + ' ' + name:52.52} {'none':>10}")
