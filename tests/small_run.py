@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +186,23 @@ def distance(run: Path, reference: Path) -> float:
     assert {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in expected.items()}
     apart = sum((found[name] - value).square().sum() for name, value in expected.items())
     return float((apart / sum(value.square().sum() for value in expected.values())).sqrt())
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def be_one_of_two(rank: int, port: int) -> None:
+    """What a launcher of two processes sets in this one, and one thread."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from small_run import config, distance, write_world
+from small_run import be_one_of_two, config, distance, free_port, write_world
 
 from blip2fast.offload import settle
 from blip2fast.offload.memory_plan import Memory
@@ -113,15 +111,7 @@ def test_the_streamed_language_model_is_in_the_parts(world: Path, tmp_path: Path
 
 
 def _work(rank: int, port: int, world: Path, outputs: Path) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+    be_one_of_two(rank, port)
     plain = {**PLAIN, "optim": {"batch_size": 2}}
     for name, settings in TWO.items():
         train(config(world, outputs / name, 2, **plain, **settings), say=_quiet)
@@ -135,10 +125,7 @@ def _work(rank: int, port: int, world: Path, outputs: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_alike(world: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    mp.spawn(_work, (port, world, tmp_path), nprocs=2)
+    mp.spawn(_work, (free_port(), world, tmp_path), nprocs=2)
     expected = _series(tmp_path / "none", "loss")
     assert len(expected) == 6
     train(config(world, tmp_path / "one", 2, **PLAIN), say=_quiet)

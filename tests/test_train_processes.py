@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import yaml
-from small_run import config, distance, values, write_world
+from small_run import be_one_of_two, config, distance, free_port, values, write_world
 
 from blip2fast import evaluation, held_out
 from blip2fast import train as train_script
@@ -33,12 +32,6 @@ STILL = {
 PLAIN = {"model": {"dropout": 0.0}, "data": {"max_txt_len": 3}}
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def _quiet(_: str) -> None: ...
 
 
@@ -48,15 +41,7 @@ def _two(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _work(rank: int, port: int, world: Path, outputs: Path) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+    be_one_of_two(rank, port)
     train(config(world, outputs / "still", 1, **_two(STILL)), say=_quiet)
     for zero_stage in range(4):
         for stage in (1, 2):
@@ -101,7 +86,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target.mkdir(parents=True)
     for file in checkpoint.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
-    mp.spawn(_work, (_free_port(), world, folder / "two"), nprocs=2)
+    mp.spawn(_work, (free_port(), world, folder / "two"), nprocs=2)
     return folder
 
 
@@ -172,7 +157,7 @@ def test_the_launcher_and_plain_python_train_alike(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(values(world, tmp_path / "launched", 1, save_every=3)))
     launcher = str(Path(sys.executable).parent / "deepspeed")
     script = [str(TRAIN), "--config", str(file)]
-    launched = _run([launcher, "--master_port", str(_free_port()), *script])
+    launched = _run([launcher, "--master_port", str(free_port()), *script])
     assert launched.returncode == 0, launched.stdout + launched.stderr
     second = tmp_path / "second.yaml"
     second.write_text(yaml.safe_dump(values(world, tmp_path / "after", 2)))
