@@ -2,8 +2,9 @@
 
 Ours are streamed blocks, with activations kept or recomputed; the rivals are the model resident on
 the device, likewise, DeepSpeed ZeRO-3 with its parameters on the host, and accelerate's CPU offload
-where accelerate is installed. Random weights, the same in all; no optimiser step. On a CPU the
-device is the host, so that ZeRO-3 and accelerate copy little or nothing, and streaming does.
+where accelerate is installed (the dev extra has it). Random weights, the same in all; no optimiser
+step. On a CPU the device is the host, so that ZeRO-3 and accelerate copy little or nothing, and
+streaming does.
 
 Beside the times, in `extra_info`: `link_gbps`, the copy of a block from host to device alone, and
 the language model's bytes on the device and on the host.
@@ -217,7 +218,9 @@ def bench_step(name: str, race: Callable[..., None], benchmark: Any) -> None:
     if importlib.util.find_spec("accelerate") is not None:
         moved = copy.deepcopy(original)
         rivals["accelerate_cpu_offload"] = accelerate_step(shape, moved, batch, device)
-    rivals["zero3_offload"] = zero3_step(make_model(shape, original, device), batch)
+        benchmark.extra_info["accelerate_weight_bytes_on_host"] = weights
+    spread = make_model(shape, original, device)
+    rivals["zero3_offload"] = zero3_step(spread, batch)
 
     expected = rivals["resident"]()
     bound = 1e-5 if shape.dtype == torch.float32 else 1e-3
@@ -238,6 +241,11 @@ def bench_step(name: str, race: Callable[..., None], benchmark: Any) -> None:
         "resident_weight_bytes": weights,
         "stream_weight_bytes_on_device": rest + stream.device_bytes,
         "stream_weight_bytes_on_host": stream.host_bytes,
+        "zero3_weight_bytes_on_host": sum(
+            part.nbytes
+            for parameter in spread.language_model.parameters()
+            if (part := parameter.ds_tensor).device.type == "cpu"
+        ),
     }
     stream.reset_fetches()
     race(step, rivals, rounds=5)
