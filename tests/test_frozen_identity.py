@@ -39,6 +39,7 @@ from blip2fast.frozen_identity import (
 from blip2fast.image_encoders import FrozenImageEncoder
 from blip2fast.offload import stream_blocks
 from blip2fast.offload.loading import load_streamed, source_identity
+from blip2fast.offload.settle import settle_offload
 from blip2fast.run_parts import build_run
 from blip2fast.trainer import Trainer, train
 
@@ -358,3 +359,24 @@ def test_training_leaves_frozen_weights_bit_identical(
     matrices = [name for name in trained if name.endswith("dense.weight")]
     assert len(matrices) > 4
     assert not any(torch.equal(moved[name].float(), trained[name]) for name in matrices)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("settings", [{"zero_stage": 3}, {"offload": "zero3"}], ids=str)
+def test_training_under_zero3_leaves_frozen_weights_bit_identical(
+    world: Path, tmp_path: Path, settings: dict[str, Any], precision: str
+) -> None:
+    """Of one process, whose shares are the whole weights, against the files."""
+    run = settle_offload(config(world, tmp_path, 2, precision=precision, **SHORT, **settings))
+    device = start_processes()
+    parts = build_run(run, 0, 1)
+    Trainer(run, parts, device, _quiet).run()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    whole = language_models.load_language_model(str(world / "opt"), dtype)
+    expected = dict(whole.named_parameters())
+    found: dict[str, Any] = dict(parts.model.language_model.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        share = found[name].ds_tensor[: value.numel()]
+        assert share.dtype == value.dtype
+        assert torch.equal(share.view(value.shape), value), name
