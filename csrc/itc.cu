@@ -21,11 +21,10 @@ void similarity(const ItcSweep& p, void* stream) {
 
 template <typename Format>
 void gradient(const ItcSweep& p, void* stream) {
-  launch(itc_gradient_kernel<Format, true>,
-         ceil_divide(p.end - p.begin, kGradientRows / kItcQueries), kGradientThreads, stream, p,
+  launch(itc_gradient_kernel<Format, true>, image_gradient_blocks(p), kGradientThreads, stream, p,
          kGradientShared);
-  launch(itc_gradient_kernel<Format, false>, ceil_divide(p.texts, kGradientRows) * p.text_splits,
-         kGradientThreads, stream, p, kGradientShared);
+  launch(itc_gradient_kernel<Format, false>, text_gradient_blocks(p), kGradientThreads, stream, p,
+         kGradientShared);
 }
 
 template <typename Format>
@@ -69,6 +68,7 @@ void itc_join_columns(const ItcSweep& p, void* stream) {
 }
 
 void itc_gradient(const ItcSweep& p, Format16 format, void* stream) {
+  if (compute_capability() == 90) return itc_gradient_sm90(p, format, stream);
   format == Format16::kHalf ? gradient<Half>(p, stream) : gradient<BFloat16>(p, stream);
 }
 

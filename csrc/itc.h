@@ -56,10 +56,12 @@ int itc_text_splits(int64_t images, int64_t texts);
 
 // Each on a cudaStream_t; raise std::runtime_error where a launch fails.
 void itc_similarity(const ItcSweep& p, Format16 format, void* stream);
-void itc_similarity_sm90(const ItcSweep& p, Format16 format, void* stream);  // for 9.0 alone
 void itc_statistics(const ItcSweep& p, void* stream);
 void itc_join_columns(const ItcSweep& p, void* stream);
 void itc_gradient(const ItcSweep& p, Format16 format, void* stream);
 void itc_join_gradient(const ItcSweep& p, Format16 format, void* stream);
+// What the first and fourth call on compute capability 9.0.
+void itc_similarity_sm90(const ItcSweep& p, Format16 format, void* stream);
+void itc_gradient_sm90(const ItcSweep& p, Format16 format, void* stream);
 
 }  // namespace blip2fast

@@ -2,6 +2,7 @@
 
 #include "device.h"
 #include "itc.h"
+#include "itc_pairs.h"
 #include "philox.h"
 
 namespace blip2fast {
@@ -71,11 +72,6 @@ struct Statistics {
     index[stride + i] = key_at == kNowhere ? -1 : first + key_at;
   }
 };
-
-BLIP2FAST_DEVICE bool is_positive(const ItcSweep& p, int64_t image, int64_t text) {
-  return p.row_ids == nullptr ? p.first_row + image == text
-                              : p.row_ids[image] == p.column_ids[text];
-}
 
 // Noise of the pairs (image, text) and (image, text + 1), text even: of rows, or of columns.
 struct Noise {

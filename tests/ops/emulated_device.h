@@ -70,6 +70,8 @@ struct Products {
   std::vector<float> value;  // of the accumulator, once the products are done
   std::vector<size_t> open;  // pieces that they read, not yet in a group
   std::deque<std::vector<size_t>> groups;
+  // left operands in registers, where they are and what they must stay
+  std::vector<std::pair<const uint32_t*, std::array<uint32_t, 4>>> registers;
   bool begun = false;  // the registers are fenced
   size_t issued = 0;
 };

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include "itc_gradient.h"
+#include "itc_gradient_sm90.h"
 #include "itc_similarity.h"
 #include "itc_similarity_sm90.h"
 #include "itc_statistics.h"
@@ -127,8 +128,9 @@ void statistics(const ItcSweep& p) {
   }
 }
 
-// The pair's gradient is 1 for every pair: a sum of features.
-void gradients(ItcSweep p) {
+// The pair's gradient is 1 for every pair: a sum of features. Of images, then of texts.
+using GradientKernel = void (*)(ItcSweep);
+void gradients(ItcSweep p, GradientKernel of_image, GradientKernel of_text) {
   auto* row_weight = far_memory<float>(3 * kImages);
   for (int64_t i = kFirst; i < kImages; ++i) row_weight[kImages + i] = 1.0f;
   auto* row_lse = far_memory<float>(kImages);
@@ -141,9 +143,8 @@ void gradients(ItcSweep p) {
 
   constexpr int kOwned = kGradientRows / kItcQueries;
   for (int64_t block = kFirst / kOwned; block * kOwned < kImages; ++block)
-    run_block(itc_gradient_kernel<Half, true>, block, kGradientThreads, kGradientShared, p);
-  run_block(itc_gradient_kernel<Half, false>, int64_t{p.text_splits} - 1, kGradientThreads,
-            kGradientShared, p);
+    run_block(of_image, block, kGradientThreads, kGradientShared, p);
+  run_block(of_text, int64_t{p.text_splits} - 1, kGradientThreads, kGradientShared, p);
   std::vector<float> d_image(8 * kQueries * kDim), d_text(kTexts * kDim);
   each_pair([&](int64_t i, int64_t j) {
     const int q = p.arg[i * kTexts + j];
@@ -168,5 +169,6 @@ int main() {
   const ItcSweep p = make_sweep();
   similarities(p);
   statistics(p);
-  gradients(p);
+  gradients(p, itc_gradient_kernel<Half, true>, itc_gradient_kernel<Half, false>);
+  gradients(p, itc_gradient_sm90_kernel<Half, true>, itc_gradient_sm90_kernel<Half, false>);
 }

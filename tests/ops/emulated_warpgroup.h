@@ -22,53 +22,61 @@ inline int64_t& products_issued() {
   return count;
 }
 
-// A left or right operand in shared memory, its inner index contiguous (K-major), as
-//   bits 13-0: address / 16, 29-16: leading offset / 16 (not used by this layout),
-//   45-32: offset from one group of 8 rows to the next / 16, 51-49: base offset, 63-62: swizzle.
+// An operand in shared memory in the 128-byte swizzle:
+//   bits 13-0: address / 16, 29-16: leading offset / 16, 45-32: stride offset / 16, 51-49: base
+//   offset, 63-62: swizzle.
+// Inner index contiguous (K-major): rows of 128 bytes, the stride from 8 of them to the next 8, the
+// leading offset without use. Else (MN-major, `transposed`): for each k 64 outer elements in 128
+// bytes, the stride from 8 k to the next 8, the leading offset from 64 outer elements to the next.
 struct Operand {
-  uint32_t start, next_eight_rows;
+  uint32_t start, leading, stride;
+  bool transposed;
 
-  explicit Operand(uint64_t descriptor) {
-    const auto field = [&](int low, int bits) {
-      return static_cast<uint32_t>(descriptor >> low & ((uint64_t{1} << bits) - 1));
+  explicit Operand(uint64_t descriptor, bool is_transposed = false) : transposed(is_transposed) {
+    const auto field = [&](int first, int bits) {
+      return static_cast<uint32_t>(descriptor >> first & ((uint64_t{1} << bits) - 1));
     };
     start = field(0, 14) * 16;
-    next_eight_rows = field(32, 14) * 16;
+    leading = field(16, 14) * 16;
+    stride = field(32, 14) * 16;
     if (field(62, 2) != 1) fail("a product whose operand is not in the 128-byte swizzle");
     if (field(49, 3) != 0 || (start >> 7 & 7) != 0)
       fail("an operand that begins within a swizzle pattern");
     if ((descriptor & ~0xC00E3FFF3FFF3FFFull) != 0) fail("a descriptor with unknown bits");
   }
-  // Offset in shared memory of 16-bit element (row, k), k below 16.
-  size_t offset(int row, int k) const {
-    uint32_t address = start + row / 8 * next_eight_rows + row % 8 * 128 + 2 * k;
+  // Offset in shared memory of 16-bit element (outer, k), k below 16.
+  size_t offset(int outer, int k) const {
+    uint32_t address = start;
+    if (transposed)
+      address += outer / 64 * leading + k / 8 * stride + k % 8 * 128 + outer % 64 * 2;
+    else
+      address += outer / 8 * stride + outer % 8 * 128 + k * 2;
     address ^= (address >> 7 & 7) << 4;
     if (address < kSharedBegin) fail("an operand outside shared memory");
     return address - kSharedBegin;
   }
 };
 
-// The 16 elements of a row, and the pieces they came from.
+// An element, whose 16-byte piece is noted as being read.
+template <typename Format>
+float read_element(size_t at, std::vector<size_t>& pieces) {
+  Block& block = *running();
+  if (at + 2 > block.shared.size()) fail("an operand outside shared memory");
+  Piece& piece = block.pieces[at / 16];
+  if (piece.arrival == Arrival::kCopying) fail("a product with what is still being copied");
+  if (piece.arrival == Arrival::kLanded) fail("a product with copies that were not published");
+  if (piece.arrival == Arrival::kUnknown) fail("a product with memory that nothing was copied to");
+  ++piece.readers;
+  pieces.push_back(at / 16);
+  uint16_t bits;
+  std::memcpy(&bits, &block.shared[at], 2);
+  return decode<Format>(bits);
+}
+
 template <typename Format>
 std::array<float, 16> read_row(const Operand& operand, int row, std::vector<size_t>& pieces) {
-  Block& block = *running();
   std::array<float, 16> values;
-  for (int k = 0; k < 16; ++k) {
-    const size_t at = operand.offset(row, k);
-    if (at + 2 > block.shared.size()) fail("an operand outside shared memory");
-    if (k % 8 == 0) {
-      Piece& piece = block.pieces[at / 16];
-      if (piece.arrival == Arrival::kCopying) fail("a product with what is still being copied");
-      if (piece.arrival == Arrival::kLanded) fail("a product with copies that were not published");
-      if (piece.arrival == Arrival::kUnknown)
-        fail("a product with memory that nothing was copied to");
-      ++piece.readers;
-      pieces.push_back(at / 16);
-    }
-    uint16_t bits;
-    std::memcpy(&bits, &block.shared[at], 2);
-    values[k] = decode<Format>(bits);
-  }
+  for (int k = 0; k < 16; ++k) values[k] = read_element<Format>(operand.offset(row, k), pieces);
   return values;
 }
 
@@ -86,8 +94,9 @@ inline void together(std::array<uint32_t, 6> values) {
 }
 
 inline void check_accumulator(const float* accumulator) {
-  Products& mine = self().products;
-  if (mine.accumulator != accumulator) fail("one accumulator at a time is emulated");
+  const Products& mine = self().products;
+  if (mine.issued > 0 && mine.accumulator != accumulator)
+    fail("one accumulator at a time is emulated");
 }
 
 }  // namespace emulated
@@ -102,35 +111,36 @@ inline void begin_products() {
   emulated::self().products.begun = true;
 }
 
-template <typename Format>
-void multiply_async(float (&c)[128], uint64_t a, uint64_t b, bool add) {
-  using namespace emulated;
-  const auto low = [](uint64_t word) { return static_cast<uint32_t>(word); };
-  together({2, low(a), low(a >> 32), low(b), low(b >> 32), add});
+namespace emulated {
+
+// What every product begins with; `left` is the descriptor of its left operand, or 0: registers.
+inline Products& issue(float (&c)[128], uint64_t left, uint64_t right) {
   Block& block = *running();
   Products& mine = self().products;
-  const int warpgroup = block.current / 128, warp = block.current / 32 % 4,
-            lane = block.current % 32;
   // the four warps issue the same products, each when it gets there
-  auto& issued = block.issued[warpgroup];
-  if (mine.issued == issued.size()) issued.push_back({a, b});
-  if (issued[mine.issued++] != std::array<uint64_t, 2>{a, b})
+  auto& issued = block.issued[block.current / 128];
+  if (mine.issued == issued.size()) issued.push_back({left, right});
+  if (issued[mine.issued++] != std::array<uint64_t, 2>{left, right})
     fail("the warps of a warpgroup disagree about a product");
-  if (lane == 0) ++products_issued();
-
+  if (block.current % 32 == 0) ++products_issued();
   if (!mine.begun) fail("a product whose accumulator is not fenced");
   if (mine.open.empty() && mine.groups.empty()) {
     mine.accumulator = c;
     mine.value.assign(c, c + 128);
   }
   check_accumulator(c);
-  const Operand left(a), right(b);
-  std::array<std::array<float, 16>, 2> rows;
-  for (int half = 0; half < 2; ++half)
-    rows[half] = read_row<Format>(left, 16 * warp + lane / 4 + 8 * half, mine.open);
+  return mine;
+}
+
+// Add products of rows g and g + 8 of the warp to this lane's part of the accumulator.
+using Sixteen = std::array<float, 16>;
+template <typename Column>
+void add_products(float (&c)[128], const std::array<Sixteen, 2>& rows, const Column& column_of,
+                  bool add) {
+  Products& mine = self().products;
   for (int column = 0; column < 256; ++column) {
-    if (column % 8 / 2 != lane % 4) continue;
-    const auto values = read_row<Format>(right, column, mine.open);
+    if (column % 8 / 2 != running()->current % 4) continue;
+    const Sixteen values = column_of(column);
     for (int half = 0; half < 2; ++half) {
       float& to = mine.value[column / 8 * 4 + 2 * half + column % 2];
       double sum = add ? to : 0.0;
@@ -139,6 +149,53 @@ void multiply_async(float (&c)[128], uint64_t a, uint64_t b, bool add) {
     }
   }
   std::fill(c, c + 128, std::numeric_limits<float>::quiet_NaN());
+}
+
+inline uint32_t low(uint64_t word) {
+  return static_cast<uint32_t>(word);
+}
+
+}  // namespace emulated
+
+template <typename Format>
+void multiply_async(float (&c)[128], uint64_t a, uint64_t b, bool add) {
+  using namespace emulated;
+  together({2, low(a), low(a >> 32), low(b), low(b >> 32), add});
+  Products& mine = issue(c, a, b);
+  const Operand left(a), right(b);
+  const int row = running()->current / 32 % 4 * 16 + running()->current % 32 / 4;
+  const std::array<Sixteen, 2> rows = {read_row<Format>(left, row, mine.open),
+                                       read_row<Format>(left, row + 8, mine.open)};
+  add_products(
+      c, rows, [&](int column) { return read_row<Format>(right, column, mine.open); }, add);
+}
+
+template <typename Format>
+void multiply_registers_async(float (&c)[128], const uint32_t (&a)[4], uint64_t b) {
+  using namespace emulated;
+  together({5, low(b), low(b >> 32)});
+  const Lanes lanes = meet(Exchange::kProduct, 1, a, 4);
+  Products& mine = issue(c, 0, b);
+  const Operand right(b, true);
+  // element k of row g + 8 half lies in lane 4g + k % 8 / 2, word half + 2 (k / 8), its half k % 2
+  std::array<Sixteen, 2> rows;
+  for (int half = 0; half < 2; ++half) {
+    for (int k = 0; k < 16; ++k) {
+      const int lane = running()->current % 32 / 4 * 4 + k % 8 / 2;
+      const uint32_t word = lanes.of[lane]->value[half + k / 8 * 2];
+      rows[half][k] = decode<Format>(static_cast<uint16_t>(word >> (16 * (k % 2))));
+    }
+  }
+  mine.registers.push_back({a, {a[0], a[1], a[2], a[3]}});
+  add_products(
+      c, rows,
+      [&](int column) {
+        Sixteen values;
+        for (int k = 0; k < 16; ++k)
+          values[k] = read_element<Format>(right.offset(column, k), mine.open);
+        return values;
+      },
+      true);
 }
 
 inline void commit_products() {
@@ -164,6 +221,10 @@ void wait_products() {
       fail("an accumulator was written while products were under way");
     mine.accumulator[i] = mine.value[i];
   }
+  for (const auto& [registers, values] : mine.registers)
+    if (!std::equal(values.begin(), values.end(), registers))
+      fail("operand registers were written while products under way read them");
+  mine.registers.clear();
   mine.begun = false;  // the registers may be used now
 }
 

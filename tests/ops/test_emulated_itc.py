@@ -78,9 +78,13 @@ def test_sweep(kernels: torch._ops._OpNamespace, name: str) -> None:
     assert (quiet[3][1] == -1).all()
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("local", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_sweep_grad(kernels: torch._ops._OpNamespace, name: str, local: bool) -> None:
+def test_sweep_grad(
+    kernels: torch._ops._OpNamespace, device: ctypes.CDLL, name: str, local: bool, capability: int
+) -> None:
+    device.blip2fast_emulate(capability)
     M, N, Q, D, first, some_ids = CASES[name]
     _check_gradients(kernels, _features(M, N, Q, D), _ids(M, N, some_ids), first, local)
 

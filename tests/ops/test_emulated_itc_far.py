@@ -34,14 +34,14 @@ FAULTS = {
         "static_cast<int>((image - p.begin) * p.texts);\n  const PhiloxKey",
     ),
     "gradients": (
-        "itc_gradient.h",
+        "itc_pairs.h",
         "const int64_t at = (image - p.begin) * p.texts + text;",
         "const int at = (image - p.begin) * p.texts + text;",
     ),
     "parts of the texts' gradient": (
-        "itc_gradient.h",
-        "p.d_text_parts + (split * p.texts + text) * p.dim + d",
-        "p.d_text_parts + static_cast<int>((split * p.texts + text) * p.dim + d)",
+        "itc_pairs.h",
+        "p.d_text_parts + (own.split * p.texts + text) * p.dim + d",
+        "p.d_text_parts + static_cast<int>((own.split * p.texts + text) * p.dim + d)",
     ),
 }
 

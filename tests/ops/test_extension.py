@@ -148,7 +148,7 @@ def _machine_code(architecture: str) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-WGMMA_KERNEL = "itc_similarity_sm90_kernel<>"
+HOPPER = ("itc_similarity_sm90_kernel", "itc_gradient_sm90_kernel")
 
 
 @needs_cuda_build
@@ -157,8 +157,9 @@ def test_kernels_multiply_on_tensor_cores(architecture: str) -> None:
     code = _machine_code(architecture)
     names = [_kernel_name(name) for name in code]
     assert names.count("itc_similarity_kernel<>") == 2
-    # Hopper's own kernel exists for Hopper alone
-    assert names.count(WGMMA_KERNEL) == (2 if architecture == "sm_90a" else 0)
+    # Hopper's own kernels exist for Hopper alone: two formats, gradients of images and of texts
+    hoppers = [name for name in names if name.startswith(HOPPER)]
+    assert len(hoppers) == (2 + 4 if architecture == "sm_90a" else 0)
     sums = ("itc_rows", "itc_columns", "itc_join")  # no products in these
     for name, body in code.items():
         assert "ATOM" not in body, name  # sums in a fixed order
@@ -166,7 +167,7 @@ def test_kernels_multiply_on_tensor_cores(architecture: str) -> None:
         if _kernel_name(name).startswith(sums):
             continue
         bfloat = "BFloat16" in name
-        if _kernel_name(name) == WGMMA_KERNEL:
+        if _kernel_name(name).startswith(HOPPER):
             kind = "HGMMA.64x256x16.F32.BF16 " if bfloat else "HGMMA.64x256x16.F32 "
             assert " HMMA." not in body, name
         else:
@@ -177,36 +178,52 @@ def test_kernels_multiply_on_tensor_cores(architecture: str) -> None:
 
 @needs_cuda_build
 def test_hopper_similarities_do_not_wait_for_each_product() -> None:
-    """Four products in a row, then one wait that leaves them running; 24 shuffles a tile."""
-    bodies = [b for n, b in _machine_code("sm_90a").items() if _kernel_name(n) == WGMMA_KERNEL]
-    for body in bodies:
+    """Products in a row; similarities are waited for with the next ones running. 24 shuffles."""
+    for name, body in _machine_code("sm_90a").items():
+        if not _kernel_name(name).startswith(HOPPER):
+            continue
         found = re.findall(r"HGMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d", body)
-        products = ["WARPGROUP.ARRIVE", *["HGMMA"] * 4, "WARPGROUP.DEPBAR.LE gsb0, 0x1"]
-        assert found == [*products, "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
-        assert body.count("SHFL.BFLY") == 24
+        if _kernel_name(name).startswith(HOPPER[0]):
+            products = ["WARPGROUP.ARRIVE", *["HGMMA"] * 4, "WARPGROUP.DEPBAR.LE gsb0, 0x1"]
+            assert body.count("SHFL.BFLY") == 24
+        else:
+            products = ["WARPGROUP.ARRIVE", *["HGMMA"] * 2, "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+        assert found[: len(products)] == products
+        assert set(found[len(products) :]) == {"WARPGROUP.DEPBAR.LE gsb0, 0x0"}
         assert "LDGSTS.E.BYPASS.128" in body  # copies in the background, 16 bytes each
 
 
+# where accumulators, or operands in registers, are touched too early
+EARLY = {
+    "itc_similarity_sm90.h": (
+        "wait_products<1>();", "wait_products<1>();\n      if (c[0] == 1.0f) p.sim[0] = c[1];",
+    ),
+    "itc_gradient_sm90.h": (
+        "    wait_products<0>();", "    if (c[0] == 1.0f) p.d_temp[0] = c[1];",
+    ),
+}  # fmt: skip
+
+
 @needs_nvcc
-@pytest.mark.parametrize("fault", [False, True])
-def test_the_compiler_keeps_hopper_products_in_flight(fault: bool, tmp_path: Path) -> None:
-    """Where accumulators are touched too early ptxas makes the products wait, and says so."""
-    for name in ("itc_similarity_sm90.h", "itc_similarity_sm90.cu"):
-        shutil.copy(ROOT / "csrc" / name, tmp_path)
-    if fault:
-        header = tmp_path / "itc_similarity_sm90.h"
-        reading = "wait_products<1>();\n      if (c[0] == 1.0f) p.sim[0] = c[1];"
-        header.write_text(header.read_text().replace("wait_products<1>();", reading))
+@pytest.mark.parametrize("fault", [None, *EARLY])
+def test_the_compiler_keeps_hopper_products_in_flight(fault: str | None, tmp_path: Path) -> None:
+    """Where registers are touched too early ptxas makes the products wait, and says so."""
+    for source in (ROOT / "csrc").glob("itc*"):
+        shutil.copy(source, tmp_path)
+    if fault is not None:
+        header, (old, new) = tmp_path / fault, EARLY[fault]
+        assert header.read_text().count(old) == 1
+        header.write_text(header.read_text().replace(old, new))
     command = ["nvcc", "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", "-cubin"]
-    command += ["-gencode=arch=compute_90a,code=sm_90a", "itc_similarity_sm90.cu", "-o", "cubin"]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", "itc_sm90.cu", "-o", "cubin"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     report = run.stdout + run.stderr
-    assert report.count("Compiling entry function") == 2
+    assert report.count("Compiling entry function") == 6
     # C7510 and its like: "wgmma.mma_async instructions are serialized due to ..."
-    assert ("serialized" in report or "C75" in report) == fault, report
-    if not fault:
-        assert report.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 2
+    assert ("serialized" in report or "C75" in report) == (fault is not None), report
+    if fault is None:
+        assert report.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 6
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-        assert len(registers) == 2
+        assert len(registers) == 6
         # 128 of them are the accumulators; 256 threads may have 255 each
         assert 128 < max(registers) <= 224
