@@ -18,8 +18,17 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
+# What DeepSpeed reads weights on a disk into: so many pieces of host memory, of so many elements.
+NVME_BUFFERS, NVME_BUFFER_SIZE = 5, 100_000_000
+
+
+def nvme_buffer_size(largest: int, world_size: int) -> int:
+    """Elements of a buffer that holds any process's share of the largest weight."""
+    return max(NVME_BUFFER_SIZE, -(-largest // world_size))
+
+
 def deepspeed_config(
-    config: RunConfig, world_size: int, trained_sizes: list[int]
+    config: RunConfig, world_size: int, trained_sizes: list[int], largest: int = 0
 ) -> dict[str, Any]:
     """The DeepSpeed json that a run's configuration stands for.
 
@@ -27,6 +36,7 @@ def deepspeed_config(
         config: the run.
         world_size: number of processes.
         trained_sizes: elements of each trained parameter.
+        largest: elements of the largest parameter, trained or not.
     """
     optim = config.optim
     zero: dict[str, Any] = {"stage": config.zero_stage}
@@ -43,6 +53,12 @@ def deepspeed_config(
             zero[f"offload_{what}"] = {"device": device}
             if device == "nvme":
                 zero[f"offload_{what}"]["nvme_path"] = config.nvme_path
+    if config.offload_param == "nvme":
+        # DeepSpeed 0.19 reads ahead by the order of use, in which a weight comes twice where the
+        # backward pass begins, and fails on the second.
+        zero["stage3_prefetch_bucket_size"] = 0
+        zero["offload_param"]["buffer_count"] = NVME_BUFFERS
+        zero["offload_param"]["buffer_size"] = nvme_buffer_size(largest, world_size)
     values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": optim.batch_size,
         "gradient_accumulation_steps": optim.accumulation,
@@ -118,7 +134,8 @@ def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, 
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         _place_the_rest(model, config)
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-    values = deepspeed_config(config, dist.get_world_size(), sizes)
+    largest = max(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    values = deepspeed_config(config, dist.get_world_size(), sizes, largest)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=adamw(model, config.optim), config=values
     )

@@ -158,6 +158,11 @@ def _nvme_faults(config: RunConfig) -> list[str]:
     faults = []
     if config.zero_stage != 3 and config.offload != "zero3":
         faults.append(f"offloading to nvme needs zero_stage 3, it is {config.zero_stage}")
+    if config.offload_param == "nvme" and config.precision == "fp32":
+        faults.append(
+            "offload_param 'nvme' needs precision bf16 or fp16, it is fp32: DeepSpeed keeps "
+            "weights on a disk in 16 bits"
+        )
     if config.nvme_path is None or not Path(config.nvme_path).is_dir():
         faults.append(f"nvme_path {config.nvme_path!r}: not a folder; offloading to nvme needs one")
     from deepspeed.ops.op_builder import AsyncIOBuilder

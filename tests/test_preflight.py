@@ -42,6 +42,7 @@ def test_a_good_run_passes(world: Path, tmp_path: Path) -> None:
         ({"offload_optimizer": "cpu"}, "offload_optimizer 'cpu' needs zero_stage 1, 2 or 3"),
         ({"offload_optimizer": "nvme", "zero_stage": 2}, "nvme needs zero_stage 3, it is 2"),
         ({"offload_param": "nvme", "zero_stage": 3}, "nvme_path None: not a folder"),
+        ({"offload_param": "nvme", "zero_stage": 3}, "'nvme' needs precision bf16 or fp16, it is"),
         ({"optim": {"batch_size": 1}}, "stage 1 needs at least 2 samples"),
         ({"data": {"records": "no.jsonl"}}, "data.records 'no.jsonl': not a file"),
         ({"data": {"features": "no"}}, "data.features 'no': no feature cache; build it with"),
@@ -63,6 +64,7 @@ def test_nvme_names_what_it_needs(
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     nvme = {"offload_param": "nvme", "zero_stage": 3, "nvme_path": str(tmp_path)}
+    nvme["precision"] = "bf16"
     run = config(world, tmp_path / "out", 2, **nvme)
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda _: False)
     with pytest.raises(ValueError, match=r"cannot be built here: it takes a C\+\+ compiler"):

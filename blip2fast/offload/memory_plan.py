@@ -20,6 +20,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from blip2fast import checkpointing
+from blip2fast.deepspeed_setup import NVME_BUFFERS, nvme_buffer_size
 from blip2fast.feature_cache import FeatureCache
 from blip2fast.offload.measuring import (
     LanguageModelSizes,
@@ -296,6 +297,10 @@ def _zero3(counts: _Counts, recomputed: bool) -> Option:
     share = -(-counts.language.weights // counts.processes)
     if counts.config.offload_param != "nvme":
         host = {"language model": share, **host}
+    else:
+        largest = counts.language.words * counts.language.width
+        buffers = NVME_BUFFERS * nvme_buffer_size(largest, counts.processes)
+        host = {"language model, read from nvme": buffers * counts.itemsize, **host}
     return Option(_name("zero3", recomputed), "zero3", recomputed, "as_is", device, host)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from blip2fast.language_models import load_language_model
 from blip2fast.offload.choices import with_offload
 from blip2fast.offload.frozen_linear import keep_no_inputs
-from blip2fast.offload.loading import load_partitioned, load_streamed
+from blip2fast.offload.loading import empty_language_model, load_partitioned, load_streamed
 from blip2fast.offload.memory_plan import (
     DTYPES,
     Memory,
@@ -96,7 +96,8 @@ def load_frozen(config: RunConfig) -> PreTrainedModel:
         from blip2fast.deepspeed_setup import deepspeed_config
 
         # what only the engine needs to know, the sizes of buckets, is filled in when it starts
-        values = deepspeed_config(config, dist.get_world_size(), [1])
+        largest = max(p.numel() for p in empty_language_model(path, dtype).parameters())
+        values = deepspeed_config(config, dist.get_world_size(), [1], largest)
         model = load_partitioned(path, dtype, values)
     else:
         model = load_language_model(path, dtype)
