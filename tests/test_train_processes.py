@@ -15,8 +15,9 @@ import torch.multiprocessing as mp
 import yaml
 from small_run import be_one_of_two, config, distance, free_port, values, write_world
 
-from blip2fast import evaluation, held_out
+from blip2fast import evaluation, held_out, stage1
 from blip2fast import train as train_script
+from blip2fast.ops.philox import philox_state
 from blip2fast.run_log import read_metrics
 from blip2fast.run_parts import build_run
 from blip2fast.trainer import train
@@ -43,6 +44,7 @@ def _two(settings: dict[str, Any]) -> dict[str, Any]:
 def _work(rank: int, port: int, world: Path, outputs: Path) -> None:
     be_one_of_two(rank, port)
     train(config(world, outputs / "still", 1, **_two(STILL)), say=_quiet)
+    _train_and_keep_seeds(world, outputs / "dropout", rank)
     for zero_stage in range(4):
         for stage in (1, 2):
             settings = _two(PLAIN) | {"zero_stage": zero_stage, "save_every": 3}
@@ -52,6 +54,22 @@ def _work(rank: int, port: int, world: Path, outputs: Path) -> None:
     for zero_stage in (2, 3):
         _evaluate_with_known_captions(world, outputs / f"shares-{zero_stage}-{rank}", zero_stage)
     torch.distributed.destroy_process_group()
+
+
+def _train_and_keep_seeds(world: Path, output: Path, rank: int) -> None:
+    """Train with dropout; keeps the seeds of its masks and negatives."""
+    seeds: list[int] = []
+
+    def drawn(device: torch.device) -> torch.Tensor:
+        state = philox_state(device=device)
+        if torch.is_grad_enabled():  # an evaluation's negatives are the same each time
+            seeds.append(int(state[0]))
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage1, "philox_state", drawn)
+        train(config(world, output, 1, **_two({})), say=_quiet)
+    output.with_name(f"seeds-{rank}.json").write_text(json.dumps(seeds))
 
 
 def _evaluate_with_known_captions(world: Path, output: Path, zero_stage: int) -> None:
@@ -102,6 +120,14 @@ def test_two_processes_give_the_losses_of_one(outputs: Path) -> None:
         expected = _series(one, name)
         assert len(expected) == (1 if "eval" in name else 6)
         torch.testing.assert_close(_series(two, name), expected, rtol=1e-5, atol=0, msg=name)
+
+
+@pytest.mark.slow
+def test_each_process_and_step_drops_out_and_draws_by_a_seed_of_its_own(outputs: Path) -> None:
+    steps = len(_series(outputs / "two" / "dropout", "loss"))
+    seeds = [json.loads((outputs / "two" / f"seeds-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [len(own) for own in seeds] == [steps, steps]
+    assert len({*seeds[0], *seeds[1]}) == 2 * steps
 
 
 @pytest.mark.slow
