@@ -79,8 +79,8 @@ class LanguageModelSection:
         end_text: what ends a decoder-only target; None: the tokenizer's end token.
         match_embedding_scale: start soft prompts at the size of its token embeddings (a small
             language model learns sooner); False: PyTorch's default, as LAVIS.
-        llm_dropout: train through its dropout, as LAVIS does; False: none.
-        pack_padding: compute no padding; see `Stage2Config`.
+        activation: of a T5's feed-forward layers instead of its own; LAVIS has `gelu` in FlanT5.
+        llm_dropout, pack_padding: as in `Stage2Config`.
     """
 
     __pydantic_config__ = _STRICT
@@ -89,6 +89,7 @@ class LanguageModelSection:
     prompt: str = ""
     end_text: str | None = None
     match_embedding_scale: bool = False
+    activation: str | None = None
     llm_dropout: bool = False
     pack_padding: bool = False
 

@@ -299,6 +299,7 @@ def _stage2(
     size = Stage2Config(
         **{name: value for name, value in sizes.items() if name in known},
         image_marker=IMAGE_MARKER if config.data.task == "sequence" else None,
+        llm_activation=config.language_model.activation,
         llm_dropout=config.language_model.llm_dropout,
         pack_padding=config.language_model.pack_padding,
         max_txt_len=config.data.max_txt_len,

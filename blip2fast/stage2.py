@@ -80,6 +80,8 @@ class Blip2Stage2(nn.Module):
         self.language_model = language_model
         self.image_encoder = image_encoder
         stage2_llm.freeze(language_model)
+        if config.llm_activation is not None:
+            stage2_llm.use_activation(language_model, config.llm_activation)
         if image_encoder is not None:
             stage2_llm.freeze(image_encoder)
         self.train()

@@ -6,6 +6,7 @@ The parameter names are transformers', but for `ln_vision`: there it is inside t
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -206,6 +207,9 @@ def _transformers_config(
     model: Blip2Stage2, image_token_id: int, vision_model: VisionModel
 ) -> Blip2Config | InstructBlipConfig:
     sizes, text = model.config, model.language_model.config
+    if sizes.llm_activation is not None:
+        text = copy.deepcopy(text)
+        text.dense_act_fn = sizes.llm_activation
     if vision_model.config.hidden_size != sizes.encoder_hidden_size:
         raise ValueError(
             f"vision_model has width {vision_model.config.hidden_size}, this model reads tokens "

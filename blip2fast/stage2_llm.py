@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blip2fast import stage2_packing
@@ -35,6 +36,24 @@ def freeze(module: nn.Module) -> None:
     """No gradients on the weights and no dropout; gradients still flow to the inputs."""
     module.requires_grad_(False)
     module.eval()
+
+
+def use_activation(language_model: PreTrainedModel, name: str) -> None:
+    """Put another activation into a T5's feed-forward layers than its configuration says.
+
+    Raises:
+        ValueError: not a T5, or an activation that transformers does not know.
+    """
+    layers = [m for m in language_model.modules() if hasattr(m, "act") and hasattr(m, "wo")]
+    if not layers or not hasattr(language_model.config, "dense_act_fn"):
+        raise ValueError(
+            f"llm_activation {name!r}: {type(language_model).__name__} is no T5 (its configuration "
+            "has no dense_act_fn); leave it out"
+        )
+    if name not in ACT2FN:
+        raise ValueError(f"llm_activation {name!r}: transformers knows {', '.join(sorted(ACT2FN))}")
+    for layer in layers:
+        layer.act = ACT2FN[name]
 
 
 @contextmanager

@@ -37,6 +37,9 @@ class Stage2Config:
         vocab_size, max_position_embeddings, pad_token_id: of the instruction's tokens; stage 1's.
         llm_dropout: in training, the frozen language model drops out as its own configuration says.
             LAVIS trains so, because its `train()` reaches the frozen model; False: no dropout.
+        llm_activation: of a T5's feed-forward layers, instead of its own. LAVIS puts `"gelu"` into
+            FlanT5, whose own is `"gelu_new"`, and trained its checkpoints so; transformers' BLIP-2
+            folders say it themselves. None: the model's own.
         pack_padding: in training, put the samples of a batch behind one another in fewer rows, so
             that a decoder-only language model computes no padding (`blip2fast.stage2_packing`).
         match_embedding_scale: start the projection such that soft prompts are of the size of the
@@ -65,6 +68,7 @@ class Stage2Config:
     max_position_embeddings: int = 512
     pad_token_id: int = 0
     llm_dropout: bool = False
+    llm_activation: str | None = None
     pack_padding: bool = False
     match_embedding_scale: bool = False
 

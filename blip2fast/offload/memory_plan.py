@@ -179,6 +179,8 @@ def plan_memory(
         notes.append(
             f"{path} is quantised: counted in {config.precision}, which is more than it is"
         )
+    if config.language_model.activation is not None:
+        language_config.dense_act_fn = config.language_model.activation
     encoder_parameters, width, image_tokens = _images(config, notes)
     sizes = _trained_config(config, width, notes)
     batch = config.optim.batch_size
