@@ -64,7 +64,7 @@ def test_transformers_keeps_it(tmp_path: Path) -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="llm_activation 'gelu': OPTForCausalLM is no T5"):
         use_activation(opt_model(), "gelu")
-    with pytest.raises(ValueError, match="llm_activation 'gellu': transformers knows .*gelu_new"):
+    with pytest.raises(ValueError, match=r"llm_activation 'gellu': transformers knows .*gelu_new"):
         use_activation(T5ForConditionalGeneration(t5_config()), "gellu")
 
 
@@ -99,7 +99,8 @@ def test_the_plan_counts_it(tmp_path: Path) -> None:
     assert kept[1] < kept[0]
 
 
-def test_the_recipe_of_the_paper_has_it() -> None:
-    run = load_config(CONFIGS / "vitg_flant5xl_stage2.yaml")
+@pytest.mark.parametrize("recipe", ["vitg_flant5xl", "vitg_flant5xxl", "vitl_flant5xl"])
+def test_the_recipes_of_the_paper_have_it(recipe: str) -> None:
+    run = load_config(CONFIGS / f"{recipe}_stage2.yaml")
     assert run.language_model is not None
     assert run.language_model.activation == "gelu"
