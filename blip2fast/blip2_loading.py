@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoTokenizer,
     Blip2ForConditionalGeneration,
+    BlipImageProcessorPil,
     InstructBlipForConditionalGeneration,
     PreTrainedModel,
 )
@@ -212,7 +212,8 @@ def _transformers(path: str, dtype: torch.dtype, device: torch.device, offload: 
             )
         whole = _KINDS[kind].from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        processor = AutoImageProcessor.from_pretrained(path)
+        # that of every model of these kinds; the automatic class may want torchvision installed
+        processor = BlipImageProcessorPil.from_pretrained(path)
         words = None
         if kind == "instructblip":
             words = AutoTokenizer.from_pretrained(path, subfolder="qformer_tokenizer")
