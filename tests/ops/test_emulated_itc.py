@@ -209,6 +209,30 @@ def test_schemas_tell_the_truth(kernels: torch._ops._OpNamespace) -> None:
     torch.library.opcheck(kernels.itc_sweep_grad.default, arguments, test_utils="test_schema")
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("save", [False, True])
+def test_the_public_operator_is_what_its_fake_says(
+    kernels: torch._ops._OpNamespace,
+    device: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: int,
+    save: bool,
+) -> None:
+    """Schema, fake, autograd and compiled shapes of `impl="cuda"`, forward and backward."""
+    monkeypatch.setattr(torch.ops, "blip2fast_C", kernels)
+    device.blip2fast_emulate(capability)
+    image, text, temp = _features(5, 5, 3, 16)
+    ids, ops = torch.tensor([0, 1, 2, 1, 4]), torch.ops.blip2fast
+    options = (ids, ids, philox_state(1), 0, True, False, save, "cuda")
+    leaves = tuple(x.clone().requires_grad_() for x in (image, text, temp))
+    torch.library.opcheck(ops.itc_sweep.default, (*leaves, *options))
+    rows, columns, _, _, sim, arg = ops.itc_sweep(image, text, temp, *options)
+    weights = torch.randn(3, 5)
+    sides = (rows[LSE].contiguous(), weights, columns[LSE].contiguous(), weights)
+    call = (image, text, temp, *sides, ids, ids, 0, True, sim, arg, "cuda")
+    torch.library.opcheck(ops.itc_sweep_grad.default, call)
+
+
 def test_sweep_rejects_what_it_would_misread(kernels: torch._ops._OpNamespace) -> None:
     image, text, temp = _features(3, 4, 33, 8)
     with pytest.raises(RuntimeError, match="queries: expected 1 to 32, got 33"):
