@@ -22,7 +22,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from blip2fast.offload.choices import OffloadChoice, StreamStorage, offload_faults
+from blip2fast.offload.choices import OffloadChoice, StreamStorage
+from blip2fast.run_contradictions import contradictions
 from blip2fast.stage1_types import LOSSES, LossName
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -139,7 +140,10 @@ class OptimSection:
         max_steps: optimizer steps; one takes batch_size x accumulation samples per process.
         clip_norm: limit on the norm of the gradient; 0 for none.
         batch_size: samples per process in one forward pass.
+        accumulation: forward and backward passes of a step.
         losses: of stage 1: itc, with or without itm and itg.
+        grad_cache: in stage 1, ITC compares all samples of a step instead of those of a forward
+            pass; features are computed twice (`blip2fast.stage1_contrast`).
     """
 
     __pydantic_config__ = _STRICT
@@ -155,6 +159,7 @@ class OptimSection:
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     accumulation: _Count = 1
     losses: tuple[LossName, ...] = LOSSES
+    grad_cache: bool = False
 
 
 @dataclass
@@ -252,7 +257,7 @@ def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Ru
     except ValidationError as error:
         faults = "\n  ".join(_explain(fault) for fault in error.errors())
         raise ValueError(f"{source}:\n  {faults}") from None
-    faults = "\n  ".join(_contradictions(config))
+    faults = "\n  ".join(contradictions(config))
     if faults:
         raise ValueError(f"{source}:\n  {faults}")
     return config
@@ -331,69 +336,3 @@ def _explain(fault: Any) -> str:
     if fault["type"] in ("missing", "missing_argument"):
         return f"{where}: missing"
     return f"{where}: {fault['msg']}, got {fault['input']!r}"
-
-
-def _contradictions(config: RunConfig) -> list[str]:
-    """Keys that cannot hold together, whatever the machine."""
-    faults: list[str] = []
-    data, optim = config.data, config.optim
-    if (data.features is None) == (data.images is None):
-        faults.append("data: give either features (a cache) or images (a folder), not both or none")
-    if data.images is not None and data.image_encoder is None:
-        faults.append("data.images needs data.image_encoder, the frozen model that reads them")
-    if data.features is not None and (data.image_encoder or data.eval_images):
-        faults.append("data.features is a cache: image_encoder and eval_images go with data.images")
-    if data.images is not None and data.eval_features is not None:
-        faults.append("data.images has eval_images for its evaluation, not eval_features")
-    held_out = data.eval_features if data.features is not None else data.eval_images
-    if (data.eval_records is None) != (held_out is None):
-        kind = "eval_features" if data.features is not None else "eval_images"
-        faults.append(f"data: eval_records and {kind} go together, one is missing")
-    if config.eval_every and data.eval_records is None:
-        faults.append(f"eval_every is {config.eval_every}, but data.eval_records is not set")
-    if optim.min_lr > optim.lr:
-        faults.append(f"optim.min_lr {optim.min_lr} is above optim.lr {optim.lr}")
-    if optim.warmup_steps >= optim.max_steps:
-        faults.append(
-            f"optim.warmup_steps {optim.warmup_steps} leaves none of optim.max_steps "
-            f"{optim.max_steps} for the decay"
-        )
-    if config.allow_other_frozen and config.init_from is None:
-        faults.append("allow_other_frozen is about init_from, which is not set")
-    return faults + _stage_faults(config) + offload_faults(config)
-
-
-def _stage_faults(config: RunConfig) -> list[str]:
-    faults: list[str] = []
-    if config.stage == 1:
-        if "itc" not in config.optim.losses:
-            faults.append(
-                f"optim.losses {list(config.optim.losses)} lacks itc: ITM's negatives are drawn "
-                "from its similarities"
-            )
-        if config.language_model is not None:
-            faults.append("language_model belongs to stage 2, but stage is 1")
-        if config.data.task != "caption":
-            faults.append(f"data.task {config.data.task!r} belongs to stage 2, but stage is 1")
-        if config.model.text_conditioned is not None:
-            faults.append("model.text_conditioned belongs to stage 2, but stage is 1")
-        if config.model.tokenizer is None:
-            faults.append("model.tokenizer: stage 1 reads texts in the Q-Former and needs one")
-    else:
-        if config.optim.losses != LOSSES:
-            faults.append("optim.losses belongs to stage 1, but stage is 2")
-        if config.language_model is None:
-            faults.append("language_model: stage 2 needs one (language_model.path)")
-        faults += [
-            f"model.{name} belongs to stage 1, but stage is 2"
-            for name in ("bert", "embed_dim")
-            if getattr(config.model, name) is not None
-        ]
-        if bool(config.model.text_conditioned) != (config.model.tokenizer is not None):
-            faults.append("model.tokenizer belongs to stage 1 or text_conditioned, which needs it")
-        prompt = config.language_model.prompt if config.language_model else ""
-        if config.data.task == "caption" and "{}" in prompt:
-            faults.append("language_model.prompt has a {} for questions, but data.task is caption")
-        if config.data.task == "sequence" and prompt and "{}" not in prompt:
-            faults.append("language_model.prompt has no {} for the records' prompts (data.task)")
-    return faults

@@ -21,9 +21,10 @@ from blip2fast.ops import itc_loss, lm_cross_entropy
 from blip2fast.ops.philox import philox_state, with_offset
 from blip2fast.packed_qformer import Dropout, PackedQFormer
 from blip2fast.qformer import QFormer
+from blip2fast.stage1_contrast import StepContrast, first_pass
 from blip2fast.stage1_generation import generate, padded_logits
 from blip2fast.stage1_matching import encode_image, encode_text, match, match_logits
-from blip2fast.stage1_passes import PackedTexts, contrast_pass, images_of_pairs, matching_pass
+from blip2fast.stage1_passes import PackedTexts, images_of_pairs, matching_pass
 from blip2fast.stage1_types import LOSSES, Stage1Config, Stage1Output, check_losses
 from blip2fast.state_dicts import check_state
 from blip2fast.text_modules import LMHead, TextEmbeddings, copy_text_ffn_to_queries
@@ -150,6 +151,7 @@ class Blip2Stage1(nn.Module):
         images: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        contrast: StepContrast | None = None,
     ) -> Stage1Output:
         """Compute the three losses of a batch of image-text pairs.
 
@@ -167,6 +169,8 @@ class Blip2Stage1(nn.Module):
             image_attention_mask: `[B, S]`, nonzero where an image token is real.
             cu_seqlens: `[B+1]`, where each text starts in a packed `input_ids`; on the CPU, so
                 that the host need not wait for the device.
+            contrast: ITC of all batches of an optimizer step, of `step_contrast`, instead of this
+                one's; ITM's negatives stay those of this batch.
 
         Returns:
             A `Stage1Output`.
@@ -180,39 +184,32 @@ class Blip2Stage1(nn.Module):
         stage1_inputs.check_training_batch(texts, image_ids)
         visible = stage1_inputs.check_image_mask(image_embeds, image_attention_mask)
         longest = stage1_inputs.check_ranks_agree(image_embeds, texts, image_ids, visible)
-        B, Q = texts.count, self.config.num_query_tokens
-        philox = philox_state(device=image_embeds.device)
+        philox = philox_state(device=image_embeds.device) if contrast is None else contrast.philox
 
         packed = PackedQFormer(self.qformer, self.computing_dtype(image_embeds.device))
         keys_values = packed.image_keys_values(image_embeds, self.ln_vision)
         self._image_form = packed.image_form
-        bos = self.config.bos_token_id if "itg" in self.losses else None
-        contrast = contrast_pass(texts, Q, bos, visible)
-        query_output, text_states = packed(
-            self.query_tokens[0],
-            self.embeddings(contrast.ids, contrast.positions),
-            keys_values,
-            contrast.packed,
-            Dropout.of(self.qformer, philox, 0),
-        )
-        image_features = losses.unit(self.vision_projection(query_output))
-        text_features = losses.unit(self.text_projection(text_states[:B]))
-        itc = itc_loss(
-            image_features,
-            text_features,
-            self.temp,
-            label_smoothing=self.config.label_smoothing,
-            image_ids=image_ids,
-            grad_mode=self.config.grad_mode,
-            negatives="sample" if negatives is None else "none",
-            philox=with_offset(philox, _NEGATIVES_OFFSET),
-        )
+        with_itg = "itg" in self.losses
+        first = first_pass(self, packed, keys_values, texts, visible, philox, with_itg)
+        features = first.image_features, first.text_features
+        # beside the contrast of a whole step, that of this batch is there for negatives alone
+        with torch.set_grad_enabled(torch.is_grad_enabled() and contrast is None):
+            itc = itc_loss(
+                *features,
+                self.temp,
+                label_smoothing=self.config.label_smoothing,
+                image_ids=image_ids,
+                grad_mode=self.config.grad_mode,
+                negatives="sample" if negatives is None else "none",
+                philox=with_offset(philox, _NEGATIVES_OFFSET),
+            )
         if negatives is None:
             stage1_inputs.check_some_negative(itc.without_negative, image_ids)
             negatives = itc.negative_image, itc.negative_text
         else:
-            negatives = stage1_inputs.check_negatives(negatives, B)
-        found = {"loss": itc.loss, "loss_itc": itc.loss}
+            negatives = stage1_inputs.check_negatives(negatives, texts.count)
+        loss_itc = itc.loss if contrast is None else contrast.loss_of(*features, self.temp)
+        found = {"loss": loss_itc, "loss_itc": loss_itc}
         if "itm" in self.losses:
             found["itm_logits"] = self._matching_logits(
                 packed, image_embeds, keys_values, texts, visible, negatives, longest, philox
@@ -221,26 +218,24 @@ class Blip2Stage1(nn.Module):
                 found["itm_logits"], negatives
             )
             found["loss"] = found["loss"] + found["loss_itm"]
-        if "itg" in self.losses:
+        if with_itg:
             found["loss_itg"], found["accuracy_itg"] = self._generation_loss(
-                text_states[B:], contrast.labels
+                first.itg_states, first.labels
             )
             found["loss"] = found["loss"] + found["loss_itg"]
         output = Stage1Output(
-            image_features=image_features,
-            text_features=text_features,
-            query_output=query_output,
-            accuracy_i2t=itc.accuracy_i2t,
-            accuracy_t2i=itc.accuracy_t2i,
+            image_features=first.image_features,
+            text_features=first.text_features,
+            query_output=first.query_output,
+            accuracy_i2t=(contrast or itc).accuracy_i2t,
+            accuracy_t2i=(contrast or itc).accuracy_t2i,
             negative_image=negatives[0],
             negative_text=negatives[1],
             **found,
         )
         length = attention_mask.shape[1] if attention_mask is not None else texts.longest
         return output.when_asked(
-            lambda: losses.itc_logits(
-                image_features, text_features, self.temp, self.config.grad_mode
-            ),
+            lambda: losses.itc_logits(*features, self.temp, self.config.grad_mode),
             lambda: padded_logits(self, image_embeds, texts, length, visible),
         )
 

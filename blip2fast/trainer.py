@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from blip2fast.run_config import RunConfig, config_values, save_config
 from blip2fast.run_log import RunLog
 from blip2fast.run_parts import DTYPES, RunParts, build_run
 from blip2fast.stage1 import Blip2Stage1
+from blip2fast.stage1_contrast import features, step_contrast
 from blip2fast.stage2 import Blip2Stage2
 
 if TYPE_CHECKING:
@@ -43,8 +45,10 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Keyword arguments of the model to `(loss, scalars)`."""
+    def forward(self, *, for_contrast: bool = False, **batch: Any) -> tuple[Any, ...]:
+        """Keyword arguments of the model to `(loss, scalars)`; `for_contrast`, of `features`."""
+        if for_contrast:
+            return features(cast(Blip2Stage1, self.model), **batch)
         output = self.model(**batch)
         scalars = {
             name: value.detach().float()
@@ -248,8 +252,8 @@ class Trainer:
             rate = learning_rate(self.step, config.optim)
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = rate
-            for _ in range(config.optim.accumulation):
-                loss, scalars = self.engine(**next(batches))
+            for batch in self._micro_batches(batches):
+                loss, scalars = self.engine(**batch)
                 self.engine.backward(loss)
                 self.engine.step()
                 progress.add(scalars)
@@ -273,6 +277,15 @@ class Trainer:
                     log.write(self.step, metrics)
             progress.since += time.perf_counter() - paused
         return metrics
+
+    def _micro_batches(self, batches: Iterator[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+        """The batches of an optimizer step; all at once where ITC compares all their pairs."""
+        of_step = islice(batches, self.config.optim.accumulation)
+        if not self.config.optim.grad_cache or not isinstance(self.model, Blip2Stage1):
+            return of_step
+        held = list(of_step)
+        shares = step_contrast(partial(self.engine, for_contrast=True), held, self.model.config)
+        return [{**batch, "contrast": share} for batch, share in zip(held, shares, strict=True)]
 
     def _missing_evaluation(self, log: RunLog | None) -> dict[str, float]:
         """The evaluation of the checkpoint resumed from, if the run was killed before it."""

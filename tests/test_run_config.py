@@ -138,6 +138,11 @@ def test_every_fault_is_listed() -> None:
             _stage2() | {"optim": _changed(optim__losses=["itc"])["optim"]},
             "losses belongs to stage 1",
         ),
+        (_changed(optim__grad_cache=True), "grad_cache with optim.accumulation 1"),
+        (
+            _stage2() | {"optim": _changed(optim__grad_cache=True)["optim"]},
+            "grad_cache belongs to stage 1",
+        ),
         (_changed(model={}), "model.tokenizer: stage 1"),
         (_changed(language_model={"path": "opt"}), "language_model belongs to stage 2"),
         (_changed(data__task="vqa"), "task 'vqa' belongs to stage 2, but stage is 1"),
