@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip2fast.kernels.qformer_attention import reference
-from blip2fast.ops import _attention_padded, _attention_xformers
+from blip2fast.ops import _attention_cpu, _attention_padded, _attention_xformers
 from blip2fast.ops._attention_backends import BACKENDS, AttentionCall
 from blip2fast.ops._attention_checks import build_index, check_cross, check_dropout, check_self
 from blip2fast.ops._attention_core import WIDEN_BELOW_KEYS
@@ -123,6 +123,8 @@ def qformer_attention(
         out, lse = _attention_padded.self_attention(
             qkv, layout, scale, dropout_p, philox, with_lse=return_lse
         )
+    elif impl == "sdpa" and not return_lse and dropout_p == 0 and _runs_at_once(qkv):
+        return _attention_cpu.self_output(qkv, layout, scale)
     else:
         out, lse = torch.ops.blip2fast.qformer_attention(
             qkv, *unpack_layout(layout), philox, scale, dropout_p, impl
@@ -266,3 +268,9 @@ def _is_one_call(
         return True
     # on few keys our gradient is quicker and closer; on shared queries it is summed unrounded
     return q.shape[0] == kv.shape[0] and kv.shape[1] >= WIDEN_BELOW_KEYS
+
+
+def _runs_at_once(x: Tensor) -> bool:
+    """Whether nobody traces or differentiates what follows: an operator then has no use."""
+    untraced = type(x) is Tensor and not torch.compiler.is_compiling()
+    return untraced and not (torch.is_grad_enabled() and x.requires_grad)

@@ -231,6 +231,16 @@ def test_what_is_one_call_gives_what_it_gives_in_training() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, case in SELF_CASES.items() if case.p == 0])
+def test_without_a_gradient_no_operator_runs_and_the_output_is_the_same(name: str) -> None:
+    qkv, layout = make_qkv(SELF_CASES[name], torch.float32), SELF_CASES[name].layout()
+    out, _ = qformer_attention(qkv, layout, impl="sdpa", return_lse=True)
+    with torch.profiler.profile() as profile:
+        alone = qformer_attention(qkv, layout, impl="sdpa")
+    assert alone.equal(out)
+    assert not any(event.key.startswith("blip2fast::") for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("name", [name for name, case in SELF_CASES.items() if case.p == 0])
 def test_xformers_masks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its attention has no CPU operator: its mask objects, written out, are put into PyTorch's."""
     fmha = pytest.importorskip("xformers.ops.fmha")
