@@ -73,17 +73,6 @@ def self_forward(
     return outputs.result(), statistics.result()
 
 
-def self_output(qkv: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
-    """`self_forward`'s output alone, without dropout."""
-    H, D = qkv.shape[2:]
-    plan = plan_of(layout, H * D, FORWARD_ELEMENTS)
-    outputs = _Collected(plan, qkv, (H, D))
-    for part in plan.parts:
-        q, k, v = part.keys.take(qkv).unbind(2)
-        outputs.add(attend(q[:, -part.rows.shape[1] :], k, v, part.bias, scale, None)[0])
-    return outputs.result()
-
-
 def self_backward(
     dout: Tensor,
     qkv: Tensor,

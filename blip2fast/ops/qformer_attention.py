@@ -123,8 +123,8 @@ def qformer_attention(
         out, lse = _attention_padded.self_attention(
             qkv, layout, scale, dropout_p, philox, with_lse=return_lse
         )
-    elif impl == "sdpa" and not return_lse and dropout_p == 0 and _runs_at_once(qkv):
-        return _attention_cpu.self_output(qkv, layout, scale)
+    elif impl == "sdpa" and _runs_at_once(qkv):
+        out, lse = _attention_cpu.self_forward(qkv, layout, scale, dropout_p, philox)
     else:
         out, lse = torch.ops.blip2fast.qformer_attention(
             qkv, *unpack_layout(layout), philox, scale, dropout_p, impl
