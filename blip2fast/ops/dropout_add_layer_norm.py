@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -51,6 +51,40 @@ BACKENDS: tuple[Backend[DropoutAddLayerNormCall], ...] = (
 )
 
 
+@overload
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    x_bias: Tensor | None = ...,
+    eps: float = ...,
+    dropout_p: float = ...,
+    philox: Tensor | None = ...,
+    out_dtype: torch.dtype | None = ...,
+    copy_dtype: None = ...,
+    impl: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    x_bias: Tensor | None = ...,
+    eps: float = ...,
+    dropout_p: float = ...,
+    philox: Tensor | None = ...,
+    out_dtype: torch.dtype | None = ...,
+    copy_dtype: torch.dtype,
+    impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
 def dropout_add_layer_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -62,8 +96,9 @@ def dropout_add_layer_norm(
     dropout_p: float = 0.0,
     philox: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    copy_dtype: torch.dtype | None = None,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """`F.layer_norm(F.dropout(x + x_bias, dropout_p) + residual, (C,), weight, bias, eps)`.
 
     Computed in fp32 (fp64 for fp64 data). Saved for the backward pass: the sum that is normalised
@@ -84,10 +119,13 @@ def dropout_add_layer_norm(
             the row of x, its head 0.
         out_dtype: Type of the result; by default the wider one of `x` and `residual`, in which the
             sum is also saved.
+        copy_dtype: Type of a second copy of the result, written in the same pass: residuals are
+            added up in fp32 while the next product reads 16 bits. Gradients of both are summed
+            in fp32. None: no copy.
         impl: `"auto"`, `"triton"`, `"pytorch"` or `"reference"`.
 
     Returns:
-        `[R, C]`.
+        `[R, C]`, or with `copy_dtype` that and its copy `[R, C]`.
 
     Raises:
         ValueError: a shape, type, device or option does not fit.
@@ -101,36 +139,40 @@ def dropout_add_layer_norm(
     check_dropout(dropout_p, philox, x)
     sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out_dtype = sum_dtype if out_dtype is None else out_dtype
-    if out_dtype not in FLOATS:
-        raise ValueError(f"out_dtype: expected fp16, bf16, fp32 or fp64, got {out_dtype}")
-    call = DropoutAddLayerNormCall(x.shape[1], (x.dtype, sum_dtype, out_dtype), x.device.type)
+    for name, dtype in (("out_dtype", out_dtype), ("copy_dtype", copy_dtype)):
+        if dtype is not None and dtype not in FLOATS:
+            raise ValueError(f"{name}: expected fp16, bf16, fp32 or fp64, got {dtype}")
+    dtypes = (x.dtype, sum_dtype, out_dtype, copy_dtype or out_dtype)
+    call = DropoutAddLayerNormCall(x.shape[1], dtypes, x.device.type)
     impl = choose("dropout_add_layer_norm", BACKENDS, call, impl)
     philox = philox if dropout_p > 0 else None
-    if impl == "reference":
-        return reference.dropout_add_layer_norm(
-            x, residual, weight, bias, x_bias, eps, dropout_p, philox, out_dtype
-        )
-    if impl == "pytorch" and philox is None:
-        return pytorch.without_dropout(x, residual, weight, bias, x_bias, eps, out_dtype)
+    if impl == "reference" or (impl == "pytorch" and philox is None):
+        if impl == "reference":
+            out = reference.dropout_add_layer_norm(
+                x, residual, weight, bias, x_bias, eps, dropout_p, philox, out_dtype
+            )
+        else:
+            out = pytorch.without_dropout(x, residual, weight, bias, x_bias, eps, out_dtype)
+        return out if copy_dtype is None else (out, out.to(copy_dtype))
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     inputs = (x, residual, weight, bias, x_bias)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    out: Tensor = torch.ops.blip2fast.dropout_add_layer_norm(
-        *inputs, philox, eps, dropout_p, out_dtype, save, impl
-    )[0]
-    return out
+    out, copy, *_ = torch.ops.blip2fast.dropout_add_layer_norm(
+        *inputs, philox, eps, dropout_p, out_dtype, copy_dtype, save, impl
+    )
+    return out if copy_dtype is None else (out, copy)
 
 
 torch.library.define(
     "blip2fast::dropout_add_layer_norm",
     "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor? x_bias, Tensor? philox, "
-    "float eps, float dropout_p, ScalarType out_dtype, bool save, str impl) "
-    "-> (Tensor out, Tensor total, Tensor mean, Tensor rstd)",
+    "float eps, float dropout_p, ScalarType out_dtype, ScalarType? copy_dtype, bool save, "
+    "str impl) -> (Tensor out, Tensor copy, Tensor total, Tensor mean, Tensor rstd)",
 )
 torch.library.define(
     "blip2fast::dropout_add_layer_norm_grad",
-    "(Tensor dout, Tensor total, Tensor mean, Tensor rstd, Tensor weight, Tensor? philox, "
-    "float dropout_p, ScalarType residual_dtype, ScalarType x_dtype, bool apart, "
+    "(Tensor dout, Tensor? dcopy, Tensor total, Tensor mean, Tensor rstd, Tensor weight, "
+    "Tensor? philox, float dropout_p, ScalarType residual_dtype, ScalarType x_dtype, bool apart, "
     "bool needs_parameters, bool needs_x_bias, str impl) "
     "-> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias, Tensor dx_bias)",
 )
@@ -157,16 +199,17 @@ def _forward(
     eps: float,
     dropout_p: float,
     out_dtype: torch.dtype,
+    copy_dtype: torch.dtype | None,
     save: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    out, total, mean, rstd = _backend(impl).forward(
-        x, residual, weight, bias, x_bias, philox, eps, dropout_p, out_dtype, save
+    out, copy, total, mean, rstd = _backend(impl).forward(
+        x, residual, weight, bias, x_bias, philox, eps, dropout_p, out_dtype, copy_dtype, save
     )
     if not save:
-        return out, x.new_empty(0), mean.new_empty(0), mean.new_empty(0)
+        return out, copy, x.new_empty(0), mean.new_empty(0), mean.new_empty(0)
     # an output of an op must not be one of its inputs
-    return out, x.new_empty(0) if total is x else total, mean, rstd
+    return out, copy, x.new_empty(0) if total is x else total, mean, rstd
 
 
 @torch.library.register_fake("blip2fast::dropout_add_layer_norm")
@@ -180,6 +223,7 @@ def _forward_fake(
     eps: float,
     dropout_p: float,
     out_dtype: torch.dtype,
+    copy_dtype: torch.dtype | None,
     save: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
@@ -189,6 +233,7 @@ def _forward_fake(
     wide = wide_dtype(dtype)
     return (
         x.new_empty(x.shape, dtype=out_dtype),
+        x.new_empty(x.shape if copy_dtype else (0,), dtype=copy_dtype or out_dtype),
         x.new_empty(x.shape if kept else (0,), dtype=dtype),
         x.new_empty(rows, dtype=wide),
         x.new_empty(rows, dtype=wide),
@@ -209,6 +254,7 @@ def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.register_fake("blip2fast::dropout_add_layer_norm_grad")
 def _backward_fake(
     dout: Tensor,
+    dcopy: Tensor | None,
     total: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -233,18 +279,23 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, x_bias, philox, _, ctx.dropout_p, _, _, ctx.impl = inputs
-    _, total, mean, rstd = output
-    ctx.mark_non_differentiable(total, mean, rstd)
+    x, residual, weight, bias, x_bias, philox, _, ctx.dropout_p, _, copy_dtype, _, ctx.impl = inputs
+    _, copy, total, mean, rstd = output
+    empty = () if copy_dtype else (copy,)
+    ctx.mark_non_differentiable(total, mean, rstd, *empty)
     ctx.set_materialize_grads(False)
     ctx.types = [None if t is None else t.dtype for t in (x, residual, weight, bias, x_bias)]
     total = x if _is_x(residual, x_bias, philox) else total
     ctx.save_for_backward(total, mean, rstd, weight, philox)
 
 
-def _autograd(ctx: Any, dout: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(
+    ctx: Any, dout: Tensor | None, dcopy: Tensor | None, *rest: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 11
+        dout, dcopy = dcopy, None
+    if dout is None:
+        return (None,) * 12
     *tensors, philox = ctx.saved_tensors
     x_dtype, residual_dtype, weight_dtype, bias_dtype, x_bias_dtype = ctx.types
     residual_dtype = residual_dtype or x_dtype
@@ -252,6 +303,7 @@ def _autograd(ctx: Any, dout: Tensor | None, *rest: Tensor | None) -> tuple[Tens
     needs = ctx.needs_input_grad
     dresidual, dx, dweight, dbias, dx_bias = torch.ops.blip2fast.dropout_add_layer_norm_grad(
         dout.contiguous(),
+        None if dcopy is None else dcopy.contiguous(),
         *tensors,
         philox,
         ctx.dropout_p,
@@ -268,7 +320,7 @@ def _autograd(ctx: Any, dout: Tensor | None, *rest: Tensor | None) -> tuple[Tens
         dweight.to(weight_dtype) if needs[2] else None,
         dbias.to(bias_dtype) if needs[3] else None,
         dx_bias.to(x_bias_dtype) if needs[4] else None,
-        *[None] * 6,
+        *[None] * 7,
     )
 
 

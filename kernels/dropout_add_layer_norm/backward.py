@@ -20,6 +20,7 @@ from blip2fast.ops.philox import threshold
 @triton.jit
 def _dropout_add_layer_norm_bwd_kernel(
     dout_ptr,
+    dcopy_ptr,
     total_ptr,
     mean_ptr,
     rstd_ptr,
@@ -33,6 +34,7 @@ def _dropout_add_layer_norm_bwd_kernel(
     C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    COPY: tl.constexpr,
     APART: tl.constexpr,
     DROPOUT: tl.constexpr,
     THRESHOLD: tl.constexpr,
@@ -54,6 +56,8 @@ def _dropout_add_layer_norm_bwd_kernel(
         mean = tl.load(mean_ptr + rows, mask=row_there, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=row_there, other=0.0)
         dout = tl.load(dout_ptr + at, mask=there, other=0.0).to(tl.float32)
+        if COPY:
+            dout += tl.load(dcopy_ptr + at, mask=there, other=0.0).to(tl.float32)
         total = tl.load(total_ptr + at, mask=there, other=0.0).to(tl.float32)
         # rows that are not there have an rstd of 0, columns that are not there a g of 0
         unit = (total - mean[:, None]) * rstd[:, None]
@@ -82,6 +86,7 @@ def _dropout_add_layer_norm_bwd_kernel(
 
 def backward(
     dout: Tensor,
+    dcopy: Tensor | None,
     total: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -106,6 +111,7 @@ def backward(
         with torch.cuda.device_of(total):
             _dropout_add_layer_norm_bwd_kernel[(programs,)](
                 dout,
+                dcopy,
                 total,
                 mean,
                 rstd,
@@ -119,6 +125,7 @@ def backward(
                 C=C,
                 BLOCK_R=config.block_r,
                 BLOCK_C=config.block_c,
+                COPY=dcopy is not None,
                 APART=apart,
                 DROPOUT=philox is not None,
                 THRESHOLD=threshold(dropout_p),

@@ -37,6 +37,7 @@ def _dropout_add_layer_norm_fwd_kernel(
     x_bias_ptr,
     philox_ptr,
     out_ptr,
+    copy_ptr,
     total_ptr,
     mean_ptr,
     rstd_ptr,
@@ -50,6 +51,7 @@ def _dropout_add_layer_norm_fwd_kernel(
     HAS_X_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    COPY: tl.constexpr,
     SAVE_TOTAL: tl.constexpr,
     SAVE_STATISTICS: tl.constexpr,
 ):
@@ -81,6 +83,8 @@ def _dropout_add_layer_norm_fwd_kernel(
     bias = tl.load(bias_ptr + columns, mask=column_there, other=0.0).to(tl.float32)
     out = centred * rstd[:, None] * weight[None, :] + bias[None, :]
     tl.store(out_ptr + at, out, mask=there)
+    if COPY:
+        tl.store(copy_ptr + at, out, mask=there)
 
 
 def forward(
@@ -93,9 +97,10 @@ def forward(
     eps: float,
     dropout_p: float,
     out_dtype: torch.dtype,
+    copy_dtype: torch.dtype | None,
     save: bool,
     config: RowsConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `pytorch.forward`, for fp16, bf16 and fp32 on a GPU; `total` is x where nothing is added.
 
     What is not to be saved is empty.
@@ -105,6 +110,7 @@ def forward(
     added = residual is not None or x_bias is not None or philox is not None
     total_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = x.new_empty(R, C, dtype=out_dtype)
+    copy = x.new_empty((R, C) if copy_dtype else (0,), dtype=copy_dtype or out_dtype)
     total = x.new_empty((R, C) if save and added else (0,), dtype=total_dtype)
     mean, rstd = (x.new_empty(R if save else 0, dtype=torch.float32) for _ in range(2))
     if R > 0:
@@ -117,6 +123,7 @@ def forward(
                 None if x_bias is None else x_bias.contiguous(),
                 philox,
                 out,
+                copy,
                 total,
                 mean,
                 rstd,
@@ -130,8 +137,9 @@ def forward(
                 HAS_X_BIAS=x_bias is not None,
                 DROPOUT=philox is not None,
                 THRESHOLD=threshold(dropout_p),
+                COPY=copy_dtype is not None,
                 SAVE_TOTAL=save and added,
                 SAVE_STATISTICS=save,
                 num_warps=config.num_warps,
             )
-    return out, total if added else x, mean, rstd
+    return out, copy, total if added else x, mean, rstd

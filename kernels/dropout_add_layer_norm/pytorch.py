@@ -39,13 +39,14 @@ def forward(
     eps: float,
     dropout_p: float,
     out_dtype: torch.dtype,
+    copy_dtype: torch.dtype | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output and what the backward pass needs.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, its copy and what the backward pass needs.
 
     Returns:
-        `(out [R, C], total [R, C], mean [R], rstd [R])`: `total` is the sum that was normalised,
-        in the wider type of `x` and `residual`.
+        `(out [R, C], copy [R, C], total [R, C], mean [R], rstd [R])`: `copy` is empty without
+        `copy_dtype`, `total` the sum that was normalised, in the wider type of `x` and `residual`.
     """
     total = x if x_bias is None else x + x_bias.to(x.dtype)
     kept, scale = _keep(x, philox, dropout_p), 1 / (1 - dropout_p)
@@ -58,11 +59,14 @@ def forward(
     out, mean, rstd = torch.native_layer_norm(
         normed, normed.shape[-1:], weight.to(wide), bias.to(wide), eps
     )
-    return out.to(out_dtype), total, mean.flatten(), rstd.flatten()
+    # an output of its own even where the types are the same
+    copy = x.new_empty(0, dtype=out_dtype) if copy_dtype is None else out.to(copy_dtype, copy=True)
+    return out.to(out_dtype), copy, total, mean.flatten(), rstd.flatten()
 
 
 def backward(
     dout: Tensor,
+    dcopy: Tensor | None,
     total: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -78,7 +82,8 @@ def backward(
     """Gradients of `forward`.
 
     Args:
-        dout: `[R, C]`.
+        dout: `[R, C]`, of the output.
+        dcopy: `[R, C]`, of its copy, or None.
         total, mean, rstd: As `forward` gave them.
         weight, philox, dropout_p: As they were.
         residual_dtype, x_dtype: Types of the gradients.
@@ -90,6 +95,8 @@ def backward(
         asked for are empty; they are in fp32 or fp64.
     """
     wide = torch.promote_types(total.dtype, torch.float32)
+    if dcopy is not None:
+        dout = dout.to(torch.promote_types(dout.dtype, torch.float32)) + dcopy
     dtype, weight = _norm_dtype(total, dout.dtype), weight.to(wide)
     dtotal, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dout.to(dtype),

@@ -162,6 +162,39 @@ def test_types(p: float) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, P])
+@pytest.mark.parametrize("impl", ["reference", "pytorch"])
+def test_copy(impl: str, p: float) -> None:
+    """The result rounded, in the same call; what comes back to either goes to the inputs."""
+    x, residual, weight, bias, x_bias = make_inputs(6, 10, torch.float32)
+    inputs = (x.detach().bfloat16().requires_grad_(), residual, weight, bias, x_bias)
+    alone = op(p, *inputs, impl=impl)
+    out, copy = op(p, *inputs, impl=impl, copy_dtype=torch.bfloat16)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, alone)
+    assert torch.equal(copy, alone.bfloat16())
+    dout, dcopy = make_rows(6, 10, seed=7).detach().float(), make_rows(6, 10, seed=8).detach()
+    dcopy = dcopy.bfloat16()
+    for given in ((dout, None), (None, dcopy), (dout, dcopy)):
+        total = sum(d.float() for d in given if d is not None)
+        expected = torch.autograd.grad(alone, inputs, total, retain_graph=True)
+        pairs = [(y, d) for y, d in zip((out, copy), given, strict=True) if d is not None]
+        results, incoming = zip(*pairs, strict=True)
+        got = torch.autograd.grad(results, inputs, incoming, retain_graph=True)
+        for a, b in zip(got, expected, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        assert torch.equal(op(p, *inputs, impl=impl, copy_dtype=torch.bfloat16)[1], copy)
+
+
+@pytest.mark.parametrize("p", [0.0, P])
+@pytest.mark.parametrize("impl", ["reference", "pytorch"])
+def test_gradcheck_of_both(impl: str, p: float) -> None:
+    both = partial(op, p, impl=impl, copy_dtype=torch.float64)
+    assert torch.autograd.gradcheck(both, make_inputs(4, 5))
+
+
+@pytest.mark.parametrize("p", [0.0, P])
 def test_autocast_changes_nothing(p: float) -> None:
     inputs = make_inputs(5, 8, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -182,8 +215,12 @@ def test_opcheck(dtype: torch.dtype, full: bool) -> None:
     x, residual, weight, bias, x_bias = make_inputs(5, 8, dtype)
     if not full:
         residual = x_bias = None
-    arguments = (x, residual, weight, bias, x_bias, PHILOX, 1e-12, P, dtype, True, "pytorch")
-    torch.library.opcheck(torch.ops.blip2fast.dropout_add_layer_norm.default, arguments)
+    for copied in (None, torch.bfloat16):
+        options = (PHILOX, 1e-12, P, dtype, copied, True, "pytorch")
+        torch.library.opcheck(
+            torch.ops.blip2fast.dropout_add_layer_norm.default,
+            (x, residual, weight, bias, x_bias, *options),
+        )
 
 
 @pytest.mark.parametrize("p", [0.0, P])
@@ -250,6 +287,10 @@ row = torch.zeros(4)
         (
             lambda f: f(x32, x32, row, row, out_dtype=torch.int64),
             "out_dtype: expected fp16, .*got torch.int64",
+        ),
+        (
+            lambda f: f(x32, x32, row, row, copy_dtype=torch.int8),
+            "copy_dtype: expected fp16, .*got torch.int8",
         ),
         (lambda f: f(x32, x32, row, row, impl="torch"), "impl: expected 'auto' .*'pytorch'"),
     ],

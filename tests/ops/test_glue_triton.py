@@ -42,8 +42,9 @@ def op(
     p: float, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, **options
 ):
     philox = philox_state(5, 2, DEVICE) if p > 0 else None
+    options = {"impl": "triton"} | options
     return dropout_add_layer_norm(
-        x, residual, weight, bias, x_bias=x_bias, dropout_p=p, philox=philox, impl="triton"
+        x, residual, weight, bias, x_bias=x_bias, dropout_p=p, philox=philox, **options
     )
 
 
@@ -95,6 +96,33 @@ def test_layer_norm_types(p: float) -> None:
 
 @runs_kernels
 @pytest.mark.parametrize("p", [0.0, P])
+def test_layer_norm_copy(p: float) -> None:
+    """A 16-bit copy beside the fp32 result, and the gradients of either or both."""
+    x, residual, weight, bias, x_bias = make_inputs(6, 40, torch.float32)
+    inputs = (x.detach().half().requires_grad_(), residual, weight, bias, x_bias)
+    got = op(p, *inputs, copy_dtype=torch.float16)
+    assert torch.equal(got[0], op(p, *inputs))
+    assert torch.equal(got[1], got[0].half())
+    expected = op(p, *inputs, impl="reference", copy_dtype=torch.float16)
+    incoming = [make_rows(6, 40, seed=7 + i, device=DEVICE).detach() for i in range(2)]
+    for chosen in ([0], [1], [0, 1]):
+        grads, wanted = (
+            torch.autograd.grad(
+                [y[i] for i in chosen],
+                inputs,
+                [incoming[i].to(y[i]) for i in chosen],
+                retain_graph=True,
+            )
+            for y in (got, expected)
+        )
+        for a, b in zip(grads, wanted, strict=True):
+            assert a.dtype == b.dtype
+            rounding = {"rtol": 2e-3, "atol": 2e-3} if a.dtype == torch.float16 else {}
+            torch.testing.assert_close(a, b, **(rounding or {"rtol": 1e-4, "atol": 1e-5}))
+
+
+@runs_kernels
+@pytest.mark.parametrize("p", [0.0, P])
 def test_layer_norm_no_rows_and_opcheck(p: float) -> None:
     inputs = make_inputs(0, 6, torch.float32)
     grads = torch.autograd.grad(op(p, *inputs).sum(), inputs)
@@ -102,9 +130,11 @@ def test_layer_norm_no_rows_and_opcheck(p: float) -> None:
     assert all((g == 0).all() for g in grads)
     philox = philox_state(5, 2, DEVICE) if p > 0 else None
     rows = make_inputs(5, 6, torch.float32)
-    arguments = (*rows, philox, 1e-12, p, torch.float32, True, "triton")
-    torch.library.opcheck(torch.ops.blip2fast.dropout_add_layer_norm.default, arguments)
-    alone = (rows[0], None, *rows[2:4], None, philox, 1e-12, p, torch.float32, True, "triton")
+    options = (philox, 1e-12, p, torch.float32, None, True, "triton")
+    torch.library.opcheck(torch.ops.blip2fast.dropout_add_layer_norm.default, (*rows, *options))
+    copied = (*options[:4], torch.float16, *options[5:])
+    torch.library.opcheck(torch.ops.blip2fast.dropout_add_layer_norm.default, (*rows, *copied))
+    alone = (rows[0], None, *rows[2:4], None, *options)
     torch.library.opcheck(torch.ops.blip2fast.dropout_add_layer_norm.default, alone)
 
 
@@ -134,12 +164,14 @@ def test_few_programs_take_turns() -> None:
     dout = make_rows(37, 20, seed=9, device=DEVICE).detach().float()
     philox = philox_state(5, 2, DEVICE)
     few = replace(config.rows_config(20), programs=2)
-    _, *saved = forward.forward(
-        x, residual, weight, bias, x_bias, philox, 1e-12, P, x.dtype, True, few
+    _, _, *saved = forward.forward(
+        x, residual, weight, bias, x_bias, philox, 1e-12, P, x.dtype, None, True, few
     )
     rest = (weight, philox, P, x.dtype, x.dtype, True, True, True)
-    expected = pytorch.backward(dout, *saved, *rest)
-    for got, wanted in zip(backward.backward(dout, *saved, *rest, few), expected, strict=True):
+    expected = pytorch.backward(dout, None, *saved, *rest)
+    for got, wanted in zip(
+        backward.backward(dout, None, *saved, *rest, few), expected, strict=True
+    ):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
     tile = gelu_config.TileConfig(block_r=4, block_f=8, num_warps=4, programs=6)
