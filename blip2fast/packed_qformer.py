@@ -11,80 +11,21 @@ width, B images, S image tokens, H heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import GELUActivation
 
-from blip2fast.fused_weights import FusedLinear, Linear, image_form, image_keys_values
-from blip2fast.ops import (
-    bias_gelu,
-    dropout_add_layer_norm,
-    qformer_attention,
-    qformer_cross_attention,
-)
-from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
+from blip2fast.fused_weights import image_form, image_keys_values
+from blip2fast.ops.attention_layout import AttentionLayout
 from blip2fast.ops.philox import keep_mask
+from blip2fast.packed_layer import PackedLayer
+from blip2fast.packed_pass import Dropout, PackedPass, States, states_dtype
 from blip2fast.qformer import QFormer
-from blip2fast.qformer_layers import QFormerIntermediate, QFormerLayer, QFormerResidual
-
-_SITES_A_LAYER = 6
-
-
-@dataclass(frozen=True)
-class PackedPass:
-    """What one pass over a token buffer sees.
-
-    Attributes:
-        layout: Which rows attend to which.
-        kv_index: The image that each query block reads; None: block i reads image i.
-        image_mask: `[B, S]` bool, true where an image token is real; None: everywhere.
-        kept_text: Text rows wanted of the last layer, int64 `[K]`; None: all.
-    """
-
-    layout: AttentionLayout
-    kv_index: KVIndex | None = None
-    image_mask: Tensor | None = None
-    kept_text: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """The dropout of one pass: its two probabilities and a mask's seed for each place.
-
-    Attributes:
-        hidden_p, attention_p: Probabilities of dropping, of states and of attention weights.
-        philox: `[places, 2]` int64 seeds and offsets.
-    """
-
-    hidden_p: float
-    attention_p: float
-    philox: Tensor
-
-    @classmethod
-    def of(cls, qformer: QFormer, philox: Tensor, number: int) -> Dropout | None:
-        """The dropout of pass `number` of a step, or None where the Q-Former drops nothing.
-
-        Args:
-            qformer: Says the probabilities, and whether it is being trained.
-            philox: `[2]` int64, the step's seed.
-            number: Another for each pass of a step.
-        """
-        config = qformer.config
-        hidden_p, attention_p = config.hidden_dropout_prob, config.attention_probs_dropout_prob
-        if not qformer.training or hidden_p == attention_p == 0:
-            return None
-        places = 1 + _SITES_A_LAYER * config.num_hidden_layers
-        offsets = torch.arange(places, device=philox.device) + number * places
-        return cls(hidden_p, attention_p, torch.stack([philox[0].expand(places), offsets], 1))
-
-    def place(self, layer: int, site: int) -> Tensor:
-        """The seed and offset of one of a layer's six places of dropout."""
-        return self.philox[1 + _SITES_A_LAYER * layer + site]
+from blip2fast.qformer_layers import QFormerLayer
 
 
 class PackedQFormer:
@@ -103,9 +44,12 @@ class PackedQFormer:
         self.config = qformer.config
         self.dtype = dtype
         self.image_form = ""
+        last = len(qformer.encoder.layer) - 1
         self.layers = [
-            PackedLayer(cast(QFormerLayer, layer), self.config.num_attention_heads, dtype)
-            for layer in qformer.encoder.layer
+            PackedLayer(
+                cast(QFormerLayer, layer), self.config.num_attention_heads, dtype, index == last
+            )
+            for index, layer in enumerate(qformer.encoder.layer)
         ]
 
     def image_keys_values(
@@ -167,134 +111,22 @@ class PackedQFormer:
                 x = checkpoint(run, x, use_reentrant=False)
             else:
                 x = run(x)
-        return x[: N * Q].view(N, Q, x.shape[1]), x[N * Q :]
+        queries, text = x.rows[: N * Q], x.rows[N * Q :]
+        return queries.view(N, Q, queries.shape[1]), text
 
-    def _embed(self, rows: Tensor, dropout: Dropout | None) -> Tensor:
+    def _embed(self, rows: Tensor, dropout: Dropout | None) -> States:
         norm = self.qformer.layernorm
         with torch.autocast(rows.device.type, enabled=False):
             x = F.layer_norm(
                 rows.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps
-            ).to(self.dtype)
-        if dropout is None or dropout.hidden_p == 0:
-            return x
-        row = torch.arange(len(x), device=x.device)
-        keep = keep_mask(dropout.philox[0], dropout.hidden_p, row, row.new_zeros(()), x.shape[1])
-        return x * keep / (1 - dropout.hidden_p)
-
-
-class PackedLayer:
-    """One layer's weights in the computing precision, and what is done with them."""
-
-    def __init__(self, layer: QFormerLayer, heads: int, dtype: torch.dtype) -> None:
-        own = layer.attention
-        self.heads = heads
-        self.has_cross_attention: bool = layer.has_cross_attention
-        attention = own.attention
-        self.qkv = FusedLinear([attention.query, attention.key, attention.value], dtype)
-        self.attention_output = _Residual(own.output, dtype)
-        if self.has_cross_attention:
-            cross = layer.crossattention
-            self.cross_query = Linear(cross.attention.query, dtype)
-            self.key_value: tuple[nn.Module, nn.Module] = (
-                cross.attention.key,
-                cross.attention.value,
+            ).to(states_dtype(norm, self.dtype))
+        if dropout is not None and dropout.hidden_p > 0:
+            row = torch.arange(len(x), device=x.device)
+            keep = keep_mask(
+                dropout.philox[0], dropout.hidden_p, row, row.new_zeros(()), x.shape[1]
             )
-            self.cross_output = _Residual(cross.output, dtype)
-        self.query_ffn = _FeedForward(layer.intermediate_query, layer.output_query, dtype)
-        self.text_ffn = None
-        if layer.has_text:
-            self.text_ffn = _FeedForward(layer.intermediate, layer.output, dtype)
-
-    def run(
-        self,
-        x: Tensor,
-        index: int,
-        keys_values: Tensor | None,
-        packed: PackedPass,
-        blocks: int,
-        dropout: Dropout | None,
-    ) -> Tensor:
-        """`[R, C]` to `[R, C]`, or fewer text rows where the pass keeps some.
-
-        A layout of one block that stands for `blocks` equal ones gives the rows of them all.
-        """
-        layout = packed.layout
-        first_text = layout.num_blocks * layout.num_queries
-        places = [None if dropout is None else dropout.place(index, s) for s in range(6)]
-        attention_p = 0.0 if dropout is None else dropout.attention_p
-        hidden_p = 0.0 if dropout is None else dropout.hidden_p
-        qkv = self.qkv(x).unflatten(-1, (self.heads, -1))  # [R, 3, H, D]
-        context = qformer_attention(
-            qkv, layout, dropout_p=attention_p, philox=places[0] if attention_p else None
-        ).flatten(1)
-        if packed.kept_text is not None:
-            context, x = (_keep(rows, first_text, packed.kept_text) for rows in (context, x))
-        x = self.attention_output(context, x, hidden_p, places[1])
-        queries, text = x[:first_text], x[first_text:]
-        if self.has_cross_attention and blocks > 0:
-            q = self.cross_query(queries).view(-1, layout.num_queries, self.heads, qkv.shape[-1])
-            context = qformer_cross_attention(
-                q,
-                _given(keys_values),
-                packed.kv_index,
-                key_mask=packed.image_mask,
-                dropout_p=attention_p,
-                philox=places[2] if attention_p else None,
-            ).flatten(0, 1)
-            if layout.num_blocks < blocks:
-                queries = queries.repeat(blocks, 1)
-            queries = self.cross_output(context.flatten(1), queries, hidden_p, places[3])
-        if blocks > 0:
-            queries = self.query_ffn(queries, hidden_p, places[4])
-        if len(text) == 0:
-            return queries
-        if self.text_ffn is None:
-            raise ValueError("the Q-Former has no text feed-forward networks: it takes no text")
-        text = self.text_ffn(text, hidden_p, places[5])
-        return torch.cat([queries, text]) if blocks > 0 else text
-
-
-class _Residual:
-    """Projection, dropout, addition to the branch's input and LayerNorm."""
-
-    def __init__(self, module: QFormerResidual, dtype: torch.dtype) -> None:
-        self.dense = Linear(module.dense, dtype)
-        self.norm = module.LayerNorm
-
-    def __call__(self, x: Tensor, residual: Tensor, p: float, philox: Tensor | None) -> Tensor:
-        product, bias = self.dense.without_bias(x)
-        return dropout_add_layer_norm(
-            product,
-            residual,
-            self.norm.weight,
-            self.norm.bias,
-            x_bias=bias,
-            eps=self.norm.eps,
-            dropout_p=p,
-            philox=philox if p else None,
-        )
-
-
-class _FeedForward:
-    """Widening, GELU, narrowing, residual and LayerNorm."""
-
-    def __init__(
-        self, widen: QFormerIntermediate, narrow: QFormerResidual, dtype: torch.dtype
-    ) -> None:
-        self.widen = Linear(widen.dense, dtype)
-        self.activation = widen.intermediate_act_fn
-        # the exact GELU alone has a fused form
-        self.exact_gelu = isinstance(self.activation, GELUActivation | nn.GELU) and (
-            getattr(self.activation, "approximate", "none") == "none"
-        )
-        self.narrow = _Residual(narrow, dtype)
-
-    def __call__(self, x: Tensor, p: float, philox: Tensor | None) -> Tensor:
-        if self.exact_gelu:
-            wide = bias_gelu(*self.widen.without_bias(x))
-        else:
-            wide = self.activation(self.widen(x))
-        return self.narrow(wide, x, p, philox)
+            x = x * keep / (1 - dropout.hidden_p)
+        return States(x, x.to(self.dtype))
 
 
 def _bound(
@@ -304,7 +136,7 @@ def _bound(
     packed: PackedPass,
     blocks: int,
     dropout: Dropout | None,
-) -> Callable[[Tensor], Tensor]:
+) -> Callable[[States], States]:
     return lambda x: layer.run(x, index, keys_values, packed, blocks, dropout)
 
 
@@ -318,18 +150,6 @@ def _one_block(layout: AttentionLayout) -> AttentionLayout:
         block_text=layout.block_text.new_full((1,), -1),
         offsets=torch.cat([joint.new_zeros(1), joint]),
     )
-
-
-def _keep(rows: Tensor, first_text: int, kept: Tensor) -> Tensor:
-    """All query rows and some text rows."""
-    queries, text = rows[:first_text], rows[first_text:]
-    return torch.cat([queries, text.index_select(0, kept)]) if len(kept) else queries
-
-
-def _given(keys_values: Tensor | None) -> Tensor:
-    if keys_values is None:
-        raise ValueError("keys_values: queries need the image's keys and values; got none")
-    return keys_values
 
 
 def _recomputes(qformer: QFormer) -> bool:

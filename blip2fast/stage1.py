@@ -19,7 +19,8 @@ from blip2fast.gathering import rank
 from blip2fast.negatives import NegativeExchange
 from blip2fast.ops import itc_loss, lm_cross_entropy
 from blip2fast.ops.philox import philox_state, with_offset
-from blip2fast.packed_qformer import Dropout, PackedQFormer
+from blip2fast.packed_pass import Dropout
+from blip2fast.packed_qformer import PackedQFormer
 from blip2fast.qformer import QFormer
 from blip2fast.stage1_contrast import StepContrast, first_pass
 from blip2fast.stage1_generation import generate, padded_logits
@@ -183,7 +184,7 @@ class Blip2Stage1(nn.Module):
         stage1_inputs.check_pairs(image_embeds, texts)
         stage1_inputs.check_training_batch(texts, image_ids)
         visible = stage1_inputs.check_image_mask(image_embeds, image_attention_mask)
-        longest = stage1_inputs.check_ranks_agree(image_embeds, texts, image_ids, visible)
+        sizes = stage1_inputs.sizes_of_ranks(image_embeds, texts, image_ids, visible)
         philox = philox_state(device=image_embeds.device) if contrast is None else contrast.philox
 
         packed = PackedQFormer(self.qformer, self.computing_dtype(image_embeds.device))
@@ -191,6 +192,8 @@ class Blip2Stage1(nn.Module):
         self._image_form = packed.image_form
         with_itg = "itg" in self.losses
         first = first_pass(self, packed, keys_values, texts, visible, philox, with_itg)
+        # a device has the first pass to do while its host waits, and no collective has begun
+        longest = stage1_inputs.check_ranks_agree(sizes)
         features = first.image_features, first.text_features
         # beside the contrast of a whole step, that of this batch is there for negatives alone
         with torch.set_grad_enabled(torch.is_grad_enabled() and contrast is None):
@@ -347,14 +350,13 @@ class Blip2Stage1(nn.Module):
         B, device = texts.count, image_embeds.device
         # a row without a negative (-1) stands beside itself, and the loss leaves it out
         own = torch.arange(B, device=device) + rank() * B
-        negative_image, negative_text = (
-            torch.where(index < 0, own, index.long()) for index in negatives
+        images, chosen = NegativeExchange.several(
+            [torch.where(index < 0, own, index.long()) for index in negatives], B
         )
         words, lengths = texts.padded(longest, self.config.pad_token_id)
-        chosen = NegativeExchange(negative_text, B)
         words, lengths = chosen.rows(words), chosen.rows(lengths)
         keys_values, visible, index = images_of_pairs(
-            packed, image_embeds, self.ln_vision, keys_values, visible, negative_image
+            packed, image_embeds, self.ln_vision, keys_values, visible, images
         )
         pairs = matching_pass(texts, (words, lengths), self.config.num_query_tokens, index, visible)
         states, _ = packed(

@@ -19,7 +19,8 @@ from torch import Tensor
 from blip2fast import losses, stage1_inputs
 from blip2fast.ops.itc import itc_loss_and_grads
 from blip2fast.ops.philox import philox_state
-from blip2fast.packed_qformer import Dropout, PackedQFormer
+from blip2fast.packed_pass import Dropout
+from blip2fast.packed_qformer import PackedQFormer
 from blip2fast.stage1_passes import PackedTexts, contrast_pass
 from blip2fast.stage1_types import Stage1Config
 

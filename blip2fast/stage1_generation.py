@@ -10,7 +10,8 @@ from torch import Tensor
 from blip2fast import stage1_inputs
 from blip2fast.masks import MaskKind, qformer_mask
 from blip2fast.ops.attention_layout import AttentionLayout
-from blip2fast.packed_qformer import PackedPass, PackedQFormer
+from blip2fast.packed_pass import PackedPass
+from blip2fast.packed_qformer import PackedQFormer
 from blip2fast.stage1_passes import PackedTexts
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from blip2fast import losses, stage1_inputs
 from blip2fast.masks import MaskKind
 from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
 from blip2fast.ops.philox import philox_state
-from blip2fast.packed_qformer import Dropout, PackedPass, PackedQFormer
+from blip2fast.packed_pass import Dropout, PackedPass
+from blip2fast.packed_qformer import PackedQFormer
 from blip2fast.stage1_passes import matching_pass
 
 if TYPE_CHECKING:

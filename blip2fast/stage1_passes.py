@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from blip2fast.gathering import world_size
 from blip2fast.masks import MaskKind
 from blip2fast.negatives import NegativeExchange
 from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
-from blip2fast.packed_qformer import PackedPass, PackedQFormer
+from blip2fast.packed_pass import PackedPass
+from blip2fast.packed_qformer import PackedQFormer
 from blip2fast.text_packing import pack_text
 
 
@@ -214,7 +214,7 @@ def images_of_pairs(
     ln_vision: nn.LayerNorm,
     keys_values: list[Tensor | None],
     image_mask: Tensor | None,
-    negative_image: Tensor,
+    wanted: NegativeExchange,
 ) -> tuple[list[Tensor | None], Tensor | None, KVIndex]:
     """The images of the 3B pairs: this rank's, and of the others' only the sampled negatives.
 
@@ -224,23 +224,22 @@ def images_of_pairs(
         ln_vision: Normalises image tokens.
         keys_values: Each layer's `[B, S, 2, H, D]` of this rank's images.
         image_mask: `[B, S]` bool of this rank's images, or None.
-        negative_image: `[B]`, indices into the batch of all ranks.
+        wanted: The negative image of each pair.
 
     Returns:
         Keys and values, mask and the image of each pair, in the order of `matching_pass`.
     """
     B = len(image_embeds)
     own = torch.arange(B, device=image_embeds.device)
-    if world_size() == 1:
-        return keys_values, image_mask, KVIndex.build(torch.cat([own, negative_image, own]), B)
-    exchange = NegativeExchange(negative_image, B)
-    others = packed.image_keys_values(exchange.rows(image_embeds), ln_vision)
+    if wanted.ranks == 1:
+        return keys_values, image_mask, KVIndex.build(torch.cat([own, wanted.index, own]), B)
+    others = packed.image_keys_values(wanted.rows(image_embeds), ln_vision)
     joined = [
         None if mine is None or theirs is None else torch.cat([mine, theirs])
         for mine, theirs in zip(keys_values, others, strict=True)
     ]
     if image_mask is not None:
-        theirs_real = exchange.rows(image_mask.to(torch.uint8)).bool()
+        theirs_real = wanted.rows(image_mask.to(torch.uint8)).bool()
         image_mask = torch.cat([image_mask, theirs_real])
     return joined, image_mask, KVIndex.build(torch.cat([own, own + B, own]), 2 * B)
 

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.models.opt.modeling_opt import OPTAttention
 
 from blip2fast import checkpointing
-from blip2fast.packed_qformer import PackedLayer
+from blip2fast.packed_layer import PackedLayer
 from blip2fast.qformer_layers import QFormerAttention
 from blip2fast.run_config import RunConfig, load_config
 from blip2fast.run_log import read_metrics
