@@ -27,7 +27,6 @@ def main() -> None:
     for name, model in models.items():
         row(f"{name}, autocast", judged_provider(model, batch, torch.bfloat16)(None).run(), truth)
     narrow = batch | {"image_embeds": batch["image_embeds"].bfloat16()}
-    # the textbook reads the weights of ours
     models["blip2fast"].bfloat16()
     models["textbook"].bfloat16()
     for name, model in models.items():
