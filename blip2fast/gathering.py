@@ -38,6 +38,28 @@ def gather_detached(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return torch.cat(parts)
 
 
+class HostCopy:
+    """Numbers on their way to the host, which waits for them only where it reads them.
+
+    What is queued on a GPU between the two keeps it busy while the host waits.
+
+    Args:
+        x: On any device.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._host = x.detach().to("cpu", non_blocking=x.is_cuda)
+        self._copied = torch.cuda.Event() if x.is_cuda else None
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(x.device))
+
+    def tolist(self) -> Any:
+        """The numbers, once they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.tolist()
+
+
 class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from blip2fast.gathering import gather_detached, rank, world_size
+from blip2fast.gathering import HostCopy, gather_detached, rank, world_size
 from blip2fast.stage1_passes import PackedTexts
 from blip2fast.text_packing import check_packed
 
@@ -150,30 +150,45 @@ def check_training_batch(texts: PackedTexts, image_ids: Tensor | None) -> None:
         raise ValueError(f"image_ids: expected [B] = [{B}] integers, got {describe(image_ids)}")
 
 
-def check_ranks_agree(
+def sizes_of_ranks(
     image_embeds: Tensor, texts: PackedTexts, image_ids: Tensor | None, visible: Tensor | None
-) -> int:
+) -> HostCopy:
+    """What must be equal on every rank, and the longest T, for `check_ranks_agree`.
+
+    Every rank must call this, whatever its batch.
+    """
+    B, S, _ = image_embeds.shape
+    own = [[B, S, image_ids is not None, visible is not None, texts.longest]]
+    if world_size() == 1:
+        return HostCopy(torch.tensor(own))
+    device = image_embeds.device
+    # from pinned memory the copy to a GPU makes nobody wait
+    sent = torch.tensor(own, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return HostCopy(gather_detached(sent))
+
+
+def check_ranks_agree(sizes: HostCopy) -> int:
     """The longest T of all ranks; all else that is gathered must have one shape everywhere.
 
-    A mismatch found by the collectives themselves would abort the processes.
+    A mismatch found by the collectives themselves would hang or abort the processes: this must
+    come before the first of them.
+
+    Args:
+        sizes: Of `sizes_of_ranks`; the host waits for them here.
 
     Raises:
         ValueError: on every rank, with the values of all.
     """
-    B, S, _ = image_embeds.shape
-    T = texts.longest
-    if world_size() == 1:
-        return T
-    own = torch.tensor([[B, S, image_ids is not None, visible is not None, T]])
-    ranks = gather_detached(own.to(image_embeds.device)).T.tolist()
+    ranks = list(zip(*sizes.tolist(), strict=True))
     names = ("batch size", "image tokens", "image_ids given", "image_attention_mask given")
     for name, values in zip(names, ranks, strict=False):
         if len(set(values)) > 1:
             raise ValueError(
-                f"{name}: expected the same on every rank, got {values}; drop the last partial "
-                "batch, pad image tokens to one length with a mask, give ids and masks everywhere"
+                f"{name}: expected the same on every rank, got {list(values)}; drop the last "
+                "partial batch, pad image tokens to one length with a mask, give ids and masks "
+                "everywhere"
             )
-    return max(ranks[-1])
+    return int(max(ranks[-1]))
 
 
 def check_gathered(query_tokens: Tensor) -> None:

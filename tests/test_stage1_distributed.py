@@ -6,6 +6,7 @@ other processes. Every process has texts of the same lengths, so that means of m
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from stage1_cases import SMALL
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from blip2fast import gathering, negatives, stage1
+from blip2fast.negatives import NegativeExchange
 from blip2fast.stage1 import Blip2Stage1
 
 pytestmark = pytest.mark.slow
@@ -92,6 +96,65 @@ def sent_token_rows(rank: int, ranks: int) -> int:
     return rows
 
 
+# on a GPU the host waits for what these return, or for how large it is
+WAITS = {"tolist", "item", "cpu", "numpy", "nonzero", "bincount", "unique", "masked_select"}
+WAITS |= {"__bool__", "__int__", "__float__", "__index__"}
+
+
+class Waits(TorchFunctionMode):
+    """Notes each time that the code which is for several processes alone looks at a tensor."""
+
+    def __init__(self, happened: list[str]) -> None:
+        super().__init__()
+        self.happened = happened
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        caller = sys._getframe(1).f_code
+        between_ranks = caller.co_filename in (gathering.__file__, negatives.__file__)
+        if between_ranks or caller.co_name == "check_ranks_agree":
+            name = getattr(func, "__name__", "")
+            mask = name == "__getitem__" and getattr(args[1], "dtype", None) == torch.bool
+            if name in WAITS or mask:
+                self.happened.append("wait")
+        return func(*args, **(kwargs or {}))
+
+
+def events(rank: int, ranks: int) -> list[str]:
+    """The collectives of a step, its first pass and the host's waits, as they follow each other."""
+    happened: list[str] = []
+
+    def noting(name: str, function: Any) -> Any:
+        def noted(*args: Any, **options: Any) -> Any:
+            happened.append(name)
+            return function(*args, **options)
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch, Waits(happened):
+        for name in ("all_gather", "all_to_all_single", "all_reduce"):
+            patch.setattr(dist, name, noting(name, getattr(dist, name)))
+        patch.setattr(stage1, "first_pass", noting("first pass", stage1.first_pass))
+        step(rank, ranks, "plain", trained_images=False)
+    return happened
+
+
+def several_exchanges(rank: int, ranks: int) -> dict[str, Any]:
+    """The rows of both lists of negatives, wanted together and one by one; a list that is wrong."""
+    lists = [index.chunk(ranks)[rank] for index in NEGATIVES]
+    held = torch.arange(B).chunk(ranks)[rank]
+    together = NegativeExchange.several(lists, B // ranks)
+    alone = [NegativeExchange(index, B // ranks) for index in lists]
+    wrong = [lists[0], lists[1] + B if rank == ranks - 1 else lists[1]]
+    with pytest.raises(ValueError) as caught:
+        NegativeExchange.several(wrong, B // ranks)
+    return {
+        "together": [exchange.rows(held) for exchange in together],
+        "alone": [exchange.rows(held) for exchange in alone],
+        "wanted": lists,
+        "refusal": str(caught.value),
+    }
+
+
 def _worker(rank: int, ranks: int, path: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{path}/store", rank=rank, world_size=ranks)
@@ -101,6 +164,8 @@ def _worker(rank: int, ranks: int, path: str) -> None:
         for trained in (False, True)
     }
     results["rows"] = sent_token_rows(rank, ranks)
+    results["events"] = events(rank, ranks)
+    results["several"] = several_exchanges(rank, ranks)
     torch.save(results, f"{path}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -135,3 +200,25 @@ def test_losses_and_gradients(ranks: list[Any], extra: str, trained: bool) -> No
 def test_only_the_tokens_of_sampled_negatives_travel(ranks: list[Any]) -> None:
     """Each process gets as many images as it has negatives, wherever they come from."""
     assert sum(rank["rows"] for rank in ranks) == B
+
+
+def test_the_host_waits_for_sizes_behind_the_first_pass_and_once_for_both_negatives(
+    ranks: list[Any],
+) -> None:
+    """No collective whose size depends on the batch comes before sizes are known to agree."""
+    sizes = ["all_gather", "first pass", "wait"]
+    itc = ["all_gather", "all_to_all_single", "all_to_all_single"]
+    where_negatives_go = ["all_gather", "wait"]
+    words_lengths_images = ["all_to_all_single"] * 3
+    backward = ["all_to_all_single", "all_reduce"]
+    expected = [*sizes, *itc, *where_negatives_go, *words_lengths_images, *backward]
+    assert [rank["events"] for rank in ranks] == [expected] * len(ranks)
+
+
+def test_exchanges_built_together_are_those_built_alone(ranks: list[Any]) -> None:
+    """The batch holds its own row numbers; one process's wrong list is an error on all."""
+    for rank in ranks:
+        found = rank["several"]
+        for name in ("together", "alone"):
+            assert all(map(torch.equal, found[name], found["wanted"])), name
+        assert f"expected rows 0 to {B - 1} of the batch of all ranks" in found["refusal"]

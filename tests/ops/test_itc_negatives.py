@@ -14,6 +14,7 @@ from torch import Tensor
 from blip2fast.kernels.itc import chunked, noise, reference
 from blip2fast.kernels.itc.config import ChunkedConfig
 from blip2fast.kernels.itc.interface import NEGATIVE_INDEX, Options, Pairs, Sweep
+from blip2fast.negatives import NegativeExchange
 from blip2fast.ops import itc_loss
 from blip2fast.ops.philox import philox_state, philox_words
 
@@ -174,3 +175,24 @@ def test_legacy_epsilon(impl: str, with_ids: bool) -> None:
             # the counts of each of the rows add up to a fixed number
             p = chisquare(found[possible], expected[possible], ddof=kinds - 1).pvalue
             assert (p > 1e-3) == right, p
+
+
+def test_exchange_on_one_process() -> None:
+    held = torch.tensor([10, 11, 12])
+    exchanges = NegativeExchange.several([torch.tensor([2, 0]), torch.tensor([1, 1])], 3)
+    assert [exchange.rows(held).tolist() for exchange in exchanges] == [[12, 10], [11, 11]]
+    assert NegativeExchange.several([], 3) == []
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        (([0, 1], [2]), r"indices: expected lists of one length, got \[2, 1\]; pad them"),
+        (([0, 1], [0, 3]), r"index: expected rows 0 to 2 of the batch of all ranks, got 0 to 3"),
+        (([0, 1], [[0, 2]]), r"index: expected \[k\] int64, got torch.int64 \(1, 2\)"),
+        (([0, 1], [0.5, 2.0]), r"index: expected \[k\] int64, got torch.float32 \(2,\)"),
+    ],
+)
+def test_lists_that_are_refused(lists: tuple[Any, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NegativeExchange.several([torch.tensor(index) for index in lists], 3)
