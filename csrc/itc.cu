@@ -2,7 +2,6 @@
 #include "itc_gradient.h"
 #include "itc_similarity.h"
 #include "itc_statistics.h"
-#include "qformer_attention.h"
 
 namespace blip2fast {
 namespace {

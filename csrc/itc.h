@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace blip2fast {
+#include "format16.h"
 
-enum class Format16;
+namespace blip2fast {
 
 constexpr int kItcQueries = 32;      // queries of an image, at most; fewer are padded
 constexpr int kItcWidth = 256;       // feature width, at most; a multiple of 8

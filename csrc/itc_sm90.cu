@@ -1,7 +1,6 @@
 // Compiled for sm_90a alone, of which wgmma is a part.
 #include "itc_gradient_sm90.h"
 #include "itc_similarity_sm90.h"
-#include "qformer_attention.h"
 
 namespace blip2fast {
 namespace {

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "format16.h"
+
 namespace blip2fast {
 
 // Strides in elements; the head dimension itself is contiguous.
@@ -38,8 +40,6 @@ struct CrossAttention {
   uint16_t* dkv;  // [B, S, 2, H, D]
   int64_t dkv_image, dkv_key, dkv_part, dkv_head;
 };
-
-enum class Format16 { kHalf, kBFloat16 };
 
 // Whether the backward pass is one launch that reads everything once.
 bool cross_attention_fuses(const CrossAttention& p);
