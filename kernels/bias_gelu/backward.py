@@ -13,6 +13,7 @@ from torch import Tensor
 
 from blip2fast.kernels.bias_gelu.config import TILE, TileConfig
 from blip2fast.kernels.bias_gelu.forward import normal_cdf
+from blip2fast.kernels.launch import FP_FUSION
 
 
 @triton.jit
@@ -76,6 +77,7 @@ def backward(
                 HAS_BIAS=bias is not None,
                 SUM=needs_bias,
                 num_warps=config.num_warps,
+                enable_fp_fusion=FP_FUSION,
             )
     # the second stage, in the order of the programs
     return dx, sums.sum(0)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blip2fast.kernels.bias_gelu.config import TILE, TileConfig
+from blip2fast.kernels.launch import FP_FUSION
 
 
 @triton.jit
@@ -56,5 +57,6 @@ def forward(x: Tensor, bias: Tensor | None, config: TileConfig = TILE) -> Tensor
                 BLOCK_F=config.block_f,
                 HAS_BIAS=bias is not None,
                 num_warps=config.num_warps,
+                enable_fp_fusion=FP_FUSION,
             )
     return out

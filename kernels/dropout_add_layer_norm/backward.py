@@ -14,6 +14,7 @@ from torch import Tensor
 
 from blip2fast.kernels.dropout_add_layer_norm.config import RowsConfig, rows_config
 from blip2fast.kernels.dropout_add_layer_norm.forward import kept_tile
+from blip2fast.kernels.launch import FP_FUSION
 from blip2fast.ops.philox import threshold
 
 
@@ -132,6 +133,7 @@ def backward(
                 PARAMETERS=needs_parameters,
                 X_BIAS=needs_x_bias,
                 num_warps=config.num_warps,
+                enable_fp_fusion=FP_FUSION,
             )
     # the second stage, in the order of the programs
     dweight, dbias, dx_bias = sums.sum(0)

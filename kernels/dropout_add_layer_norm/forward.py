@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blip2fast.kernels.dropout_add_layer_norm.config import RowsConfig, rows_config
+from blip2fast.kernels.launch import FP_FUSION
 from blip2fast.ops.philox import threshold
 
 
@@ -141,5 +142,6 @@ def forward(
                 SAVE_TOTAL=save and added,
                 SAVE_STATISTICS=save,
                 num_warps=config.num_warps,
+                enable_fp_fusion=FP_FUSION,
             )
     return out, copy, total if added else x, mean, rstd

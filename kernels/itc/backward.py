@@ -21,6 +21,7 @@ from blip2fast.kernels.itc.tiles import (
     load_texts,
     similarity_tile,
 )
+from blip2fast.kernels.launch import FP_FUSION
 
 
 @triton.jit
@@ -337,6 +338,7 @@ def sweep_grad(
         "PRECISION": precision(image.dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "enable_fp_fusion": FP_FUSION,
     }
     _itc_bwd_image_kernel[(image_blocks, widths)](*inputs, d_image, d_temp, *sizes, **constants)
     _itc_bwd_text_kernel[(triton.cdiv(N, config.block_t), widths, count)](

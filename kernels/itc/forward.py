@@ -30,6 +30,7 @@ from blip2fast.kernels.itc.tiles import (
     pair_noise,
     similarity_tile,
 )
+from blip2fast.kernels.launch import FP_FUSION
 
 
 @triton.jit
@@ -263,6 +264,7 @@ def sweep(
         PRECISION=precision(image.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=FP_FUSION,
     )
     by_image = statistics.join(rows, row_index.long())
     by_text = statistics.join(columns, column_index.long())

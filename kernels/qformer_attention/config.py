@@ -14,9 +14,6 @@ from torch import Tensor
 
 from blip2fast.ops.attention_layout import AttentionLayout
 
-# multiply-adds contract in every kernel, whatever TRITON_DEFAULT_FP_FUSION says: the backward pass
-# computes the forward's scores again and must get the same ones
-FP_FUSION = True
 # the least that a matrix product takes
 MIN_TILE = 16
 # with fewer programs than these (two for each of an H100's 132 processors) keys are split

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from blip2fast.kernels.launch import FP_FUSION
 from blip2fast.kernels.qformer_attention.config import (
     COMBINE_ROWS,
-    FP_FUSION,
     CrossTiles,
     cross_forward_tiles,
     splits,

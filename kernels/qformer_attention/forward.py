@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from blip2fast.kernels.launch import FP_FUSION
 from blip2fast.kernels.qformer_attention.config import (
-    FP_FUSION,
     Tiles,
     self_forward_tiles,
     self_sizes,

@@ -123,13 +123,6 @@ def test_cross_variants_do_not_grow() -> None:
     assert len(variants(tokens)) <= 20
 
 
-def test_fusion_of_multiply_and_add_is_fixed() -> None:
-    """Whatever TRITON_DEFAULT_FP_FUSION says, forward and backward get the same scores."""
-    some = self_launches(2, 32, [32] * 2) + cross_launches(1, 2, 1, 16384)
-    assert len(some) == 5
-    assert all(launch.options["enable_fp_fusion"] is True for launch in some)
-
-
 def check(launch: Launch, capability: int, tensor_cores: bool = True) -> None:
     compiled = launch.compile(capability)
     # what does not fit the registers
