@@ -25,8 +25,8 @@ from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # relative: roundings of 12 layers in another order, of bf16 products both ways
-LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-1}
+LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-3}
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 def step_cells() -> list[Any]:
