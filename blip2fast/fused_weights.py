@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from blip2fast.onednn_linear import linear
+
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether reading a module's weight and bias says all that calling it would do."""
@@ -118,13 +120,13 @@ class Linear:
         """`[..., in]` to `[..., out]`, bias included."""
         if self.weight is None:
             return self.module(x).to(x.dtype)
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The product and the bias that the next op adds; None where it is added already."""
         if self.weight is None:
             return self(x), None
-        return F.linear(x, self.weight), self.bias
+        return linear(x, self.weight), self.bias
 
 
 class FusedLinear:
@@ -149,7 +151,7 @@ class FusedLinear:
         """`[..., in]` to `[..., len(modules), out]`."""
         if self.weight is None:
             return torch.stack([module(x).to(x.dtype) for module in self.modules], dim=-2)
-        return F.linear(x, self.weight, self.bias).unflatten(-1, (len(self.modules), -1))
+        return linear(x, self.weight, self.bias).unflatten(-1, (len(self.modules), -1))
 
 
 def image_form(image_embeds: Tensor, projections: list[tuple[nn.Module, nn.Module]]) -> str:
@@ -195,12 +197,12 @@ def image_keys_values(
     with torch.autocast(image_embeds.device.type, enabled=False):
         if image_form(image_embeds, projections) == TRAINED:
             tokens = ln_vision(image_embeds.to(ln_vision.weight.dtype)).to(dtype)
-            merged = F.linear(tokens, weight.to(dtype), bias.to(dtype))
+            merged = linear(tokens, weight.to(dtype), bias.to(dtype))
         else:
             tokens = normalised(image_embeds, ln_vision, dtype)
             folded = (weight * ln_vision.weight).to(dtype)
             shift = torch.mv(weight, ln_vision.bias) + bias
-            merged = F.linear(tokens, folded, shift.to(dtype))
+            merged = linear(tokens, folded, shift.to(dtype))
     return list(merged.unflatten(-1, split).unbind(2))
 
 

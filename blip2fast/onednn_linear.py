@@ -1,0 +1,95 @@
+"""Linear layers in fp32 on a CPU by oneDNN, forward and backward.
+
+There PyTorch multiplies by MKL, and oneDNN is faster: by 5 to 25 % from 16 to 1,024 rows on one AMD
+EPYC, 1.4 to 2.3 times on a newer one (not timed on Intel). PyTorch reaches it through an operator
+of its compiler's, which is looked for, not relied on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+_OPERATOR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` computes this: fp32 on a CPU, nothing empty, nothing that transforms it."""
+    return (
+        x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and weight.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # the operator has no batching rule
+        and _OPERATOR is not None
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """`x @ weight.T + bias` and perhaps the exact GELU; has no gradient.
+
+    Args:
+        x: `[..., K]`.
+        weight: `[N, K]`.
+        bias: `[N]`, or None.
+        gelu: Whether to apply it.
+
+    Returns:
+        `[..., N]`.
+    """
+    name, algorithm = ("gelu", "none") if gelu else ("none", "")
+    y: Tensor = _OPERATOR(x, weight, bias, name, [], algorithm)
+    return y
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous()
+        return (
+            product(dy, weight.t()) if ctx.needs_input_grad[0] else None,
+            product(dy.t(), x.t()) if ctx.needs_input_grad[1] else None,
+            dy.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, weight, bias)`, with first derivatives.
+
+    Args:
+        x: `[..., K]`.
+        weight: `[N, K]`.
+        bias: `[N]`, or None.
+
+    Returns:
+        `[..., N]`.
+    """
+    if not takes(x, weight):
+        return F.linear(x, weight, bias)
+    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _flops(x: torch.Size, weight: torch.Size, *others: Any, **named: Any) -> int:
+    return 2 * x.numel() * weight[0]
+
+
+# FlopCounterMode counts what it has a formula for
+if _OPERATOR is not None and _OPERATOR not in flop_registry:
+    register_flop_formula(_OPERATOR)(_flops)
