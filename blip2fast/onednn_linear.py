@@ -15,6 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+# A shape's first product costs oneDNN 0.3 to 3 ms more, and a batch's texts make new shapes every
+# step. So in training rows are padded to multiples of 64 (a step of 8 pairs, ViT-g: 3.9 s without,
+# 3.5 s with, 3.2 s where lengths never change, 5.2 s by MKL), and a product must take MKL 2 ms.
+_ROWS = 64
+_WORTH_FLOPS = 5e8
 _OPERATOR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -55,22 +60,28 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+        return product(_padded(x), weight, bias)[: len(x)]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        dy = dy.contiguous()
+        rows = _padded(dy)
         return (
-            product(dy, weight.t()) if ctx.needs_input_grad[0] else None,
-            product(dy.t(), x.t()) if ctx.needs_input_grad[1] else None,
+            product(rows, weight.t())[: len(x)] if ctx.needs_input_grad[0] else None,
+            product(rows.t(), _padded(x).t()) if ctx.needs_input_grad[1] else None,
             dy.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
 
+def _padded(x: Tensor) -> Tensor:
+    """`[rows, K]`, contiguous, with zeros up to the next multiple of `_ROWS`."""
+    missing = -len(x) % _ROWS
+    return F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear(x, weight, bias)`, with first derivatives.
+    """`F.linear(x, weight, bias)`, with first derivatives; small products are left to PyTorch.
 
     Args:
         x: `[..., K]`.
@@ -80,7 +91,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         `[..., N]`.
     """
-    if not takes(x, weight):
+    if 2 * x.numel() * len(weight) < _WORTH_FLOPS or not takes(x, weight):
         return F.linear(x, weight, bias)
     y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], len(weight))
