@@ -19,7 +19,7 @@ from blip2fast.fused_weights import is_plain
 # Absorption's products are narrower. On a CPU (benchmarks/README.md, "Q-Former, forward") in fp32
 # it is a draw or loses by up to 1.2 times at 0.61 of the operations, BLIP-2's own shape; at 0.5 it
 # won by 1.4 times on one machine and lost by 1.1 on another; at 0.3 it wins or draws. In bf16 it
-# wins by 1.06 to 1.36 times at all three. No GPU was timed.
+# wins by 1.05 to 1.36 times at all three. No GPU was timed.
 _FEWER_OPERATIONS = 0.6
 _FEWER_OPERATIONS_CPU_BF16 = 0.65
 
