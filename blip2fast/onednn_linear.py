@@ -1,7 +1,7 @@
 """Linear layers in fp32 on a CPU by oneDNN, forward and backward.
 
 There PyTorch multiplies by MKL, and oneDNN is faster: by 5 to 25 % from 16 to 1,024 rows on one AMD
-EPYC, 1.4 to 2.3 times on a newer one (not timed on Intel). PyTorch reaches it through an operator
+EPYC, 1.5 to 2.2 times on a newer one (not timed on Intel). PyTorch reaches it through an operator
 of its compiler's, which is looked for, not relied on.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-# A shape's first product costs oneDNN 0.3 to 3 ms more, and a batch's texts make new shapes every
+# A shape's first product costs oneDNN 0.3 to 7 ms more, and a batch's texts make new shapes every
 # step. So in training rows are padded to multiples of 64 (a step of 8 pairs, ViT-g: 3.9 s without,
 # 3.5 s with, 3.2 s where lengths never change, 5.2 s by MKL), and a product must take MKL 2 ms.
 _ROWS = 64

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from stage1_cases import REFERENCE_CASES, SMALL, ReferenceCase, load_reference, make_batch
 from torch import Tensor
 
+from blip2fast import onednn_linear
 from blip2fast.stage1_types import Stage1Config
 
 # tests run side by side, one process a core
@@ -29,3 +31,19 @@ def small_config() -> Stage1Config:
 def small_batch() -> dict[str, Tensor]:
     """Six image-text pairs of unequal length for the small configuration."""
     return make_batch(SMALL, batch=6)
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each product that oneDNN computes."""
+    if onednn_linear._OPERATOR is None or not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    happened: list[int] = []
+    operator = onednn_linear._OPERATOR
+
+    def counted(*given: Any) -> Tensor:
+        happened.append(1)
+        return operator(*given)
+
+    monkeypatch.setattr(onednn_linear, "_OPERATOR", counted)
+    return happened

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 
-from blip2fast import QFormer, absorption, inference_linear, onednn_linear
+from blip2fast import QFormer, absorption, inference_linear
 
 CONFIG = Blip2QFormerConfig(
     hidden_size=32,
@@ -106,22 +106,6 @@ def test_the_rule_on_a_cpu_in_bf16(queries: int, pays: bool) -> None:
     with torch.no_grad():
         assert absorption.pays(query.bfloat16(), image.bfloat16(), 12, *layers, False) is pays
         assert not absorption.pays(query, image, 12, *layers, False)
-
-
-@pytest.fixture
-def onednn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the products that oneDNN computes."""
-    if onednn_linear._OPERATOR is None or not torch.backends.mkldnn.is_available():
-        pytest.skip("this PyTorch has no oneDNN")
-    calls: list[int] = []
-    operator = onednn_linear._OPERATOR
-
-    def counted(*given: Any) -> Tensor:
-        calls.append(1)
-        return operator(*given)
-
-    monkeypatch.setattr(onednn_linear, "_OPERATOR", counted)
-    return calls
 
 
 def test_onednn_computes_the_same(onednn: list[int]) -> None:
