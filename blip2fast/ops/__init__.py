@@ -2,6 +2,7 @@
 
 from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
 from blip2fast.ops.bias_gelu import bias_gelu
+from blip2fast.ops.dispatch import kernels_set_to, set_kernels
 from blip2fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from blip2fast.ops.itc import itc_loss
 from blip2fast.ops.lm_cross_entropy import lm_cross_entropy
@@ -13,7 +14,9 @@ __all__ = [
     "bias_gelu",
     "dropout_add_layer_norm",
     "itc_loss",
+    "kernels_set_to",
     "lm_cross_entropy",
     "qformer_attention",
     "qformer_cross_attention",
+    "set_kernels",
 ]

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from blip2fast._extension import why_not
-from blip2fast.ops.dispatch import COMPILED_NOT_RUN, Backend
+from blip2fast.ops.dispatch import Backend, kernel_reasons
 
 MIN_WIDTH, MAX_WIDTH = 16, 128
 MAX_QUERIES, MAX_TEXT_TOKENS, MAX_IMAGE_TOKENS = 256, 512, 16384
@@ -119,8 +119,8 @@ def _reference_not_automatic(call: AttentionCall) -> list[str]:
 
 
 BACKENDS = (
-    Backend("cuda", _cuda_reasons, lambda call: [COMPILED_NOT_RUN.format(name="cuda")]),
-    Backend("triton", _triton_reasons, lambda call: [COMPILED_NOT_RUN.format(name="triton")]),
+    Backend("cuda", _cuda_reasons, lambda call: kernel_reasons("cuda")),
+    Backend("triton", _triton_reasons, lambda call: kernel_reasons("triton")),
     Backend("xformers", _xformers_reasons, _xformers_not_automatic),
     Backend("sdpa", _none, _none),
     Backend("reference", _none, _reference_not_automatic),

@@ -8,8 +8,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from blip2fast.ops.dispatch import COMPILED_NOT_RUN
-
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_WIDTH = 8192
 HAS_TRITON = find_spec("triton") is not None
@@ -28,11 +26,6 @@ def triton_reasons(device: str, dtypes: tuple[torch.dtype, ...]) -> list[str]:
     if not HAS_TRITON:
         reasons.append("triton is not installed: pip install triton")
     return reasons
-
-
-def not_run(name: str) -> list[str]:
-    """Why `impl="auto"` passes over a backend that no GPU has run."""
-    return [COMPILED_NOT_RUN.format(name=name)]
 
 
 def check_rows(name: str, x: Tensor) -> None:

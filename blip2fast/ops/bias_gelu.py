@@ -15,11 +15,10 @@ from blip2fast.ops._glue_checks import (
     AS_DEFINED,
     check_like,
     check_rows,
-    not_run,
     triton_reasons,
 )
 from blip2fast.ops.attention_layout import wide_dtype
-from blip2fast.ops.dispatch import Backend, choose
+from blip2fast.ops.dispatch import Backend, choose, kernel_reasons
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ def _triton_reasons(call: BiasGeluCall) -> list[str]:
 
 
 BACKENDS: tuple[Backend[BiasGeluCall], ...] = (
-    Backend("triton", _triton_reasons, lambda call: not_run("triton")),
+    Backend("triton", _triton_reasons, lambda call: kernel_reasons("triton")),
     Backend("pytorch", lambda call: [], lambda call: []),
     Backend("reference", lambda call: [], lambda call: [AS_DEFINED]),
 )

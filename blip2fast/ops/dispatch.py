@@ -8,13 +8,56 @@ be passed over; a name forces one. There is no silent fallback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar, get_args
 
 Call = TypeVar("Call")
+Kernels = Literal["never", "check", "trust"]
 
 COMPILED_NOT_RUN = "its kernels were compiled but never run on a GPU: force it with impl={name!r}"
+
+
+KERNELS_OFF = "kernels are switched off (kernels='never'): force it with impl={name!r}"
+
+_kernels: Kernels = "check"
+
+
+def set_kernels(kernels: Kernels) -> None:
+    """Whether `impl="auto"` may take this library's own kernels, in the whole process.
+
+    Args:
+        kernels: `"never"`; `"check"` (the default): where they are known to be right and quicker
+            on this device; `"trust"`: wherever they support the call, unchecked. A backend forced
+            by name runs in any case.
+
+    Raises:
+        ValueError: `kernels` is none of these.
+    """
+    global _kernels
+    if kernels not in get_args(Kernels):
+        raise ValueError(f"kernels: expected one of {list(get_args(Kernels))}, got {kernels!r}")
+    _kernels = kernels
+
+
+@contextmanager
+def kernels_set_to(kernels: Kernels) -> Iterator[None]:
+    """`set_kernels` for the length of a `with` block."""
+    before = _kernels
+    set_kernels(kernels)
+    try:
+        yield
+    finally:
+        set_kernels(before)
+
+
+def kernel_reasons(name: str) -> list[str]:
+    """Why `impl="auto"` passes over a backend made of this library's own kernels."""
+    if _kernels == "trust":
+        return []
+    text = KERNELS_OFF if _kernels == "never" else COMPILED_NOT_RUN
+    return [text.format(name=name)]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from blip2fast.kernels.itc.interface import (
     wide_dtype,
 )
 from blip2fast.ops._glue_checks import HAS_TRITON, INTERPRETED
-from blip2fast.ops.dispatch import COMPILED_NOT_RUN, Backend
+from blip2fast.ops.dispatch import Backend, kernel_reasons
 
 WHY_NO_CUDA = why_not("itc_sweep")
 HALVES = (torch.float16, torch.bfloat16)
@@ -92,8 +92,8 @@ def _triton_reasons(call: ITCCall) -> list[str]:
 
 
 BACKENDS = (
-    Backend("cuda", _cuda_reasons, lambda call: [COMPILED_NOT_RUN.format(name="cuda")]),
-    Backend("triton", _triton_reasons, lambda call: [COMPILED_NOT_RUN.format(name="triton")]),
+    Backend("cuda", _cuda_reasons, lambda call: kernel_reasons("cuda")),
+    Backend("triton", _triton_reasons, lambda call: kernel_reasons("triton")),
     Backend("chunked", _none, _none),
     Backend("reference", _none, _reference_not_automatic),
 )

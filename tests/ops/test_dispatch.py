@@ -6,7 +6,14 @@ import re
 
 import pytest
 
-from blip2fast.ops.dispatch import COMPILED_NOT_RUN, Backend, choose
+from blip2fast.ops.dispatch import (
+    COMPILED_NOT_RUN,
+    Backend,
+    choose,
+    kernel_reasons,
+    kernels_set_to,
+    set_kernels,
+)
 
 
 def _always(*reasons: str) -> Backend[int]:
@@ -66,3 +73,27 @@ def test_every_reason_of_every_backend() -> None:
 def test_unknown_name(impl: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         choose("op", BACKENDS, 1, impl)
+
+
+SWITCHED = (
+    Backend("kernel", lambda call: [], lambda call: kernel_reasons("kernel")),
+    _backend("plain", 5),
+)
+
+
+def test_switch_of_kernels() -> None:
+    assert choose("op", SWITCHED, 3, "auto") == "plain"
+    with kernels_set_to("trust"):
+        assert choose("op", SWITCHED, 3, "auto") == "kernel"
+        with kernels_set_to("never"):
+            assert choose("op", SWITCHED, 3, "auto") == "plain"
+            assert choose("op", SWITCHED, 3, "kernel") == "kernel"
+            with pytest.raises(NotImplementedError, match="kernels are switched off"):
+                choose("op", SWITCHED, 9, "plain")
+        assert choose("op", SWITCHED, 3, "auto") == "kernel"
+    assert choose("op", SWITCHED, 3, "auto") == "plain"
+
+
+def test_unknown_switch() -> None:
+    with pytest.raises(ValueError, match=re.escape("kernels: expected one of ['never', 'check")):
+        set_kernels("always")  # type: ignore[arg-type]
