@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2fast import lavis, losses, stage1_inputs
+from blip2fast import lavis, losses, stage1_contrast, stage1_inputs
 from blip2fast.fused_weights import describe
 from blip2fast.gathering import rank
 from blip2fast.negatives import NegativeExchange
@@ -205,6 +205,7 @@ class Blip2Stage1(nn.Module):
                 grad_mode=self.config.grad_mode,
                 negatives="sample" if negatives is None else "none",
                 philox=with_offset(philox, _NEGATIVES_OFFSET),
+                products=stage1_contrast.products(packed.dtype, image_embeds.device),
             )
         if negatives is None:
             stage1_inputs.check_some_negative(itc.without_negative, image_ids)

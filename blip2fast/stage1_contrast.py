@@ -82,6 +82,16 @@ def first_pass(
     )
 
 
+def products(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """The type that ITC rounds normalised features to before it multiplies them; None: none.
+
+    Args:
+        dtype: Of the model's products.
+        device: Where they are computed. A CPU has no use for fp16.
+    """
+    return torch.float16 if dtype.itemsize == 2 and device.type == "cuda" else None
+
+
 @torch.no_grad()
 def features(
     model: Blip2Stage1,
@@ -103,7 +113,8 @@ def features(
             rest.
 
     Returns:
-        Image features `[B, Q, D]`, text features `[B, D]`, and the temperature, a scalar.
+        Image features `[B, Q, D]`, text features `[B, D]`, rounded as `products` says, and the
+        temperature, a scalar.
     """
     image_embeds = model.image_tokens(image_embeds)
     texts = model.packed_texts(input_ids, attention_mask, cu_seqlens)
@@ -112,7 +123,9 @@ def features(
     packed = PackedQFormer(model.qformer, model.computing_dtype(image_embeds.device))
     keys_values = packed.image_keys_values(image_embeds, model.ln_vision)
     found = first_pass(model, packed, keys_values, texts, visible, philox, with_itg=False)
-    return found.image_features, found.text_features, model.temp.detach().reshape(()).clone()
+    kind = products(packed.dtype, image_embeds.device) or found.image_features.dtype
+    image, text = found.image_features.to(kind), found.text_features.to(kind)
+    return image, text, model.temp.detach().reshape(()).clone()
 
 
 @dataclass(frozen=True)
@@ -188,14 +201,16 @@ def step_contrast(
     seeds = [philox_state(device=device) for _ in batches]
     encoded = [encode(philox=seed, **batch) for seed, batch in zip(seeds, batches, strict=True)]
     images, texts = (torch.cat([found[i] for found in encoded]) for i in range(2))
+    rounded = images.dtype if images.dtype.itemsize == 2 else None
     output, d_image, d_text, d_temp = itc_loss_and_grads(
-        images,
-        texts,
+        images if rounded is None else images.float(),
+        texts if rounded is None else texts.float(),
         encoded[0][2],
         label_smoothing=config.label_smoothing,
         image_ids=torch.cat(given) if given else None,
         grad_mode=config.grad_mode,
         negatives="none",
+        products=rounded,
     )
     sizes = [len(found[1]) for found in encoded]
     return [

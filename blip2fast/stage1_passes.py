@@ -181,7 +181,8 @@ def matching_pass(
         words, places, pieces, fillers = _rows_of(*negatives)
         ids += [texts.ids, words]
         positions += [texts.positions, places]
-        lengths = [lengths[0].to(pieces.device)] * 2 + [pieces]
+        # of the device's own offsets: copying lengths to it would make the host wait
+        lengths = [texts.cu_seqlens.diff()] * 2 + [pieces]
         pairs = 3 * texts.count
         own = torch.arange(pairs)
         if fillers:  # pieces alternate between a text and the padding behind it

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from stage1_cases import SMALL, make_batch
+from stage1_cases import SMALL, ReferenceCase, make_batch, relative_error
 from textbook_stage1 import TextbookStage1
 from torch import Tensor, nn
 
+from blip2fast import stage1_contrast
+from blip2fast.lavis import to_lavis_name
 from blip2fast.stage1 import Blip2Stage1
 
 # rounding adds up along the depth
@@ -66,3 +68,27 @@ def test_states_keep_the_type_of_layer_norm() -> None:
         assert model(image_embeds=images, **batch).query_output.dtype == torch.float32
     model.bfloat16()
     assert model(image_embeds=images.bfloat16(), **batch).query_output.dtype == torch.bfloat16
+
+
+def test_itc_products_are_in_fp16_where_a_gpu_computes_in_16_bits() -> None:
+    choices = [
+        stage1_contrast.products(dtype, torch.device(device))
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for device in ("cuda", "cpu")
+    ]
+    assert choices == [torch.float16, None, torch.float16, None, None, None]
+
+
+def test_itc_in_fp16_on_the_reference(
+    reference: ReferenceCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything else in fp32: what rounding normalised features to fp16 costs a step."""
+    monkeypatch.setattr(stage1_contrast, "products", lambda dtype, device: torch.float16)
+    model = Blip2Stage1.from_lavis_state_dict(reference.weight, reference.config).float().eval()
+    out = model(**reference.call(torch.float32))
+    assert relative_error(out.loss_itc, reference.output["loss_itc"]) < 2e-4
+    out.loss.backward()
+    for name, parameter in model.named_parameters():
+        if not name.endswith("key.bias"):
+            truth = reference.grad[to_lavis_name(name)]
+            assert relative_error(parameter.grad, truth) < 1e-3, name

@@ -80,6 +80,7 @@ def itc_loss(
     philox: Tensor | None = None,
     legacy_epsilon: float = 0.0,
     save_budget_bytes: int = SAVE_BUDGET_BYTES,
+    products: torch.dtype | None = None,
     impl: str = "auto",
 ) -> ITCOutput:
     """Cross-entropy both ways over the pairs of all ranks, averaged, and one negative a row.
@@ -110,6 +111,9 @@ def itc_loss(
         legacy_epsilon: Add this to every negative's softmax weight; the first LAVIS release: 1e-4.
         save_budget_bytes: Keep similarities and queries for the backward pass (5 bytes a pair) if
             they fit, otherwise compute them again.
+        products: Round fp32 features to this type, fp16 or bf16, before they are multiplied, and
+            gradients back to fp32. Normalised features lose nothing in fp16 that TF32 products
+            would keep: both have ten bits of mantissa, and no element is above 1. None: as given.
         impl: `"auto"`, `"reference"`, `"chunked"`, `"triton"` or `"cuda"`.
 
     Returns:
@@ -122,11 +126,12 @@ def itc_loss(
     """
     _check_features(image_features, text_features, temp, image_ids)
     _check_options(label_smoothing, grad_mode, negatives, legacy_epsilon, philox, generator)
+    _check_products(products, image_features)
     b, Q, D = image_features.shape
     dtype, ranks = wide_dtype(image_features.dtype), world_size(group)
     N, first = b * ranks, rank(group) * b
     device = image_features.device
-    call = ITCCall(b, N, Q, D, image_features.dtype, device.type, legacy_epsilon)
+    call = ITCCall(b, N, Q, D, products or image_features.dtype, device.type, legacy_epsilon)
     impl = choose("itc_loss", BACKENDS, call, impl)
     row_ids = column_ids = None
     if image_ids is not None:
@@ -153,6 +158,7 @@ def itc_loss(
         grad_mode == "local",
         sampling and legacy_epsilon > 0,
         save and b * N * pair_bytes <= save_budget_bytes,
+        products,
         impl,
     )
     by_image, by_text = (rows, row_index), _merge_ranks((columns, column_index), group)
@@ -296,6 +302,16 @@ def _check_options(
         )
     if philox is not None and generator is not None:
         raise ValueError("generator: has no use beside philox, which is the seed; pass one of them")
+
+
+def _check_products(products: torch.dtype | None, features: Tensor) -> None:
+    if products is None:
+        return
+    if products not in (torch.float16, torch.bfloat16) or features.dtype != torch.float32:
+        raise ValueError(
+            f"products: expected None, or torch.float16 or torch.bfloat16 with fp32 features; got "
+            f"{products} with {features.dtype} features"
+        )
 
 
 def itc_loss_and_grads(

@@ -101,7 +101,8 @@ BACKENDS = (
 torch.library.define(
     "blip2fast::itc_sweep",
     "(Tensor image, Tensor text, Tensor temp, Tensor? row_ids, Tensor? column_ids, "
-    "Tensor? philox, SymInt first_row, bool local, bool legacy, bool save, str impl) -> "
+    "Tensor? philox, SymInt first_row, bool local, bool legacy, bool save, ScalarType? products, "
+    "str impl) -> "
     "(Tensor rows, Tensor columns, Tensor row_index, Tensor column_index, Tensor sim, Tensor arg)",
 )
 torch.library.define(
@@ -123,6 +124,10 @@ def _backend(impl: str) -> Any:
     return {"reference": reference, "chunked": chunked}[impl]
 
 
+def _rounded(features: Tensor, products: torch.dtype | None) -> Tensor:
+    return features if products is None else features.to(products)
+
+
 @torch.library.impl("blip2fast::itc_sweep", "CompositeExplicitAutograd")
 def _sweep(
     image: Tensor,
@@ -135,8 +140,10 @@ def _sweep(
     local: bool,
     legacy: bool,
     save: bool,
+    products: torch.dtype | None,
     impl: str,
 ) -> tuple[Tensor, ...]:
+    image, text = _rounded(image, products), _rounded(text, products)
     if impl == "cuda":
         found: tuple[Tensor, ...] = torch.ops.blip2fast_C.itc_sweep(
             image, text, temp, row_ids, column_ids, philox, first_row, save
@@ -159,6 +166,7 @@ def _sweep_fake(
     local: bool,
     legacy: bool,
     save: bool,
+    products: torch.dtype | None,
     impl: str,
 ) -> tuple[Tensor, ...]:
     (M, Q, _), N, dtype = image.shape, text.shape[0], wide_dtype(image.dtype)
@@ -226,7 +234,8 @@ def _sweep_grad_fake(image: Tensor, text: Tensor, temp: Tensor, *rest: Any) -> t
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, temp, row_ids, column_ids, _, ctx.first_row, ctx.local, _, _, ctx.impl = inputs
+    image, text, temp, row_ids, column_ids, _, ctx.first_row, ctx.local, *_ = inputs
+    ctx.products, ctx.impl = inputs[-2:]
     swept = Sweep(*output)
     # zeros for the gradient of `sim` would be as large as all pairs
     ctx.set_materialize_grads(False)
@@ -238,16 +247,27 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     image, text, temp, row_ids, column_ids, *output = ctx.saved_tensors
     swept = Sweep(*output)
-    d_rows = torch.zeros_like(swept.rows) if d_rows is None else d_rows
-    d_columns = torch.zeros_like(swept.columns) if d_columns is None else d_columns
+    row_weight, column_weight = (
+        torch.zeros_like(x[:DIFFERENTIABLE]) if dx is None else dx[:DIFFERENTIABLE].contiguous()
+        for x, dx in ((swept.rows, d_rows), (swept.columns, d_columns))
+    )
+    types = [x.dtype for x in (image, text, temp)]
+    image, text = _rounded(image, ctx.products), _rounded(text, ctx.products)
+    scale = None
+    if image.dtype.itemsize == 2:
+        # a pair's gradient is about 1 / N^2, which 16 bits do not hold: brought near 1 by a power
+        # of two, which rounds nothing, and back in fp32
+        most = torch.maximum(row_weight.abs().amax(), column_weight.abs().amax())
+        scale = torch.where(most > 0, most / torch.frexp(most).mantissa, 1.0)
+        row_weight, column_weight = row_weight / scale, column_weight / scale
     grads = torch.ops.blip2fast.itc_sweep_grad(
         image,
         text,
         temp,
         swept.rows[LSE],
-        d_rows[:DIFFERENTIABLE].contiguous(),
+        row_weight,
         swept.columns[LSE],
-        d_columns[:DIFFERENTIABLE].contiguous(),
+        column_weight,
         row_ids,
         column_ids,
         ctx.first_row,
@@ -256,7 +276,9 @@ def _backward(
         swept.arg,
         ctx.impl,
     )
-    return (*grads, *[None] * 8)
+    if scale is not None:
+        grads = [(x.float() * scale).to(kind) for x, kind in zip(grads, types, strict=True)]
+    return (*grads, *[None] * 9)
 
 
 torch.library.register_autograd("blip2fast::itc_sweep", _backward, setup_context=_setup_context)

@@ -223,7 +223,7 @@ def test_the_public_operator_is_what_its_fake_says(
     device.blip2fast_emulate(capability)
     image, text, temp = _features(5, 5, 3, 16)
     ids, ops = torch.tensor([0, 1, 2, 1, 4]), torch.ops.blip2fast
-    options = (ids, ids, philox_state(1), 0, True, False, save, "cuda")
+    options = (ids, ids, philox_state(1), 0, True, False, save, None, "cuda")
     leaves = tuple(x.clone().requires_grad_() for x in (image, text, temp))
     torch.library.opcheck(ops.itc_sweep.default, (*leaves, *options))
     rows, columns, _, _, sim, arg = ops.itc_sweep(image, text, temp, *options)

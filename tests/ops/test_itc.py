@@ -271,3 +271,38 @@ def test_module_learns_its_temperature() -> None:
     assert float(module.temp.grad) != 0
     with pytest.raises(ValueError, match="initial_temp: expected above 0, got 0"):
         ITCLoss(initial_temp=0.0)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 1e-7, 1e6])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_products_in_fp16(upstream: float, budget: int) -> None:
+    """Errors are those of rounding the features, however small or large the loss's gradient is.
+
+    Without a scale a pair's gradient, about upstream / N^2, is lost in fp16, or overflows.
+    """
+    leaves = make_features(64, 8, 32, torch.float32)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    exact = itc_loss(*wide, negatives="none", impl="reference").loss
+    expected = torch.autograd.grad(upstream * exact, wide)
+    output = itc_loss(
+        *leaves, negatives="none", products=torch.float16, save_budget_bytes=budget, impl="chunked"
+    )
+    assert output.loss.dtype == torch.float32
+    assert abs(float((output.loss - exact).detach())) < 1e-3 * float(exact.detach())
+    grads = torch.autograd.grad(upstream * output.loss, leaves)
+    for leaf, got, wanted in zip(leaves, grads, expected, strict=True):
+        assert got.dtype == leaf.dtype
+        # similarities 2^-11 off are 2^-11 / 0.07 off in the exponent
+        assert float((got - wanted).norm() / wanted.norm()) < 0.01
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_of_16_bit_features_do_not_underflow(impl: str) -> None:
+    image, text, temp = make_features(32, 4, 16, torch.float16)
+    wide = [x.detach().double().requires_grad_() for x in (image, text, temp)]
+    (expected,) = torch.autograd.grad(
+        1e-7 * itc_loss(*wide, negatives="none", impl="reference").loss, wide[2]
+    )
+    loss = itc_loss(image, text, temp, negatives="none", impl=impl).loss
+    (got,) = torch.autograd.grad(1e-7 * loss, temp)
+    torch.testing.assert_close(got.double(), expected, rtol=0.01, atol=0)

@@ -43,7 +43,7 @@ def test_similarities(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Against fp64; where two queries are within rounding either may be the best."""
     image, text, _ = (x.detach().to(DEVICE) for x in make_features(*shape, dtype))
     temp = torch.ones((), device=DEVICE)
-    call = (image, text, temp, None, None, None, 0, True, False, True, IMPL)
+    call = (image, text, temp, None, None, None, 0, True, False, True, None, IMPL)
     sim, arg = torch.ops.blip2fast.itc_sweep(*call)[4:]
     exact, best = reference.similarity(image.double(), text.double())
     # fp32 sums of up to 256 products below 1, in whatever order the tensor cores take
@@ -96,7 +96,7 @@ def test_ties_go_to_the_lowest(dtype: torch.dtype) -> None:
         image[i, [low, high]] = 0.5
     text = torch.ones(130, 16, dtype=dtype, device=DEVICE)
     temp = torch.ones((), device=DEVICE)
-    call = (image.to(DEVICE), text, temp, None, None, None, 0, True, False, True, IMPL)
+    call = (image.to(DEVICE), text, temp, None, None, None, 0, True, False, True, None, IMPL)
     sim, arg = torch.ops.blip2fast.itc_sweep(*call)[4:]
     assert bool((sim == 8.0).all())
     low = torch.tensor([low for low, _ in pairs], device=DEVICE)

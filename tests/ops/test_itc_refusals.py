@@ -105,10 +105,11 @@ def test_opcheck(impl: str) -> None:
     ids = torch.tensor([0, 1, 2, 1, 4])
     sweep = torch.ops.blip2fast.itc_sweep.default
     for row_ids, philox, legacy, save in ((ids, PHILOX, True, True), (None, None, False, False)):
-        call = (image, text, temp, row_ids, row_ids, philox, 0, True, legacy, save, impl)
+        call = (image, text, temp, row_ids, row_ids, philox, 0, True, legacy, save, None, impl)
         torch.library.opcheck(sweep, call)
+        torch.library.opcheck(sweep, (*call[:-2], torch.float16, impl))
     swept = sweep(
-        *(x.detach() for x in (image, text, temp)), None, None, None, 0, True, False, True, impl
+        *(x.detach() for x in (image, text, temp)), *[None] * 3, 0, True, False, True, None, impl
     )
     weights = torch.randn(3, 5)
     call_grad = (
@@ -160,3 +161,10 @@ def test_export() -> None:
     expected = ITCLoss()(image, text, torch.arange(8))
     assert torch.equal(got.loss, expected.loss)
     assert bool((got.negative_text != torch.arange(8)).all())
+
+
+def test_products_in_a_type_that_does_not_round() -> None:
+    image, text, temp = make_features(4, 2, 16, torch.float32)
+    for features, products in ((image, torch.float64), (image.half(), torch.bfloat16)):
+        with pytest.raises(ValueError, match="products: expected None"):
+            itc_loss(features, text.to(features), temp, products=products)
