@@ -112,12 +112,20 @@ def _theirs(similarity: Similarity) -> Provider[Inputs]:
                 with torch.no_grad():
                     others = sim.detach().clone().fill_diagonal_(-torch.inf)
                     for x in (others, others.T):
-                        x.softmax(1).multinomial(1)
+                        draw(x.softmax(1))
             return inputs.finish((both[0] + both[1]) / 2)
 
         return Contender({"": call})
 
     return provider
+
+
+def draw(probabilities: Tensor) -> Tensor:
+    """One column of each row, by the rule of `multinomial(1)`, whose check waits for the device.
+
+    A wait breaks the capture of a graph, and with it the default generator of the process.
+    """
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(1)
 
 
 def product_and_maximum(image: Tensor, text: Tensor) -> Tensor:

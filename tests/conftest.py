@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from blip2fast import onednn_linear
 from blip2fast.stage1_types import Stage1Config
 
+# on a GPU, products under deterministic algorithms (tests/ops/conftest.py) need it from the start
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # tests run side by side, one process a core
 torch.set_num_threads(1)
 

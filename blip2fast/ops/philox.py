@@ -9,6 +9,11 @@ CUDA graph and a recomputed layer draw the same mask again.
 
 from __future__ import annotations
 
+import subprocess
+import warnings
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -21,6 +26,7 @@ _WORD = 0xFFFFFFFF
 # int64 temporaries of this many counters stay in a CPU core's second-level cache
 _CHUNK = 1 << 15
 _NATIVE = has_op("philox_keep_mask")
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def philox_state(
@@ -115,17 +121,60 @@ def keep_mask(
         `[..., columns]` bool.
     """
     least = threshold(p)
+    keep: Tensor
     rows, heads = torch.broadcast_tensors(rows, heads)
-    if philox.device.type != "cpu" or torch.compiler.is_compiling():
+    device = philox.device
+    one_launch = device.type == "cuda" and not torch.compiler.is_compiling() and _launches(device)
+    if (device.type != "cpu" and not one_launch) or torch.compiler.is_compiling():
         return _keep(philox, least, rows[..., None], heads[..., None], columns, first_column)
     shape = (*rows.shape, columns)
     rows, heads = rows.flatten().contiguous(), heads.flatten().contiguous()
-    if _NATIVE:
+    if one_launch:
+        keep = torch.ops.blip2fast.philox_keep_mask(
+            philox, rows, heads, least, columns, first_column
+        )
+    elif _NATIVE:
         op = torch.ops.blip2fast_C.philox_keep_mask
-        keep: Tensor = op(philox, rows, heads, least, columns, first_column)
+        keep = op(philox, rows, heads, least, columns, first_column)
     else:
         keep = _keep_in_chunks(philox, least, rows, heads, columns, first_column)
     return keep.view(shape)
+
+
+def _launches(device: torch.device) -> bool:
+    """Whether one launch of Triton gives the mask on this CUDA device."""
+    if not _HAS_TRITON:
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    # the first look makes the host wait, which ends a capture
+    return index in _looked_at or (not torch.cuda.is_current_stream_capturing() and _agrees(index))
+
+
+_looked_at: set[int] = set()
+
+
+@cache
+def _agrees(index: int) -> bool:
+    """Compile the kernel, and compare a mask with the formula's; false, with a warning, if not."""
+    device = torch.device("cuda", index)
+    philox = philox_state(2**40 + 5, 2**31 + 3, device)
+    rows = torch.arange(77, device=device) * 2**26
+    heads, least = rows % 5, threshold(0.3)
+    try:
+        found = torch.ops.blip2fast.philox_keep_mask(philox, rows, heads, least, 51, 2)
+        expected = _keep(philox, least, rows[:, None], heads[:, None], 51, 2)
+        wrong = "" if torch.equal(found, expected) else "its mask is not the formula's"
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong:
+        warnings.warn(
+            f"dropout masks on cuda:{index} are drawn slowly, by PyTorch: Triton's kernel does not "
+            f"run here ({wrong})",
+            stacklevel=4,
+        )
+        return False
+    _looked_at.add(index)
+    return True
 
 
 def _keep(
@@ -154,15 +203,29 @@ def _keep_in_chunks(
     return keep
 
 
-if _NATIVE:
+torch.library.define(
+    "blip2fast::philox_keep_mask",
+    "(Tensor philox, Tensor rows, Tensor heads, int least, SymInt columns, SymInt first_column) "
+    "-> Tensor",
+)
 
-    @torch.library.register_fake("blip2fast_C::philox_keep_mask")
-    def _keep_mask_fake(
-        philox: Tensor,
-        rows: Tensor,
-        heads: Tensor,
-        least: int,
-        columns: int,
-        first_column: int,
-    ) -> Tensor:
-        return rows.new_empty(rows.shape[0], columns, dtype=torch.bool)
+
+@torch.library.impl("blip2fast::philox_keep_mask", "CompositeExplicitAutograd")
+def _keep_mask(
+    philox: Tensor, rows: Tensor, heads: Tensor, least: int, columns: int, first_column: int
+) -> Tensor:
+    # imported on use: Triton is optional
+    from blip2fast.kernels import keep_mask as kernel
+
+    return kernel.keep_mask(philox, least, rows, heads, columns, first_column)
+
+
+def _keep_mask_fake(
+    philox: Tensor, rows: Tensor, heads: Tensor, least: int, columns: int, first_column: int
+) -> Tensor:
+    return rows.new_empty(rows.shape[0], columns, dtype=torch.bool)
+
+
+torch.library.register_fake("blip2fast::philox_keep_mask", _keep_mask_fake)
+if _NATIVE:
+    torch.library.register_fake("blip2fast_C::philox_keep_mask", _keep_mask_fake)
