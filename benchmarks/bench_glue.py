@@ -149,7 +149,7 @@ def bench_dropout_add_layer_norm(
     dtype: str,
     p: float,
     device: torch.device,
-    timed: bool,
+    compiled: bool,
     compare: Callable[..., None],
 ) -> None:
     shape, kind = GLUE_SHAPES[name], DTYPES.get(dtype, torch.bfloat16)
@@ -187,7 +187,7 @@ def bench_dropout_add_layer_norm(
         leaves = [data[0].to(kind), data[1].to(stream)]
         return Inputs([*leaves, *(leaf(i, C, device=device) for i in range(2))], theirs(0.0), seed)
 
-    impls, compiled = ("auto", "triton", "pytorch", "reference"), timed and shape.headline
+    impls, compiled = ("auto", "triton", "pytorch", "reference"), compiled and shape.headline
     x, rows = R * C * kind.itemsize, R * C * stream.itemsize
     # two in, one out; then three in, and one out that both inputs share where they can
     moved = 7 * x + (x if p else 0)
@@ -205,7 +205,7 @@ def bench_dropout_add_layer_norm(
 
 @pytest.mark.parametrize(("name", "dtype"), by_dtype(GLUE_SHAPES))
 def bench_bias_gelu(
-    name: str, dtype: str, device: torch.device, timed: bool, compare: Callable[..., None]
+    name: str, dtype: str, device: torch.device, compiled: bool, compare: Callable[..., None]
 ) -> None:
     shape, kind = GLUE_SHAPES[name], DTYPES[dtype]
     R, W = shape.rows, FFN * shape.width
@@ -223,7 +223,7 @@ def bench_bias_gelu(
     size = R * W * kind.itemsize
     compare(
         contenders(
-            ours, ("auto", "triton", "pytorch", "reference"), theirs, timed and shape.headline
+            ours, ("auto", "triton", "pytorch", "reference"), theirs, compiled and shape.headline
         ),
         make_inputs,
         agree,
@@ -234,7 +234,7 @@ def bench_bias_gelu(
 
 @pytest.mark.parametrize(("name", "dtype"), by_dtype(LM_SHAPES))
 def bench_lm_cross_entropy(
-    name: str, dtype: str, device: torch.device, timed: bool, compare: Callable[..., None]
+    name: str, dtype: str, device: torch.device, compiled: bool, compare: Callable[..., None]
 ) -> None:
     shape, kind = LM_SHAPES[name], DTYPES[dtype]
     R, C, V = shape.rows, shape.width, shape.vocabulary
@@ -259,7 +259,7 @@ def bench_lm_cross_entropy(
 
     hidden, weights = R * C * kind.itemsize, 4 * V * C
     compare(
-        contenders(ours, ("auto", "chunked", "reference"), theirs, timed and shape.headline),
+        contenders(ours, ("auto", "chunked", "reference"), theirs, compiled and shape.headline),
         make_inputs,
         agree,
         # logits, and the gradients of both factors; weights in fp32 in, their gradient out

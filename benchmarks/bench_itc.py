@@ -178,12 +178,12 @@ def bench_itc(
     dtype: str,
     direction: str,
     device: torch.device,
-    timed: bool,
+    compiled: bool,
     compare: Callable[..., None],
 ) -> None:
     shape, kind, train = ITC_SHAPES[name], DTYPES[dtype], direction == "train"
     compare(
-        providers(compiled=timed),
+        providers(compiled),
         lambda seed: Inputs(shape, kind, device, train, seed),
         agree,
         work=work(shape, kind.itemsize, train),

@@ -79,7 +79,7 @@ def graphed(forward: Callable[[Tensor], Tensor]) -> Provider[Tensor]:
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("name", cells(INFERENCE_SHAPES))
 def bench_forward(
-    name: str, dtype: str, device: torch.device, timed: bool, compare: Callable[..., None]
+    name: str, dtype: str, device: torch.device, compiled: bool, compare: Callable[..., None]
 ) -> None:
     shape, kind = INFERENCE_SHAPES[name], DTYPES[dtype]
     C, E = shape.config.hidden_size, shape.config.encoder_hidden_size
@@ -88,7 +88,7 @@ def bench_forward(
     forwards = {which: forward_of(model, queries) for which, model in held.items()}
     for form, absorb in (("absorbed", True), ("projected", False)):
         forwards[f"blip2fast, {form}"] = with_absorption(forwards["blip2fast"], absorb)
-    if timed:
+    if compiled:
         forwards["transformers sdpa, compiled"] = torch.compile(forwards["transformers sdpa"])
 
     def make_inputs(seed: int) -> Tensor:

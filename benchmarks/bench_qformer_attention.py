@@ -64,18 +64,18 @@ def bench_self(
     direction: str,
     p: float,
     device: torch.device,
-    timed: bool,
+    compiled: bool,
     compare: Callable[..., None],
 ) -> None:
     shape, kind, train = SELF_SHAPES[name], DTYPES[dtype], direction == "train"
-    compiled = timed and shape.headline and not p
+    takes_part = compiled and shape.headline and not p
     compare(
-        self_providers(p, compiled),
+        self_providers(p, takes_part),
         lambda seed: SelfInputs(shape, kind, device, train, seed),
         agree,
         work=self_work(shape, kind.itemsize, train),
         dtype=kind,
-        judged=self_providers(0.0, compiled) if p else None,
+        judged=self_providers(0.0, takes_part) if p else None,
     )
 
 
@@ -86,16 +86,16 @@ def bench_cross(
     direction: str,
     p: float,
     device: torch.device,
-    timed: bool,
+    compiled: bool,
     compare: Callable[..., None],
 ) -> None:
     shape, kind, train = CROSS_SHAPES[name], DTYPES[dtype], direction == "train"
-    compiled = timed and shape.headline and not p
+    takes_part = compiled and shape.headline and not p
     compare(
-        cross_providers(p, compiled),
+        cross_providers(p, takes_part),
         lambda seed: CrossInputs(shape, kind, device, train, seed),
         agree,
         work=cross_work(shape, kind.itemsize, train),
         dtype=kind,
-        judged=cross_providers(0.0, compiled) if p else None,
+        judged=cross_providers(0.0, takes_part) if p else None,
     )

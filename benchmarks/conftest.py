@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from comparing import Contender, Provider, Race, Work, plain
 from machines import ceilings, run_conditions
+
+from blip2fast.ops import set_kernels
+from blip2fast.ops.dispatch import Kernels
 
 
 class DeviceClock:
@@ -26,8 +29,24 @@ CLOCK = DeviceClock()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--bench-commit`, for a copy of the files without their git history."""
+    """Options for a machine that is lent for minutes, with a copy of the files without `.git`."""
     parser.addoption("--bench-commit", help="the commit that results name where there is no .git")
+    parser.addoption(
+        "--without-compiled-rivals",
+        action="store_true",
+        help="leave out what torch.compile makes of rivals: 10 to 25 s each before it runs",
+    )
+    parser.addoption(
+        "--kernels",
+        choices=get_args(Kernels),
+        default="check",
+        help="whether impl='auto' takes our kernels; trust: without a check",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let "auto" and whole models run what `--kernels` says."""
+    set_kernels(config.getoption("kernels"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,6 +78,12 @@ def device() -> torch.device:
 def timed(benchmark: Any) -> bool:
     """Whether benchmarks are timed; otherwise contenders are only looked at."""
     return bool(benchmark.enabled)
+
+
+@pytest.fixture
+def compiled(timed: bool, request: pytest.FixtureRequest) -> bool:
+    """Whether rivals that `torch.compile` makes take part, where a suite has some."""
+    return timed and not request.config.getoption("without_compiled_rivals")
 
 
 @pytest.fixture
@@ -106,6 +131,8 @@ def compare(
         else:
             benchmark.pedantic(enter)
         conditions["dtype"] = str(dtype).removeprefix("torch.")
+        if device.type == "cuda":
+            conditions["kernels"] = request.config.getoption("kernels")
         benchmark.extra_info["conditions"] = conditions
         if benchmark.enabled and race.running():
             _time(race, benchmark, rounds or _rounds(race, request.config))

@@ -234,6 +234,12 @@ STAGE1_SHAPES = {
         )
         for batch in (256, 64, 128, 512)
     },
+    **{
+        f"vit_g_b{batch}_dropout_cuda": Shape(
+            Stage1Config(), batch=batch, image_tokens=257, where="cuda"
+        )
+        for batch in (256, 64)
+    },
 }
 # the peak of a step, each contender in a process of its own
 STAGE1_MEMORY_SHAPES = {

@@ -1,6 +1,6 @@
 """A stage-1 training step, ours and from the textbook: forward, backward, optimiser.
 
-Dropout is off, the negatives are given and the learning rate is 0, so that every step computes the
+The negatives are given and the learning rate is 0, so that every step without dropout computes the
 same losses, which can be compared, and does all the work of one that learns.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip2fast import Blip2Stage1
+from blip2fast.ops import kernels_set_to
 from blip2fast.optimisation import parameter_groups
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from textbook_stage1 import TextbookStage1
 
 Batch = dict[str, Any]
+WITHOUT_KERNELS = "blip2fast, no kernels"
 NAMES = ("blip2fast", "textbook", "textbook, layers compiled")
 # compared between contenders: nearly first, nearly last and outermost in the backward pass
 GRADIENTS = ("query_tokens", "vision_projection.weight", "ln_vision.weight")
@@ -57,7 +60,7 @@ def make_models(
     ours = Blip2Stage1(shape.config)
     models: dict[str, nn.Module] = {}
     for name in names:
-        if name == "blip2fast":
+        if name in ("blip2fast", WITHOUT_KERNELS):  # one model twice
             models[name] = ours.to(device)
             continue
         textbook = TextbookStage1(ours).to(device)
@@ -68,25 +71,35 @@ def make_models(
     return models
 
 
-def loss_of(model: nn.Module, batch: Batch, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The forward pass; below fp32 by autocast on fp32 weights."""
+def choices_of(name: str) -> AbstractContextManager[None]:
+    """Where a contender's forward pass chooses its backends, which its backward pass keeps."""
+    return kernels_set_to("never") if name == WITHOUT_KERNELS else nullcontext()
+
+
+def loss_of(
+    model: nn.Module, batch: Batch, dtype: torch.dtype, name: str = ""
+) -> Callable[[], Tensor]:
+    """The forward pass of a contender; below fp32 by autocast on fp32 weights."""
     device = batch["image_embeds"].device
     ours = isinstance(model, Blip2Stage1)
     if not ours:
         batch = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in batch.items()}
 
     def forward() -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        with choices_of(name), autocast:
             return model(**batch)["loss"]
 
     return forward
 
 
-def step_provider(model: nn.Module, batch: Batch, dtype: torch.dtype) -> Provider[None]:
+def step_provider(
+    model: nn.Module, batch: Batch, dtype: torch.dtype, name: str = ""
+) -> Provider[None]:
     """A provider of whole steps in three phases."""
 
     def provider(inputs: None) -> Contender:
-        forward = loss_of(model, batch, dtype)
+        forward = loss_of(model, batch, dtype, name)
         fused = torch.optim.AdamW(parameter_groups(model, 0.05), lr=0.0, fused=True)
         kept: dict[str, Tensor] = {}
 
@@ -105,13 +118,17 @@ def step_provider(model: nn.Module, batch: Batch, dtype: torch.dtype) -> Provide
     return provider
 
 
-def judged_provider(model: nn.Module, batch: Batch, dtype: torch.dtype) -> Provider[None]:
-    """A provider whose result is the loss and some gradients."""
+def judged_provider(
+    model: nn.Module, batch: Batch, dtype: torch.dtype, name: str = ""
+) -> Provider[None]:
+    """A provider whose result is the loss and some gradients, without dropout."""
 
     def gradients() -> dict[str, Tensor]:
         model.zero_grad()
-        loss = loss_of(model, batch, dtype)()
+        model.eval()
+        loss = loss_of(model, batch, dtype, name)()
         loss.backward()
+        model.train()
         found = {name: parameter_of(model, name).grad for name in GRADIENTS}
         model.zero_grad()
         return {"loss": loss.detach(), **{n: g for n, g in found.items() if g is not None}}
