@@ -1,13 +1,22 @@
 #!/usr/bin/env bash
-# Build, test and time on a machine with a GPU that may have no network.
-#   benchmarks/gpu.sh [-c COMMIT] [-t SECONDS] DIR [SUITE...]
-# DIR gets a JSON file for each suite, tests.txt and log.txt; a short table comes last. What DIR
-# already holds is not run again, so a second call goes on where time ran out. Ends within SECONDS
-# (530). COMMIT is what results name where there is no .git. Wheels in .whl/ are installed beside.
-# Without a GPU only the small shapes run, and everything else says why it is skipped.
+# Check and time everything on a machine with a GPU that is lent for minutes and has no network.
+#   benchmarks/gpu.sh [-c COMMIT] [-t SECONDS] DIR [STEP...]
+# Ends within SECONDS (530). DIR gets results.tar.gz (every result and log), log.txt, table.txt and
+# records.json (which kernels passed their check); the table is printed last. Without STEPs all run,
+# in this order:
+#   tests     the Triton kernels and whole steps against their references
+#   cuda      the CUDA kernels likewise, and compute-sanitizer on them
+#   check     the check at first use, of every kernel; makes records.json
+#   step      stage-1 steps with our kernels, without them, and the textbook's
+#   sweep     configurations of the Triton kernels
+#   itc, attention, glue, qformer    the suites
+#   profile   Nsight Compute on one launch of each kernel
+# Every step is a process of its own, so that an error of the device ends with it. COMMIT is what
+# results name where there is no .git. Wheels in .whl/ are used. Without a GPU small shapes run,
+# through Triton's interpreter: a rehearsal.
 set -u
 
-usage() { echo "usage: $0 [-c COMMIT] [-t SECONDS] DIR [SUITE...]" >&2; exit 2; }
+usage() { sed -n '3s/^# */usage: /p' "$0" >&2; exit 2; }
 
 commit= limit=530
 while getopts c:t: option; do
@@ -24,91 +33,206 @@ out=$(cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
+work=$(mktemp -d)
 log=$out/log.txt
-# a suite, and the most seconds that it may take
+: >"$log"
+# the most seconds that a step may take
 declare -A most=(
-    [qformer_attention]=200 [itc]=100 [stage1_step]=150 [glue]=60 [qformer]=90 [stage2_step]=150
-    [captioning]=150
+    [tests]=110 [cuda]=70 [check]=60 [step]=130 [sweep]=110 [itc]=60 [attention]=60 [glue]=50
+    [qformer]=30 [profile]=60
 )
-suites=("$@")
-[ $# -gt 0 ] || suites=(qformer_attention itc stage1_step glue qformer stage2_step captioning)
-for suite in "${suites[@]}"; do
-    [ -n "${most[$suite]:-}" ] || { echo "no suite $suite; known: ${!most[*]}" >&2; exit 2; }
+steps=("$@")
+[ $# -gt 0 ] || steps=(tests cuda check step sweep itc attention glue qformer profile)
+for step in "${steps[@]}"; do
+    [ -n "${most[$step]:-}" ] || { echo "no step $step; known: ${!most[*]}" >&2; exit 2; }
 done
 
 left() { echo $((limit - SECONDS)); }
 
-# MOST SECONDS, then a command; its output goes to the log. 124 where time ran out.
+# NAME, MOST SECONDS, then a command; its output goes to NAME.log. 124 where time ran out.
 run() {
-    local seconds=$1
-    shift
+    local name=$1 seconds=$2
+    shift 2
     [ "$seconds" -lt "$(left)" ] || seconds=$(left)
     [ "$seconds" -gt 5 ] || return 124
-    printf '\n$ %s\n' "$*" >>"$log"
+    printf '\n$ %s\n' "$*" >>"$work/$name.log"
     # an interrupt lets pytest write what it has, unless the script was started deaf to it
-    timeout --signal=INT --kill-after=10 "$seconds" env --default-signal=INT "$@" >>"$log" 2>&1
+    timeout --signal=INT --kill-after=10 "$seconds" env --default-signal=INT "$@" \
+        >>"$work/$name.log" 2>&1
 }
+
+say() { echo "[$SECONDS s] $*"; }
+
+# Everything into few files, whatever happened.
+pack() {
+    for each in "$work"/*.log; do
+        [ -f "$each" ] || continue
+        printf '\n===== %s\n' "$(basename "$each")" >>"$log"
+        cat "$each" >>"$log"
+    done
+    tar -C "$work" -czf "$out/results.tar.gz" .
+    rm -rf "$work"
+}
+trap pack EXIT
 
 packages=
 if compgen -G ".whl/*.whl" >/dev/null; then
     packages=$(mktemp -d)
-    trap 'rm -rf "$packages"' EXIT
-    run 60 "$python" -m pip install -q --no-index --no-deps --no-compile --target "$packages" .whl/*.whl ||
-        echo "wheels: not all installed, see log.txt"
+    run packages 60 "$python" -m pip install -q --no-index --no-deps --no-compile \
+        --target "$packages" .whl/*.whl || say "wheels: not all installed, see log.txt"
 fi
 export PYTHONPATH="$PWD${packages:+:$packages}${PYTHONPATH:+:$PYTHONPATH}"
+# cuBLAS under deterministic algorithms, which tests turn on
+export CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONUNBUFFERED=1
+
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv,noheader \
+    >"$work/nvidia-smi.txt" 2>&1 || true
 gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
-echo "device: ${gpu:-no CUDA device, small shapes on the CPU}"
-
-if run 180 "$python" setup.py build_ext --inplace; then
-    echo "build: $(cat blip2fast/_C.txt)"
-else
-    echo "build: failed or out of time, see log.txt"
+say "device: ${gpu:-no CUDA device, a rehearsal}"
+device=cpu
+[ -z "$gpu" ] || device=cuda
+if ! run smoke 90 "$python" -c "
+import blip2fast, torch, triton
+from blip2fast import QFormer, Blip2Stage1
+from blip2fast.ops import itc_loss
+print(torch.__version__, triton.__version__, torch.ones(3, device='$device').sum().item())"; then
+    say "blip2fast does not import here:"
+    tail -n 5 "$work/smoke.log"
+    exit 1
 fi
+# Triton's interpreter stands in for a GPU; it is asked for before Triton is imported
+interpreted=()
+[ -n "$gpu" ] || interpreted=(TRITON_INTERPRET=1)
 
-if [ -s "$out/tests.txt" ]; then
-    echo "tests: done before"
+# the extension: what lies there, where it holds the operators, else built beside the tests
+build=
+if run extension 60 "$python" -c "
+from blip2fast._extension import why_not
+why = why_not('itc_sweep')
+print(why or 'found')
+raise SystemExit(bool(why))"; then
+    say "extension: found"
 else
-    # kernels that run through Triton's interpreter elsewhere run on the GPU here
-    mapfile -t files < <(grep -rl --include='test_*.py' 'pytest.mark.gpu' tests)
-    marker=(-m gpu)
-    if [ -n "$gpu" ]; then
-        files+=(tests/ops/test_*_triton.py)
-        marker=(-m "gpu or not slow")
-    fi
-    "$python" -c 'import xdist' 2>/dev/null && [ -n "$gpu" ] && marker+=(-n 4)
-    mapfile -t files < <(printf '%s\n' "${files[@]}" | sort -u)
-    run 150 "$python" -m pytest -q -rfEs -p no:cacheprovider "${marker[@]}" "${files[@]}"
-    status=$?
-    if [ $status -ne 124 ]; then
-        tail -n 25 "$log" >"$out/tests.txt"
-    fi
-    echo "tests ($status): $(tail -n 1 "$log")"
+    run build 150 "$python" setup.py build_ext --inplace &
+    build=$!
 fi
-
-cells="not fullsize"
-[ -z "$gpu" ] || cells=gpu
-for suite in "${suites[@]}"; do
-    if [ -s "$out/$suite.json" ]; then
-        echo "$suite: done before"
-        continue
+# Wait for the build, where there is one.
+built() {
+    [ -n "$build" ] || return 0
+    if wait "$build"; then
+        say "extension: $(cat blip2fast/_C.txt)"
+    else
+        say "extension: not built, see log.txt"
     fi
-    part=$(mktemp)
-    run "${most[$suite]}" "$python" -m pytest -q -rfEs -p no:cacheprovider "benchmarks/bench_$suite.py" \
-        -m "$cells" --benchmark-only --benchmark-max-time=0.2 --benchmark-json="$part" \
-        ${commit:+--bench-commit="$commit"}
-    status=$?
-    case $status in
-        0 | 1) kept=$suite.json said="done" ;;
-        5) kept= said="nothing to time here" ;;
-        124 | 137 | 2) kept=$suite.partial.json said="out of time" ;;
-        *) kept= said="did not start" ;;
+    build=
+}
+
+workers=$(($(nproc) < 12 ? $(nproc) : 12))
+pytest() { local name=$1 seconds=$2; shift 2; run "$name" "$seconds" "$python" -m pytest -q -p no:cacheprovider "$@"; }
+
+verdict() { # NAME STATUS
+    case $2 in
+        124 | 137 | 130 | 2) say "$1: out of time or interrupted; $(tail -n 1 "$work/$1.log")" ;;
+        *) say "$1 ($2): $(tail -n 1 "$work/$1.log")" ;;
     esac
-    [ $status -ne 1 ] || said="done, with failures, see log.txt"
-    echo "$suite: $said after $SECONDS s"
-    [ "$kept" != "$suite.json" ] || rm -f "$out/$suite.partial.json"
-    if [ -n "$kept" ] && [ -s "$part" ]; then mv "$part" "$out/$kept"; else rm -f "$part"; fi
+    [ "$2" = 0 ] || grep -E '^(FAILED|ERROR) ' "$work/$1.log" | cut -c1-160 | head -n 12
+}
+
+suite() { # STEP SUITE [PYTEST ARGUMENTS]: a suite's results as STEP.json
+    local step=$1 file=$2 status
+    shift 2
+    [ -n "$gpu" ] || set -- -m "not fullsize"
+    pytest "$step" "${most[$step]}" -rfE "benchmarks/bench_$file.py" "$@" --benchmark-only \
+        --benchmark-max-time=0.2 --benchmark-json="$work/$step.json" --kernels=trust \
+        --without-compiled-rivals ${commit:+--bench-commit="$commit"}
+    status=$?
+    verdict "$step" $status
+}
+
+step_tests() {
+    local files
+    mapfile -t files < <(
+        grep -rl --include='test_*.py' 'pytest.mark.gpu' tests | grep -v '_gpu.py$'
+        find tests -name 'test_*triton*.py'
+        find tests -name 'test_stage1_gpu.py'
+    )
+    mapfile -t files < <(printf '%s\n' "${files[@]}" | sort -u)
+    local marker="gpu or not slow"
+    [ -n "$gpu" ] || marker="gpu"
+    pytest tests "${most[tests]}" -rfE --maxfail=25 --tb=short -n "$workers" -m "$marker" "${files[@]}"
+    verdict tests $?
+}
+
+step_cuda() {
+    built
+    local files
+    mapfile -t files < <(find tests -name 'test_itc_gpu.py' -o -name 'test_attention_gpu.py')
+    if [ -n "$gpu" ] && command -v compute-sanitizer >/dev/null; then
+        for tool in memcheck racecheck; do
+            run "sanitize-$tool" 60 compute-sanitizer --tool $tool --error-exitcode 9 \
+                "$python" benchmarks/launches.py --small &
+        done
+    fi
+    pytest cuda "${most[cuda]}" -rfEs --maxfail=25 --tb=short -n 4 "${files[@]}"
+    verdict cuda $?
+    for job in $(jobs -p); do [ "$job" = "$build" ] || wait "$job"; done
+    for tool in memcheck racecheck; do
+        [ ! -f "$work/sanitize-$tool.log" ] || say "$tool: $(tail -n 1 "$work/sanitize-$tool.log")"
+    done
+}
+
+step_check() {
+    built
+    run check "${most[check]}" env "${interpreted[@]}" "$python" -m blip2fast.ops.kernel_checks \
+        --out "$out/records.json"
+    verdict check $?
+}
+
+step_step() {
+    built
+    suite step stage1_step -k "b256 or b64"
+}
+
+step_sweep() {
+    local only=()
+    [ -n "$gpu" ] || return 0 # the interpreter takes hours for these sizes
+    run sweep "${most[sweep]}" "$python" benchmarks/sweep.py "$work/sweep.json" \
+        --seconds $((most[sweep] - 8)) --workers "$workers" ${commit:+--commit "$commit"}
+    verdict sweep $?
+}
+
+step_itc() {
+    built
+    suite itc itc -k "n1680 or n4096 or n16384"
+}
+
+step_attention() {
+    built
+    suite attention qformer_attention -k "(64x64 or stage1_pass2 or 32x257) and not b16"
+}
+
+step_glue() { suite glue glue -k "r33792 or r2816"; }
+
+step_qformer() { suite qformer qformer -k "b1_cuda and bf16"; }
+
+step_profile() {
+    built
+    command -v ncu >/dev/null && [ -n "$gpu" ] || { say "profile: needs ncu and a GPU"; return 0; }
+    run profile "${most[profile]}" ncu --clock-control none --set detailed --csv --page details \
+        --kernel-name 'regex:itc|attention|norm|gelu|cross' --launch-count 40 \
+        "$python" benchmarks/launches.py
+    verdict profile $?
+}
+
+for step in "${steps[@]}"; do
+    "step_$step"
 done
 
-compgen -G "$out/*.json" >/dev/null || { echo "no results"; exit 1; }
-"$python" benchmarks/report.py --show "$out"/*.json
+compgen -G "$work/*.json" >/dev/null || { say "no results"; exit 1; }
+suites=()
+for each in "$work"/*.json; do
+    case $each in */sweep.json) ;; *) suites+=("$each") ;; esac
+done
+[ ${#suites[@]} = 0 ] || "$python" benchmarks/report.py --show "${suites[@]}" >"$out/table.txt" 2>&1
+cat "$out/table.txt" 2>/dev/null
+say "done"
