@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from blip2fast.kernels.qformer_attention.config import (
-    READER_ROWS,
     Tiles,
     self_backward_tiles,
     self_sizes,
@@ -229,6 +228,7 @@ def _qformer_attention_bwd_kernel(
     SINGLE: tl.constexpr,
     WHOLE: tl.constexpr,
     HAS_BIDIRECTIONAL: tl.constexpr,
+    HAS_CAUSAL: tl.constexpr,
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -250,15 +250,22 @@ def _qformer_attention_bwd_kernel(
     key = c0 + tl.arange(0, BLOCK_N)
     key_there = (key >= first_key) & (key < end)
     key_row = row_of(key, block, text_row, Q)
-    causal = kind == 2
-    has_queries = (unit < N) & (c0 < Q)
-    begin = tl.load(offsets_ptr + unit, mask=has_queries, other=0)
-    stop = tl.load(offsets_ptr + unit + 1, mask=has_queries, other=0)
+    # without causal texts nobody but a unit's own rows sees its keys: dk and dv are not kept over a
+    # second loop, which takes 64 registers a thread
+    if HAS_CAUSAL:
+        causal = kind == 2
+        has_queries = (unit < N) & (c0 < Q)
+        begin = tl.load(offsets_ptr + unit, mask=has_queries, other=0)
+        stop = tl.load(offsets_ptr + unit + 1, mask=has_queries, other=0)
+    else:
+        causal = False
     for h in tl.range(0, HEADS):
         head = first_head + h
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        rows_begin = tl.where(causal, tl.maximum(first_row, c0), first_row)
+        rows_begin = first_row
+        if HAS_CAUSAL:
+            rows_begin = tl.where(causal, tl.maximum(first_row, c0), first_row)
         row_tiles = 1 if WHOLE else tl.cdiv(end - rows_begin, BLOCK_M)
         for tile in tl.range(0, row_tiles):
             dk, dv = _add_rows(
@@ -296,45 +303,46 @@ def _qformer_attention_bwd_kernel(
                 PRECISION,
             )
         # the texts that see the block's queries; a BIDIRECTIONAL one is among the block's own rows
-        for i in tl.range(begin, stop):
-            reader = tl.load(order_ptr + i)
-            reader_row, length = find_text(reader, cu_seqlens_ptr, N * Q)
-            length = tl.where(tl.load(kinds_ptr + reader) == 2, length, 0)
-            for first_place in tl.range(Q, Q + length, READER_M):
-                dk, dv = _add_rows(
-                    dk,
-                    dv,
-                    key,
-                    key_row,
-                    key_there & (key < Q),
-                    c0,
-                    first_place,
-                    Q + length,
-                    False,
-                    block,
-                    reader_row,
-                    qkv_ptr,
-                    dout_ptr,
-                    out_ptr,
-                    lse_ptr,
-                    delta_ptr,
-                    philox_ptr,
-                    dqkv_ptr,
-                    head,
-                    Q,
-                    stride_row,
-                    scale,
-                    keep_scale,
-                    H,
-                    D,
-                    READER_M,
-                    BLOCK_D,
-                    False,
-                    False,
-                    not SINGLE,
-                    THRESHOLD,
-                    PRECISION,
-                )
+        if HAS_CAUSAL:
+            for i in tl.range(begin, stop):
+                reader = tl.load(order_ptr + i)
+                reader_row, length = find_text(reader, cu_seqlens_ptr, N * Q)
+                length = tl.where(tl.load(kinds_ptr + reader) == 2, length, 0)
+                for first_place in tl.range(Q, Q + length, READER_M):
+                    dk, dv = _add_rows(
+                        dk,
+                        dv,
+                        key,
+                        key_row,
+                        key_there & (key < Q),
+                        c0,
+                        first_place,
+                        Q + length,
+                        False,
+                        block,
+                        reader_row,
+                        qkv_ptr,
+                        dout_ptr,
+                        out_ptr,
+                        lse_ptr,
+                        delta_ptr,
+                        philox_ptr,
+                        dqkv_ptr,
+                        head,
+                        Q,
+                        stride_row,
+                        scale,
+                        keep_scale,
+                        H,
+                        D,
+                        READER_M,
+                        BLOCK_D,
+                        False,
+                        False,
+                        not SINGLE,
+                        THRESHOLD,
+                        PRECISION,
+                    )
         owned = key_there & (key >= first_row)
         dk_at = (key_row * 3 * H + H + head) * D
         store_rows(dqkv_ptr, dk_at, dk * scale, owned, D, BLOCK_D)
@@ -351,6 +359,7 @@ def self_backward(
     dropout_p: float,
     philox: Tensor | None,
     tiles: Tiles | None = None,
+    has_causal: bool = True,
 ) -> Tensor:
     """The gradient of `self_forward`'s `qkv`, `[R, 3, H, D]`.
 
@@ -359,6 +368,8 @@ def self_backward(
         qkv, layout, scale, dropout_p, philox: What `self_forward` had.
         out, lse: What it returned.
         tiles: Other than those of `config.py`.
+        has_causal: Whether a text may be MULTIMODAL_CAUSAL. That it may is always right; that it
+            may not saves registers, and is wrong for a layout in which one is.
     """
     R, _, H, _ = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -387,9 +398,11 @@ def self_backward(
         _qformer_attention_bwd_kernel[(units * key_tiles * (H // tiles.heads),)](
             *(qkv, dout, out, lse, delta, *segments, *readers, philox, dqkv),
             *(*counts, key_tiles, *factors),
-            READER_M=min(tiles.block_m, READER_ROWS),
+            READER_M=min(tiles.block_m, tiles.reader_m),
             SINGLE=tiles.single,
             WHOLE=tiles.single and rows <= tiles.block_m,
+            # a causal text needs a block
+            HAS_CAUSAL=has_causal and layout.num_blocks > 0 and layout.num_texts > 0,
             **options,
         )
     return dqkv

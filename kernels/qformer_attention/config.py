@@ -37,6 +37,9 @@ class Tiles:
         heads: Heads that a program takes one after the other; divides H.
         single: Whether all keys of a row fit one tile.
         num_warps, num_stages: Triton's.
+        reader_m: Rows of a tile of a text that sees a block's queries; self-attention's backward
+            pass takes the lesser of this and `block_m`.
+        max_registers: Of a thread, so that one program more fits a processor; None: the compiler's.
     """
 
     block_m: int
@@ -46,6 +49,8 @@ class Tiles:
     single: bool
     num_warps: int
     num_stages: int = 2
+    reader_m: int = READER_ROWS
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,13 @@ class CrossTiles(Tiles):
     Attributes:
         full: Whether there are full tiles.
         tail: Keys of the last tile; 0: none.
+        interleaved: Whether further chunks of an image's rows start near its first, not after the
+            first chunks of all images: its keys are then likelier to be in the cache still.
     """
 
     full: bool = False
     tail: int = 0
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,7 @@ def cross_forward_tiles(q: Tensor, kv: Tensor, N: int) -> CrossTiles:
     return _cross_tiles(_rows_of_image(q, kv, N), q, kv, _forward_largest(q))
 
 
-def cross_backward_tiles(q: Tensor, kv: Tensor, N: int) -> tuple[CrossTiles, CrossTiles]:
+def cross_backward_tiles(q: Tensor, kv: Tensor, N: int) -> tuple[CrossTiles, ...]:
     """Tiles of images whose rows fit one tile, and of those with more readers."""
     largest = _backward_largest(q)
     return (

@@ -43,7 +43,7 @@ from blip2fast.kernels.qformer_attention.uses import (
 from blip2fast.ops.attention_layout import KVIndex
 
 
-@triton.jit(do_not_specialize=["N", "B", "Q", "S", "above", "tiles_of_split"])
+@triton.jit(do_not_specialize=["N", "B", "Q", "S", "below", "above", "tiles_of_split"])
 def _qformer_cross_attention_bwd_kernel(
     q_ptr,
     kv_ptr,
@@ -62,6 +62,7 @@ def _qformer_cross_attention_bwd_kernel(
     B,
     Q,
     S,
+    below,
     above,
     tiles_of_split,
     stride_q_block,
@@ -83,12 +84,16 @@ def _qformer_cross_attention_bwd_kernel(
     TAIL: tl.constexpr,
     SPLIT: tl.constexpr,
     OWN_KEYS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_MASK: tl.constexpr,
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """OWN_KEYS: images with at most `above` rows, a program each. Else: chunks of the others."""
+    """OWN_KEYS: images with more than `below` and at most `above` rows, a program each.
+
+    Else: chunks of images with more than `above` rows.
+    """
     program = tl.program_id(0)
     split = tl.program_id(1)
     first_head = program % (H // HEADS) * HEADS
@@ -96,11 +101,11 @@ def _qformer_cross_attention_bwd_kernel(
     if OWN_KEYS:
         image = part
         first, end = rows_of_image(image, offsets_ptr, Q, HAS_INDEX)
-        if end - first > above:
+        if (end - first <= below) | (end - first > above):
             return
     else:
         image, first, end = find_chunk(
-            part, index_ptr, order_ptr, offsets_ptr, B, N, Q, BLOCK_M, HAS_INDEX
+            part, index_ptr, order_ptr, offsets_ptr, B, N, Q, BLOCK_M, HAS_INDEX, INTERLEAVED
         )
         begin, _ = rows_of_image(image, offsets_ptr, Q, HAS_INDEX)
         if (first >= end) | (end - begin <= above):
@@ -292,7 +297,7 @@ def cross_backward(
     scale: float,
     dropout_p: float,
     philox: Tensor | None,
-    tiles: tuple[CrossTiles, CrossTiles] | None = None,
+    tiles: tuple[CrossTiles, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `cross_forward`'s `q` and `kv`.
 
@@ -300,8 +305,9 @@ def cross_backward(
         dout: `[N, Q, H, D]`, the gradient of `out`.
         q, kv, index, key_mask, scale, dropout_p, philox: What `cross_forward` had.
         out, lse: What it returned.
-        tiles: Other than those of `config.py`: of images whose rows fit one tile, of the others;
-            with the same `block_n`.
+        tiles: Other than those of `config.py`: of images whose rows fit one tile, from the fewest
+            rows to the most, the last of those whose rows fit none; with the same `block_n` where
+            keys are split.
 
     Returns:
         `dq`, of the shape of `q`, and `dkv [B, S, 2, H, D]`, contiguous.
@@ -311,14 +317,16 @@ def cross_backward(
     dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
     if out.numel() == 0 or dkv.numel() == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dkv.zero_()
-    whole, chunked = tiles or cross_backward_tiles(q, kv, N)
-    fits = index is not None or whole.block_m >= Q
-    above = whole.block_m if fits else -1
+    *owners, chunked = tiles or cross_backward_tiles(q, kv, N)
+    if index is None:
+        # every image has Q rows
+        owners = [tiles for tiles in owners if tiles.block_m >= Q][:1]
+    above = owners[-1].block_m if owners else -1
     q, kv, dout = dense_width(q), dense_width(kv), dout.contiguous()
-    whole_programs = B * (H // whole.heads)
     row_programs = chunks(N, B, Q, chunked.block_m, index) * (H // chunked.heads)
-    key_tiles = triton.cdiv(S, whole.block_n)
-    count, tiles_of_split = splits(whole_programs if fits else row_programs, key_tiles, whole.full)
+    first = owners[0] if owners else chunked
+    programs = B * (H // first.heads) if owners else row_programs
+    count, tiles_of_split = splits(programs, triton.cdiv(S, first.block_n), first.full)
     shared = q.shape[0] != N
     # parts of dq, and those of queries that all blocks share, are added up before they are rounded
     dq_type = torch.float32 if count > 1 or shared else q.dtype
@@ -329,26 +337,31 @@ def cross_backward(
     factors = (scale, 1.0 / (1.0 - dropout_p))
     has = {"HAS_INDEX": index is not None, "HAS_MASK": key_mask is not None}
 
-    def launch(tiles: CrossTiles, programs: int, own_keys: bool) -> None:
+    def launch(tiles: CrossTiles, programs: int, below: int, above: int, own_keys: bool) -> None:
         _qformer_cross_attention_bwd_kernel[(programs, count)](
             *(q, kv, dout, *statistics, *uses, philox, dq, dkv),
-            *(N, B, Q, S, above, tiles_of_split, *strides, *factors),
+            *(N, B, Q, S, below, above, tiles_of_split, *strides, *factors),
             FULL=tiles.full,
             TAIL=0 if count > 1 else tiles.tail,
             SPLIT=count > 1,
             OWN_KEYS=own_keys,
+            INTERLEAVED=tiles.interleaved,
             **has,
             **constants(q, tiles, dropout_p, philox),
         )
 
     with torch.cuda.device_of(q):
-        if fits:
-            launch(whole, whole_programs, True)
-        if above < N * Q and not (fits and index is None):
-            launch(chunked, row_programs, False)
+        below = -1
+        for owner in owners:
+            # no image has more rows than there are
+            if below < N * Q:
+                launch(owner, B * (H // owner.heads), below, owner.block_m, True)
+            below = owner.block_m
+        if above < N * Q and not (owners and index is None):
+            launch(chunked, row_programs, -1, above, False)
             options = constants(q, chunked, dropout_p, philox)
             del options["HEADS"]
-            _qformer_cross_attention_bwd_dkv_kernel[(B * H, key_tiles)](
+            _qformer_cross_attention_bwd_dkv_kernel[(B * H, triton.cdiv(S, chunked.block_n))](
                 *(q, kv, dout, *statistics[1:], *uses[1:], philox, dkv),
                 *(Q, S, above, *strides, *factors),
                 **has,

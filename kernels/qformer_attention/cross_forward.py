@@ -66,6 +66,7 @@ def _qformer_cross_attention_fwd_kernel(
     FULL: tl.constexpr,
     TAIL: tl.constexpr,
     SPLIT: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_MASK: tl.constexpr,
     THRESHOLD: tl.constexpr,
@@ -75,7 +76,16 @@ def _qformer_cross_attention_fwd_kernel(
     split = tl.program_id(1)
     first_head = program % (H // HEADS) * HEADS
     image, first, end = find_chunk(
-        program // (H // HEADS), index_ptr, order_ptr, offsets_ptr, B, N, Q, BLOCK_M, HAS_INDEX
+        program // (H // HEADS),
+        index_ptr,
+        order_ptr,
+        offsets_ptr,
+        B,
+        N,
+        Q,
+        BLOCK_M,
+        HAS_INDEX,
+        INTERLEAVED,
     )
     if first >= end:
         return
@@ -259,6 +269,7 @@ def cross_forward(
             FULL=tiles.full,
             TAIL=0 if count > 1 else tiles.tail,
             SPLIT=count > 1,
+            INTERLEAVED=tiles.interleaved,
             HAS_INDEX=index is not None,
             HAS_MASK=key_mask is not None,
             **constants(q, tiles, dropout_p, philox),

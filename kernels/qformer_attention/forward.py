@@ -165,7 +165,7 @@ def dense_heads(qkv: Tensor) -> Tensor:
 
 def constants(
     data: Tensor, tiles: Tiles, dropout_p: float, philox: Tensor | None
-) -> dict[str, int | str]:
+) -> dict[str, int | str | None]:
     """The compile-time arguments that all kernels have; `data` is `[..., H, D]`."""
     return {
         "H": data.shape[-2],
@@ -179,5 +179,6 @@ def constants(
         "PRECISION": "ieee" if data.dtype == torch.float32 else "tf32",
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
+        "maxnreg": tiles.max_registers,
         "enable_fp_fusion": FP_FUSION,
     }

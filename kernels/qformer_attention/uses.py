@@ -37,15 +37,24 @@ def find_chunk(
     Q,
     BLOCK_M: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
-    """Which image's rows a chunk has: `(image, first, end, end of the image's rows)`.
+    """Which image's rows a chunk has: `(image, first, end of the image's rows)`.
 
     Chunks 0..B-1 are the first BLOCK_M rows of each image. Of further chunks, at most one starts in
     any window of BLOCK_M rows, because chunks of an image are that far apart and the first of an
     image is not among them: chunk B + j is the one that starts in window j, and empty if none does.
+    INTERLEAVED, images and windows take turns in proportion to how many there are of each.
     """
     if HAS_INDEX:
-        row = (chunk - B) * BLOCK_M + tl.arange(0, BLOCK_M)
+        own = chunk < B
+        first_of, window = chunk, chunk - B
+        if INTERLEAVED:
+            count = B + tl.cdiv(N * Q, BLOCK_M)
+            first_of = (chunk.to(tl.int64) * B // count).to(tl.int32)
+            own = ((chunk + 1).to(tl.int64) * B // count).to(tl.int32) > first_of
+            window = chunk - first_of
+        row = window * BLOCK_M + tl.arange(0, BLOCK_M)
         there = (row >= 0) & (row < N * Q)
         block = tl.load(order_ptr + row // Q, mask=there, other=0)
         read = tl.load(index_ptr + block, mask=there, other=0)
@@ -53,10 +62,9 @@ def find_chunk(
         starts_here = there & (row > start) & ((row - start) % BLOCK_M == 0)
         first = tl.max(tl.where(starts_here, row, -1), 0)
         image = tl.max(tl.where(starts_here, read, -1), 0)
-        own = chunk < B
-        image = tl.where(own, chunk, image)
+        image = tl.where(own, first_of, image)
         some = image >= 0
-        first = tl.where(own, tl.load(offsets_ptr + chunk, mask=own, other=0) * Q, first)
+        first = tl.where(own, tl.load(offsets_ptr + first_of, mask=own, other=0) * Q, first)
         end = tl.load(offsets_ptr + image + 1, mask=some, other=0) * Q
         image, first = tl.where(some, image, 0), tl.where(some, first, 0)
     else:
