@@ -302,6 +302,11 @@ def _itc_bwd_text_kernel(
     tl.store(d_text_ptr + at, d_text * inv_temp, mask=there)
 
 
+def loads_ahead(has_saved: bool) -> bool:
+    """Whether the compiler keeps a tile of saved similarities that is loaded ahead in registers."""
+    return not has_saved or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+
+
 def sweep_grad(
     image: Tensor,
     text: Tensor,
@@ -311,13 +316,22 @@ def sweep_grad(
     local: bool,
     saved: tuple[Tensor, Tensor],
     config: TritonConfig | None = None,
+    text_config: TritonConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.sweep_grad`, for fp16, bf16 and fp32 on a GPU."""
+    """As `reference.sweep_grad`, for fp16, bf16 and fp32 on a GPU.
+
+    `config` is of the kernel that owns images, `text_config` of that which owns texts: by default
+    the same.
+    """
     (M, Q, D), N, device = image.shape, text.shape[0], image.device
-    config = config or backward_config(Q, D, image.dtype.itemsize, capability(device))
+    has_saved = saved[0].numel() > 0
+    if config is None:
+        load_ahead = loads_ahead(has_saved)
+        config = backward_config(Q, D, image.dtype.itemsize, capability(device), load_ahead)
+    text_config = text_config or config
     image, text = dense_width(image), dense_width(text)
-    count, per_share = shares(M, N, config)
-    image_blocks, widths = triton.cdiv(M, config.block_i), triton.cdiv(D, config.out_d)
+    count, per_share = shares(M, N, text_config)
+    image_blocks = triton.cdiv(M, config.block_i)
     d_image = torch.empty(M, Q, D, dtype=image.dtype, device=device)
     d_text = torch.empty(count, N, D, device=device)
     d_temp = torch.empty(image_blocks, device=device)
@@ -327,21 +341,30 @@ def sweep_grad(
     constants = {
         "Q": Q,
         "D": D,
+        "HAS_IDS": pairs.row_ids is not None,
+        "LOCAL": local,
+        "SAVED": has_saved,
+        "PRECISION": precision(image.dtype),
+        "enable_fp_fusion": FP_FUSION,
+    }
+    with torch.cuda.device_of(image):
+        _itc_bwd_image_kernel[(image_blocks, triton.cdiv(D, config.out_d))](
+            *inputs, d_image, d_temp, *sizes, **constants, **_tile_constants(config)
+        )
+        text_blocks, widths = triton.cdiv(N, text_config.block_t), triton.cdiv(D, text_config.out_d)
+        _itc_bwd_text_kernel[(text_blocks, widths, count)](
+            *inputs, d_text, *sizes, per_share, **constants, **_tile_constants(text_config)
+        )
+    return d_image, d_text.sum(0).to(text.dtype), d_temp.sum()
+
+
+def _tile_constants(config: TritonConfig) -> dict[str, int]:
+    return {
         "BLOCK_T": config.block_t,
         "BLOCK_I": config.block_i,
         "BLOCK_Q": config.block_q,
         "BLOCK_D": config.block_d,
         "OUT_D": config.out_d,
-        "HAS_IDS": pairs.row_ids is not None,
-        "LOCAL": local,
-        "SAVED": saved[0].numel() > 0,
-        "PRECISION": precision(image.dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "enable_fp_fusion": FP_FUSION,
     }
-    _itc_bwd_image_kernel[(image_blocks, widths)](*inputs, d_image, d_temp, *sizes, **constants)
-    _itc_bwd_text_kernel[(triton.cdiv(N, config.block_t), widths, count)](
-        *inputs, d_text, *sizes, per_share, **constants
-    )
-    return d_image, d_text.sum(0).to(text.dtype), d_temp.sum()

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blip2fast.kernels.itc import statistics
-from blip2fast.kernels.itc.config import PROGRAMS, TritonConfig, forward_config
+from blip2fast.kernels.itc.config import TritonConfig, forward_config
 from blip2fast.kernels.itc.interface import (
     POSITIVE_COUNT,
     POSITIVE_SUM,
@@ -190,7 +190,7 @@ def _itc_fwd_kernel(
 def shares(M: int, N: int, config: TritonConfig) -> tuple[int, int]:
     """Into how many parts the images are split, and how many blocks of images a part has."""
     blocks = triton.cdiv(M, config.block_i)
-    wanted = max(1, PROGRAMS // triton.cdiv(N, config.block_t))
+    wanted = max(1, config.programs // triton.cdiv(N, config.block_t))
     per_share = triton.cdiv(blocks, min(wanted, blocks))
     return triton.cdiv(blocks, per_share), per_share
 
@@ -232,40 +232,41 @@ def sweep(
     sim = torch.empty(kept, device=device)
     arg = torch.empty(kept, dtype=index_dtype(Q), device=device)
     has_ids = pairs.row_ids is not None
-    _itc_fwd_kernel[(text_blocks, count)](
-        image,
-        text,
-        temp,
-        pairs.row_ids,
-        pairs.column_ids,
-        options.philox,
-        rows,
-        row_index,
-        columns,
-        column_index,
-        sim,
-        arg,
-        M,
-        N,
-        pairs.first_row,
-        image.stride(0),
-        image.stride(1),
-        text.stride(0),
-        per_share,
-        Q=Q,
-        D=D,
-        BLOCK_T=config.block_t,
-        BLOCK_I=config.block_i,
-        BLOCK_Q=config.block_q,
-        BLOCK_D=config.block_d,
-        HAS_IDS=has_ids,
-        SAMPLE=options.philox is not None,
-        SAVE=options.save,
-        PRECISION=precision(image.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=FP_FUSION,
-    )
+    with torch.cuda.device_of(image):
+        _itc_fwd_kernel[(text_blocks, count)](
+            image,
+            text,
+            temp,
+            pairs.row_ids,
+            pairs.column_ids,
+            options.philox,
+            rows,
+            row_index,
+            columns,
+            column_index,
+            sim,
+            arg,
+            M,
+            N,
+            pairs.first_row,
+            image.stride(0),
+            image.stride(1),
+            text.stride(0),
+            per_share,
+            Q=Q,
+            D=D,
+            BLOCK_T=config.block_t,
+            BLOCK_I=config.block_i,
+            BLOCK_Q=config.block_q,
+            BLOCK_D=config.block_d,
+            HAS_IDS=has_ids,
+            SAMPLE=options.philox is not None,
+            SAVE=options.save,
+            PRECISION=precision(image.dtype),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=FP_FUSION,
+        )
     by_image = statistics.join(rows, row_index.long())
     by_text = statistics.join(columns, column_index.long())
     if not has_ids:

@@ -74,7 +74,7 @@ def compile_kernel(
     capability: int,
     *,
     num_warps: int,
-    num_stages: int,
+    num_stages: int = 3,
     **options: Any,
 ) -> Compiled:
     """Compile for compute capability `capability / 10`, without a GPU.
@@ -85,7 +85,7 @@ def compile_kernel(
             and those whose type ends in `:16` are taken to be multiples of 16, as a launch sees.
         constants: The value of each of the others.
         capability: 80, 90 or 100.
-        num_warps, num_stages, options: As for a launch.
+        num_warps, num_stages, options: As for a launch, which takes 3 stages if none are given.
     """
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):

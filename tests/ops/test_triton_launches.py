@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 from aot import record_launches
+from triton.runtime.jit import JITFunction
 
 from blip2fast.kernels.bias_gelu import backward as gelu_backward
 from blip2fast.kernels.bias_gelu import forward as gelu_forward
@@ -88,3 +92,28 @@ def test_fusion_of_multiply_and_add_is_fixed(op: Callable[[], None]) -> None:
     launches = record_launches(op)
     assert len(launches) == LAUNCHES[op]
     assert all(launch.options["enable_fp_fusion"] is True for launch in launches)
+
+
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_launches_go_to_the_device_of_their_data(
+    op: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ITC's went to the current GPU, which in a process with several need not be the data's."""
+    guarded: list[Tensor] = []
+    launched: list[str] = []
+
+    @contextmanager
+    def device_of(data: Tensor) -> Iterator[None]:
+        guarded.append(data)
+        yield
+        guarded.pop()
+
+    def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        launched.append(kernel.__name__)
+        (data,) = guarded
+        assert all(x.device == data.device for x in args if isinstance(x, Tensor))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(JITFunction, "run", run)
+    op()
+    assert len(launched) == LAUNCHES[op]
