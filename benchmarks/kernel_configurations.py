@@ -215,9 +215,7 @@ def _self_backward_configurations(causal: bool) -> dict[str, Configuration]:
         "m32_w8": _tiles(32, 8, 1),
         "m32_w4": _tiles(32, 4, 1),
     }
-    # what the default takes itself for: a pass in which a text might be causal
-    maybe: dict[str, Configuration] = {"maybe_causal_m64_w4": {"tiles": tiles["m64_w4"]}}
-    return default | maybe | {x: {"tiles": tiles[x], "has_causal": False} for x in tiles}
+    return default | {x: {"tiles": tiles[x]} for x in tiles}
 
 
 # cross-attention

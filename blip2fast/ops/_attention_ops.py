@@ -18,7 +18,7 @@ from blip2fast.ops.attention_layout import AttentionLayout, KVIndex, wide_dtype
 _LAYOUT = (
     "Tensor cu_seqlens, Tensor kinds, Tensor blocks, Tensor block_text, Tensor order, "
     "Tensor offsets, SymInt num_blocks, SymInt num_queries, SymInt max_seqlen, "
-    "bool has_bidirectional"
+    "bool has_bidirectional, bool has_causal"
 )
 _USES = "Tensor? index, Tensor? order, Tensor? offsets, Tensor? key_mask"
 _OPTIONS = "Tensor? philox, float scale, float dropout_p, str impl"
@@ -55,14 +55,15 @@ def unpack_layout(layout: AttentionLayout) -> tuple[Any, ...]:
         layout.num_queries,
         layout.max_seqlen,
         layout.has_bidirectional,
+        layout.has_causal,
     )
 
 
 def _pack_layout(num_rows: int, arguments: tuple[Any, ...]) -> AttentionLayout:
-    *tensors, num_blocks, num_queries, max_seqlen, has_bidirectional = arguments
+    *tensors, num_blocks, num_queries, max_seqlen, has_bidirectional, has_causal = arguments
     num_text_rows = num_rows - num_blocks * num_queries
     return AttentionLayout(
-        num_blocks, num_queries, num_text_rows, max_seqlen, has_bidirectional, *tensors
+        num_blocks, num_queries, num_text_rows, max_seqlen, has_bidirectional, has_causal, *tensors
     )
 
 
@@ -151,7 +152,7 @@ def _self_grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
         dqkv = torch.ops.blip2fast.qformer_attention_grad(
             dout.contiguous(), qkv, out, lse, *tensors, *ctx.host, *options
         )
-    return (dqkv, *[None] * 14)
+    return (dqkv, *[None] * 15)
 
 
 torch.library.register_autograd(

@@ -33,6 +33,7 @@ class AttentionLayout:
         num_text_rows: T_total, rows of all texts.
         max_seqlen: No text is longer.
         has_bidirectional: Whether a query may see text at all.
+        has_causal: Whether a text may be MULTIMODAL_CAUSAL.
         cu_seqlens: `[n+1]` int32, where each text starts, counted from the first text row.
         kinds: `[n]` int32, `KIND_CODES` of each text.
         blocks: `[n]` int32, the block whose queries a text sees; ignored where UNIMODAL.
@@ -46,6 +47,7 @@ class AttentionLayout:
     num_text_rows: int
     max_seqlen: int
     has_bidirectional: bool
+    has_causal: bool
     cu_seqlens: Tensor
     kinds: Tensor
     blocks: Tensor
@@ -130,6 +132,7 @@ class AttentionLayout:
             num_text_rows=num_text_rows,
             max_seqlen=max_seqlen,
             has_bidirectional=MaskKind.BIDIRECTIONAL in kinds,
+            has_causal=MaskKind.MULTIMODAL_CAUSAL in kinds,
             cu_seqlens=_offsets_of(given),
             kinds=codes,
             blocks=sees,

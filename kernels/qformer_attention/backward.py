@@ -359,7 +359,6 @@ def self_backward(
     dropout_p: float,
     philox: Tensor | None,
     tiles: Tiles | None = None,
-    has_causal: bool = True,
 ) -> Tensor:
     """The gradient of `self_forward`'s `qkv`, `[R, 3, H, D]`.
 
@@ -368,8 +367,6 @@ def self_backward(
         qkv, layout, scale, dropout_p, philox: What `self_forward` had.
         out, lse: What it returned.
         tiles: Other than those of `config.py`.
-        has_causal: Whether a text may be MULTIMODAL_CAUSAL. That it may is always right; that it
-            may not saves registers, and is wrong for a layout in which one is.
     """
     R, _, H, _ = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -401,8 +398,8 @@ def self_backward(
             READER_M=min(tiles.block_m, tiles.reader_m),
             SINGLE=tiles.single,
             WHOLE=tiles.single and rows <= tiles.block_m,
-            # a causal text needs a block
-            HAS_CAUSAL=has_causal and layout.num_blocks > 0 and layout.num_texts > 0,
+            # without them fewer sums are kept in registers; a causal text needs a block
+            HAS_CAUSAL=layout.has_causal and layout.num_blocks > 0 and layout.num_texts > 0,
             **options,
         )
     return dqkv

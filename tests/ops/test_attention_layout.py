@@ -17,7 +17,7 @@ from blip2fast.ops.attention_layout import AttentionLayout, KVIndex, sort_by_tar
 def test_a_pass_of_all_kinds() -> None:
     layout = AttentionLayout.build(4, 3, [3, 0, 5, 1], [U, C, B, C], [7, 0, 1, 0])
     assert (layout.num_rows, layout.num_texts, layout.num_text_rows) == (21, 4, 9)
-    assert (layout.max_seqlen, layout.has_bidirectional) == (5, True)
+    assert (layout.max_seqlen, layout.has_bidirectional, layout.has_causal) == (5, True, True)
     assert layout.cu_seqlens.tolist() == [0, 3, 3, 8, 9]
     assert layout.kinds.tolist() == [0, 2, 1, 2]
     assert layout.block_text.tolist() == [-1, 2, -1, -1]
@@ -130,5 +130,5 @@ def test_layouts_are_pytrees() -> None:
     leaves, spec = torch.utils._pytree.tree_flatten((layout, KVIndex.build([0, 1], 2)))
     again, index = torch.utils._pytree.tree_unflatten(leaves, spec)
     assert again.cu_seqlens is layout.cu_seqlens
-    assert (again.num_blocks, again.has_bidirectional) == (2, False)
+    assert (again.num_blocks, again.has_bidirectional, again.has_causal) == (2, False, True)
     assert index.index.tolist() == [0, 1]

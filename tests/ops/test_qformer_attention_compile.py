@@ -168,6 +168,7 @@ def test_row_numbers_beyond_31_bits() -> None:
         num_text_rows=2**31 - 1,
         max_seqlen=3,
         has_bidirectional=True,
+        has_causal=False,
         cu_seqlens=torch.tensor([2**31 - 4, 2**31 - 1], dtype=torch.int32),
         kinds=torch.tensor([1], dtype=torch.int32),
         blocks=torch.tensor([blocks - 1], dtype=torch.int32),
