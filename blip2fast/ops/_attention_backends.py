@@ -17,7 +17,8 @@ HALVES = (torch.float16, torch.bfloat16)
 HAS_TRITON, HAS_XFORMERS = (find_spec(name) is not None for name in ("triton", "xformers"))
 # Triton's own switch: its kernels then run on the CPU, slowly, to be checked
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-WHY_NO_CUDA = why_not("qformer_cross_attention")
+# csrc/qformer_attention_bindings.cpp defines both
+WHY_NO_CUDA = why_not("qformer_cross_attention_fwd") or why_not("qformer_cross_attention_bwd")
 
 
 @dataclass(frozen=True)

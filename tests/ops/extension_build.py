@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from filelock import FileLock
@@ -35,3 +36,15 @@ def build_target(name: str) -> Path:
     with LOCK:
         subprocess.run([*ninja, name], cwd=BUILD, check=True)
     return BUILD / name
+
+
+def module_again(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A second copy of a module, for what it finds out where it is imported."""
+    spec = importlib.util.spec_from_file_location(f"{module.__name__}_again", module.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, spec.name, copy)
+    spec.loader.exec_module(copy)
+    return copy

@@ -6,19 +6,17 @@ What it cannot: speed, memory ordering, the compiler's code, the hardware's own 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from extension_build import build_extension, build_target, needs_compiler
-from torch import Tensor
+from cross_attention_cases import CASES, Inputs, Results, check_cross_attention, make_inputs
+from extension_build import build_extension, build_target, module_again, needs_compiler
 
+from blip2fast import _extension
 from blip2fast.kernels.qformer_attention import reference
-from blip2fast.ops import _attention_cuda
-from blip2fast.ops.attention_layout import KVIndex
-from blip2fast.ops.philox import philox_state
+from blip2fast.ops import _attention_backends, _attention_cuda
 
 pytestmark = needs_compiler
 
@@ -30,113 +28,39 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> torch._ops._OpNamespace
     return torch.ops.blip2fast_emulated
 
 
-@dataclass(frozen=True)
-class Case:
-    """N blocks of Q queries, S keys, H heads of width D; B images where blocks share them."""
-
-    N: int
-    Q: int
-    S: int
-    H: int
-    D: int
-    B: int | None = None
-    index: tuple[int, ...] | None = None
-    p: float = 0.0
-    masked: bool = False
-    layers: int = 1
-    shared: bool = False
-    dtype: torch.dtype = torch.bfloat16
-
-
-CASES = {
-    "window": Case(N=5, Q=3, S=15, H=2, D=64),
-    "one query, one key": Case(N=3, Q=1, S=1, H=1, D=64),
-    "full tile": Case(N=2, Q=16, S=64, H=1, D=64, dtype=torch.float16),
-    "BLIP-2": Case(N=1, Q=32, S=257, H=1, D=64, p=0.1),
-    "two tiles and one": Case(N=1, Q=33, S=33, H=1, D=64, p=0.1),
-    "narrow heads": Case(N=2, Q=5, S=17, H=3, D=16, p=0.3, masked=True),
-    "odd width": Case(N=2, Q=20, S=9, H=1, D=48, masked=True, dtype=torch.float16),
-    "wide heads": Case(N=1, Q=20, S=33, H=2, D=128, p=0.2),
-    "width 80": Case(N=1, Q=9, S=16, H=1, D=80, masked=True),
-    "shared images": Case(N=4, Q=8, S=20, H=2, D=64, index=(2, 0, 2, 2), B=4, p=0.1, masked=True),
-    "shared, wide": Case(N=3, Q=17, S=18, H=1, D=128, index=(1, 1, 1), B=2),
-    "a layer's slice": Case(N=2, Q=8, S=20, H=2, D=64, layers=3),
-    "shared queries": Case(N=4, Q=8, S=7, H=2, D=64, index=(0, 1, 0, 1), B=2, shared=True),
-}
-
-
-def _inputs(
-    case: Case,
-) -> tuple[Tensor, Tensor, KVIndex | None, Tensor | None, Tensor | None]:
-    images = case.B or case.N
-    q = torch.randn(1 if case.shared else case.N, case.Q, case.H, case.D).to(case.dtype)
-    kv = torch.randn(images, case.S, case.layers, 2, case.H, case.D).to(case.dtype)
-    mask = torch.rand(images, case.S) > 0.4 if case.masked else None
-    if mask is not None:
-        mask[0] = False  # a block that sees nothing
-    index = None if case.index is None else KVIndex.build(case.index, images)
-    philox = philox_state(2**62 + 5, 9) if case.p else None
-    return q, kv[:, :, case.layers - 1], index, mask, philox
-
-
-def _narrow(
-    q: Tensor,
-    kv: Tensor,
-    index: KVIndex | None,
-    mask: Tensor | None,
-    keep: Tensor | None,
-    scale: float,
-    p: float,
-) -> Tensor:
-    """The definition in the inputs' own dtype, the rival."""
-    image = torch.arange(len(kv)) if index is None else index.index.long()
-    k, v = kv[image].permute(2, 0, 3, 1, 4)
-    visible = None if mask is None else mask[image][:, None, None, :]
-    out, _, _ = reference.attend(q.transpose(1, 2) * scale, k, v, visible, keep, p)
-    return out.transpose(1, 2)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_cross_attention(kernels: torch._ops._OpNamespace, name: str) -> None:
-    torch.manual_seed(0)
-    q, kv, index, mask, philox = _inputs(CASES[name])
-    N, Q, H, D, p = (getattr(CASES[name], field) for field in ("N", "Q", "H", "D", "p"))
-    scale = D**-0.5
-    where = None if index is None else index.index
-    out, lse = kernels.qformer_cross_attention_fwd(q, kv, where, mask, philox, N, scale, p)
-    d_out = torch.randn_like(out)
-    # gradients go to buffers of any strides; what is not written stays NaN
-    d_q = torch.full((N, Q, 2, H, D), torch.nan, dtype=q.dtype)[:, :, 1]
-    d_kv = torch.full_like(kv, torch.nan)
-    uses = (None, None) if index is None else (index.order, index.offsets)
-    kernels.qformer_cross_attention_bwd(
-        d_out, q, kv, out, lse, where, *uses, mask, philox, N, scale, p, d_q, d_kv
-    )
-    if len(q) < N:
-        d_q = d_q.sum(0, keepdim=True)
+    def run(given: Inputs) -> Results:
+        case, (q, kv, index, mask, philox, d_out) = given.case, given.tensors
+        options = (mask, philox, case.N, case.D**-0.5, case.p)
+        where = None if index is None else index.index
+        out, lse = kernels.qformer_cross_attention_fwd(q, kv, where, *options)
+        # gradients go to buffers of any strides; what is not written stays NaN
+        wide = torch.full((case.N, case.Q, 2, case.H, case.D), torch.nan, dtype=q.dtype)
+        d_q, d_kv = wide[:, :, 1], torch.full_like(kv, torch.nan)
+        uses = (None, None) if index is None else (index.order, index.offsets)
+        kernels.qformer_cross_attention_bwd(
+            d_out, q, kv, out, lse, where, *uses, *options, d_q, d_kv
+        )
+        return Results(out, lse, d_q.sum(0, keepdim=True) if len(q) < case.N else d_q, d_kv)
 
-    exact = [x.double().requires_grad_() for x in (q, kv)]
-    expected, expected_lse = reference.qformer_cross_attention(
-        *exact, where, mask, scale, p, philox
-    )
-    expected.backward(d_out.double())
-    keep = None
-    if philox is not None:
-        keep = reference.cross_attention_keep(N, Q, H, kv.shape[1], philox, p)
-    rival = [x.clone().requires_grad_() for x in (q, kv)]
-    narrow = _narrow(*rival, index, mask, keep, scale, p)
-    narrow.backward(d_out)
+    # fp32 sums of what cancels
+    check_cross_attention(run, CASES[name], lse_error=4e-6, cancelled=1e-6)
 
-    truths = (expected.detach(), *(x.grad for x in exact))
-    rivals = (narrow.detach(), *(x.grad for x in rival))
-    for ours, truth, theirs in zip((out, d_q, d_kv), truths, rivals, strict=True):
-        # one rounding of the largest value, and fp32 sums of what cancels
-        floor = torch.finfo(q.dtype).eps * truth.abs().max() / 2 + 1e-6 * d_out.abs().max()
-        assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + floor
-    assert lse.isneginf().equal(expected_lse.isneginf())
-    seen = ~lse.isneginf()
-    torch.testing.assert_close(lse[seen].double(), expected_lse[seen], rtol=0, atol=4e-6)
-    assert (out[~seen] == 0).all()
+
+def test_the_backend_is_there_where_its_operators_are(
+    kernels: torch._ops._OpNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It once asked for a name that csrc/ does not define, and no build could satisfy it."""
+    call = _attention_backends.AttentionCall(
+        32, 257, 12, 64, torch.bfloat16, "cuda", dropout=True, key_mask=True, lse=True, cross=True
+    )
+    monkeypatch.setattr(torch.ops, "blip2fast_C", kernels)
+    monkeypatch.setattr(_extension, "_WHY_NOT", "")
+    assert module_again(_attention_backends, monkeypatch)._cuda_reasons(call) == []
+    monkeypatch.setattr(_extension, "_WHY_NOT", "the extension was not built")
+    again = module_again(_attention_backends, monkeypatch)
+    assert again._cuda_reasons(call) == ["the extension was not built"]
 
 
 def test_the_backend_takes_any_strides(
@@ -144,7 +68,7 @@ def test_the_backend_takes_any_strides(
 ) -> None:
     """`impl="cuda"`'s own functions: queries shared by all blocks, rows at odd addresses."""
     monkeypatch.setattr(_attention_cuda, "_OPS", kernels)
-    _, kv, index, mask, philox = _inputs(CASES["shared images"])
+    _, kv, index, mask, philox, _ = make_inputs(CASES["shared images"])
     N, scale, p = 4, 0.125, 0.1
     q = torch.randn(1, 8, 2, 65).bfloat16()[..., 1:]
     kv = F.pad(kv, (3, 0))[..., 3:]
@@ -164,7 +88,7 @@ def test_the_backend_takes_any_strides(
 
 
 def test_cross_attention_is_deterministic(kernels: torch._ops._OpNamespace) -> None:
-    q, kv, index, mask, philox = _inputs(CASES["shared images"])
+    q, kv, index, mask, philox, _ = make_inputs(CASES["shared images"])
     p = CASES["shared images"].p
     results = []
     for _ in range(2):
@@ -227,7 +151,7 @@ def test_cross_attention_rejects_what_it_would_misread(
 
 
 def test_schemas_tell_the_truth(kernels: torch._ops._OpNamespace) -> None:
-    q, kv, _, _, _ = _inputs(CASES["window"])
+    q, kv, *_ = make_inputs(CASES["window"])
     arguments = (q, kv, None, None, None, len(q), 0.1, 0.0)
     op = kernels.qformer_cross_attention_fwd
     torch.library.opcheck(op.default, arguments, test_utils="test_schema")
@@ -244,7 +168,7 @@ def test_the_public_operator_is_what_its_fake_says(
 ) -> None:
     """Schema, fake, autograd and compiled shapes of `impl="cuda"`, forward and backward."""
     monkeypatch.setattr(_attention_cuda, "_OPS", kernels)
-    q, kv, index, mask, philox = _inputs(CASES[name])
+    q, kv, index, mask, philox, _ = make_inputs(CASES[name])
     ops, N, p = torch.ops.blip2fast, CASES[name].N, CASES[name].p
     uses = (None,) * 3 if index is None else (index.index, index.order, index.offsets)
     options = (philox, 0.125, p, "cuda")

@@ -13,7 +13,7 @@ import torch
 from extension_build import ROOT, build_extension, needs_compiler, needs_nvcc
 
 from blip2fast import _extension
-from blip2fast.ops import philox
+from blip2fast.ops import _attention_backends, itc_sweep, philox
 
 needs_extension = pytest.mark.skipif(bool(_extension.why_not()), reason=_extension.why_not())
 
@@ -110,6 +110,18 @@ needs_cuda_build = pytest.mark.skipif(
     not _extension.has_op("qformer_cross_attention_fwd"),
     reason="built without CUDA: " + _extension.why_not("qformer_cross_attention_fwd"),
 )
+
+
+@needs_cuda_build
+def test_a_build_with_cuda_is_a_backend() -> None:
+    """Nothing but the device may keep `impl="cuda"` from being chosen."""
+    attention = _attention_backends.AttentionCall(
+        32, 257, 12, 64, torch.bfloat16, "cuda", dropout=True, key_mask=True, lse=True, cross=True
+    )
+    assert _attention_backends._cuda_reasons(attention) == []
+    pairs = itc_sweep.ITCCall(128, 256, 32, 256, torch.bfloat16, "cuda", 0.0)
+    assert itc_sweep._cuda_reasons(pairs) == []
+
 
 # bytes of stack a kernel may use: registers that the compiler could not keep, addresses mostly
 SPILLS = {
