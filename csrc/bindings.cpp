@@ -15,19 +15,16 @@ namespace {
 
 Tensor philox_keep_mask(const Tensor& philox, const Tensor& rows, const Tensor& heads,
                         int64_t threshold, int64_t columns, int64_t first_column) {
-  check_int64(philox, "philox");
-  check_int64(rows, "rows");
-  check_int64(heads, "heads");
-  STD_TORCH_CHECK(philox.numel() == 2, "philox: expected 2 elements, got ", philox.numel());
+  STD_TORCH_CHECK(rows.is_cpu(), "rows: expected on the CPU");
   STD_TORCH_CHECK(rows.dim() == 1 && heads.dim() == 1 && rows.size(0) == heads.size(0),
                   "rows and heads: expected one shape [n]");
+  const auto key = philox_key(int64_list(philox, 2, rows, "philox"));
+  const int64_t* row = int64_list(rows, rows.numel(), rows, "rows");
+  const int64_t* head = int64_list(heads, rows.numel(), rows, "heads");
   STD_TORCH_CHECK(threshold >= 0 && threshold < (int64_t{1} << 32),
                   "threshold: expected 0 to 2^32 - 1, got ", threshold);
   STD_TORCH_CHECK(columns >= 0 && first_column >= 0, "columns: expected 0 or more");
   Tensor keep = torch::stable::new_empty(rows, {rows.size(0), columns}, ScalarType::Bool);
-  const auto key = philox_key(philox.const_data_ptr<int64_t>());
-  const int64_t* row = rows.const_data_ptr<int64_t>();
-  const int64_t* head = heads.const_data_ptr<int64_t>();
   bool* out = keep.mutable_data_ptr<bool>();
   // a thread is worth starting for about 16,000 elements
   const int64_t grain = std::max<int64_t>(16384 / std::max<int64_t>(columns, 1), 1);

@@ -179,6 +179,15 @@ constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// Order of a maximum as PyTorch's: above all numbers is what is not one. False for two of those.
+BLIP2FAST_DEVICE bool exceeds(float value, float best) {
+  return !(value <= best) && best == best;
+}
+// Whether the first of two with an index each is the one to take: the lowest wins a tie.
+BLIP2FAST_DEVICE bool wins(float a, int a_at, float b, int b_at) {
+  return exceeds(a, b) || (!exceeds(b, a) && a_at < b_at);
+}
+
 struct alignas(16) Words4 {
   uint32_t word[4];
 };

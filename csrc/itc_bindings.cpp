@@ -19,25 +19,21 @@ constexpr int64_t kChunkBytes = 48 << 10;  // several chunks in a small test
 constexpr int64_t kChunkBytes = 256 << 20;
 #endif
 
-const int64_t* ids(const std::optional<Tensor>& tensor, const char* name, int64_t length) {
-  if (!tensor.has_value()) return nullptr;
-  check_int64(*tensor, name);
-  STD_TORCH_CHECK(tensor->numel() == length, name, ": expected [", length, "]");
-  return tensor->const_data_ptr<int64_t>();
+const int64_t* ids(const std::optional<Tensor>& tensor, int64_t length, const Tensor& like,
+                   const char* name) {
+  return tensor.has_value() ? int64_list(*tensor, length, like, name) : nullptr;
 }
 
-float* floats(const Tensor& tensor, const char* name, int64_t length) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
-                      tensor.numel() == length,
-                  name, ": expected contiguous float32, ", length, " elements");
+float* floats(const Tensor& tensor, int64_t length, const Tensor& like, const char* name) {
+  check_list(tensor, ScalarType::Float, "float32", length, like, name);
   return pointer<float>(tensor);
 }
 
 ItcSweep itc_pairs(const Tensor& image, const Tensor& text, const Tensor& temp,
                    const std::optional<Tensor>& row_ids, const std::optional<Tensor>& column_ids,
                    int64_t first_row) {
-  check_rows(image, "image", image.scalar_type(), 3);
-  check_rows(text, "text", image.scalar_type(), 2);
+  check_rows(image, "image", image, 3);
+  check_rows(text, "text", image, 2);
   const int64_t M = image.size(0), N = text.size(0), Q = image.size(1), D = image.size(2);
   constexpr int64_t kReach = int64_t{1} << 31;
   STD_TORCH_CHECK(M > 0 && N > 0 && M < kReach && N < kReach, "no images, or no texts");
@@ -55,9 +51,9 @@ ItcSweep itc_pairs(const Tensor& image, const Tensor& text, const Tensor& temp,
   p.texts = N;
   p.queries = static_cast<int>(Q);
   p.dim = static_cast<int>(D);
-  p.temp = floats(temp, "temp", 1);
-  p.row_ids = ids(row_ids, "row_ids", M);
-  p.column_ids = ids(column_ids, "column_ids", N);
+  p.temp = floats(temp, 1, image, "temp");
+  p.row_ids = ids(row_ids, M, image, "row_ids");
+  p.column_ids = ids(column_ids, N, image, "column_ids");
   p.first_row = first_row;
   p.segment_rows = itc_segment_rows(M);
   return p;
@@ -83,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> itc_sweep(
     const std::optional<Tensor>& row_ids, const std::optional<Tensor>& column_ids,
     const std::optional<Tensor>& philox, int64_t first_row, bool save) {
   auto p = itc_pairs(image, text, temp, row_ids, column_ids, first_row);
-  p.philox = ids(philox, "philox", 2);
+  p.philox = ids(philox, 2, image, "philox");
   const auto format = format_of(image);
   const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType type) {
     return torch::stable::new_empty(image, shape, type);
@@ -129,10 +125,10 @@ std::tuple<Tensor, Tensor, Tensor> itc_sweep_grad(
   auto p = itc_pairs(image, text, temp, row_ids, column_ids, first_row);
   const auto format = format_of(image);
   const int64_t M = p.images, N = p.texts, D = p.dim;
-  p.row_lse = floats(row_lse, "row_lse", M);
-  p.row_weight = floats(row_weight, "row_weight", 3 * M);
-  p.column_lse = floats(column_lse, "column_lse", N);
-  p.column_weight = floats(column_weight, "column_weight", 3 * N);
+  p.row_lse = floats(row_lse, M, image, "row_lse");
+  p.row_weight = floats(row_weight, 3 * M, image, "row_weight");
+  p.column_lse = floats(column_lse, N, image, "column_lse");
+  p.column_weight = floats(column_weight, 3 * N, image, "column_weight");
   p.local = local;
   p.text_splits = itc_text_splits(M, N);
   Tensor d_image = torch::stable::new_empty(image, {M, p.queries, D});
@@ -148,10 +144,8 @@ std::tuple<Tensor, Tensor, Tensor> itc_sweep_grad(
   p.d_temp_parts = pointer<float>(d_temp_parts);
   const Launching launching(image);
   if (sim.numel() > 0) {
-    STD_TORCH_CHECK(
-        arg.scalar_type() == ScalarType::Byte && arg.is_contiguous() && arg.numel() == M * N,
-        "arg: expected contiguous uint8 [M, N]");
-    p.sim = floats(sim, "sim", M * N);
+    p.sim = floats(sim, M * N, image, "sim");
+    check_list(arg, ScalarType::Byte, "uint8", M * N, image, "arg");
     p.arg = pointer<uint8_t>(arg);
     p.begin = 0;
     p.end = M;

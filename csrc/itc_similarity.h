@@ -40,8 +40,7 @@ struct Best {
   int query;
 };
 BLIP2FAST_DEVICE Best better(Best a, Best b) {
-  const bool second = b.value > a.value || (b.value == a.value && b.query < a.query);
-  return second ? b : a;
+  return wins(b.value, b.query, a.value, a.query) ? b : a;
 }
 BLIP2FAST_DEVICE Best quad_best(Best best) {
   BLIP2FAST_UNROLL
@@ -136,14 +135,14 @@ itc_similarity_kernel(const SimilarityParams params) {
       for (int half = 0; half < 2; ++half) {
         BLIP2FAST_UNROLL
         for (int i = 0; i < 2; ++i) {
-          Best best = {-kInfinity, kItcQueries};
+          Best best = {-kInfinity, 2 * t};  // of the quad the lowest: query 0 if all are
           BLIP2FAST_UNROLL
           for (int n = 0; n < 4; ++n) {
             BLIP2FAST_UNROLL
             for (int e = 0; e < 2; ++e) {
               const int query = 8 * n + 2 * t + e;
               const float value = c[m][4 * i + n][2 * half + e];
-              if (query < p.queries && value > best.value) best = {value, query};
+              if (query < p.queries && exceeds(value, best.value)) best = {value, query};
             }
           }
           best = quad_best(best);

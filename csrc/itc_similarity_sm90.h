@@ -50,7 +50,7 @@ BLIP2FAST_DEVICE void best_of_images(const float (&c)[128], Best (&best)[4]) {
     for (int column = 1; column < 8; ++column) {
       const int n = column / 2, e = column % 2;
       const float value = c[16 * image + 4 * n + 2 * half + e];
-      if (value > one.value) one = {value, 8 * n + e};
+      if (exceeds(value, one.value)) one = {value, 8 * n + e};
     }
     lane_best[i] = {one.value, one.query + 2 * t};
   }

@@ -25,7 +25,7 @@ struct Statistics {
   int best_at = kNowhere, key_at = kNowhere;
 
   BLIP2FAST_DEVICE void add(float x, bool positive, float noise, int at) {
-    if (x > best) {
+    if (exceeds(x, best)) {
       exponentials = exponentials * expf(best - x) + 1.0f;
       best = x;
       best_at = at;
@@ -36,25 +36,24 @@ struct Statistics {
     if (positive) {
       positive_sum += x;
       positive_count += 1.0f;
-    } else if (x + noise > key) {
+    } else if (noise > -kInfinity && exceeds(x + noise, key)) {
       key = x + noise;
       key_at = at;
     }
   }
   // Parts in any order: the lowest index wins a tie.
   BLIP2FAST_DEVICE void join(const Statistics& other) {
-    const float greatest = fmaxf(best, other.best);
-    if (greatest > -kInfinity) {
+    const float greatest = exceeds(other.best, best) ? other.best : best;
+    if (exceeds(greatest, -kInfinity)) {
       exponentials =
           exponentials * expf(best - greatest) + other.exponentials * expf(other.best - greatest);
     }
-    if (other.best > best || (other.best == best && other.best_at < best_at))
-      best_at = other.best_at;
+    if (wins(other.best, other.best_at, best, best_at)) best_at = other.best_at;
     best = greatest;
     sum += other.sum;
     positive_sum += other.positive_sum;
     positive_count += other.positive_count;
-    if (other.key > key || (other.key == key && other.key_at < key_at)) {
+    if (wins(other.key, other.key_at, key, key_at)) {
       key = other.key;
       key_at = other.key_at;
     }
@@ -69,7 +68,8 @@ struct Statistics {
     BLIP2FAST_UNROLL
     for (int s = 0; s < kItcStatistics; ++s) values[s * stride + i] = all[s];
     index[i] = best_at == kNowhere ? -1 : first + best_at;
-    index[stride + i] = key_at == kNowhere ? -1 : first + key_at;
+    // not above -inf: all are positives, or not a number
+    index[stride + i] = key > -kInfinity ? first + key_at : -1;
   }
 };
 

@@ -12,11 +12,10 @@
 namespace blip2fast {
 namespace {
 
-const int32_t* indices(const std::optional<Tensor>& tensor, const char* name, int64_t length) {
+const int32_t* indices(const std::optional<Tensor>& tensor, int64_t length, const Tensor& like,
+                       const char* name) {
   if (!tensor.has_value()) return nullptr;
-  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Int && tensor->is_contiguous() &&
-                      tensor->numel() == length,
-                  name, ": expected contiguous int32 [", length, "]");
+  check_list(*tensor, ScalarType::Int, "int32", length, like, name);
   return tensor->const_data_ptr<int32_t>();
 }
 
@@ -25,8 +24,8 @@ CrossAttention cross_attention(const Tensor& q, const Tensor& kv,
                                const std::optional<Tensor>& key_mask,
                                const std::optional<Tensor>& philox, int64_t blocks, double scale,
                                double dropout_p) {
-  check_rows(q, "q", q.scalar_type(), 4);
-  check_rows(kv, "kv", q.scalar_type(), 5);
+  check_rows(q, "q", q, 4);
+  check_rows(kv, "kv", q, 5);
   const int64_t images = kv.size(0), keys = kv.size(1), dim = q.size(3);
   STD_TORCH_CHECK(q.size(0) == blocks || q.size(0) == 1, "q: expected ", blocks, " blocks or 1");
   STD_TORCH_CHECK(kv.size(2) == 2 && kv.size(3) == q.size(2) && kv.size(4) == dim,
@@ -35,7 +34,8 @@ CrossAttention cross_attention(const Tensor& q, const Tensor& kv,
                   "head width: expected a multiple of 8 up to 128, got ", dim);
   STD_TORCH_CHECK(kv_index.has_value() || images == blocks, "kv_index: needed unless N is B");
   constexpr int64_t kReach = int64_t{1} << 31;
-  STD_TORCH_CHECK(q.size(1) * q.stride(1) < kReach && keys * kv.stride(1) < kReach,
+  STD_TORCH_CHECK(q.size(1) * q.stride(1) < kReach && keys * kv.stride(1) < kReach &&
+                      q.size(1) * q.size(2) * dim < kReach,
                   "one image or block must span less than 2^31 elements");
   CrossAttention p = {};
   p.blocks = blocks;
@@ -54,18 +54,15 @@ CrossAttention cross_attention(const Tensor& q, const Tensor& kv,
   p.kv_key = static_cast<int>(kv.stride(1));
   p.kv_part = kv.stride(2);
   p.kv_head = kv.stride(3);
-  p.kv_index = indices(kv_index, "kv_index", blocks);
+  p.kv_index = indices(kv_index, blocks, q, "kv_index");
   if (key_mask.has_value()) {
-    STD_TORCH_CHECK(key_mask->scalar_type() == ScalarType::Bool && key_mask->is_contiguous() &&
-                        key_mask->numel() == images * keys,
-                    "key_mask: expected contiguous bool [B, S]");
+    check_list(*key_mask, ScalarType::Bool, "bool", images * keys, q, "key_mask");
     p.key_mask = key_mask->const_data_ptr<bool>();
   }
   p.keep_scale = 1.0f;
   if (philox.has_value() && dropout_p > 0) {
-    check_int64(*philox, "philox");
     STD_TORCH_CHECK(dropout_p < 1, "dropout_p: expected below 1");
-    p.philox = philox->const_data_ptr<int64_t>();
+    p.philox = int64_list(*philox, 2, q, "philox");
     p.threshold = static_cast<uint32_t>(std::floor(dropout_p * 4294967296.0));
     p.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
   }
@@ -95,20 +92,20 @@ void qformer_cross_attention_bwd(
     const std::optional<Tensor>& philox, int64_t num_blocks, double scale, double dropout_p,
     const Tensor& dq, const Tensor& dkv) {
   auto p = cross_attention(q, kv, kv_index, key_mask, philox, num_blocks, scale, dropout_p);
-  check_rows(dq, "dq", q.scalar_type(), 4);
-  check_rows(dkv, "dkv", q.scalar_type(), 5);
+  check_rows(dq, "dq", q, 4);
+  check_shape(dq, {num_blocks, p.queries, p.heads, p.dim}, "dq");
+  check_rows(dkv, "dkv", q, 5);
+  check_shape(dkv, {p.images, p.keys, 2, p.heads, p.dim}, "dkv");
   for (const Tensor* tensor : {&dout, &out}) {
-    check_rows(*tensor, "dout and out", q.scalar_type(), 4);
-    STD_TORCH_CHECK(tensor->is_contiguous() && tensor->size(0) == num_blocks,
-                    "dout and out: expected contiguous [N, Q, H, D]");
+    check_rows(*tensor, "dout and out", q, 4);
+    check_shape(*tensor, {num_blocks, p.queries, p.heads, p.dim}, "dout and out");
+    STD_TORCH_CHECK(tensor->is_contiguous(), "dout and out: expected contiguous");
   }
-  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous(),
-                  "lse: expected contiguous float32");
-  STD_TORCH_CHECK(dq.size(0) == num_blocks, "dq: expected one for each of ", num_blocks, " blocks");
+  check_list(lse, ScalarType::Float, "float32", num_blocks * p.queries * p.heads, q, "lse");
   STD_TORCH_CHECK(!kv_index.has_value() || (order.has_value() && offsets.has_value()),
                   "order and offsets: needed with kv_index");
-  p.order = indices(order, "order", num_blocks);
-  p.offsets = indices(offsets, "offsets", p.images + 1);
+  p.order = indices(order, num_blocks, q, "order");
+  p.offsets = indices(offsets, p.images + 1, q, "offsets");
   p.dout = pointer<const uint16_t>(dout);
   p.out = pointer<uint16_t>(out);
   p.lse = pointer<float>(lse);

@@ -5,16 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blip2fast.ops._cuda_rows import readable
 from blip2fast.ops.attention_layout import KVIndex
 
 _OPS = torch.ops.blip2fast_C
-
-
-def _readable(x: Tensor) -> Tensor:
-    """Rows that start at multiples of 16 bytes, copied only where they do not."""
-    steps = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
-    aligned = x.data_ptr() % 16 == 0 and all(step % 8 == 0 or step == 1 for step in steps)
-    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def cross_forward(
@@ -31,7 +25,7 @@ def cross_forward(
     image = None if index is None else index.index
     mask = None if key_mask is None else key_mask.contiguous()
     out, lse = _OPS.qformer_cross_attention_fwd(
-        _readable(q), _readable(kv), image, mask, philox, num_blocks, scale, dropout_p
+        readable(q), readable(kv), image, mask, philox, num_blocks, scale, dropout_p
     )
     return out, lse
 
@@ -53,9 +47,9 @@ def cross_backward(
     mask = None if key_mask is None else key_mask.contiguous()
     dq, dkv = torch.empty_like(out), kv.new_empty(kv.shape)
     _OPS.qformer_cross_attention_bwd(
-        _readable(dout.contiguous()),
-        _readable(q),
-        _readable(kv),
+        readable(dout.contiguous()),
+        readable(q),
+        readable(kv),
         out,
         lse,
         *uses,

@@ -124,7 +124,7 @@ def itc_loss(
             that can be seen without making the host wait (a batch of 1; image ids on the CPU).
         NotImplementedError: the backend asked for does not run this; says why.
     """
-    _check_features(image_features, text_features, temp, image_ids)
+    _check_features(image_features, text_features, temp, image_ids, philox)
     _check_options(label_smoothing, grad_mode, negatives, legacy_epsilon, philox, generator)
     _check_products(products, image_features)
     b, Q, D = image_features.shape
@@ -135,7 +135,8 @@ def itc_loss(
     impl = choose("itc_loss", BACKENDS, call, impl)
     row_ids = column_ids = None
     if image_ids is not None:
-        row_ids = image_ids.to(torch.int64)
+        # kernels read ids one after the other
+        row_ids = image_ids.to(torch.int64).contiguous()
         column_ids = gather_detached(row_ids, group)
     sampling = negatives == "sample"
     if sampling:
@@ -249,7 +250,13 @@ def _check_some_negative(N: int, column_ids: Tensor | None) -> None:
         )
 
 
-def _check_features(image: Tensor, text: Tensor, temp: Tensor, image_ids: Tensor | None) -> None:
+def _check_features(
+    image: Tensor,
+    text: Tensor,
+    temp: Tensor,
+    image_ids: Tensor | None,
+    philox: Tensor | None,
+) -> None:
     if image.dim() != 3 or 0 in image.shape:
         raise ValueError(
             f"image_features: expected [b, Q, D], none of them 0, got shape {tuple(image.shape)}"
@@ -273,7 +280,8 @@ def _check_features(image: Tensor, text: Tensor, temp: Tensor, image_ids: Tensor
         raise ValueError(
             f"image_ids: expected {b} integers, got {image_ids.dtype} {tuple(image_ids.shape)}"
         )
-    for name, tensor in (("text_features", text), ("temp", temp), ("image_ids", image_ids)):
+    others = {"text_features": text, "temp": temp, "image_ids": image_ids, "philox": philox}
+    for name, tensor in others.items():
         if tensor is not None and tensor.device != image.device:
             raise ValueError(f"{name}: expected on {image.device}, got {tensor.device}")
 

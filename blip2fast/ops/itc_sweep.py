@@ -25,6 +25,7 @@ from blip2fast.kernels.itc.interface import (
     statistics_shape,
     wide_dtype,
 )
+from blip2fast.ops._cuda_rows import readable
 from blip2fast.ops._glue_checks import HAS_TRITON, INTERPRETED
 from blip2fast.ops.dispatch import Backend, kernel_reasons
 
@@ -146,7 +147,7 @@ def _sweep(
     image, text = _rounded(image, products), _rounded(text, products)
     if impl == "cuda":
         found: tuple[Tensor, ...] = torch.ops.blip2fast_C.itc_sweep(
-            image, text, temp, row_ids, column_ids, philox, first_row, save
+            readable(image), readable(text), temp, row_ids, column_ids, philox, first_row, save
         )
         return found
     pairs = Pairs(first_row, row_ids, column_ids)
@@ -201,8 +202,8 @@ def _sweep_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if impl == "cuda":
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.blip2fast_C.itc_sweep_grad(
-            image,
-            text,
+            readable(image),
+            readable(text),
             temp,
             row_lse,
             row_weight,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,15 @@ from extension_build import build_extension, build_target, needs_compiler
 from torch import Tensor
 
 from blip2fast.kernels.itc import reference
-from blip2fast.kernels.itc.interface import LSE, Options, Pairs, Weights
+from blip2fast.kernels.itc.interface import (
+    LSE,
+    POSITIVE_COUNT,
+    POSITIVE_SUM,
+    Options,
+    Pairs,
+    Weights,
+)
+from blip2fast.ops import itc
 from blip2fast.ops.philox import philox_state
 
 pytestmark = needs_compiler
@@ -175,6 +183,56 @@ def _narrow_grad(
     ]
 
 
+def _nan_query(image: Tensor, text: Tensor) -> None:
+    image[1, 17] = torch.nan  # alone in its image: others are finite, before and after it
+
+
+def _two_nan_queries(image: Tensor, text: Tensor) -> None:
+    image[2, [9, 22]] = torch.nan
+    image[4, 31] = torch.nan
+
+
+def _nan_image(image: Tensor, text: Tensor) -> None:
+    image[3] = torch.nan
+
+
+def _nan_text(image: Tensor, text: Tensor) -> None:
+    text[6] = torch.nan
+
+
+def _all_nan(image: Tensor, text: Tensor) -> None:
+    image[:] = torch.nan
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("queries", [32, 23])
+@pytest.mark.parametrize("plant", [_nan_query, _two_nan_queries, _nan_image, _nan_text, _all_nan])
+def test_what_is_not_a_number_is_seen(
+    kernels: torch._ops._OpNamespace,
+    device: ctypes.CDLL,
+    plant: Callable[[Tensor, Tensor], None],
+    queries: int,
+    capability: int,
+) -> None:
+    """As in the definition: NaN is the greatest, the lowest query with one its argmax."""
+    device.blip2fast_emulate(capability)
+    image, text, temp = _features(9, 130, 32, 24)
+    plant(image, text)
+    image = image[:, :queries].contiguous()
+    for philox in (philox_state(5, 1), None):
+        found = kernels.itc_sweep(image, text, temp, None, None, philox, 0, True)
+        wide = (image.double(), text.double(), temp.double())
+        expected = reference.sweep(*wide, Pairs(0, None, None), Options(philox, save=True))
+        assert found[2].equal(expected.row_index)
+        assert found[3].equal(expected.column_index)
+        assert found[5].equal(expected.arg)
+        for x, y in zip((found[0], found[1], found[4]), (*expected[:2], expected[4]), strict=True):
+            if y is not expected.sim:
+                # the definition adds 0 * NaN of pairs that are none
+                x, y = (torch.cat([v[:POSITIVE_SUM], v[POSITIVE_COUNT:]]) for v in (x, y))
+            torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
 def test_ties_go_to_the_lowest(kernels: torch._ops._OpNamespace) -> None:
     image, text, temp = _features(3, 4, 6, 8)
     image, text = image[:1, :1].expand(3, 6, 8).contiguous(), text[:1].expand(4, 8).contiguous()
@@ -231,6 +289,92 @@ def test_the_public_operator_is_what_its_fake_says(
     sides = (rows[LSE].contiguous(), weights, columns[LSE].contiguous(), weights)
     call = (image, text, temp, *sides, ids, ids, 0, True, sim, arg, "cuda")
     torch.library.opcheck(ops.itc_sweep_grad.default, call)
+
+
+def _off(x: Tensor, how: str) -> Tensor:
+    """The same numbers where no kernel reads them 16 bytes at a time."""
+    if how == "width far apart":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if how == "rows at odd addresses":
+        return F.pad(x, (1, 0))[..., 1:]
+    memory = torch.empty(x.numel() + 1, dtype=x.dtype)
+    return memory[1:].view(x.shape).copy_(x)  # begins 2 bytes late
+
+
+@pytest.mark.parametrize("how", ["width far apart", "rows at odd addresses", "2 bytes late"])
+def test_the_backend_takes_any_strides(
+    kernels: torch._ops._OpNamespace, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The public operator with `impl="cuda"`, forward and backward."""
+    monkeypatch.setattr(torch.ops, "blip2fast_C", kernels)
+    image, text, temp = _features(5, 6, 3, 16)
+
+    def run(*features: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in features]
+        options = (None, None, philox_state(1), 0, True, False, True, "cuda")
+        rows, columns, *rest = torch.ops.blip2fast.itc_sweep(*leaves, temp, *options)
+        loss = rows[:3].sum() + columns[:3].sum()
+        return [rows.detach(), columns.detach(), *rest, *torch.autograd.grad(loss, leaves)]
+
+    expected = run(image, text)
+    for x, y in zip(run(_off(image, how), _off(text, how)), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_the_loss_takes_ids_of_any_strides(
+    kernels: torch._ops._OpNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops, "blip2fast_C", kernels)
+    monkeypatch.setattr(itc, "choose", lambda op, backends, call, impl: impl)
+    image, text, temp = _features(6, 6, 3, 16)
+    ids = torch.tensor([[0, 7], [0, 8], [1, 9], [2, 7], [1, 8], [3, 9]])
+    outputs = [
+        itc.itc_loss(image, text, temp, image_ids=x, philox=philox_state(1), impl="cuda")
+        for x in (ids[:, 0], ids[:, 0].contiguous())
+    ]
+    for x, y in zip(*outputs, strict=True):
+        assert torch.equal(x, y)
+
+
+SWEEP = ("image", "text", "temp", "row_ids", "column_ids", "philox", "first_row", "save")
+GRADIENT = (
+    "image", "text", "temp", "row_lse", "row_weight", "column_lse", "column_weight", "row_ids",
+    "column_ids", "first_row", "local", "sim", "arg",
+)  # fmt: skip
+
+
+def _arguments(kernels: torch._ops._OpNamespace, name: str) -> dict[str, object]:
+    """A call of an operator with every tensor that it can have."""
+    (image, text, temp), (row_ids, column_ids) = _features(3, 4, 2, 8), _ids(3, 4, True)
+    sweep = (image, text, temp, row_ids, column_ids, philox_state(1), 0, True)
+    if name == "itc_sweep":
+        return dict(zip(SWEEP, sweep, strict=True))
+    rows, columns, _, _, sim, arg = kernels.itc_sweep(*sweep)
+    sides = rows[0].clone(), rows[:3].clone(), columns[0].clone(), columns[:3].clone()
+    call = (image, text, temp, *sides, row_ids, column_ids, 0, True, sim, arg)
+    return dict(zip(GRADIENT, call, strict=True))
+
+
+@pytest.mark.parametrize("name", ["itc_sweep", "itc_sweep_grad"])
+def test_every_tensor_is_on_the_device_and_long_enough(
+    kernels: torch._ops._OpNamespace, name: str
+) -> None:
+    """A pointer of another device, or past the end, would be read all the same."""
+    op, call = getattr(kernels, name).default, _arguments(kernels, name)
+    tensors = {key: x for key, x in call.items() if isinstance(x, Tensor)}
+    assert len(tensors) == len(call) - 2
+    for key, x in tensors.items():
+        if key != "image":  # the others are held against it
+            elsewhere = call | {key: x.to("meta")}
+            with pytest.raises(RuntimeError, match=f"{key}: expected on the device of the data"):
+                # not by the dispatcher, which would look at all the devices itself
+                op._op_dk(torch._C.DispatchKey.CPU, *elsewhere.values())
+        if key not in ("image", "text"):  # they say how long the others are
+            longer = call | {key: torch.cat([x.flatten(), x.flatten()[:1]])}
+            with pytest.raises(
+                RuntimeError, match=rf"{key}: expected contiguous \w+, \d+ elements"
+            ):
+                op(*longer.values())
 
 
 def test_sweep_rejects_what_it_would_misread(kernels: torch._ops._OpNamespace) -> None:

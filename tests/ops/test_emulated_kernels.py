@@ -119,7 +119,7 @@ def test_cross_attention_is_deterministic(kernels: torch._ops._OpNamespace) -> N
     ("change", "message"),
     [
         ({"num_blocks": 5}, "expected 5 blocks or 1"),
-        ({"q": torch.zeros(2, 3, 2, 64)}, "float16 or bfloat16|the dtype of q"),
+        ({"q": torch.zeros(2, 3, 2, 64)}, "kv: expected 5 dimensions and the dtype of the data"),
         ({"kv_index": torch.zeros(2)}, "kv_index: expected contiguous int32"),
         ({"key_mask": torch.zeros(2, 4)}, "key_mask: expected contiguous bool"),
         (
@@ -148,6 +148,38 @@ def test_cross_attention_rejects_what_it_would_misread(
     }
     with pytest.raises(RuntimeError, match=message):
         kernels.qformer_cross_attention_fwd(*(arguments | change).values())
+
+
+GRADIENT = (
+    "dout", "q", "kv", "out", "lse", "kv_index", "order", "offsets", "key_mask", "philox",
+    "num_blocks", "scale", "dropout_p", "dq", "dkv",
+)  # fmt: skip
+
+
+def test_every_tensor_of_a_gradient_is_on_the_device_and_of_its_shape(
+    kernels: torch._ops._OpNamespace,
+) -> None:
+    """A pointer of another device, or past the end, would be used all the same."""
+    q, kv, index, mask, philox, d_out = make_inputs(CASES["shared images"])
+    uses = (index.index, index.order, index.offsets)
+    options = (mask, philox, len(q), 0.125, 0.1)
+    out, lse = kernels.qformer_cross_attention_fwd(q, kv, uses[0], *options)
+    gradients = torch.zeros_like(out), kv.new_zeros(kv.shape)
+    call = dict(zip(GRADIENT, (d_out, q, kv, out, lse, *uses, *options, *gradients), strict=True))
+    op = kernels.qformer_cross_attention_bwd.default
+    op(*call.values())
+    tensors = {name: x for name, x in call.items() if isinstance(x, torch.Tensor)}
+    assert len(tensors) == len(call) - 3
+    for name, x in tensors.items():
+        if name != "q":  # the others are held against it
+            elsewhere = call | {name: x.to("meta")}
+            with pytest.raises(RuntimeError, match=f"{name}.*: expected on the device of the data"):
+                # not by the dispatcher, which would look at all the devices itself
+                op._op_dk(torch._C.DispatchKey.CPU, *elsewhere.values())
+        for dim in range(x.dim()):
+            fewer = call | {name: x.narrow(dim, 0, x.shape[dim] - 1).clone()}
+            with pytest.raises(RuntimeError):
+                op(*fewer.values())
 
 
 def test_schemas_tell_the_truth(kernels: torch._ops._OpNamespace) -> None:

@@ -86,11 +86,11 @@ def test_philox_keep_mask_passes_opcheck() -> None:
 def test_philox_keep_mask_rejects_what_it_would_misread() -> None:
     op, rows = torch.ops.blip2fast_C.philox_keep_mask, torch.arange(4)
     state = philox.philox_state(3, 1)
-    with pytest.raises(RuntimeError, match="rows: expected contiguous int64"):
+    with pytest.raises(RuntimeError, match="rows: expected contiguous int64, 4 elements"):
         op(state, rows.int(), rows, 0, 4, 0)
     with pytest.raises(RuntimeError, match="one shape"):
         op(state, rows, rows[:2], 0, 4, 0)
-    with pytest.raises(RuntimeError, match="philox: expected 2 elements, got 1"):
+    with pytest.raises(RuntimeError, match="philox: expected contiguous int64, 2 elements, got 1"):
         op(state[:1], rows, rows, 0, 4, 0)
 
 

@@ -103,6 +103,52 @@ def test_ties_go_to_the_lowest(dtype: torch.dtype) -> None:
     assert bool((arg == low[:, None]).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_number_is_seen(dtype: torch.dtype) -> None:
+    """One query, an image, a text: where, and the lowest query that is one."""
+    image, text, temp = (x.detach().to(DEVICE) for x in make_features(140, 32, 64, dtype))
+    image[1, [9, 22]] = torch.nan
+    image[3] = torch.nan
+    text[130] = torch.nan
+    call = (image, text, temp, None, None, philox_state(3, device=DEVICE), 0, True, False, True)
+    rows, columns, row_index, column_index, sim, arg = torch.ops.blip2fast.itc_sweep(*call, IMPL)
+    wrong = torch.einsum("iqd,jd->ijq", image.double(), text.double()).isnan()
+    nan = wrong.any(2)
+    lowest = torch.where(wrong, torch.arange(32, device=DEVICE), 32).amin(2)
+    assert bool((sim.isnan() == nan).all())
+    assert bool((arg[nan] == lowest[nan]).all())
+    drawn = nan & ~torch.eye(140, dtype=torch.bool, device=DEVICE)  # from others than positives
+    for values, index, dim in ((rows, row_index, 1), (columns, column_index, 0)):
+        assert bool((values[0].isnan() == nan.any(dim)).all())
+        assert bool(((index[1] < 0) == drawn.any(dim)).all())
+
+
+def test_features_of_any_strides() -> None:
+    image, text, temp = (x.detach().to(DEVICE) for x in make_features(70, 5, 64, torch.float16))
+    ids = torch.arange(140, device=DEVICE).view(70, 2) // 6
+    image_apart = image.transpose(1, 2).contiguous().transpose(1, 2)
+    text_late = torch.empty(text.numel() + 1, dtype=text.dtype, device=DEVICE)[1:].view(text.shape)
+    text_late.copy_(text)
+    results = []
+    for given in ((image, text, ids[:, 0].contiguous()), (image_apart, text_late, ids[:, 0])):
+        leaves = [x.detach().requires_grad_() for x in given[:2]]
+        philox = philox_state(3, device=DEVICE)
+        output = itc_loss(*leaves, temp, image_ids=given[2], philox=philox, impl=IMPL)
+        results.append([*output, *torch.autograd.grad(output.loss, leaves)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_a_pointer_of_the_host_is_refused() -> None:
+    """It would be read on the device, and no later call of the process would succeed."""
+    image, text, temp = (x.detach().to(DEVICE) for x in make_features(8, 2, 16, torch.float16))
+    philox = philox_state(3)
+    with pytest.raises(ValueError, match="philox: expected on cuda"):
+        itc_loss(image, text, temp, philox=philox, impl=IMPL)
+    with pytest.raises(RuntimeError, match="philox: expected on the device of the data"):
+        torch.ops.blip2fast_C.itc_sweep(image, text, temp, None, None, philox, 0, True)
+    torch.cuda.synchronize()
+
+
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
     """Raises where the host would wait for the device."""

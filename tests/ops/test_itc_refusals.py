@@ -31,6 +31,7 @@ PHILOX = torch.tensor([1, 0])
         ({"temp": torch.ones(2)}, r"temp: expected a floating-point scalar, got .* \(2,\)"),
         ({"image_ids": torch.ones(3)}, r"image_ids: expected 4 integers, got torch.float32 \(3,\)"),
         ({"image_ids": torch.arange(4, device="meta")}, "image_ids: expected on cpu, got meta"),
+        ({"philox": PHILOX.to("meta")}, "philox: expected on cpu, got meta"),
         ({"label_smoothing": 1.5}, "label_smoothing: expected 0 to 1, got 1.5"),
         ({"grad_mode": "global"}, r"grad_mode: expected one of \['local', 'full'\], got 'global'"),
         ({"negatives": "hard"}, r"negatives: expected one of \['sample', 'none'\], got 'hard'"),
