@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from blip2fast._extension import why_not
+from blip2fast.ops._cuda_needs import gpu_reasons
 from blip2fast.ops.dispatch import Backend, kernel_reasons
 
 MIN_WIDTH, MAX_WIDTH = 16, 128
@@ -34,6 +35,7 @@ class AttentionCall:
         key_mask: Whether some keys of cross-attention are hidden.
         lse: Whether the log-sum-exp is asked for.
         cross: Whether this is cross-attention.
+        capability: The GPU's compute capability times 10; 0: unknown, or no GPU.
     """
 
     queries: int
@@ -46,6 +48,7 @@ class AttentionCall:
     key_mask: bool
     lse: bool
     cross: bool
+    capability: int = 0
 
 
 def _none(call: AttentionCall) -> list[str]:
@@ -71,8 +74,7 @@ def _cuda_reasons(call: AttentionCall) -> list[str]:
     reasons = _kernel_reasons(call)
     if call.width % 8:
         reasons.append(f"head width {call.width}: only multiples of 8")
-    if call.device != "cuda":
-        reasons.append(f"tensors on {call.device}: needs a CUDA device")
+    reasons += gpu_reasons("tensors", call.device, call.capability)
     if call.dtype not in HALVES:
         reasons.append(f"{call.dtype}: only float16 and bfloat16")
     if WHY_NO_CUDA:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blip2fast.ops._cuda_rows import readable
+from blip2fast.ops._cuda_needs import readable
 from blip2fast.ops.attention_layout import KVIndex
 
 _OPS = torch.ops.blip2fast_C

@@ -34,6 +34,7 @@ from blip2fast.kernels.itc.interface import (
     index_dtype,
     wide_dtype,
 )
+from blip2fast.ops._cuda_needs import capability_of
 from blip2fast.ops.dispatch import choose
 from blip2fast.ops.itc_sweep import BACKENDS, ITCCall
 
@@ -131,7 +132,8 @@ def itc_loss(
     dtype, ranks = wide_dtype(image_features.dtype), world_size(group)
     N, first = b * ranks, rank(group) * b
     device = image_features.device
-    call = ITCCall(b, N, Q, D, products or image_features.dtype, device.type, legacy_epsilon)
+    capability, kind = capability_of(device), products or image_features.dtype
+    call = ITCCall(b, N, Q, D, kind, device.type, legacy_epsilon, capability)
     impl = choose("itc_loss", BACKENDS, call, impl)
     row_ids = column_ids = None
     if image_ids is not None:

@@ -25,7 +25,7 @@ from blip2fast.kernels.itc.interface import (
     statistics_shape,
     wide_dtype,
 )
-from blip2fast.ops._cuda_rows import readable
+from blip2fast.ops._cuda_needs import gpu_reasons, readable
 from blip2fast.ops._glue_checks import HAS_TRITON, INTERPRETED
 from blip2fast.ops.dispatch import Backend, kernel_reasons
 
@@ -44,6 +44,7 @@ class ITCCall:
     dtype: torch.dtype
     device: str
     legacy_epsilon: float
+    capability: int = 0  # compute capability times 10; 0: unknown, or no GPU
 
 
 def _reference_not_automatic(call: ITCCall) -> list[str]:
@@ -72,8 +73,7 @@ def _cuda_reasons(call: ITCCall) -> list[str]:
         reasons.append(f"feature width {call.width}: only multiples of 8 up to 256")
     if call.queries > 32:
         reasons.append(f"{call.queries} queries: at most 32")
-    if call.device != "cuda":
-        reasons.append(f"features on {call.device}: needs a CUDA device")
+    reasons += gpu_reasons("features", call.device, call.capability)
     if call.dtype not in HALVES:
         reasons.append(f"{call.dtype}: only float16 and bfloat16")
     if WHY_NO_CUDA:

@@ -18,6 +18,7 @@ from blip2fast.ops._attention_backends import BACKENDS, AttentionCall
 from blip2fast.ops._attention_checks import build_index, check_cross, check_dropout, check_self
 from blip2fast.ops._attention_core import WIDEN_BELOW_KEYS
 from blip2fast.ops._attention_ops import unpack_index, unpack_layout
+from blip2fast.ops._cuda_needs import capability_of
 from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
 from blip2fast.ops.dispatch import choose
 
@@ -110,6 +111,7 @@ def qformer_attention(
         key_mask=False,
         lse=return_lse,
         cross=False,
+        capability=capability_of(qkv.device),
     )
     impl = choose("qformer_attention", BACKENDS, call, impl)
     scale = D**-0.5 if scale is None else scale
@@ -229,6 +231,7 @@ def qformer_cross_attention(
         key_mask=key_mask is not None or key_lengths is not None,
         lse=return_lse,
         cross=True,
+        capability=capability_of(q.device),
     )
     impl = choose("qformer_cross_attention", BACKENDS, call, impl)
     scale = D**-0.5 if scale is None else scale

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_philox_keep_mask_rejects_what_it_would_misread() -> None:
         op(state[:1], rows, rows, 0, 4, 0)
 
 
-def _cuobjdump(*options: str) -> str:
+def _cuobjdump(*options: str, folder: Path = ROOT) -> str:
     """Output of the disassembler that comes with Triton's wheel."""
     tool = shutil.which("cuobjdump")
     found = importlib.util.find_spec("triton")
@@ -103,7 +104,8 @@ def _cuobjdump(*options: str) -> str:
     if tool is None or not Path(tool).exists():
         pytest.skip("no cuobjdump: pip install triton")
     command = [tool, *options, str(_extension.LIBRARY)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return run.stdout
 
 
 needs_cuda_build = pytest.mark.skipif(
@@ -121,6 +123,12 @@ def test_a_build_with_cuda_is_a_backend() -> None:
     assert _attention_backends._cuda_reasons(attention) == []
     pairs = itc_sweep.ITCCall(128, 256, 32, 256, torch.bfloat16, "cuda", 0.0)
     assert itc_sweep._cuda_reasons(pairs) == []
+    for capability in (80, 86, 89, 90, 100, 103, 120):
+        assert not _attention_backends._cuda_reasons(replace(attention, capability=capability))
+        assert not itc_sweep._cuda_reasons(replace(pairs, capability=capability))
+    too_old = ["compute capability 7.5: needs 8.0 or later"]
+    assert _attention_backends._cuda_reasons(replace(attention, capability=75)) == too_old
+    assert itc_sweep._cuda_reasons(replace(pairs, capability=75)) == too_old
 
 
 # bytes of stack a kernel may use: registers that the compiler could not keep, addresses mostly
@@ -158,6 +166,21 @@ def _machine_code(architecture: str) -> dict[str, str]:
     """Disassembly of every kernel that the library has for an architecture."""
     parts = re.split(r"Function : (\w+)", _cuobjdump("-sass", "-arch", architecture))[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+@needs_cuda_build
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_89", "sm_100", "sm_120"])
+def test_newer_cards_can_translate_the_kernels(architecture: str, tmp_path: Path) -> None:
+    """Cards without machine code in the library: every kernel but those with wgmma."""
+    _cuobjdump("-xptx", "all", folder=tmp_path)
+    texts = sorted(tmp_path.glob("*.ptx"))
+    kernels = [name for x in texts for name in re.findall(r"\.entry (\w+)\(", x.read_text())]
+    assert sorted(kernels) == sorted(_machine_code("sm_80"))
+    for text in texts:
+        assert ".target sm_80" in text.read_text()
+        command = ["nvcc", "-cubin", f"-arch={architecture}", str(text), "-o", "cubin"]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
 
 
 HOPPER = ("itc_similarity_sm90_kernel", "itc_gradient_sm90_kernel")

@@ -1,0 +1,40 @@
+"""What the kernels written in CUDA need: of the GPU, and of the rows that they read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# csrc/rules.ninja: machine code for 8.x and 9.0, and what newer cards translate
+OLDEST_CAPABILITY = 80
+
+
+def capability_of(device: torch.device) -> int:
+    """The GPU's compute capability times 10; 0 where `device` is none of this machine's."""
+    return _capability(device.index) if device.type == "cuda" else 0
+
+
+# the same for as long as a graph lives
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> int:
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def gpu_reasons(what: str, device: str, capability: int) -> list[str]:
+    """Why the kernels do not run where `what` are."""
+    if device != "cuda":
+        return [f"{what} on {device}: needs a CUDA device"]
+    if 0 < capability < OLDEST_CAPABILITY:
+        have, need = (f"{value // 10}.{value % 10}" for value in (capability, OLDEST_CAPABILITY))
+        return [f"compute capability {have}: needs {need} or later"]
+    return []
+
+
+def readable(x: Tensor) -> Tensor:
+    """Rows that start at multiples of 16 bytes, copied only where they do not."""
+    steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    aligned = x.data_ptr() % 16 == 0 and all(step * x.itemsize % 16 == 0 for step in steps)
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
