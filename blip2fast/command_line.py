@@ -3,6 +3,7 @@
 blip2fast plan --config configs/vitg_opt6.7b_stage2.yaml --processes 8 --device-gib 80
 blip2fast storage-loss --config configs/scenes_stage2.yaml --storage int4 --batches 8
 blip2fast caption --model runs/scenes/stage2 one.png two.png
+blip2fast check-kernels
 """
 
 from __future__ import annotations
@@ -43,9 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loss.add_argument("--storage", choices=("int8", "int4"), action="append")
     loss.add_argument("--batches", type=_positive, default=4)
     _add_caption(commands)
+    _add_check_kernels(commands)
     given = parser.parse_args(arguments)
 
-    run = {"plan": _plan, "storage-loss": _storage_loss, "caption": _caption}[given.command]
+    run = {
+        "plan": _plan,
+        "storage-loss": _storage_loss,
+        "caption": _caption,
+        "check-kernels": _check_kernels,
+    }[given.command]
 
     import transformers
 
@@ -74,6 +81,20 @@ def _add_caption(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     caption.add_argument("--prompt", help="instead of the model's own; with {} for a question")
     caption.add_argument("--num-beams", type=_positive, default=5)
     caption.add_argument("--device", help="by default CUDA where there is one")
+
+
+def _add_check_kernels(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    check = commands.add_parser(
+        "check-kernels",
+        help="find out which of the library's own kernels are right and quicker on this GPU",
+        description="Check the kernels that both stages and inference run, where nobody has yet, "
+        "and print a line for each. docs/kernels.md says how.",
+    )
+    check.add_argument("--device", help="by default the first CUDA device")
+    check.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
+    check.add_argument("--again", action="store_true", help="check all, whatever is known")
+    check.add_argument("--jobs", type=_positive, help="processes that compile; by default up to 8")
+    check.add_argument("--out", metavar="FILE", help="write what is known as JSON, too")
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -111,6 +132,23 @@ def _plan(given: argparse.Namespace) -> str:
     chosen = plan.first(config.stream_storage)
     verdict = "nothing fits" if chosen is None else f"offload: auto would choose {chosen.name!r}"
     return f"{plan}\n{verdict}"
+
+
+def _check_kernels(given: argparse.Namespace) -> str:
+    from pathlib import Path
+
+    from blip2fast.ops import check_kernels
+    from blip2fast.ops.kernel_kinds import DTYPES
+    from blip2fast.ops.records import write_records
+
+    records = check_kernels(
+        given.device, DTYPES[given.precision], again=given.again, jobs=given.jobs
+    )
+    if given.out is not None:
+        write_records(Path(given.out), records)
+    if not records:
+        return "no CUDA device: nothing to check"
+    return "\n".join(f"{record} ({record.seconds:.0f} s)" for record in records)
 
 
 def _caption(given: argparse.Namespace) -> str:

@@ -10,7 +10,8 @@ import torch
 
 from blip2fast._extension import why_not
 from blip2fast.ops._cuda_needs import gpu_reasons
-from blip2fast.ops.dispatch import Backend, kernel_reasons
+from blip2fast.ops.dispatch import Backend, KernelCheck
+from blip2fast.ops.kernel_kinds import attention_kind, device_of
 
 MIN_WIDTH, MAX_WIDTH = 16, 128
 MAX_QUERIES, MAX_TEXT_TOKENS, MAX_IMAGE_TOKENS = 256, 512, 16384
@@ -35,6 +36,8 @@ class AttentionCall:
         key_mask: Whether some keys of cross-attention are hidden.
         lse: Whether the log-sum-exp is asked for.
         cross: Whether this is cross-attention.
+        index: Whether blocks of cross-attention say which image they read.
+        gpu: Index of the CUDA device.
         capability: The GPU's compute capability times 10; 0: unknown, or no GPU.
     """
 
@@ -48,6 +51,8 @@ class AttentionCall:
     key_mask: bool
     lse: bool
     cross: bool
+    index: bool = False
+    gpu: int | None = None
     capability: int = 0
 
 
@@ -121,9 +126,15 @@ def _reference_not_automatic(call: AttentionCall) -> list[str]:
     return ["it is the definition, with every pair in memory: force it with impl='reference'"]
 
 
+_CHECK: KernelCheck[AttentionCall] = KernelCheck(
+    "qformer_attention",
+    attention_kind,
+    device_of,
+    "blip2fast.ops.kernel_cases:attention_problem",
+)
 BACKENDS = (
-    Backend("cuda", _cuda_reasons, lambda call: kernel_reasons("cuda")),
-    Backend("triton", _triton_reasons, lambda call: kernel_reasons("triton")),
+    Backend("cuda", _cuda_reasons, _none, _CHECK),
+    Backend("triton", _triton_reasons, _none, _CHECK),
     Backend("xformers", _xformers_reasons, _xformers_not_automatic),
     Backend("sdpa", _none, _none),
     Backend("reference", _none, _reference_not_automatic),

@@ -18,7 +18,8 @@ from blip2fast.ops._glue_checks import (
     triton_reasons,
 )
 from blip2fast.ops.attention_layout import wide_dtype
-from blip2fast.ops.dispatch import Backend, choose, kernel_reasons
+from blip2fast.ops.dispatch import Backend, KernelCheck, choose
+from blip2fast.ops.kernel_kinds import device_of, gelu_kind
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class BiasGeluCall:
 
     dtype: torch.dtype
     device: str
+    gpu: int | None = None
 
 
 def _triton_reasons(call: BiasGeluCall) -> list[str]:
@@ -34,7 +36,12 @@ def _triton_reasons(call: BiasGeluCall) -> list[str]:
 
 
 BACKENDS: tuple[Backend[BiasGeluCall], ...] = (
-    Backend("triton", _triton_reasons, lambda call: kernel_reasons("triton")),
+    Backend(
+        "triton",
+        _triton_reasons,
+        lambda call: [],
+        KernelCheck("bias_gelu", gelu_kind, device_of, "blip2fast.ops.kernel_cases:gelu_problem"),
+    ),
     Backend("pytorch", lambda call: [], lambda call: []),
     Backend("reference", lambda call: [], lambda call: [AS_DEFINED]),
 )
@@ -61,7 +68,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tens
     """
     check_rows("x", x)
     check_like("bias", bias, (x.shape[1],), x)
-    impl = choose("bias_gelu", BACKENDS, BiasGeluCall(x.dtype, x.device.type), impl)
+    call = BiasGeluCall(x.dtype, x.device.type, x.device.index)
+    impl = choose("bias_gelu", BACKENDS, call, impl)
     if impl == "reference":
         return reference.bias_gelu(x, bias)
     if impl == "pytorch":

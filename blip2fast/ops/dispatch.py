@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar, get_args
 
+import torch
+
+from blip2fast.ops import kernel_checks
+
 Call = TypeVar("Call")
 Kernels = Literal["never", "check", "trust"]
 
@@ -21,7 +25,15 @@ COMPILED_NOT_RUN = "its kernels were compiled but never run on a GPU: force it w
 
 KERNELS_OFF = "kernels are switched off (kernels='never'): force it with impl={name!r}"
 
+INTERPRETED_ONLY = "Triton's interpreter runs its kernels, slowly: force it with impl={name!r}"
+NO_DEVICE = "there is no CUDA device to check its kernels on: force it with impl={name!r}"
+
 _kernels: Kernels = "check"
+# where kernels are checked
+_CHECKED_ON = ("cuda",)
+# an op, `impl` and a call to a list of backends and the one of them that runs it
+_decisions: dict[tuple[str, str, object], tuple[object, str]] = {}
+_MOST_DECISIONS = 4096
 
 
 def set_kernels(kernels: Kernels) -> None:
@@ -39,6 +51,7 @@ def set_kernels(kernels: Kernels) -> None:
     if kernels not in get_args(Kernels):
         raise ValueError(f"kernels: expected one of {list(get_args(Kernels))}, got {kernels!r}")
     _kernels = kernels
+    _decisions.clear()
 
 
 @contextmanager
@@ -53,11 +66,28 @@ def kernels_set_to(kernels: Kernels) -> Iterator[None]:
 
 
 def kernel_reasons(name: str) -> list[str]:
-    """Why `impl="auto"` passes over a backend made of this library's own kernels."""
+    """Why `impl="auto"` passes over kernels that nothing checks."""
     if _kernels == "trust":
         return []
     text = KERNELS_OFF if _kernels == "never" else COMPILED_NOT_RUN
     return [text.format(name=name)]
+
+
+@dataclass(frozen=True)
+class KernelCheck(Generic[Call]):
+    """How `impl="auto"` finds out whether kernels may run a call.
+
+    Attributes:
+        folder: In `kernels/`; a change of its code makes records of it void.
+        kind: What stands for a call and its likes (`kernel_kinds`).
+        device: Where a call runs, `cuda:0` and so on, or `cpu`.
+        source: `module:function` that makes the problem of a kind and a device (`kernel_cases`).
+    """
+
+    folder: str
+    kind: Callable[[Call], str]
+    device: Callable[[Call], str]
+    source: str
 
 
 @dataclass(frozen=True)
@@ -68,11 +98,14 @@ class Backend(Generic[Call]):
         name: What `impl=` calls it.
         not_supported_reasons: Why it cannot run a call; empty where it can.
         not_automatic_reasons: Why `impl="auto"` passes over it although it could run a call.
+        check: Of a backend made of this library's own kernels: what `auto` asks before it takes
+            them, and makes sure of where nobody has (`set_kernels`).
     """
 
     name: str
     not_supported_reasons: Callable[[Call], list[str]]
     not_automatic_reasons: Callable[[Call], list[str]]
+    check: KernelCheck[Call] | None = None
 
 
 def choose(op: str, backends: Sequence[Backend[Call]], call: Call, impl: str) -> str:
@@ -92,24 +125,84 @@ def choose(op: str, backends: Sequence[Backend[Call]], call: Call, impl: str) ->
         NotImplementedError: the backend asked for (or, for `"auto"`, every backend) does not run
             this call; lists every backend with every reason.
     """
+    if torch.compiler.is_compiling():
+        return _choose(op, backends, call, impl)[0]
+    decision = _decisions.get((op, impl, call))
+    if decision is not None and decision[0] is backends:
+        return decision[1]
+    name, settled = _choose(op, backends, call, impl)
+    if settled:
+        if len(_decisions) >= _MOST_DECISIONS:
+            _decisions.clear()
+        _decisions[op, impl, call] = (backends, name)
+    return name
+
+
+def _choose(op: str, backends: Sequence[Backend[Call]], call: Call, impl: str) -> tuple[str, bool]:
+    """As `choose`, and whether the same call gets the same answer again."""
     names = [backend.name for backend in backends]
     if impl != "auto" and impl not in names:
         near = difflib.get_close_matches(impl, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"impl: expected 'auto' or one of {names}, got {impl!r}{hint}")
-    for backend in backends:
+    settled = True
+    for place, backend in enumerate(backends):
         if impl not in ("auto", backend.name) or backend.not_supported_reasons(call):
             continue
-        if impl == backend.name or not backend.not_automatic_reasons(call):
-            return backend.name
+        if impl == backend.name:
+            return backend.name, True
+        reasons, stays = passed_over(op, backends, place, call)
+        settled = settled and stays
+        if not reasons:
+            return backend.name, settled
     raise NotImplementedError(_explain(op, backends, call, impl))
+
+
+def passed_over(
+    op: str, backends: Sequence[Backend[Call]], place: int, call: Call
+) -> tuple[list[str], bool]:
+    """Why `auto` does not take `backends[place]` for a call that it supports.
+
+    Returns:
+        The reasons, and whether they stay the same.
+    """
+    backend = backends[place]
+    reasons, check = backend.not_automatic_reasons(call), backend.check
+    if reasons or check is None or _kernels == "trust":
+        return reasons, True
+    if _kernels == "never":
+        return [KERNELS_OFF.format(name=backend.name)], True
+    device = check.device(call)
+    kind = device.partition(":")[0]
+    if kind not in _CHECKED_ON:
+        return [INTERPRETED_ONLY.format(name=backend.name)], True
+    if kind == "cuda" and not torch.cuda.is_available():
+        return [NO_DEVICE.format(name=backend.name)], True
+    what = (op, backend.name, check.kind(call), device, check.folder, check.source)
+    if torch.compiler.is_compiling():
+        reason, stays = kernel_checks.recorded(*what), False
+    else:
+        reason, stays = kernel_checks.verdict(
+            kernel_checks.Request(*what), lambda: rival_of(op, backends, place, call)
+        )
+    return ([reason] if reason else []), stays
+
+
+def rival_of(op: str, backends: Sequence[Backend[Call]], place: int, call: Call) -> str:
+    """The backend behind `backends[place]` that `auto` takes for a call; empty where none."""
+    for other in range(place + 1, len(backends)):
+        if backends[other].not_supported_reasons(call):
+            continue
+        if not passed_over(op, backends, other, call)[0]:
+            return backends[other].name
+    return ""
 
 
 def _explain(op: str, backends: Sequence[Backend[Call]], call: Call, impl: str) -> str:
     lines = [f"{op}: impl={impl!r} does not run {call}"]
-    for backend in backends:
+    for place, backend in enumerate(backends):
         unsupported = backend.not_supported_reasons(call)
-        reasons = unsupported or backend.not_automatic_reasons(call)
+        reasons = unsupported or passed_over(op, backends, place, call)[0]
         if not reasons:
             lines.append(f"  {backend.name}: runs it; use impl={backend.name!r}")
         lines += [f"  {backend.name}: {reason}" for reason in reasons]

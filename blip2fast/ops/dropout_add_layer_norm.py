@@ -24,7 +24,8 @@ from blip2fast.ops._glue_checks import (
     triton_reasons,
 )
 from blip2fast.ops.attention_layout import wide_dtype
-from blip2fast.ops.dispatch import Backend, choose, kernel_reasons
+from blip2fast.ops.dispatch import Backend, KernelCheck, choose
+from blip2fast.ops.kernel_kinds import device_of, norm_kind
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class DropoutAddLayerNormCall:
     width: int
     dtypes: tuple[torch.dtype, ...]
     device: str
+    dropout: bool = False
+    gpu: int | None = None
 
 
 def _triton_reasons(call: DropoutAddLayerNormCall) -> list[str]:
@@ -44,7 +47,17 @@ def _triton_reasons(call: DropoutAddLayerNormCall) -> list[str]:
 
 
 BACKENDS: tuple[Backend[DropoutAddLayerNormCall], ...] = (
-    Backend("triton", _triton_reasons, lambda call: kernel_reasons("triton")),
+    Backend(
+        "triton",
+        _triton_reasons,
+        lambda call: [],
+        KernelCheck(
+            "dropout_add_layer_norm",
+            norm_kind,
+            device_of,
+            "blip2fast.ops.kernel_cases:norm_problem",
+        ),
+    ),
     Backend("pytorch", lambda call: [], lambda call: []),
     Backend("reference", lambda call: [], lambda call: [AS_DEFINED]),
 )
@@ -142,7 +155,8 @@ def dropout_add_layer_norm(
         if dtype is not None and dtype not in FLOATS:
             raise ValueError(f"{name}: expected fp16, bf16, fp32 or fp64, got {dtype}")
     dtypes = (x.dtype, sum_dtype, out_dtype, copy_dtype or out_dtype)
-    call = DropoutAddLayerNormCall(x.shape[1], dtypes, x.device.type)
+    device = x.device
+    call = DropoutAddLayerNormCall(x.shape[1], dtypes, device.type, dropout_p > 0, device.index)
     impl = choose("dropout_add_layer_norm", BACKENDS, call, impl)
     philox = philox if dropout_p > 0 else None
     if impl == "reference" or (impl == "pytorch" and philox is None):

@@ -132,8 +132,18 @@ def itc_loss(
     dtype, ranks = wide_dtype(image_features.dtype), world_size(group)
     N, first = b * ranks, rank(group) * b
     device = image_features.device
-    capability, kind = capability_of(device), products or image_features.dtype
-    call = ITCCall(b, N, Q, D, kind, device.type, legacy_epsilon, capability)
+    call = ITCCall(
+        images=b,
+        texts=N,
+        queries=Q,
+        width=D,
+        dtype=products or image_features.dtype,
+        device=device.type,
+        legacy_epsilon=legacy_epsilon,
+        ids=image_ids is not None,
+        gpu=device.index,
+        capability=capability_of(device),
+    )
     impl = choose("itc_loss", BACKENDS, call, impl)
     row_ids = column_ids = None
     if image_ids is not None:

@@ -27,7 +27,8 @@ from blip2fast.kernels.itc.interface import (
 )
 from blip2fast.ops._cuda_needs import gpu_reasons, readable
 from blip2fast.ops._glue_checks import HAS_TRITON, INTERPRETED
-from blip2fast.ops.dispatch import Backend, kernel_reasons
+from blip2fast.ops.dispatch import Backend, KernelCheck
+from blip2fast.ops.kernel_kinds import device_of, itc_kind
 
 WHY_NO_CUDA = why_not("itc_sweep")
 HALVES = (torch.float16, torch.bfloat16)
@@ -44,6 +45,8 @@ class ITCCall:
     dtype: torch.dtype
     device: str
     legacy_epsilon: float
+    ids: bool = False
+    gpu: int | None = None
     capability: int = 0  # compute capability times 10; 0: unknown, or no GPU
 
 
@@ -92,9 +95,12 @@ def _triton_reasons(call: ITCCall) -> list[str]:
     return reasons
 
 
+_CHECK: KernelCheck[ITCCall] = KernelCheck(
+    "itc", itc_kind, device_of, "blip2fast.ops.kernel_cases:itc_problem"
+)
 BACKENDS = (
-    Backend("cuda", _cuda_reasons, lambda call: kernel_reasons("cuda")),
-    Backend("triton", _triton_reasons, lambda call: kernel_reasons("triton")),
+    Backend("cuda", _cuda_reasons, _none, _CHECK),
+    Backend("triton", _triton_reasons, _none, _CHECK),
     Backend("chunked", _none, _none),
     Backend("reference", _none, _reference_not_automatic),
 )

@@ -111,6 +111,7 @@ def qformer_attention(
         key_mask=False,
         lse=return_lse,
         cross=False,
+        gpu=qkv.device.index,
         capability=capability_of(qkv.device),
     )
     impl = choose("qformer_attention", BACKENDS, call, impl)
@@ -231,6 +232,8 @@ def qformer_cross_attention(
         key_mask=key_mask is not None or key_lengths is not None,
         lse=return_lse,
         cross=True,
+        index=index is not None,
+        gpu=q.device.index,
         capability=capability_of(q.device),
     )
     impl = choose("qformer_cross_attention", BACKENDS, call, impl)

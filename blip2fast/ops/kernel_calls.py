@@ -1,0 +1,166 @@
+"""The calls of both stages and of inference, so that their kernels can be checked beforehand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blip2fast.ops._attention_backends import BACKENDS as ATTENTION_BACKENDS
+from blip2fast.ops._attention_backends import AttentionCall
+from blip2fast.ops.bias_gelu import BACKENDS as GELU_BACKENDS
+from blip2fast.ops.bias_gelu import BiasGeluCall
+from blip2fast.ops.dispatch import Backend, kernels_set_to, rival_of
+from blip2fast.ops.dropout_add_layer_norm import BACKENDS as NORM_BACKENDS
+from blip2fast.ops.dropout_add_layer_norm import DropoutAddLayerNormCall
+from blip2fast.ops.itc_sweep import BACKENDS as ITC_BACKENDS
+from blip2fast.ops.itc_sweep import ITCCall
+from blip2fast.ops.kernel_checks import Request, checks
+from blip2fast.ops.records import Record
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a Q-Former and its data; by default BLIP-2's.
+
+    Attributes:
+        hidden: C, width of the Q-Former.
+        heads: H.
+        queries: Q.
+        text: Tokens of the longest text, 0 for none.
+        images: S, tokens of an image.
+        features: Width of the contrastive features, 0 for no contrast.
+        dropout: Whether a training run drops anything.
+    """
+
+    hidden: int = 768
+    heads: int = 12
+    queries: int = 32
+    text: int = 32
+    images: int = 257
+    features: int = 256
+    dropout: bool = True
+
+
+BLIP2 = Sizes()
+OpCall = tuple[str, Sequence[Backend[Any]], Any]
+
+
+def usual_calls(device: torch.device, dtype: torch.dtype, sizes: Sizes = BLIP2) -> list[OpCall]:
+    """What both stages and inference ask of the ops, one call of each kind.
+
+    Args:
+        device: Where.
+        dtype: The computing precision; parameters of training are in fp32.
+        sizes: Of the model.
+
+    Returns:
+        The op's name, its backends and a call, each.
+    """
+    where: dict[str, Any] = {"device": device.type, "gpu": device.index}
+    wide, drops = torch.float32, (False, True) if sizes.dropout else (False,)
+    calls: list[OpCall] = [
+        ("bias_gelu", GELU_BACKENDS, BiasGeluCall(dtype, **where)),
+    ]
+    # training; its last layer, which nobody reads in `dtype`; a model that is in `dtype` as a whole
+    types = [(dtype, wide, wide, dtype), (dtype, wide, wide, wide), (dtype,) * 4]
+    norms = [(kinds, drop) for kinds in dict.fromkeys(types[:2]) for drop in drops]
+    for kinds, drop in dict.fromkeys([*norms, (types[2], False)]):
+        norm_call = DropoutAddLayerNormCall(sizes.hidden, kinds, dropout=drop, **where)
+        calls.append(
+            ("dropout_add_layer_norm", NORM_BACKENDS, norm_call),
+        )
+    for attention_call in _attention_calls(where, dtype, sizes, drops):
+        op = "qformer_cross_attention" if attention_call.cross else "qformer_attention"
+        calls.append((op, ATTENTION_BACKENDS, attention_call))
+    if sizes.features:
+        # normalised features are multiplied in fp16 (`stage1_contrast`)
+        products = wide if dtype == wide else torch.float16
+        for ids in (False, True):
+            pairs = (256, 256, sizes.queries, sizes.features)
+            itc_call = ITCCall(*pairs, dtype=products, legacy_epsilon=0.0, ids=ids, **where)
+            calls.append(("itc_loss", ITC_BACKENDS, itc_call))
+    return calls
+
+
+def _attention_calls(
+    where: dict[str, Any], dtype: torch.dtype, sizes: Sizes, drops: Sequence[bool]
+) -> Iterator[AttentionCall]:
+    same = {
+        "queries": sizes.queries,
+        "heads": sizes.heads,
+        "width": sizes.hidden // sizes.heads,
+        "dtype": dtype,
+        "key_mask": False,
+        "lse": False,
+        **where,
+    }
+    for drop in drops:
+        for text in dict.fromkeys((0, sizes.text)):
+            yield AttentionCall(keys=text, dropout=drop, cross=False, **same)
+        for index in (False, True):
+            yield AttentionCall(keys=sizes.images, dropout=drop, cross=True, index=index, **same)
+
+
+def check_kernels(
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    sizes: Sizes = BLIP2,
+    *,
+    again: bool = False,
+    jobs: int | None = None,
+) -> list[Record]:
+    """Check the kernels that both stages and inference would run, where nobody has yet.
+
+    A first use does the same for the kind of its call; this does it beforehand, and faster.
+
+    Args:
+        device: A CUDA device; by default the current one.
+        dtype: The computing precision.
+        sizes: Of the model.
+        again: Check all, whatever is known.
+        jobs: Processes that compile side by side; by default as many as there are cores, up to 8.
+
+    Returns:
+        What is known afterwards, one record for each kind and backend; none without a GPU.
+    """
+    if device is None:
+        if not torch.cuda.is_available():
+            return []
+        device = torch.device("cuda", torch.cuda.current_device())
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    jobs = min(os.cpu_count() or 1, 8) if jobs is None else jobs
+    records: list[Record] = []
+    with kernels_set_to("check"):
+        # who races against a kernel is known once those behind it are
+        rounds: dict[int, dict[Request, None]] = {}
+        calls = usual_calls(place, dtype, sizes)
+        for behind in range(max(len(backends) for _, backends, _ in calls)):
+            requests = rounds.setdefault(behind, {})
+            for op, backends, call in calls:
+                request = _request(op, backends, behind, call)
+                if request is not None:
+                    requests[request] = None
+            if requests:
+                records += checks().settle(list(requests), again, jobs)
+    return records
+
+
+def _request(op: str, backends: Sequence[Backend[Any]], behind: int, call: Any) -> Request | None:
+    """Of the kernels that have `behind` backends with kernels after them."""
+    checked = [i for i, backend in enumerate(backends) if backend.check is not None]
+    if behind >= len(checked):
+        return None
+    place = checked[-1 - behind]
+    backend = backends[place]
+    check = backend.check
+    if check is None or backend.not_supported_reasons(call):
+        return None
+    rival = rival_of(op, backends, place, call)
+    what = (op, backend.name, check.kind(call), check.device(call), check.folder, check.source)
+    return Request(*what, rival)

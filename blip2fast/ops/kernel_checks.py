@@ -1,0 +1,407 @@
+"""Whether kernels are known to be right and quicker on a device; if not known, it is found out.
+
+What is known comes from records: of this process, those that ship, and the user's file
+(`records.py`). What is not is checked in a process of its own (`_check_worker.py`), once a machine:
+other processes wait for the lock on the file, and read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blip2fast.ops.records import (
+    Key,
+    Record,
+    RecordFile,
+    cache_folder,
+    code_hash,
+    machine,
+    shipped_records,
+)
+
+PACKAGE = Path(__file__).parents[2]
+# a check compiles up to a dozen kernels, about a second each, on a busy machine
+LIMIT_S = 180.0
+# PyTorch is imported and a device opened
+START_S = 120.0
+# another process may be checking all kinds
+WAIT_S = 1800.0
+_TAIL_CHARACTERS = 300
+SLOWER = "slower"
+# what an exception says that has nothing to do with the kernels
+_OF_THE_MOMENT = (
+    "OutOfMemory",
+    "out of memory",
+    "MemoryError",
+    "ALLOC_FAILED",
+    "busy or unavailable",
+    "NotCheckable",
+    "ImportError",
+    "ModuleNotFoundError",
+)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be known.
+
+    Attributes:
+        op, backend: Which kernels.
+        kind: For what kind of call (`kernel_kinds`).
+        device: `cuda:0` and so on, or `cpu` for Triton's interpreter.
+        folder: Of `kernels/`, whose code counts.
+        source: `module:function` that makes the problem of a kind and a device.
+        rival: The backend that `auto` takes otherwise; empty: do not race.
+    """
+
+    op: str
+    backend: str
+    kind: str
+    device: str
+    folder: str
+    source: str
+    rival: str = ""
+
+    @property
+    def key(self) -> Key:
+        """What a record of it is filed under."""
+        return Key(
+            op=self.op,
+            backend=self.backend,
+            kind=self.kind,
+            code=code_hash(self.folder, self.backend),
+            **asdict(machine(self.device)),
+        )
+
+
+class Checks:
+    """What is known in this process.
+
+    Args:
+        folder: Of the user's records; by default in the platform's folder for caches.
+        shipped: Records that come with the package, by `Key.relaxed`; by default those.
+        limit_s: Most seconds of one check.
+        wait_s: Most seconds to wait for another process that checks.
+        environment: Of the process that checks, beside this one's.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        shipped: Mapping[Key, Record] | None = None,
+        limit_s: float = LIMIT_S,
+        wait_s: float = WAIT_S,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.file = RecordFile(cache_folder() if folder is None else folder)
+        self.known: dict[Key, Record] = {}
+        self.limit_s, self.wait_s = limit_s, wait_s
+        self.environment = dict(environment or {})
+        self._shipped = shipped
+        self._read = False
+        self._said: set[Key] = set()
+        self._lock = threading.RLock()
+
+    def find(self, requests: Sequence[Request]) -> list[Record | None]:
+        """The records that there are, without a check."""
+        with self._lock:
+            if not self._read:
+                self._read = True
+                self.known = self.file.read() | self.known
+            return [self._find(request.key) for request in requests]
+
+    def _find(self, key: Key) -> Record | None:
+        found = self.known.get(key)
+        if found is None:
+            if self._shipped is None:
+                self._shipped = shipped_records()
+            found = self._shipped.get(key.relaxed())
+        return found
+
+    def settle(
+        self, requests: Sequence[Request], again: bool = False, jobs: int = 1
+    ) -> list[Record]:
+        """The records of all requests, after a check of those that have none.
+
+        Args:
+            requests: On devices of this process.
+            again: Check all, whatever is known.
+            jobs: Processes that compile before the checks, which run one after the other.
+        """
+        with self._lock:
+            found = self.find(requests)
+            missing = [r for r, f in zip(requests, found, strict=True) if again or f is None]
+            if missing:
+                self._check_alone(list(dict.fromkeys(missing)), again, jobs)
+            records = [self._find(request.key) for request in requests]
+            settled = [record for record in records if record is not None]
+            for request, record in zip(requests, settled, strict=True):
+                self.say(request, record)
+            return settled
+
+    def _check_alone(self, requests: Sequence[Request], again: bool, jobs: int) -> None:
+        with self.file.locked(self.wait_s) as held:
+            if not held:
+                fault = f"another process has held {self.file.path.name} for {self.wait_s:.0f} s"
+                for request in requests:
+                    self.known[request.key] = Record(request.key, fault, settled=False)
+                return
+            # what another process has found meanwhile
+            self.known |= self.file.read()
+            left = [r for r in requests if again or self._find(r.key) is None]
+            if jobs > 1 and len(left) > 1:
+                self._compile(left, jobs)
+            for record in self._run(left):
+                self.known[record.key] = record
+                # each at once: a process that is killed leaves what it had
+                self.file.add([record])
+
+    def _compile(self, requests: Sequence[Request], jobs: int) -> None:
+        """Run the kernels side by side, so that they are in the compiler's cache afterwards.
+
+        How that ends does not matter: the checks find out.
+        """
+
+        def compile_some(some: Sequence[Request]) -> None:
+            with _Worker(some, self.limit_s, self.environment, compile_only=True) as worker:
+                while worker.line(START_S + self.limit_s).keys() & {"began", "number"}:
+                    pass
+
+        threads = [
+            threading.Thread(target=compile_some, args=(requests[job::jobs],))
+            for job in range(min(jobs, len(requests)))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[Record]:
+        """Check one after the other; where one ends the process, the rest gets another."""
+        for device in {torch.device(request.device) for request in requests}:
+            if device.type == "cuda":
+                # what was queued would slow down one side of a race
+                torch.cuda.synchronize(device)
+        place = 0
+        while place < len(requests):
+            with _Worker(requests[place:], self.limit_s, self.environment) as worker:
+                while place < len(requests):
+                    began = worker.line(START_S)
+                    if "began" not in began:
+                        fault = f"the check does not start: {_told(began)}"
+                        for request in requests[place:]:
+                            yield Record(request.key, fault, settled=False)
+                        return
+                    found = worker.line(self.limit_s)
+                    yield _record(requests[place], found)
+                    place += 1
+                    if "number" not in found:
+                        break
+
+    def say(self, request: Request, record: Record) -> None:
+        """One warning in a process where kernels are wrong; the log has the rest."""
+        if request.key in self._said:
+            return
+        self._said.add(request.key)
+        _log.info("%s", record)
+        if record.fault and not record.fault.startswith(SLOWER):
+            rival = record.rival or request.rival or "another backend"
+            warnings.warn(
+                f"{request.op}: {request.backend!r} is passed over, {record.reason}; {rival} runs "
+                f"instead ({request.kind})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+_checks: Checks | None = None
+
+
+def checks() -> Checks:
+    """What this process knows; one object for all ops."""
+    global _checks
+    if _checks is None:
+        _checks = Checks()
+    return _checks
+
+
+@contextmanager
+def use_checks(other: Checks) -> Iterator[Checks]:
+    """Ask `other` instead of `checks()`, for the length of a `with` block."""
+    global _checks
+    before, _checks = _checks, other
+    try:
+        yield other
+    finally:
+        _checks = before
+
+
+def verdict(request: Request, rival: Callable[[], str]) -> tuple[str, bool]:
+    """Why `auto` passes over the kernels, empty where it takes them; and whether that stays so.
+
+    Args:
+        request: Without a rival.
+        rival: Names it; asked for where a check is needed only.
+    """
+    known = checks()
+    (record,) = known.find([request])
+    if record is None:
+        busy = _busy()
+        if busy:
+            return (
+                f"its kernels are not checked yet, and nothing is checked while {busy}: call "
+                "blip2fast.ops.check_kernels() before",
+                False,
+            )
+        (record,) = known.settle([replace(request, rival=rival())])
+    else:
+        known.say(request, record)
+    return record.reason, True
+
+
+@torch.compiler.assume_constant_result
+def recorded(op: str, backend: str, kind: str, device: str, folder: str, source: str) -> str:
+    """`verdict` of what is being traced: from records alone, a constant of the traced program."""
+    return verdict(Request(op, backend, kind, device, folder, source), str)[0]
+
+
+def _busy() -> str:
+    """What goes on that a check must not get into."""
+    if torch.compiler.is_compiling() or torch.jit._trace.is_tracing():
+        return "a program is traced"
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is captured"
+    return ""
+
+
+class _Worker:
+    """The process that checks, and what it writes.
+
+    Args:
+        requests: What it is to check, in order.
+        limit_s: Most seconds of a check; the process ends itself a little later.
+        environment: Beside this process's own.
+        compile_only: Run the kernels, and look at nothing.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        limit_s: float,
+        environment: Mapping[str, str],
+        compile_only: bool = False,
+    ) -> None:
+        more = {"limit_s": limit_s, "compile_only": compile_only}
+        self._asked = [
+            {**asdict(request), "card": request.key.card, **more} for request in requests
+        ]
+        # the same modules as here, wherever the folder is that this process was started in
+        paths = [str(PACKAGE), *(path for path in sys.path if path)]
+        self._environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            **environment,
+        }
+        self._lines: queue.Queue[str] = queue.Queue()
+
+    def __enter__(self) -> _Worker:
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "blip2fast.ops._check_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=self._environment,
+            # compilers that it starts end with it
+            start_new_session=True,
+        )
+        threading.Thread(target=self._listen, daemon=True).start()
+        with suppress(BrokenPipeError):
+            stdin = self._process.stdin
+            if stdin is not None:
+                stdin.write(json.dumps(self._asked))
+                stdin.close()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._errors.close()
+
+    def line(self, limit_s: float) -> dict[str, Any]:
+        """The next line; `hung` (seconds) if none comes in time, `ended` (status, last words)."""
+        try:
+            text = self._lines.get(timeout=limit_s)
+        except queue.Empty:
+            return {"hung": limit_s}
+        if text:
+            found: dict[str, Any] = json.loads(text)
+            return found
+        status = self._process.wait()
+        self._errors.seek(0)
+        return {"ended": status, "words": self._errors.read().strip()[-_TAIL_CHARACTERS:]}
+
+    def _listen(self) -> None:
+        stream = self._process.stdout
+        if stream is not None:
+            for text in stream:
+                self._lines.put(text)
+        self._lines.put("")
+
+
+def _record(request: Request, line: Mapping[str, Any]) -> Record:
+    """The record of a check that began."""
+    if "number" in line:
+        return Record(
+            request.key,
+            line["fault"],
+            rival=request.rival,
+            ours_us=line["ours_us"],
+            rival_us=line["rival_us"],
+            seconds=line["seconds"],
+        )
+    return Record(request.key, _told(line), _blames_kernels(line), rival=request.rival)
+
+
+def _told(line: Mapping[str, Any]) -> str:
+    """How the process ended."""
+    if "hung" in line:
+        return f"hung: no result after {line['hung']:.0f} s"
+    if "raised" in line:
+        return f"raised {line['raised']}: {line['message']}"
+    status = line["ended"]
+    if status < 0:
+        return f"crashed: {signal.Signals(-status).name}"
+    return f"ended with status {status}: {line['words'] or 'no message'}"
+
+
+def _blames_kernels(line: Mapping[str, Any]) -> bool:
+    """Whether an end says something about the kernels, not about the moment."""
+    if "raised" in line:
+        words = f"{line['raised']} {line['message']}"
+        return not any(sign in words for sign in _OF_THE_MOMENT)
+    # from outside: no memory, or somebody ended it
+    return "hung" in line or -line["ended"] not in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

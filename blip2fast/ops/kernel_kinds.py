@@ -1,0 +1,113 @@
+"""Kinds of calls: those that run the same compiled kernels, in the same tiles, are checked once.
+
+A kind is a line of `name=value`, so that it is readable where it is written down. Nothing here
+looks at more than a call: programs that are traced ask, too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from blip2fast.ops._attention_backends import AttentionCall
+    from blip2fast.ops.bias_gelu import BiasGeluCall
+    from blip2fast.ops.dropout_add_layer_norm import DropoutAddLayerNormCall
+    from blip2fast.ops.itc_sweep import ITCCall
+
+NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+class _Placed(Protocol):
+    """What every call says."""
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def gpu(self) -> int | None: ...
+
+
+def device_of(call: _Placed) -> str:
+    """Where a call runs: `cuda:0` and so on, or its kind of device."""
+    if call.device != "cuda":
+        return call.device
+    return f"cuda:{0 if call.gpu is None else call.gpu}"
+
+
+def read_kind(kind: str) -> dict[str, str]:
+    """The names and values of a kind."""
+    return dict(part.split("=") for part in kind.split())
+
+
+def _bucket(count: int, most: int) -> int:
+    """The least power of two from 16 to `most` that holds `count`; `most` where none does."""
+    size = 16
+    while size < count and size < most:
+        size *= 2
+    return size
+
+
+def self_rows(Q: int, T: int) -> int:
+    """Rows of a tile of self-attention; a tile has 64 at most."""
+    return _bucket(max(Q, T), 64)
+
+
+def self_keys(Q: int, T: int) -> int:
+    """Keys of a row: up to 128 may fit one tile."""
+    return _bucket(Q + T, 256)
+
+
+def cross_keys(S: int) -> int:
+    """A number of image tokens that is tiled as S is: 0, 4 or 9 tiles of 64, and a rest of 16s."""
+    full, rest = S // 64, S % 64
+    tiles = 0 if full == 0 else 4 if full < 8 else 9
+    return 64 * tiles + (0 if rest == 0 else 16 * ((rest - 1) // 16) + 1)
+
+
+def self_kind(call: AttentionCall) -> str:
+    """Of a call of `qformer_attention`."""
+    Q, T = call.queries, call.keys
+    return (
+        f"dtype={NAMES[call.dtype]} width={call.width} queries={Q} rows={self_rows(Q, T)} "
+        f"keys={self_keys(Q, T)} dropout={int(call.dropout)}"
+    )
+
+
+def cross_kind(call: AttentionCall) -> str:
+    """Of a call of `qformer_cross_attention`."""
+    return (
+        f"dtype={NAMES[call.dtype]} width={call.width} queries={call.queries} "
+        f"keys={cross_keys(call.keys)} index={int(call.index)} mask={int(call.key_mask)} "
+        f"dropout={int(call.dropout)}"
+    )
+
+
+def attention_kind(call: AttentionCall) -> str:
+    """Of a call of either attention."""
+    return cross_kind(call) if call.cross else self_kind(call)
+
+
+def norm_kind(call: DropoutAddLayerNormCall) -> str:
+    """Of a call of `dropout_add_layer_norm`."""
+    x, total, out, copy = (NAMES[dtype] for dtype in call.dtypes)
+    return f"x={x} sum={total} out={out} copy={copy} width={call.width} dropout={int(call.dropout)}"
+
+
+def gelu_kind(call: BiasGeluCall) -> str:
+    """Of a call of `bias_gelu`."""
+    return f"dtype={NAMES[call.dtype]}"
+
+
+def itc_kind(call: ITCCall) -> str:
+    """Of a call of `itc_loss`."""
+    return (
+        f"dtype={NAMES[call.dtype]} width={call.width} queries={call.queries} ids={int(call.ids)}"
+    )

@@ -1,0 +1,314 @@
+"""What checks of kernels found, and where it is kept: one JSON for a user, and one that ships.
+
+A record belongs to an op, a backend and a kind of call, on one card, with one set of versions and
+one state of the kernel's code. Anything else and it does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blip2fast._extension import LIBRARY
+
+# raised where what a check asks for changes: older records then do not count
+RULES = 1
+FILE_NAME = "kernel_records.json"
+SHIPPED = Path(__file__).with_name("proven_kernels.json")
+KERNELS = Path(__file__).parents[1] / "kernels"
+# versions and kernels come and go; the oldest records go first
+MOST_RECORDS = 1000
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a record is about. All text, `""` where there is none.
+
+    Attributes:
+        op, backend, kind: Which kernels, and for what kind of call.
+        code: Hash of the kernel's code.
+        card, capability, driver: The GPU's name, its compute capability, the driver's version.
+        torch, cuda, triton, package: Versions.
+        rules: `RULES`.
+    """
+
+    op: str
+    backend: str
+    kind: str
+    code: str
+    card: str
+    capability: str
+    driver: str
+    torch: str
+    cuda: str
+    triton: str
+    package: str
+    rules: int = RULES
+
+    def relaxed(self) -> Key:
+        """What a record that ships is matched by.
+
+        The kernel's code, the card and Triton (which compiles it, patch releases alike) decide
+        what runs; the driver only loads that. PyTorch is the rival: its patch releases do not
+        change kernels, its minor ones do. The package is held by the hash of the code.
+        """
+        return Key(
+            op=self.op,
+            backend=self.backend,
+            kind=self.kind,
+            code=self.code,
+            card=self.card,
+            capability=self.capability,
+            driver="",
+            torch=_minor(self.torch),
+            cuda="",
+            triton=_minor(self.triton),
+            package="",
+            rules=self.rules,
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one check found.
+
+    Attributes:
+        key: What it is about.
+        fault: Why the kernels are passed over; empty: they are right and quicker.
+        settled: Whether this says something about the kernels. What does not (no memory left for
+            the check, say) is never written down.
+        rival: The backend that `auto` takes otherwise.
+        ours_us, rival_us: Median time of forward and backward, microseconds; 0: not timed.
+        seconds: What the check took, compiling included.
+    """
+
+    key: Key
+    fault: str = ""
+    settled: bool = True
+    rival: str = ""
+    ours_us: float = 0.0
+    rival_us: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def reason(self) -> str:
+        """Why `auto` passes over the kernels; empty where it takes them."""
+        if not self.fault:
+            return ""
+        verdict = "its kernels were checked" if self.settled else "its kernels could not be checked"
+        return f"{verdict} on {self.key.card}: {self.fault}"
+
+    def __str__(self) -> str:
+        head = f"{self.key.op} by {self.key.backend} ({self.key.kind})"
+        times = ""
+        if self.ours_us:
+            times = f", {self.ours_us:.0f} us against {self.rival_us:.0f} of {self.rival}"
+        if self.fault:
+            return f"{head}: {self.reason}"
+        return f"{head}: right on {self.key.card}{times}"
+
+
+def as_json(record: Record) -> dict[str, Any]:
+    """A record as one flat JSON object."""
+    values = asdict(record)
+    return {**values.pop("key"), **values}
+
+
+def from_json(values: Mapping[str, Any]) -> Record:
+    """The record that `as_json` wrote.
+
+    Raises:
+        TypeError: a field is missing or unknown.
+    """
+    names = {field.name for field in fields(Key)}
+    key = Key(**{name: value for name, value in values.items() if name in names})
+    return Record(key, **{name: value for name, value in values.items() if name not in names})
+
+
+def cache_folder() -> Path:
+    """Where this user's records are: `blip2fast` in the platform's folder for caches."""
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "blip2fast"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Card and versions, as in `Key`."""
+
+    card: str
+    capability: str
+    driver: str
+    torch: str
+    cuda: str
+    triton: str
+    package: str
+
+
+@cache
+def machine(device: str) -> Machine:
+    """Card and versions of `cuda:0` and so on; `cpu` is where the interpreter runs."""
+    import blip2fast
+
+    card, capability, driver = "the CPU", "", ""
+    place = torch.device(device)
+    if place.type == "cuda":
+        card, driver = torch.cuda.get_device_name(place), _driver()
+        capability = ".".join(map(str, torch.cuda.get_device_capability(place)))
+    versions = (torch.__version__, torch.version.cuda or "", _triton_version())
+    return Machine(card, capability, driver, *versions, blip2fast.__version__)
+
+
+@cache
+def code_hash(folder: str, backend: str) -> str:
+    """Hash of what is compiled for a backend: `kernels/<folder>`, and `_C.so` for `cuda`.
+
+    The rival of `cuda` may be Triton's kernels, so these count for it, too.
+    """
+    digest = hashlib.sha256()
+    files = [*sorted(KERNELS.glob("*.py")), *sorted((KERNELS / folder).glob("*.py"))]
+    if backend == "cuda" and LIBRARY.exists():
+        files.append(LIBRARY)
+    for file in files:
+        digest.update(f"{file.parent.name}/{file.name}\n".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class RecordFile:
+    """The records of one user, in one folder. What cannot be written is kept in memory.
+
+    Args:
+        folder: Where `kernel_records.json` is; made when first written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE_NAME
+        self._warned = False
+
+    def read(self) -> dict[Key, Record]:
+        """All records; none where there is no file, or one that is not ours (which is said)."""
+        return {record.key: record for record in read_records(self.path, self._warn)}
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Write records beside those that are there; call it within `locked`."""
+        kept = [record for record in records if record.settled]
+        if not kept:
+            return
+        everything = self.read() | {record.key: record for record in kept}
+        try:
+            write_records(self.path, list(everything.values())[-MOST_RECORDS:])
+        except OSError as error:
+            self._warn(f"{self.path}: cannot be written ({error}); {_IN_MEMORY}")
+
+    @contextmanager
+    def locked(self, wait_s: float) -> Iterator[bool]:
+        """Hold the file alone among processes, as long as the `with` block lasts.
+
+        Yields:
+            Whether it is held or cannot be (a folder that is read-only): go on. False: another
+            process held it for `wait_s`.
+        """
+        import filelock
+
+        lock = filelock.FileLock(self.path.with_suffix(".lock"), timeout=wait_s)
+        held = True
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except filelock.Timeout:
+            held = False
+        except (OSError, NotImplementedError) as error:
+            self._warn(f"{self.path.parent}: cannot be locked ({error}); {_IN_MEMORY}")
+        try:
+            yield held
+        finally:
+            lock.release()
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+_IN_MEMORY = (
+    "what checks of kernels find is kept for this process only: set XDG_CACHE_HOME to a folder "
+    "that can be written"
+)
+
+
+def read_records(path: Path, complain: Any = warnings.warn) -> list[Record]:
+    """The records of a file, oldest first; none where it is not there or not readable."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        complain(f"{path}: cannot be read ({error}); {_IN_MEMORY}")
+        return []
+    try:
+        return [from_json(values) for values in json.loads(text)["records"]]
+    except (ValueError, KeyError, TypeError) as error:
+        complain(f"{path}: not a file of kernel records ({error!r}); it counts as empty")
+        return []
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Replace a file, in one step: a reader sees the old records or the new ones."""
+    lines = ",\n".join(json.dumps(as_json(record)) for record in records)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f'{{"records": [\n{lines}\n]}}\n')
+        Path(name).replace(path)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def shipped_records(path: Path = SHIPPED) -> dict[Key, Record]:
+    """Records of real cards that come with the package, by `Key.relaxed`."""
+    return {record.key.relaxed(): record for record in read_records(path)}
+
+
+def _triton_version() -> str:
+    """From what is installed: importing Triton takes a second."""
+    for package in ("triton", "pytorch-triton", "triton-windows"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+def _minor(text: str) -> str:
+    return ".".join(text.split("+")[0].split(".")[:2])
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version, or that of CUDA which it offers."""
+    try:
+        found = re.search(
+            r"\s(\d+\.\d+(\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text()
+        )
+    except OSError:
+        found = None
+    return found[1] if found else f"CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
