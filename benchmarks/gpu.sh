@@ -100,10 +100,6 @@ print(torch.__version__, triton.__version__, torch.ones(3, device='$device').sum
     tail -n 5 "$work/smoke.log"
     exit 1
 fi
-# Triton's interpreter stands in for a GPU; it is asked for before Triton is imported
-interpreted=()
-[ -n "$gpu" ] || interpreted=(TRITON_INTERPRET=1)
-
 # the extension: what lies there, where it holds the operators, else built beside the tests
 build=
 if run extension 60 "$python" -c "
@@ -183,8 +179,8 @@ step_cuda() {
 
 step_check() {
     built
-    run check "${most[check]}" env "${interpreted[@]}" "$python" -m blip2fast.ops.kernel_checks \
-        --out "$out/records.json"
+    run check "${most[check]}" env XDG_CACHE_HOME="$work/cache" "$python" -m blip2fast.command_line \
+        check-kernels --jobs 8 --out "$out/records.json"
     verdict check $?
 }
 
