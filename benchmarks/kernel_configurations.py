@@ -362,6 +362,7 @@ def _cross_backward_configurations() -> dict[str, Configuration]:
         # half of the rows are none, but products of 64 rows take fewer registers
         "m64_n32_w4_s1": _cross_tiles(64, 32, 4, 1),
         "m64_n32_w4_s2": _cross_tiles(64, 32, 4, 2),
+        "m64_n16_w4_s1": _cross_tiles(64, 16, 4, 1),
     }
     return {"default": {}} | {name: {"tiles": (tiles[name],) * 2} for name in tiles}
 
@@ -372,13 +373,14 @@ def _cross_backward_configurations_of_uses() -> dict[str, Configuration]:
     wide, chunks = _cross_tiles(128, 64, 8, 2), _cross_tiles(64, 32, 4, 1, True)
     tiles = {
         "m64_n32_w4_s1": (two_uses, chunks),
-        "m64_n32_w4_s2": (_cross_tiles(64, 32, 4, 2), chunks),
+        "m128_n16_w8_s1": (_cross_tiles(128, 16, 8, 1), chunks),
         "m64_n64_w8_interleaved": (_cross_tiles(64, 64, 8, 1), _cross_tiles(64, 64, 8, 1, True)),
         "m128_n32_w8_s1": (four_uses, chunks),
         "m128_n32_w8_s2": (_cross_tiles(128, 32, 8, 2), chunks),
         "m128_n64_w8_s2": (wide, chunks),
         "m64_m128_n32": (two_uses, four_uses, chunks),
         "m64_n32_m128_n64": (two_uses, wide, chunks),
+        "m64_m128_n16": (_cross_tiles(64, 16, 4, 1), _cross_tiles(128, 16, 8, 1), chunks),
     }
     return {"default": {}} | {name: {"tiles": tiles[name]} for name in tiles}
 
