@@ -514,7 +514,8 @@ def _norm_configurations(width: int, backward: bool) -> dict[str, Configuration]
 
 def _norm_forward_reference(inputs: Inputs) -> Outputs:
     names = ("x", "residual", "weight", "bias", "x_bias", "eps", "dropout_p", "philox")
-    return (norm_reference.dropout_add_layer_norm(*(inputs[x] for x in names), torch.float32),)
+    chosen = {name: inputs[name] for name in names}
+    return (norm_reference.dropout_add_layer_norm(**chosen, out_dtype=torch.float32),)
 
 
 def _norm_backward_reference(inputs: Inputs) -> Outputs:
