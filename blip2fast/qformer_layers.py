@@ -50,8 +50,13 @@ def attention(
         return _explicit_attention(query, key, value, mask, dropout)
     batch = max(query.shape[0], key.shape[0], 1 if mask is None else mask.shape[0])
     query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+    blind = None
+    if mask is not None and mask.dtype == torch.bool and query.device.type != "cpu":
+        # in 16 bits a GPU's attention (H200, PyTorch 2.11) gives anything where nothing is seen
+        blind = ~mask.any(-1, keepdim=True)
+        mask = mask | blind
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    return output, None
+    return output if blind is None else output.masked_fill(blind, 0.0), None
 
 
 def _explicit_attention(

@@ -245,7 +245,7 @@ def _accuracy(
 
 def _philox(generator: torch.Generator | None, device: torch.device) -> Tensor:
     drawn = torch.randint(0, 2**63 - 1, (2,), generator=generator, device=device)
-    drawn[1] = 0
+    drawn[1].zero_()
     return drawn
 
 

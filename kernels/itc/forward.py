@@ -282,6 +282,6 @@ def dense_width(x: Tensor) -> Tensor:
 def _hand_over_diagonal(rows: Tensor, columns: Tensor, first: int) -> None:
     """Without ids the one positive of an image is that of the text of its index."""
     own = slice(first, first + rows.shape[1])
-    rows[POSITIVE_COUNT] = 1
-    columns[POSITIVE_COUNT, own] = 1
+    rows[POSITIVE_COUNT].fill_(1)
+    columns[POSITIVE_COUNT, own].fill_(1)
     rows[POSITIVE_SUM] = columns[POSITIVE_SUM, own]

@@ -97,7 +97,7 @@ def empty(count: int, like: Tensor, legacy: bool) -> tuple[Tensor, Tensor]:
     """Statistics of no columns at all, for `count` rows: what a merge starts from."""
     rows, rows_index = statistics_shape(legacy)
     values = like.new_full((rows, count), -torch.inf)
-    values[SUM:BEST] = 0
+    values[SUM:BEST].zero_()
     return values, torch.full((rows_index, count), -1, device=like.device)
 
 

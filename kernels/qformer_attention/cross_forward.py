@@ -298,9 +298,13 @@ def chunks(N: int, B: int, Q: int, block_m: int, index: KVIndex | None) -> int:
 
 
 def unpack(index: KVIndex | None, key_mask: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Index, order, offsets and the mask as bytes."""
+    """Index, order, offsets and the mask in 32 bits.
+
+    Triton 3.6 lays a product's operands out by the narrowest type that anything before them was
+    loaded in. Beside dropout, a mask of bytes gave wrong products of 16 and 32 keys on an H200.
+    """
     uses = (None, None, None) if index is None else (index.index, index.order, index.offsets)
-    return (*uses, None if key_mask is None else key_mask.contiguous().view(torch.uint8))
+    return (*uses, None if key_mask is None else key_mask.to(torch.int32).contiguous())
 
 
 def dense_width(x: Tensor) -> Tensor:

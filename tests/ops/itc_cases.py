@@ -35,7 +35,7 @@ def definition(
         The loss, and the similarities over temperature, images by texts and texts by images.
     """
     b = len(image)
-    ids = torch.arange(b) if ids is None else ids
+    ids = torch.arange(b, device=image.device) if ids is None else ids
     positive = (ids[:, None] == ids[None, :]).to(image.dtype)
     target = (1 - label_smoothing) * positive / positive.sum(1, keepdim=True) + label_smoothing / b
     image_all, text_all = (image, text) if grad_mode == "full" else (image.detach(), text.detach())

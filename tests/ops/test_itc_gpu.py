@@ -110,7 +110,8 @@ def test_what_is_not_a_number_is_seen(dtype: torch.dtype) -> None:
     image[1, [9, 22]] = torch.nan
     image[3] = torch.nan
     text[130] = torch.nan
-    call = (image, text, temp, None, None, philox_state(3, device=DEVICE), 0, True, False, True)
+    philox = philox_state(3, device=DEVICE)
+    call = (image, text, temp, None, None, philox, 0, True, False, True, None)
     rows, columns, row_index, column_index, sim, arg = torch.ops.blip2fast.itc_sweep(*call, IMPL)
     wrong = torch.einsum("iqd,jd->ijq", image.double(), text.double()).isnan()
     nan = wrong.any(2)
