@@ -56,6 +56,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.benchmark(timer=CLOCK))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say at once why a benchmark failed: a run that ends early has no summary."""
+    if report.failed:
+        print(f"\nFAILED {report.nodeid}: {report.longreprtext}", flush=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Leave out what was interrupted before its first sample: its statistics are of nothing."""
+    found = getattr(session.config, "_benchmarksession", None)
+    if found is not None:
+        found.benchmarks = [bench for bench in found.benchmarks if bench.stats.data]
+
+
 @pytest.fixture(scope="session")
 def run_facts(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Conditions that all benchmarks of a run share."""

@@ -8,6 +8,7 @@
 #   cuda      the CUDA kernels likewise, and compute-sanitizer on them
 #   check     the check at first use, of every kernel; makes records.json
 #   step      stage-1 steps with our kernels, without them, and the textbook's
+#   shares    what the time of such a step goes to, from the profiler
 #   sweep     configurations of the Triton kernels
 #   itc, attention, glue, qformer    the suites
 #   profile   Nsight Compute on one launch of each kernel
@@ -38,11 +39,11 @@ log=$out/log.txt
 : >"$log"
 # the most seconds that a step may take
 declare -A most=(
-    [tests]=110 [cuda]=70 [check]=60 [step]=130 [sweep]=110 [itc]=60 [attention]=60 [glue]=50
-    [qformer]=30 [profile]=60
+    [tests]=110 [cuda]=70 [check]=100 [step]=120 [shares]=60 [sweep]=110 [itc]=60
+    [attention]=60 [glue]=50 [qformer]=30 [profile]=60
 )
 steps=("$@")
-[ $# -gt 0 ] || steps=(tests cuda check step sweep itc attention glue qformer profile)
+[ $# -gt 0 ] || steps=(tests cuda check step shares sweep itc attention glue qformer profile)
 for step in "${steps[@]}"; do
     [ -n "${most[$step]:-}" ] || { echo "no step $step; known: ${!most[*]}" >&2; exit 2; }
 done
@@ -128,10 +129,13 @@ pytest() { local name=$1 seconds=$2; shift 2; run "$name" "$seconds" "$python" -
 
 verdict() { # NAME STATUS
     case $2 in
-        124 | 137 | 130 | 2) say "$1: out of time or interrupted; $(tail -n 1 "$work/$1.log")" ;;
+        124 | 137 | 130 | 2)
+            say "$1: out of time or interrupted; $(tail -n 1 "$work/$1.log" 2>/dev/null)"
+            ;;
         *) say "$1 ($2): $(tail -n 1 "$work/$1.log")" ;;
     esac
-    [ "$2" = 0 ] || grep -E '^(FAILED|ERROR) ' "$work/$1.log" | cut -c1-160 | head -n 12
+    [ "$2" = 0 ] || [ ! -f "$work/$1.log" ] ||
+        grep -E '^(FAILED|ERROR) ' "$work/$1.log" | cut -c1-200 | sort -u | head -n 20
 }
 
 suite() { # STEP SUITE [PYTEST ARGUMENTS]: a suite's results as STEP.json
@@ -186,7 +190,12 @@ step_check() {
 
 step_step() {
     built
-    suite step stage1_step -k "b256 or b64"
+    suite step stage1_step -k "bench_step and (b256 or b64)"
+}
+
+step_shares() {
+    built
+    suite shares stage1_step -k "bench_shares"
 }
 
 step_sweep() {
@@ -227,7 +236,8 @@ done
 compgen -G "$work/*.json" >/dev/null || { say "no results"; exit 1; }
 suites=()
 for each in "$work"/*.json; do
-    case $each in */sweep.json) ;; *) suites+=("$each") ;; esac
+    # an interrupted suite may have written nothing
+    case $each in */sweep.json) ;; *) [ ! -s "$each" ] || suites+=("$each") ;; esac
 done
 [ ${#suites[@]} = 0 ] || "$python" benchmarks/report.py --show "${suites[@]}" >"$out/table.txt" 2>&1
 cat "$out/table.txt" 2>/dev/null

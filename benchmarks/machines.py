@@ -96,7 +96,7 @@ def run_conditions(commit: str | None = None) -> dict[str, Any]:
     """What a number is worth nothing without: machine, versions, commit, command, date.
 
     Args:
-        commit: What runs, where the folder is no git checkout.
+        commit: What runs, where the folder is no git checkout of it.
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
@@ -107,7 +107,7 @@ def run_conditions(commit: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        "commit": _commit() or commit or "unknown",
+        "commit": commit or _commit() or "unknown",
         "command": command(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
     }
