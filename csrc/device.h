@@ -6,6 +6,20 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace blip2fast {
+
+// A launch that failed: what it asked for, and why it did not get it.
+inline std::runtime_error launch_error(const char* kernel, int64_t blocks, int threads,
+                                       int shared_bytes, const std::string& why) {
+  return std::runtime_error(std::string(kernel) + ": " + std::to_string(blocks) + " blocks of " +
+                            std::to_string(threads) + " threads, " + std::to_string(shared_bytes) +
+                            " bytes of shared memory each: " + why);
+}
+
+}  // namespace blip2fast
 
 #ifdef BLIP2FAST_EMULATED
 #include "emulated_device.h"
@@ -14,8 +28,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-#include <stdexcept>
 
 #define BLIP2FAST_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define BLIP2FAST_DEVICE __device__ __forceinline__
@@ -143,22 +155,32 @@ BLIP2FAST_DEVICE void load_matrices_transposed(uint32_t (&matrix)[4], const void
                : "memory");
 }
 
-// 10 * major + minor of the current device.
-inline int compute_capability() {
-  int device = 0, major = 0, minor = 0;
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-  return 10 * major + minor;
+  return value;
+}
+// Of the current device: 10 * major + minor, how many blocks of a whole multiprocessor run at once,
+// bytes of shared memory that a block may have.
+inline int compute_capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+inline int multiprocessors() {
+  return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+inline int shared_limit() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 template <typename Params>
-void launch(void (*kernel)(Params), int64_t blocks, int threads, void* stream, Params params,
-            int shared_bytes = 0) {
+void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads, void* stream,
+            Params params, int shared_bytes = 0) {
   if (blocks == 0) return;
+  if (blocks >= int64_t{1} << 31)
+    throw launch_error(name, blocks, threads, shared_bytes, "too many blocks");
   const void* entry = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024)
@@ -167,7 +189,8 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, void* stream, P
   if (error == cudaSuccess)
     error = cudaLaunchKernel(entry, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments,
                              shared_bytes, static_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw launch_error(name, blocks, threads, shared_bytes, cudaGetErrorString(error));
 }
 
 }  // namespace blip2fast

@@ -12,25 +12,28 @@ int64_t ceil_divide(int64_t value, int64_t by) {
 
 template <typename Format>
 void similarity(const ItcSweep& p, void* stream) {
-  const SimilarityParams params = {p, similarity_grid(p.end - p.begin, p.texts)};
-  const int slices = (p.dim + kSlice - 1) / kSlice;
-  launch(itc_similarity_kernel<Format>, params.grid.groups * params.grid.splits, kSimilarityThreads,
-         stream, params, slices * kImageSlice + 2 * kTextStage);
+  const int slices = similarity_slices(p.dim);
+  const bool fits = similarity_shared(slices) <= shared_limit();
+  const SimilarityParams params = {p, similarity_grid(p.end - p.begin, p.texts, multiprocessors()),
+                                   fits ? slices : 2};
+  launch("itc_similarity_kernel", itc_similarity_kernel<Format>,
+         params.grid.groups * params.grid.splits, kSimilarityThreads, stream, params,
+         similarity_shared(params.image_slices));
 }
 
 template <typename Format>
 void gradient(const ItcSweep& p, void* stream) {
-  launch(itc_gradient_kernel<Format, true>, image_gradient_blocks(p), kGradientThreads, stream, p,
-         kGradientShared);
-  launch(itc_gradient_kernel<Format, false>, text_gradient_blocks(p), kGradientThreads, stream, p,
-         kGradientShared);
+  launch("itc_gradient_kernel of images", itc_gradient_kernel<Format, true>,
+         image_gradient_blocks(p), kGradientThreads, stream, p, kGradientShared);
+  launch("itc_gradient_kernel of texts", itc_gradient_kernel<Format, false>,
+         text_gradient_blocks(p), kGradientThreads, stream, p, kGradientShared);
 }
 
 template <typename Format>
 void join_gradient(const ItcSweep& p, void* stream) {
-  launch(itc_join_text_kernel<Format>, ceil_divide(p.texts * p.dim, 2 * kStatisticsThreads),
-         kStatisticsThreads, stream, p);
-  launch(itc_join_temp_kernel, 1, 32, stream, p);
+  launch("itc_join_text_kernel", itc_join_text_kernel<Format>,
+         ceil_divide(p.texts * p.dim, 2 * kStatisticsThreads), kStatisticsThreads, stream, p);
+  launch("itc_join_temp_kernel", itc_join_temp_kernel, 1, 32, stream, p);
 }
 
 }  // namespace
@@ -41,10 +44,9 @@ int64_t itc_segment_rows(int64_t images) {
 }
 
 int itc_text_splits(int64_t images, int64_t texts) {
-  // two waves of 132 multiprocessors, at least 32 images to a part
-  const int64_t tiles = ceil_divide(texts, kGradientRows);
-  const int64_t wanted = tiles > 0 ? ceil_divide(264, tiles) : 1, most = images / 32;
-  return static_cast<int>(wanted < most ? wanted : (most > 1 ? most : 1));
+  // at least 32 images to a part; a block's 128 rows of 256 sums in fp32 cost about 20 to write
+  return static_cast<int>(quickest_splits(ceil_divide(texts, kGradientRows), images, 20,
+                                          images / 32, multiprocessors()));
 }
 
 void itc_similarity(const ItcSweep& p, Format16 format, void* stream) {
@@ -54,16 +56,16 @@ void itc_similarity(const ItcSweep& p, Format16 format, void* stream) {
 }
 
 void itc_statistics(const ItcSweep& p, void* stream) {
-  launch(itc_rows_kernel, ceil_divide(p.end - p.begin, kStatisticsThreads / 32), kStatisticsThreads,
-         stream, p);
-  const int64_t across = ceil_divide(p.texts, 2 * kStatisticsThreads);
-  launch(itc_columns_kernel, across * ceil_divide(p.end - p.begin, p.segment_rows),
+  launch("itc_rows_kernel", itc_rows_kernel, ceil_divide(p.end - p.begin, kStatisticsThreads / 32),
          kStatisticsThreads, stream, p);
+  const int64_t across = ceil_divide(p.texts, 2 * kStatisticsThreads);
+  launch("itc_columns_kernel", itc_columns_kernel,
+         across * ceil_divide(p.end - p.begin, p.segment_rows), kStatisticsThreads, stream, p);
 }
 
 void itc_join_columns(const ItcSweep& p, void* stream) {
-  launch(itc_join_columns_kernel, ceil_divide(p.texts, kStatisticsThreads), kStatisticsThreads,
-         stream, p);
+  launch("itc_join_columns_kernel", itc_join_columns_kernel,
+         ceil_divide(p.texts, kStatisticsThreads), kStatisticsThreads, stream, p);
 }
 
 void itc_gradient(const ItcSweep& p, Format16 format, void* stream) {

@@ -50,9 +50,26 @@ struct ItcSweep {
   float* d_temp;
 };
 
-// Rows of a segment, and a sensible number of parts for d_text, for a shape.
+// Rows of a segment; parts for d_text on the current device.
 int64_t itc_segment_rows(int64_t images);
 int itc_text_splits(int64_t images, int64_t texts);
+
+// Into how many parts, at most `most`, to cut the `steps` of each of `blocks` blocks that have a
+// multiprocessor to themselves: waves of blocks, each as long as a part and what a block costs
+// besides, in steps.
+inline int64_t quickest_splits(int64_t blocks, int64_t steps, int64_t besides, int64_t most,
+                               int64_t multiprocessors) {
+  int64_t best = 1, least = -1;
+  for (int64_t splits = 1; splits == 1 || (splits <= most && splits <= 256); ++splits) {
+    const int64_t waves = (blocks * splits + multiprocessors - 1) / multiprocessors;
+    const int64_t time = waves * ((steps + splits - 1) / splits + besides);
+    if (least < 0 || time < least) {
+      best = splits;
+      least = time;
+    }
+  }
+  return best;
+}
 
 // Each on a cudaStream_t; raise std::runtime_error where a launch fails.
 void itc_similarity(const ItcSweep& p, Format16 format, void* stream);

@@ -130,6 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> itc_sweep_grad(
   p.column_lse = floats(column_lse, N, image, "column_lse");
   p.column_weight = floats(column_weight, 3 * N, image, "column_weight");
   p.local = local;
+  const Launching launching(image);
   p.text_splits = itc_text_splits(M, N);
   Tensor d_image = torch::stable::new_empty(image, {M, p.queries, D});
   Tensor d_text = torch::stable::new_empty(text, {N, D});
@@ -142,7 +143,6 @@ std::tuple<Tensor, Tensor, Tensor> itc_sweep_grad(
   p.d_temp = pointer<float>(d_temp);
   p.d_text_parts = pointer<float>(d_text_parts);
   p.d_temp_parts = pointer<float>(d_temp_parts);
-  const Launching launching(image);
   if (sim.numel() > 0) {
     p.sim = floats(sim, M * N, image, "sim");
     check_list(arg, ScalarType::Byte, "uint8", M * N, image, "arg");

@@ -23,14 +23,13 @@ BLIP2FAST_DEVICE int swizzled(int row, int piece) {
 struct SimilarityGrid {
   int64_t groups, tiles, splits, tiles_per_split;
 };
-inline SimilarityGrid similarity_grid(int64_t images, int64_t texts) {
+inline SimilarityGrid similarity_grid(int64_t images, int64_t texts, int64_t multiprocessors) {
   SimilarityGrid grid;
   grid.groups = (images + kImageTile - 1) / kImageTile;
   grid.tiles = (texts + kTextTile - 1) / kTextTile;
-  // four waves of 132 multiprocessors, so that the last one costs little
-  const int64_t wanted = grid.groups > 0 ? (528 + grid.groups - 1) / grid.groups : 1;
-  const int64_t splits = wanted < grid.tiles ? wanted : grid.tiles;
-  grid.tiles_per_split = splits > 0 ? (grid.tiles + splits - 1) / splits : 1;
+  // to read its images costs a block about as much as a tile
+  const int64_t splits = quickest_splits(grid.groups, grid.tiles, 1, grid.tiles, multiprocessors);
+  grid.tiles_per_split = (grid.tiles + splits - 1) / splits;
   grid.splits = (grid.tiles + grid.tiles_per_split - 1) / grid.tiles_per_split;
   return grid;
 }
@@ -52,7 +51,15 @@ BLIP2FAST_DEVICE Best quad_best(Best best) {
 struct SimilarityParams {
   ItcSweep p;
   SimilarityGrid grid;
+  int image_slices;  // in shared memory: all, or 2 that are read again for every tile of texts
 };
+inline int similarity_slices(int dim) {
+  return (dim + kSlice - 1) / kSlice;
+}
+inline int similarity_shared(int image_slices) {
+  return image_slices * kImageSlice + 2 * kTextStage;
+}
+static_assert(2 * kImageSlice + 2 * kTextStage <= 99 * 1024);  // sm_86, sm_89, sm_120
 
 template <typename Format>
 BLIP2FAST_KERNEL(kSimilarityThreads, 1)
@@ -63,26 +70,33 @@ itc_similarity_kernel(const SimilarityParams params) {
   const int g = lane / 4, t = lane % 4;
   const int64_t first_image = p.begin + block_index() / grid.splits * kImageTile;
   const int64_t first_tile = block_index() % grid.splits * grid.tiles_per_split;
-  const int64_t tiles = first_tile + grid.tiles_per_split < grid.tiles ? grid.tiles_per_split
-                                                                       : grid.tiles - first_tile;
-  const int slices = (p.dim + kSlice - 1) / kSlice;
+  const int tiles =
+      static_cast<int>(first_tile + grid.tiles_per_split < grid.tiles ? grid.tiles_per_split
+                                                                      : grid.tiles - first_tile);
+  const int slices = (p.dim + kSlice - 1) / kSlice, image_slices = params.image_slices;
   char* const image_memory = shared_memory();
-  char* const text_memory = image_memory + slices * kImageSlice;
+  char* const text_memory = image_memory + image_slices * kImageSlice;
 
-  for (int i = thread; i < slices * kColumns * 8; i += kSimilarityThreads) {
-    const int piece = i % 8, column = i / 8 % kColumns, slice = i / (8 * kColumns);
-    const int64_t image = first_image + column / kItcQueries;
-    const int query = column % kItcQueries, d = slice * kSlice + 8 * piece;
-    const bool valid = image < p.end && query < p.queries && d < p.dim;
-    const uint16_t* from = p.image + image * p.image_row + query * p.image_query + d;
-    copy16_async(image_memory + slice * kImageSlice + swizzled(column, piece),
-                 valid ? from : p.image, valid);
+  const auto fetch_images = [&](int slice, char* to) {
+    for (int i = thread; i < kColumns * 8; i += kSimilarityThreads) {
+      const int piece = i % 8, column = i / 8;
+      const int64_t image = first_image + column / kItcQueries;
+      const int query = column % kItcQueries, d = slice * kSlice + 8 * piece;
+      const bool valid = image < p.end && query < p.queries && d < p.dim;
+      const uint16_t* from = p.image + image * p.image_row + query * p.image_query + d;
+      copy16_async(to + swizzled(column, piece), valid ? from : p.image, valid);
+    }
+  };
+  if (image_slices == slices) {
+    for (int slice = 0; slice < slices; ++slice)
+      fetch_images(slice, image_memory + slice * kImageSlice);
   }
-  const int64_t steps = tiles * slices;
-  const auto fetch = [&](int64_t step) {
+  const int steps = tiles * slices;
+  const auto fetch = [&](int step) {
     if (step < steps) {
       const int64_t first_text = (first_tile + step / slices) * kTextTile;
-      const int slice = static_cast<int>(step % slices);
+      const int slice = step % slices;
+      if (image_slices < slices) fetch_images(slice, image_memory + step % 2 * kImageSlice);
       char* const stage = text_memory + step % 2 * kTextStage;
       for (int i = thread; i < kTextTile * 8; i += kSimilarityThreads) {
         const int piece = i % 8, row = i / 8, d = slice * kSlice + 8 * piece;
@@ -100,11 +114,11 @@ itc_similarity_kernel(const SimilarityParams params) {
   // a warp: 64 texts, two images
   const int warp_text = warp / 4 * 64, warp_column = warp % 4 * 64;
   float c[4][8][4] = {};
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     copy_wait<1>();
     block_barrier();
     const char* const stage = text_memory + step % 2 * kTextStage;
-    const char* const image_slice = image_memory + step % slices * kImageSlice;
+    const char* const image_slice = image_memory + step % image_slices * kImageSlice;
     BLIP2FAST_UNROLL
     for (int k = 0; k < kSlice / 16; ++k) {
       uint32_t a[4][4], b[4][4];

@@ -10,15 +10,17 @@ int64_t ceil_divide(int64_t value, int64_t by) {
 }
 
 template <typename Kernel>
-void launch_warps(Kernel kernel, int64_t warps, const CrossAttention& p, void* stream) {
-  launch(kernel, ceil_divide(warps, kWarps), 32 * kWarps, stream, p);
+void launch_warps(const char* name, Kernel kernel, int64_t warps, const CrossAttention& p,
+                  void* stream) {
+  launch(name, kernel, ceil_divide(warps, kWarps), 32 * kWarps, stream, p);
 }
 
 // M tiles of 16 queries a warp share the keys that it reads; above D = 64 registers allow one.
 template <typename Format, int D, int M>
 void forward_with(const CrossAttention& p, void* stream) {
   const int64_t warps = p.blocks * ceil_divide(p.queries, kTile * M) * p.heads;
-  launch_warps(cross_attention_forward_kernel<Format, D, M>, warps, p, stream);
+  launch_warps("cross_attention_forward_kernel", cross_attention_forward_kernel<Format, D, M>,
+               warps, p, stream);
 }
 
 template <typename Format, int D, int M>
@@ -26,13 +28,16 @@ void backward_with(const CrossAttention& p, void* stream) {
   const int64_t warps = p.blocks * ceil_divide(p.queries, kTile * M) * p.heads;
   if constexpr (D <= 64) {
     if (cross_attention_fuses(p)) {
-      launch_warps(cross_attention_backward_queries_kernel<Format, D, M, true>, warps, p, stream);
+      launch_warps("cross_attention_backward_queries_kernel, fused",
+                   cross_attention_backward_queries_kernel<Format, D, M, true>, warps, p, stream);
       return;
     }
   }
-  launch_warps(cross_attention_backward_queries_kernel<Format, D, M, false>, warps, p, stream);
+  launch_warps("cross_attention_backward_queries_kernel",
+               cross_attention_backward_queries_kernel<Format, D, M, false>, warps, p, stream);
   const int64_t key_warps = p.images * ceil_divide(p.keys, kTile) * p.heads;
-  launch_warps(cross_attention_backward_keys_kernel<Format, D>, key_warps, p, stream);
+  launch_warps("cross_attention_backward_keys_kernel",
+               cross_attention_backward_keys_kernel<Format, D>, key_warps, p, stream);
 }
 
 struct Forward {

@@ -252,6 +252,22 @@ inline int shuffle_xor(int value, int mask) {
 inline int compute_capability() {
   return emulated::capability();
 }
+inline int multiprocessors() {
+  return 132;
+}
+inline int shared_limit() {
+  switch (emulated::capability()) {
+    case 80:
+      return 163 * 1024;
+    case 90:
+    case 100:
+      return 227 * 1024;
+    case 75:
+      return 64 * 1024;
+    default:
+      return 99 * 1024;
+  }
+}
 
 inline char* shared_memory() {
   return emulated::running()->shared.data();
@@ -380,11 +396,10 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 
 template <typename Params>
-void launch(void (*kernel)(Params), int64_t blocks, int threads, void*, Params params,
-            int shared_bytes = 0) {
-  // what a block may have: 163 KB on sm_80, 227 KB on sm_90
-  if (shared_bytes > (emulated::capability() == 90 ? 227 : 163) * 1024)
-    emulated::fail("more shared memory than a block may have");
+void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads, void*,
+            Params params, int shared_bytes = 0) {
+  if (shared_bytes > shared_limit())
+    throw launch_error(name, blocks, threads, shared_bytes, "more than a block may have");
   emulated::Block block;
   block.shared = std::vector<char>(shared_bytes);
   block.threads = std::vector<emulated::Thread>(threads);

@@ -95,7 +95,7 @@ void check_similarity(const ItcSweep& p, const char* what) {
 void similarities(const ItcSweep& p) {
   // the last 8 images, and the only tile of texts
   const int64_t groups = (kImages + kImageTile - 1) / kImageTile;
-  const SimilarityParams params = {p, {groups, 1, 1, 1}};
+  const SimilarityParams params = {p, {groups, 1, 1, 1}, 1};
   const auto run = [&](int capability) {
     emulated::capability() = capability;
     if (capability == 90) {

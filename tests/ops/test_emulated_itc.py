@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from extension_build import build_extension, build_target, needs_compiler
+from extension_build import ROOT, build_extension, build_target, needs_compiler
 from torch import Tensor
 
 from blip2fast.kernels.itc import reference
@@ -231,6 +233,71 @@ def test_what_is_not_a_number_is_seen(
                 # the definition adds 0 * NaN of pairs that are none
                 x, y = (torch.cat([v[:POSITIVE_SUM], v[POSITIVE_COUNT:]]) for v in (x, y))
             torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("width", [128, 192, 256])
+def test_cards_with_99_kb_read_images_again(
+    kernels: torch._ops._OpNamespace, device: ctypes.CDLL, width: int
+) -> None:
+    """Images that do not fit beside the texts come with them; the same bits."""
+    image, text, temp = _features(3, 140, 29, width)
+    call = (image, text, temp, None, None, None, 0, True)
+    expected = kernels.itc_sweep(*call)
+    device.blip2fast_emulate(89)
+    assert all(x.equal(y) for x, y in zip(kernels.itc_sweep(*call), expected, strict=True))
+
+
+def test_a_launch_that_fails_says_what_it_asked_for(
+    kernels: torch._ops._OpNamespace, device: ctypes.CDLL
+) -> None:
+    device.blip2fast_emulate(75)
+    message = "itc_similarity_kernel: 1 blocks of 256 threads, 98304 bytes of shared memory each: "
+    with pytest.raises(RuntimeError, match=message):
+        kernels.itc_sweep(*_features(3, 4, 2, 256), None, None, None, 0, True)
+
+
+SPLITS = """
+#include <cstdio>
+#include "itc.h"
+int main() {
+  long blocks, steps, besides, most, splits;
+  while (std::scanf("%ld %ld %ld %ld", &blocks, &steps, &besides, &most) == 4) {
+    splits = blip2fast::quickest_splits(blocks, steps, besides, most, 132);
+    std::printf("%ld\\n", splits);
+  }
+}
+"""
+
+
+def test_blocks_keep_the_multiprocessors_busy(tmp_path: Path) -> None:
+    """The gradient of 1,680 texts once was 266 blocks on 132 multiprocessors: three waves."""
+    (tmp_path / "main.cpp").write_text(SPLITS)
+    compiler = str(shutil.which("g++") or shutil.which("clang++"))
+    command = [compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", "main.cpp", "-o", "main"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    # blocks, their steps, what one costs besides, parts at most; share of the time that is steps
+    cases = [
+        (14, 1680, 20, 52, 0.85),  # texts' gradients: 1,680, 4,096 and 16,384 pairs
+        (32, 4096, 20, 128, 0.9),
+        (128, 16384, 20, 512, 0.95),
+        (210, 14, 1, 14, 0.7),  # similarities of 1,680, 1,024 and 4,096 pairs, of 105 x 1,680
+        (128, 8, 1, 8, 0.85),
+        (512, 32, 1, 32, 0.9),
+        (14, 14, 1, 14, 0.45),
+        (0, 5, 1, 5, 0.0),
+        (7, 0, 1, 0, 0.0),
+    ]
+    given = "".join(f"{' '.join(map(str, case[:4]))}\n" for case in cases)
+    run = subprocess.run(
+        [tmp_path / "main"], input=given, capture_output=True, text=True, check=True
+    )
+    for (blocks, steps, besides, most, share), splits in zip(
+        cases, map(int, run.stdout.split()), strict=True
+    ):
+        assert 1 <= splits <= max(most, 1)
+        waves = -(-blocks * splits // 132)
+        time = waves * (-(-steps // splits) + besides)
+        assert blocks * steps / 132 >= share * time, (blocks, steps, splits)
 
 
 def test_ties_go_to_the_lowest(kernels: torch._ops._OpNamespace) -> None:

@@ -238,8 +238,8 @@ int main() {
   p.images = p.end = kImages, p.texts = kTexts, p.queries = kQueries, p.dim = kDim;
   p.sim = sim.data(), p.arg = arg.data();
   // one block for both images and all three tiles of texts
-  const SimilarityParams params = {p, {1, 3, 1, 3}};
-  launch(itc_similarity_sm90_kernel<Half>, 1, kGroups * kWarpgroup, nullptr, params,
+  const SimilarityParams params = {p, {1, 3, 1, 3}, similarity_slices(kDim)};
+  launch("similarities", itc_similarity_sm90_kernel<Half>, 1, kGroups * kWarpgroup, nullptr, params,
          similarity_sm90_shared(kDim));
   for (int i = 0; i < kImages; ++i) {
     for (int j = 0; j < kTexts; ++j) {
