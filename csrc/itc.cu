@@ -68,6 +68,11 @@ void itc_join_columns(const ItcSweep& p, void* stream) {
          ceil_divide(p.texts, kStatisticsThreads), kStatisticsThreads, stream, p);
 }
 
+void itc_gradient_scale(const ItcSweep& p, void* stream) {
+  launch("itc_scale_kernel", itc_scale_kernel, 1, kScaleThreads, stream, p,
+         kScaleThreads / 32 * static_cast<int>(sizeof(float)));
+}
+
 void itc_gradient(const ItcSweep& p, Format16 format, void* stream) {
   if (compute_capability() == 90) return itc_gradient_sm90(p, format, stream);
   format == Format16::kHalf ? gradient<Half>(p, stream) : gradient<BFloat16>(p, stream);

@@ -42,6 +42,7 @@ struct ItcSweep {
   const float *row_lse, *row_weight;        // [M], [3, M]
   const float *column_lse, *column_weight;  // [N], [3, N]
   bool local;
+  float* scale;         // [2]: of pairs' gradients before they are 16 bits, and its inverse
   uint16_t* d_image;    // [M, Q, D] contiguous
   int text_splits;      // parts of the images whose d_text are added up in order
   float* d_text_parts;  // [text_splits, N, D]
@@ -75,9 +76,10 @@ inline int64_t quickest_splits(int64_t blocks, int64_t steps, int64_t besides, i
 void itc_similarity(const ItcSweep& p, Format16 format, void* stream);
 void itc_statistics(const ItcSweep& p, void* stream);
 void itc_join_columns(const ItcSweep& p, void* stream);
+void itc_gradient_scale(const ItcSweep& p, void* stream);  // before the first gradient
 void itc_gradient(const ItcSweep& p, Format16 format, void* stream);
 void itc_join_gradient(const ItcSweep& p, Format16 format, void* stream);
-// What the first and fourth call on compute capability 9.0.
+// What similarity and gradient call on compute capability 9.0.
 void itc_similarity_sm90(const ItcSweep& p, Format16 format, void* stream);
 void itc_gradient_sm90(const ItcSweep& p, Format16 format, void* stream);
 

@@ -138,11 +138,14 @@ std::tuple<Tensor, Tensor, Tensor> itc_sweep_grad(
   const Tensor d_text_parts =
       torch::stable::new_empty(image, {p.text_splits, N, D}, ScalarType::Float);
   const Tensor d_temp_parts = torch::stable::new_empty(image, {(M + 3) / 4}, ScalarType::Float);
+  const Tensor scale = torch::stable::new_empty(image, {2}, ScalarType::Float);
+  p.scale = pointer<float>(scale);
   p.d_image = pointer<uint16_t>(d_image);
   p.d_text = pointer<uint16_t>(d_text);
   p.d_temp = pointer<float>(d_temp);
   p.d_text_parts = pointer<float>(d_text_parts);
   p.d_temp_parts = pointer<float>(d_temp_parts);
+  itc_gradient_scale(p, launching.stream());
   if (sim.numel() > 0) {
     p.sim = floats(sim, M * N, image, "sim");
     check_list(arg, ScalarType::Byte, "uint8", M * N, image, "arg");

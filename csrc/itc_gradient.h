@@ -15,7 +15,7 @@ BLIP2FAST_KERNEL(kGradientThreads, 1)
 itc_gradient_kernel(const ItcSweep p) {
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
   const int g = lane / 4, t = lane % 4;
-  const float temp = *p.temp;
+  const float temp = *p.temp, factor = p.scale[0] / temp;
   const GradientShare own = gradient_share<OF_IMAGE>(p);
   char* const stages = shared_memory();
   auto* const pairs = reinterpret_cast<uint32_t*>(stages + kGradientStages * kGradientStage);
@@ -33,7 +33,7 @@ itc_gradient_kernel(const ItcSweep p) {
   fetch(0);
   fetch(1);
   mine.ask(p, own, 0);
-  mine.answer(p, own, 0, temp, pairs);
+  mine.answer(p, own, 0, temp, factor, pairs);
   for (int64_t step = 0; step < own.steps; ++step) {
     copy_wait<1>();
     block_barrier();  // the stage and the pairs are there; the stage before is free
@@ -65,7 +65,7 @@ itc_gradient_kernel(const ItcSweep p) {
         }
       }
     }
-    mine.answer(p, own, step + 1, temp, pairs);
+    mine.answer(p, own, step + 1, temp, factor, pairs);
   }
 
   BLIP2FAST_UNROLL
@@ -76,11 +76,37 @@ itc_gradient_kernel(const ItcSweep p) {
       BLIP2FAST_UNROLL
       for (int n = 0; n < 8; ++n) {
         store_gradient<Format, OF_IMAGE>(p, own, row, warp_column + 8 * n + 2 * t,
-                                         c[m][n][2 * half], c[m][n][2 * half + 1]);
+                                         c[m][n][2 * half], c[m][n][2 * half + 1], p.scale[1]);
       }
     }
   }
   if (OF_IMAGE) store_temp_part(p, mine.total, reinterpret_cast<float*>(pairs));
+}
+
+// Gradients of pairs are about 1 / N^2 and vanish in fp16; times a power of two that takes the
+// largest that there may be to 2^12 .. 2^15 they keep their bits. One block looks at all weights.
+constexpr int kScaleThreads = 512;
+static BLIP2FAST_KERNEL(kScaleThreads, 1) itc_scale_kernel(const ItcSweep p) {
+  const int thread = thread_index();
+  float most = 0.0f;
+  for (int64_t i = thread; i < 3 * p.images; i += kScaleThreads)
+    most = fmaxf(most, fabsf(p.row_weight[i]));
+  for (int64_t i = thread; i < 3 * p.texts; i += kScaleThreads)
+    most = fmaxf(most, fabsf(p.column_weight[i]));
+  BLIP2FAST_UNROLL
+  for (int mask = 16; mask > 0; mask /= 2) most = fmaxf(most, shuffle_xor(most, mask));
+  auto* const warps = reinterpret_cast<float*>(shared_memory());
+  if (thread % 32 == 0) warps[thread / 32] = most;
+  block_barrier();
+  if (thread > 0) return;
+  for (int i = 1; i < kScaleThreads / 32; ++i) most = fmaxf(most, warps[i]);
+  most /= fabsf(*p.temp);
+  int exponent = 0;
+  // a pair has up to six weights' worth, three of its row and three of its column
+  if (most > 0.0f && most < kInfinity) exponent = 11 - ilogbf(most);
+  exponent = exponent > 100 ? 100 : exponent < -100 ? -100 : exponent;
+  p.scale[0] = ldexpf(1.0f, exponent);
+  p.scale[1] = ldexpf(1.0f, -exponent);
 }
 
 // d_text: one thread two features, the parts in order.

@@ -16,7 +16,7 @@ template <typename Format, bool OF_IMAGE>
 BLIP2FAST_KERNEL(kGradientThreads, 1)
 itc_gradient_sm90_kernel(const ItcSweep p) {
   const int warp = thread_index() / 32, lane = thread_index() % 32, g = lane / 4, t = lane % 4;
-  const float temp = *p.temp;
+  const float temp = *p.temp, factor = p.scale[0] / temp;
   const GradientShare own = gradient_share<OF_IMAGE>(p);
   char* const stages = shared_memory();
   auto* const pairs = reinterpret_cast<uint32_t*>(stages + kGradientStages * kGradientStage);
@@ -33,7 +33,7 @@ itc_gradient_sm90_kernel(const ItcSweep p) {
   fetch(0);
   fetch(1);
   mine.ask(p, own, 0);
-  mine.answer(p, own, 0, temp, pairs);
+  mine.answer(p, own, 0, temp, factor, pairs);
   for (int64_t step = 0; step < own.steps; ++step) {
     copy_wait<1>();
     publish_copies();
@@ -57,7 +57,7 @@ itc_gradient_sm90_kernel(const ItcSweep p) {
     commit_products();
     // what comes next, while the products are computed
     fetch(step + 2);
-    mine.answer(p, own, step + 1, temp, pairs);
+    mine.answer(p, own, step + 1, temp, factor, pairs);
     wait_products<0>();
   }
   finish_products(c);
@@ -66,7 +66,7 @@ itc_gradient_sm90_kernel(const ItcSweep p) {
   for (int i = 0; i < 64; ++i) {
     const int n = i / 2, half = i % 2;
     store_gradient<Format, OF_IMAGE>(p, own, warp_row + 8 * half + g, 8 * n + 2 * t,
-                                     c[4 * n + 2 * half], c[4 * n + 2 * half + 1]);
+                                     c[4 * n + 2 * half], c[4 * n + 2 * half + 1], p.scale[1]);
   }
   if (OF_IMAGE) store_temp_part(p, mine.total, reinterpret_cast<float*>(pairs));
 }

@@ -45,10 +45,10 @@ struct PairGradient {
       column_weight[i] = p.column_weight[i * p.texts + text];
     }
   }
-  // The gradient that goes to this side, over the temperature, in the low 16 bits; the query in the
-  // high ones. `total` gains both sides' gradient times x.
+  // The gradient that goes to this side, times `factor`, in the low 16 bits; the query in the high
+  // ones. `total` gains both sides' gradient times x.
   template <typename Format>
-  BLIP2FAST_DEVICE uint32_t finish(const ItcSweep& p, float temp, float& total) {
+  BLIP2FAST_DEVICE uint32_t finish(const ItcSweep& p, float temp, float factor, float& total) {
     if (!exists) return 0xFFFF0000u;  // no such query: adds nothing
     x /= temp;
     const float of_row =
@@ -58,7 +58,7 @@ struct PairGradient {
     const float both = of_row + of_column;
     total += both * x;
     const float mine = p.local ? (OF_IMAGE ? of_row : of_column) : both;
-    return (pack<Format>(mine / temp, 0.0f) & 0xFFFFu) | static_cast<uint32_t>(arg) << 16;
+    return (pack<Format>(mine * factor, 0.0f) & 0xFFFFu) | static_cast<uint32_t>(arg) << 16;
   }
 };
 
@@ -88,11 +88,13 @@ BLIP2FAST_DEVICE GradientShare gradient_share(const ItcSweep& p) {
   return own;
 }
 
-// Features d and d + 1 of a row of the block's gradient.
+// Features d and d + 1 of a row of the block's gradient, from what the products added up.
 template <typename Format, bool OF_IMAGE>
 BLIP2FAST_DEVICE void store_gradient(const ItcSweep& p, const GradientShare& own, int row, int d,
-                                     float low, float high) {
+                                     float low, float high, float unscale) {
   if (d >= p.dim) return;
+  low *= unscale;
+  high *= unscale;
   if (OF_IMAGE) {
     const int64_t image = own.first_image + row / kItcQueries;
     const int query = row % kItcQueries;
@@ -163,10 +165,11 @@ struct StepPairs {
       pair.load(p, own.first_image + step, own.first_text + thread);
   }
   BLIP2FAST_DEVICE void answer(const ItcSweep& p, const GradientShare& own, int64_t step,
-                               float temp, uint32_t* pairs) {
+                               float temp, float factor, uint32_t* pairs) {
     const int thread = thread_index();
     if (step < own.steps && thread < kGradientRows)
-      pairs[step % 2 * kGradientRows + thread] = pair.template finish<Format>(p, temp, total);
+      pairs[step % 2 * kGradientRows + thread] =
+          pair.template finish<Format>(p, temp, factor, total);
   }
 };
 

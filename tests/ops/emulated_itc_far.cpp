@@ -138,6 +138,8 @@ void gradients(ItcSweep p, GradientKernel of_image, GradientKernel of_text) {
   p.column_lse = far_memory<float>(kTexts), p.column_weight = far_memory<float>(3 * kTexts);
   p.d_image = far_memory<uint16_t>(kImages * kQueries * kDim);
   p.d_temp_parts = far_memory<float>(kImages);
+  float scale[] = {64.0f, 1.0f / 64.0f};
+  p.scale = scale;
   p.text_splits = static_cast<int>(kImages / 8);
   p.d_text_parts = far_memory<float>(p.text_splits * kTexts * kDim);
 

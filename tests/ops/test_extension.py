@@ -195,7 +195,7 @@ def test_kernels_multiply_on_tensor_cores(architecture: str) -> None:
     # Hopper's own kernels exist for Hopper alone: two formats, gradients of images and of texts
     hoppers = [name for name in names if name.startswith(HOPPER)]
     assert len(hoppers) == (2 + 4 if architecture == "sm_90a" else 0)
-    sums = ("itc_rows", "itc_columns", "itc_join")  # no products in these
+    sums = ("itc_rows", "itc_columns", "itc_join", "itc_scale")  # no products in these
     for name, body in code.items():
         assert "ATOM" not in body, name  # sums in a fixed order
         assert "RED." not in body, name
