@@ -42,7 +42,8 @@ class TritonConfig:
     """Tiles of the `triton` backend: BLOCK_T texts by BLOCK_I images of BLOCK_Q queries each.
 
     Chosen by what compiles for sm_80, sm_90 and sm_100 without spilling registers and within
-    shared memory (`tests/ops/test_itc_triton.py`); no choice was timed on a GPU.
+    shared memory, that of sm_86, sm_89 and sm_120 too (`tests/ops/test_itc_aot.py`); no choice was
+    timed on a GPU.
 
     Attributes:
         block_t: Texts of a tile, rows of the product.
@@ -74,17 +75,24 @@ def forward_config(Q: int, D: int, itemsize: int, capability: int) -> TritonConf
         itemsize: Bytes of a feature.
         capability: The GPU's compute capability times 10.
     """
-    half, hopper = itemsize == 2, capability >= 90
+    half, wide = itemsize == 2, _is_wide(capability)
     block_q, width = _power_of_two(Q), _power_of_two(D)
     narrow = 64 if half else 32
     # 128 columns of products on sm_80 are 255 registers and spill; 64 are 166
-    columns = 128 if half and hopper else 64
+    columns = 128 if half and wide else 64
+    texts = _texts(128 if half else 64, block_q, wide)
+    # the whole width at once keeps a block's texts in shared memory: 194 KB on sm_90
+    whole = half and width <= 256 and block_q <= 128
+    if whole:
+        # a row of every text and column, and room for the statistics' exchange
+        rows = (shared_limit_bytes(capability) - 8 * 1024) // (2 * width)
+        texts = texts if texts + max(columns, block_q) <= rows else 64
+        whole = texts + max(columns, block_q) <= rows
     return TritonConfig(
-        block_t=_texts(128 if half else 64, block_q, hopper),
+        block_t=texts,
         block_i=_images(columns, block_q),
         block_q=block_q,
-        # the whole width at once keeps a block's texts in shared memory: 194 KB on sm_90
-        block_d=width if half and width <= 256 and block_q <= 128 else min(width, narrow),
+        block_d=width if whole else min(width, narrow),
         out_d=0,
         num_warps=8,
         num_stages=2,
@@ -101,7 +109,7 @@ def backward_config(
         load_ahead: Whether the next tile is loaded before it is needed. Where it is not, tiles are
             narrower: Triton 3.6 spills 296 B with the one, 32 B with the other alone.
     """
-    half, wide = itemsize == 2, capability >= 90 and load_ahead
+    half, wide = itemsize == 2, _is_wide(capability) and load_ahead
     block_q, width = _power_of_two(Q), _power_of_two(D)
     return TritonConfig(
         block_t=_texts(64, block_q, False) if half else 32,
@@ -115,9 +123,21 @@ def backward_config(
     )
 
 
-def _texts(texts: int, block_q: int, hopper: bool) -> int:
+def shared_limit_bytes(capability: int) -> int:
+    """Shared memory that a block may have: the CUDA programming guide's table."""
+    if capability in (86, 89) or capability >= 120:
+        return 99 * 1024
+    return (227 if capability >= 90 else 163) * 1024
+
+
+def _is_wide(capability: int) -> bool:
+    """Whether products are of whole warpgroups: sm_90 and sm_100, but not sm_120 again."""
+    return 90 <= capability < 120
+
+
+def _texts(texts: int, block_q: int, wide: bool) -> int:
     """Texts of a tile; 256 columns of products leave registers for fewer."""
-    return texts if block_q <= 128 else 64 if hopper else 32
+    return texts if block_q <= 128 else 64 if wide else 32
 
 
 def _images(columns: int, block_q: int) -> int:

@@ -23,6 +23,7 @@ from blip2fast.kernels.launch import FP_FUSION
 _CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 # what a block may use, opted in to
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT_BYTES |= dict.fromkeys((86, 89, 120), 99 * 1024)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,12 @@ pytest.importorskip("triton")
 from aot import SHARED_LIMIT_BYTES, Compiled, compile_kernel
 
 from blip2fast.kernels.itc import backward, forward
-from blip2fast.kernels.itc.config import TritonConfig, backward_config, forward_config
+from blip2fast.kernels.itc.config import (
+    TritonConfig,
+    backward_config,
+    forward_config,
+    shared_limit_bytes,
+)
 from blip2fast.ops._glue_checks import INTERPRETED
 
 pytestmark = [
@@ -112,6 +117,27 @@ def test_ends_of_the_range_fit(part: str, capability: int, Q: int, D: int, data:
     assert compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability]
     assert compiled.resources["REG"] * 32 * config.num_warps <= 65536
     assert compiled.resources["STACK"] <= 128
+
+
+@pytest.mark.parametrize("capability", [86, 89, 120])
+@pytest.mark.parametrize(
+    ("part", "Q", "D", "data"),
+    [
+        ("forward", 32, 256, "*bf16"),
+        ("forward", 64, 192, "*bf16"),
+        ("forward", 128, 256, "*bf16"),
+        ("image", 32, 256, "*bf16"),
+        ("text", 32, 256, "*bf16"),
+    ],
+)
+def test_cards_with_99_kb(part: str, Q: int, D: int, data: str, capability: int) -> None:
+    """sm_120 is newer than sm_90 and has neither its products nor its shared memory."""
+    assert SHARED_LIMIT_BYTES[capability] == shared_limit_bytes(capability) == 99 * 1024
+    compiled, config = compile_itc(part, capability, saved=True, Q=Q, D=D, data=data)
+    assert compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability]
+    assert compiled.resources["REG"] * 32 * config.num_warps <= 65536
+    assert compiled.resources["STACK"] <= (0 if Q <= 64 else 128)
+    assert TENSOR_CORES[80] in compiled.ptx
 
 
 def test_queries_stand_on_the_columns_of_the_product() -> None:
