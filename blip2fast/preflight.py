@@ -5,6 +5,8 @@ Every fault is found by looking at the configuration, the disk and the devices; 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +15,10 @@ from transformers import AutoConfig
 from blip2fast.checkpointing import is_trained
 from blip2fast.hub_names import not_there
 from blip2fast.language_models import quantised_fault
+from blip2fast.ops import check_kernels, set_kernels
+from blip2fast.ops.kernel_calls import BLIP2, Sizes
+from blip2fast.ops.kernel_kinds import DTYPES
+from blip2fast.ops.records import Record
 from blip2fast.run_config import RunConfig
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
@@ -32,6 +38,42 @@ def check_machine(config: RunConfig, world_size: int = 1) -> None:
     faults += _device_faults(config)
     if faults:
         raise ValueError("the run cannot start:\n  " + "\n  ".join(faults))
+
+
+def prepare_kernels(config: RunConfig, say: Callable[[str], None] | None = None) -> list[Record]:
+    """Set which kernels the run may take, and check them where there is a GPU and nobody has.
+
+    Every process of a run calls this: one of a machine checks, the others wait for it.
+
+    Args:
+        config: the run.
+        say: prints a line.
+
+    Returns:
+        What is known of the kernels that the run is likely to take; nothing without a GPU.
+    """
+    set_kernels(config.kernels)
+    if config.kernels != "check" or not torch.cuda.is_available():
+        return []
+    model, beside = config.model, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    dropout = 0.1 if model.dropout is None else model.dropout
+    sizes = Sizes(
+        hidden=model.hidden_size or BLIP2.hidden,
+        heads=model.num_attention_heads or BLIP2.heads,
+        queries=model.num_query_tokens or BLIP2.queries,
+        text=config.data.max_txt_len if config.stage == 1 or model.text_conditioned else 0,
+        features=(model.embed_dim or BLIP2.features) if config.stage == 1 else 0,
+        dropout=dropout > 0,
+    )
+    jobs = max(1, min(8, (os.cpu_count() or 1) // beside))
+    records = check_kernels(dtype=DTYPES[config.precision], sizes=sizes, jobs=jobs)
+    if say is not None:
+        taken = sum(not record.fault for record in records)
+        say(f"kernels: {taken} of {len(records)} kinds are right and quicker here")
+        for record in records:
+            if record.fault:
+                say(f"kernels: {record}")
+    return records
 
 
 def check_pretrained(key: str, name: str) -> str | None:

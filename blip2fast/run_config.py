@@ -23,6 +23,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from blip2fast.offload.choices import OffloadChoice, StreamStorage
+from blip2fast.ops.dispatch import Kernels
 from blip2fast.run_contradictions import contradictions
 from blip2fast.stage1_types import LOSSES, LossName
 
@@ -182,6 +183,8 @@ class RunConfig:
         stream_buffers: device buffers for streamed blocks.
         stream_storage: of streamed weights: `as_is`, or `int8` or `int4`, which changes the loss.
         gradient_checkpointing: recompute activations in the backward pass.
+        kernels: this library's own, on a GPU: `check`, those that a check there finds right and
+            quicker (docs/kernels.md); `never`; or `trust`, unchecked.
         eval_every, save_every: in steps; 0: only at the end (evaluation), never (checkpoints).
         keep_last: checkpoints that stay on disk.
         eval_batch_size: samples per evaluation batch, over all processes.
@@ -208,6 +211,7 @@ class RunConfig:
     stream_buffers: Annotated[int, Field(ge=2)] = 2
     stream_storage: StreamStorage = "as_is"
     gradient_checkpointing: bool = False
+    kernels: Kernels = "check"
     eval_every: _NonNegative = 0
     eval_batch_size: Annotated[int, Field(ge=2)] = 64
     save_every: _NonNegative = 0

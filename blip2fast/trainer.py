@@ -23,7 +23,7 @@ from blip2fast.held_out import evaluate
 from blip2fast.manifest import replace_file, write_json
 from blip2fast.offload.settle import settle_offload
 from blip2fast.optimisation import learning_rate
-from blip2fast.preflight import check_machine
+from blip2fast.preflight import check_machine, prepare_kernels
 from blip2fast.run_config import RunConfig, config_values, save_config
 from blip2fast.run_log import RunLog
 from blip2fast.run_parts import DTYPES, RunParts, build_run
@@ -129,6 +129,7 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
     """
     device = start_processes()
     check_machine(config, dist.get_world_size())
+    prepare_kernels(config, say if dist.get_rank() == 0 else None)
     machines = max(1, dist.get_world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     config = settle_offload(
         config, dist.get_world_size(), machines, say if dist.get_rank() == 0 else None

@@ -5,7 +5,7 @@ from blip2fast.ops.bias_gelu import bias_gelu
 from blip2fast.ops.dispatch import kernels_set_to, set_kernels
 from blip2fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from blip2fast.ops.itc import itc_loss
-from blip2fast.ops.kernel_calls import check_kernels
+from blip2fast.ops.kernel_calls import check_kernels, kernel_records
 from blip2fast.ops.lm_cross_entropy import lm_cross_entropy
 from blip2fast.ops.qformer_attention import qformer_attention, qformer_cross_attention
 
@@ -16,6 +16,7 @@ __all__ = [
     "check_kernels",
     "dropout_add_layer_norm",
     "itc_loss",
+    "kernel_records",
     "kernels_set_to",
     "lm_cross_entropy",
     "qformer_attention",

@@ -51,6 +51,11 @@ def set_kernels(kernels: Kernels) -> None:
     if kernels not in get_args(Kernels):
         raise ValueError(f"kernels: expected one of {list(get_args(Kernels))}, got {kernels!r}")
     _kernels = kernels
+    forget_decisions()
+
+
+def forget_decisions() -> None:
+    """Choose anew: for what `choose` cannot know to have changed, such as a check made again."""
     _decisions.clear()
 
 

@@ -19,7 +19,7 @@ from blip2fast.ops.dropout_add_layer_norm import DropoutAddLayerNormCall
 from blip2fast.ops.itc_sweep import BACKENDS as ITC_BACKENDS
 from blip2fast.ops.itc_sweep import ITCCall
 from blip2fast.ops.kernel_checks import Request, checks
-from blip2fast.ops.records import Record
+from blip2fast.ops.records import Record, code_hash
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,9 @@ def usual_calls(device: torch.device, dtype: torch.dtype, sizes: Sizes = BLIP2) 
     calls: list[OpCall] = [
         ("bias_gelu", GELU_BACKENDS, BiasGeluCall(dtype, **where)),
     ]
-    # training; its last layer, which nobody reads in `dtype`; a model that is in `dtype` as a whole
+    # under autocast; there before what no product reads; a model that is in `dtype` as a whole
     types = [(dtype, wide, wide, dtype), (dtype, wide, wide, wide), (dtype,) * 4]
-    norms = [(kinds, drop) for kinds in dict.fromkeys(types[:2]) for drop in drops]
-    for kinds, drop in dict.fromkeys([*norms, (types[2], False)]):
+    for kinds, drop in [(kinds, drop) for kinds in dict.fromkeys(types) for drop in drops]:
         norm_call = DropoutAddLayerNormCall(sizes.hidden, kinds, dropout=drop, **where)
         calls.append(
             ("dropout_add_layer_norm", NORM_BACKENDS, norm_call),
@@ -127,13 +126,9 @@ def check_kernels(
     Returns:
         What is known afterwards, one record for each kind and backend; none without a GPU.
     """
-    if device is None:
-        if not torch.cuda.is_available():
-            return []
-        device = torch.device("cuda", torch.cuda.current_device())
-    place = torch.device(device)
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
+    place = _place(device)
+    if place is None:
+        return []
     jobs = min(os.cpu_count() or 1, 8) if jobs is None else jobs
     records: list[Record] = []
     with kernels_set_to("check"):
@@ -149,6 +144,42 @@ def check_kernels(
             if requests:
                 records += checks().settle(list(requests), again, jobs)
     return records
+
+
+def kernel_records(device: torch.device | str | None = None) -> list[Record]:
+    """What is known of the kernels on a device, of any kind of call; nothing is checked.
+
+    Args:
+        device: By default the current CUDA device.
+
+    Returns:
+        The records of this process, of the user's file and of the package that hold for this
+        card, these versions and this code; none without a GPU.
+    """
+    place = _place(device)
+    return [] if place is None else checks().of_machine(str(place), _codes())
+
+
+def _codes() -> set[str]:
+    """Hashes of the code that there is now."""
+    tables: tuple[Sequence[Backend[Any]], ...]
+    tables = (GELU_BACKENDS, NORM_BACKENDS, ATTENTION_BACKENDS, ITC_BACKENDS)
+    return {
+        code_hash(backend.check.folder, backend.name)
+        for backends in tables
+        for backend in backends
+        if backend.check is not None
+    }
+
+
+def _place(device: torch.device | str | None) -> torch.device | None:
+    """The device with its index; None where no GPU is meant and none is there."""
+    if device is None and not torch.cuda.is_available():
+        return None
+    place = torch.device("cuda" if device is None else device)
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    return place
 
 
 def _request(op: str, backends: Sequence[Backend[Any]], behind: int, call: Any) -> Request | None:

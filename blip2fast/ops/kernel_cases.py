@@ -44,14 +44,22 @@ UNI, BI, CAUSAL = MaskKind.UNIMODAL, MaskKind.BIDIRECTIONAL, MaskKind.MULTIMODAL
 
 def _leaf(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
     """Random numbers that want a gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float32)
-    return x.to(device, dtype).requires_grad_()
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(shape, generator=generator, device=device)
+    return x.to(dtype).requires_grad_()
 
 
 def _philox(p: float, device: torch.device) -> Tensor | None:
     """A seed of more than 32 bits, where there is dropout."""
     return philox_state(2**40 + 7, 5, device) if p else None
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Dropout: its probability, and the seed of its mask where that is above 0."""
+
+    p: float
+    philox: Tensor | None
 
 
 def _small(device: torch.device) -> bool:
@@ -133,14 +141,6 @@ def norm_problem(kind: str, device: torch.device) -> Problem:
     return Problem([*cases, case(name, 528 * (rows - 1) + 3)], case(name, 16384))
 
 
-@dataclass(frozen=True)
-class Drop:
-    """Dropout: its probability, and the seed of its mask where that is above 0."""
-
-    p: float
-    philox: Tensor | None
-
-
 class Rows(NamedTuple):
     """Inputs of `dropout_add_layer_norm`, in the order of a case."""
 
@@ -205,16 +205,17 @@ def self_problem(kind: str, device: torch.device) -> Problem:
     p = P if given["dropout"] == "1" else 0.0
     least, most = _text_lengths(Q, int(given["rows"]), int(given["keys"]))
 
-    def case(name: str, layout: AttentionLayout, H: int = 2) -> Case:
-        philox = _philox(p, device)
-        qkv = _leaf((layout.num_rows, 3, H, D), dtype, device, 0)
+    drop = Drop(p, _philox(p, device))
+
+    def case(name: str, layout: AttentionLayout, H: int = 2, timed: bool = False) -> Case:
+        # nobody asks for the lse in training, and PyTorch's quickest form has none
         return Case(
             name,
-            [qkv],
-            lambda impl: partial(_self, impl, layout, p, philox),
-            partial(_plain_self, layout, p, philox),
-            partial(_true_self, layout, p, philox),
-            ("output", "lse"),
+            [_leaf((layout.num_rows, 3, H, D), dtype, device, 0)],
+            lambda impl: partial(_self, impl, layout, drop, not timed),
+            partial(_plain_self, layout, drop),
+            partial(_true_self, layout, drop),
+            ("output",) if timed else ("output", "lse"),
             ATTENTION_ROUNDING,
         )
 
@@ -238,14 +239,10 @@ def self_problem(kind: str, device: torch.device) -> Problem:
             case("text alone", build(0, Q, (most, 1, 0), UNI)),
         ]
         race_layout = build(128, Q, (most,) * 128, BI)
-    return Problem(
-        cases,
-        None
-        if _small(device)
-        else case(
-            f"{race_layout.num_blocks} x {Q} queries, {most} text tokens, {H} heads", race_layout, H
-        ),
-    )
+    if _small(device):
+        return Problem(cases)
+    name = f"{race_layout.num_blocks} x {Q} queries, {most} text tokens, {H} heads"
+    return Problem(cases, case(name, race_layout, H, timed=True))
 
 
 def _text_lengths(Q: int, rows: int, keys: int) -> tuple[int, int]:
@@ -257,31 +254,27 @@ def _text_lengths(Q: int, rows: int, keys: int) -> tuple[int, int]:
 
 
 def _self(
-    impl: str, layout: AttentionLayout, p: float, philox: Tensor | None, given: Sequence[Tensor]
+    impl: str, layout: AttentionLayout, drop: Drop, with_lse: bool, given: Sequence[Tensor]
 ) -> list[Tensor]:
-    out, lse = qformer_attention(
-        given[0], layout, dropout_p=p, philox=philox, impl=impl, return_lse=True
-    )
-    return [out, lse]
+    call: Any = qformer_attention
+    options = {"dropout_p": drop.p, "philox": drop.philox, "impl": impl, "return_lse": with_lse}
+    found = call(given[0], layout, **options)
+    return list(found) if with_lse else [found]
 
 
-def _true_self(
-    layout: AttentionLayout, p: float, philox: Tensor | None, given: Sequence[Tensor]
-) -> list[Tensor]:
+def _true_self(layout: AttentionLayout, drop: Drop, given: Sequence[Tensor]) -> list[Tensor]:
     scale = given[0].shape[-1] ** -0.5
-    out, lse = attention_reference.qformer_attention(given[0], layout, scale, p, philox)
+    out, lse = attention_reference.qformer_attention(given[0], layout, scale, drop.p, drop.philox)
     return [out, lse.detach()]
 
 
-def _plain_self(
-    layout: AttentionLayout, p: float, philox: Tensor | None, given: Sequence[Tensor]
-) -> list[Tensor]:
+def _plain_self(layout: AttentionLayout, drop: Drop, given: Sequence[Tensor]) -> list[Tensor]:
     q, k, v = given[0].permute(1, 2, 0, 3)
     visible, _ = attention_reference.visible_pairs(layout)
     keep = None
-    if philox is not None:
-        keep = attention_reference.self_attention_keep(layout, q.shape[0], philox, p)
-    out, lse = _plain_attend(q, k, v, visible, keep, p)
+    if drop.philox is not None:
+        keep = attention_reference.self_attention_keep(layout, q.shape[0], drop.philox, drop.p)
+    out, lse = _plain_attend(q, k, v, visible, keep, drop.p)
     return [out.transpose(0, 1), lse.T]
 
 
@@ -308,7 +301,12 @@ def cross_problem(kind: str, device: torch.device) -> Problem:
     indexed, masked = given["index"] == "1", given["mask"] == "1"
 
     def case(
-        name: str, reads: Sequence[int] | None, B: int, H: int = 2, shared: bool = False
+        name: str,
+        reads: Sequence[int] | None,
+        B: int,
+        H: int = 2,
+        shared: bool = False,
+        timed: bool = False,
     ) -> Case:
         index = None if reads is None else KVIndex.build(torch.tensor(reads, device=device), B)
         N = B if reads is None else len(reads)
@@ -319,7 +317,7 @@ def cross_problem(kind: str, device: torch.device) -> Problem:
             # one image that is not there at all
             mask[0] = False
             mask = mask.to(device)
-        call = Crossing(N, index, mask, p, _philox(p, device))
+        call = Crossing(N, index, mask, Drop(p, _philox(p, device)))
         return Case(
             name,
             [
@@ -327,10 +325,10 @@ def cross_problem(kind: str, device: torch.device) -> Problem:
                 # one layer's slice of a projection for several
                 _leaf((B, S, 2, 2, H, D), dtype, device, 1).detach()[:, :, 1].requires_grad_(),
             ],
-            lambda impl: partial(_cross, impl, call),
+            lambda impl: partial(_cross, impl, call, not timed),
             partial(_plain_cross, call),
             partial(_true_cross, call),
-            ("output", "lse"),
+            ("output",) if timed else ("output", "lse"),
             ATTENTION_ROUNDING,
         )
 
@@ -348,15 +346,14 @@ def cross_problem(kind: str, device: torch.device) -> Problem:
             case("one block of queries for all", None, 2, shared=True),
         ]
         reads = None
+    if S > 224 and not _small(device):
+        # with enough programs keys are not split among them
+        cases.append(case("many images", None if reads is None else list(range(24)), 24, 12))
+    if _small(device):
+        return Problem(cases)
     N = many if reads is None else len(reads)
-    return Problem(
-        cases,
-        None
-        if _small(device)
-        else case(
-            f"{N} blocks of {Q} queries, {many} images of {S} tokens, {H} heads", reads, many, H
-        ),
-    )
+    name = f"{N} blocks of {Q} queries, {many} images of {S} tokens, {H} heads"
+    return Problem(cases, case(name, reads, many, H, timed=True))
 
 
 @dataclass(frozen=True)
@@ -367,32 +364,32 @@ class Crossing:
         blocks: N.
         index: The image of each block, or None.
         mask: `[B, S]`, tokens that are there, or None.
-        p, philox: Of dropout.
+        drop: What is dropped of the weights.
     """
 
     blocks: int
     index: KVIndex | None
     mask: Tensor | None
-    p: float
-    philox: Tensor | None
+    drop: Drop
 
     @property
     def image(self) -> Tensor | None:
         return None if self.index is None else self.index.index
 
 
-def _cross(impl: str, call: Crossing, given: Sequence[Tensor]) -> list[Tensor]:
-    out, lse = qformer_cross_attention(
+def _cross(impl: str, call: Crossing, with_lse: bool, given: Sequence[Tensor]) -> list[Tensor]:
+    function: Any = qformer_cross_attention
+    found = function(
         given[0],
         given[1],
         call.index,
         key_mask=call.mask,
-        dropout_p=call.p,
-        philox=call.philox,
+        dropout_p=call.drop.p,
+        philox=call.drop.philox,
         impl=impl,
-        return_lse=True,
+        return_lse=with_lse,
     )
-    return [out, lse]
+    return list(found) if with_lse else [found]
 
 
 def _true_cross(call: Crossing, given: Sequence[Tensor]) -> list[Tensor]:
@@ -403,8 +400,8 @@ def _true_cross(call: Crossing, given: Sequence[Tensor]) -> list[Tensor]:
         call.image,
         call.mask,
         q.shape[-1] ** -0.5,
-        call.p,
-        call.philox,
+        call.drop.p,
+        call.drop.philox,
     )
     return [out, lse.detach()]
 
@@ -418,11 +415,11 @@ def _plain_cross(call: Crossing, given: Sequence[Tensor]) -> list[Tensor]:
         visible = call.mask[image][:, None, None]
     k, v = kv[image].permute(2, 0, 3, 1, 4)
     keep = None
-    if call.philox is not None:
+    if call.drop.philox is not None:
         sizes = (call.blocks, Q, H, S)
-        keep = attention_reference.cross_attention_keep(*sizes, call.philox, call.p)
+        keep = attention_reference.cross_attention_keep(*sizes, call.drop.philox, call.drop.p)
     out, lse = _plain_attend(
-        q.expand(call.blocks, -1, -1, -1).transpose(1, 2), k, v, visible, keep, call.p
+        q.expand(call.blocks, -1, -1, -1).transpose(1, 2), k, v, visible, keep, call.drop.p
     )
     return [out.transpose(1, 2), lse.transpose(1, 2)]
 
@@ -460,22 +457,27 @@ def itc_problem(kind: str, device: torch.device) -> Problem:
     given = read_kind(kind)
     dtype, D, Q = DTYPES[given["dtype"]], int(given["width"]), int(given["queries"])
 
-    def case(name: str, b: int, budget: int) -> Case:
+    def case(name: str, b: int, budget: int, timed: bool = False) -> Case:
         ids = torch.arange(b, device=device) // 2 if given["ids"] == "1" else None
         call = Contrast(ids, philox_state(3, 0, device), budget)
         return Case(
             f"{b} pairs, {name}",
             _features(b, Q, D, dtype, device),
-            lambda impl: partial(_itc, impl, call),
+            lambda impl: partial(_itc, impl, call, timed),
             partial(_plain_itc, call, dtype),
             partial(_plain_itc, call, torch.float64),
-            ("loss", "lse of images", "lse of texts", "negative texts", "negative images"),
+            _ITC_OUTPUTS[:1] if timed else _ITC_OUTPUTS,
             ITC_ROUNDING,
         )
 
     b = 17 if _small(device) else 129
     cases = [case("similarities kept", b, 2**30), case("similarities computed again", b, 0)]
-    return Problem(cases, None if _small(device) else case("similarities kept", 1024, 2**30))
+    if _small(device):
+        return Problem(cases)
+    return Problem(cases, case("similarities kept", 1024, 2**30, timed=True))
+
+
+_ITC_OUTPUTS = ("loss", "lse of images", "lse of texts", "negative texts", "negative images")
 
 
 def _features(b: int, Q: int, D: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -489,7 +491,7 @@ def _features(b: int, Q: int, D: int, dtype: torch.dtype, device: torch.device) 
     return [x.requires_grad_() for x in (*features, temp.to(device))]
 
 
-def _itc(impl: str, call: Contrast, given: Sequence[Tensor]) -> list[Tensor]:
+def _itc(impl: str, call: Contrast, timed: bool, given: Sequence[Tensor]) -> list[Tensor]:
     image, text, temp = given
     found = itc_loss(
         image,
@@ -500,6 +502,8 @@ def _itc(impl: str, call: Contrast, given: Sequence[Tensor]) -> list[Tensor]:
         save_budget_bytes=call.budget,
         impl=impl,
     )
+    if timed:
+        return [found.loss]
     chosen = (found.negative_text, found.negative_image)
     return [
         found.loss,

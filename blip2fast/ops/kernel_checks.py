@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from blip2fast.ops.records import (
+    RULES,
     Key,
     Record,
     RecordFile,
@@ -44,6 +45,7 @@ START_S = 120.0
 WAIT_S = 1800.0
 _TAIL_CHARACTERS = 300
 SLOWER = "slower"
+WORKER = "blip2fast.ops._check_worker"
 # what an exception says that has nothing to do with the kernels
 _OF_THE_MOMENT = (
     "OutOfMemory",
@@ -127,15 +129,34 @@ class Checks:
             if not self._read:
                 self._read = True
                 self.known = self.file.read() | self.known
+                if self._shipped is None:
+                    self._shipped = shipped_records()
             return [self._find(request.key) for request in requests]
+
+    def of_machine(self, device: str, codes: Collection[str]) -> list[Record]:
+        """The records that hold on a device, for code of these hashes."""
+        with self._lock:
+            self.find([])
+            here = machine(device)
+            found = [
+                record
+                for record in self.known.values()
+                if record.key.code in codes
+                and replace(record.key, **asdict(here), rules=RULES) == record.key
+            ]
+            there = {record.key.relaxed() for record in found}
+            shipped = self._shipped or {}
+            return found + [
+                record
+                for key, record in shipped.items()
+                if key.code in codes
+                and key not in there
+                and replace(key, **asdict(here)).relaxed() == key
+            ]
 
     def _find(self, key: Key) -> Record | None:
         found = self.known.get(key)
-        if found is None:
-            if self._shipped is None:
-                self._shipped = shipped_records()
-            found = self._shipped.get(key.relaxed())
-        return found
+        return (self._shipped or {}).get(key.relaxed()) if found is None else found
 
     def settle(
         self, requests: Sequence[Request], again: bool = False, jobs: int = 1
@@ -327,7 +348,8 @@ class _Worker:
     def __enter__(self) -> _Worker:
         self._errors = tempfile.TemporaryFile("w+", errors="replace")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "blip2fast.ops._check_worker"],
+            # -P: the folder that this process happens to be in is no place to import from
+            [sys.executable, "-P", "-m", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -336,7 +358,8 @@ class _Worker:
             # compilers that it starts end with it
             start_new_session=True,
         )
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         with suppress(BrokenPipeError):
             stdin = self._process.stdin
             if stdin is not None:
@@ -349,7 +372,10 @@ class _Worker:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._errors.close()
+        self._listener.join()
+        for file in (self._process.stdout, self._errors):
+            if file is not None:
+                file.close()
 
     def line(self, limit_s: float) -> dict[str, Any]:
         """The next line; `hung` (seconds) if none comes in time, `ended` (status, last words)."""

@@ -66,10 +66,13 @@ def self_keys(Q: int, T: int) -> int:
 
 
 def cross_keys(S: int) -> int:
-    """A number of image tokens that is tiled as S is: 0, 4 or 9 tiles of 64, and a rest of 16s."""
-    full, rest = S // 64, S % 64
-    tiles = 0 if full == 0 else 4 if full < 8 else 9
-    return 64 * tiles + (0 if rest == 0 else 16 * ((rest - 1) // 16) + 1)
+    """A number of image tokens that is tiled as S is, in tiles of 64 or 32 and a rest.
+
+    With few tiles keys are not split among programs, with 8 or more they may be.
+    """
+    rest = S % 64
+    tiles = 0 if S < 64 else 2 if S <= 224 else 4 if S <= 448 else 9
+    return 64 * tiles + (rest if rest % 16 == 0 else 16 * (rest // 16) + 1)
 
 
 def self_kind(call: AttentionCall) -> str:

@@ -154,10 +154,10 @@ def compute(
     outputs = dict(zip(names, function(inputs), strict=True))
     learning = [out for out in outputs.values() if out.requires_grad]
     if not douts:
-        generator = torch.Generator().manual_seed(seed)
+        device = inputs[0].device
+        generator = torch.Generator(device).manual_seed(seed)
         douts = [
-            torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
-            for out in learning
+            torch.randn(out.shape, generator=generator, device=device).to(out) for out in learning
         ]
     values = {name: out.detach() for name, out in outputs.items()}
     leaves = {f"gradient {i}": x for i, x in enumerate(inputs) if x.requires_grad}
@@ -242,15 +242,16 @@ def race(case: Case, backends: tuple[str, str], device: torch.device) -> tuple[f
 
 
 def _time(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call; on a GPU its own, while the host is ahead."""
+    """Seconds of one call; on a GPU its own, with the host ahead as it is in a large step."""
+    started = time.perf_counter()
+    run()
+    host_s = time.perf_counter() - started
     if device.type != "cuda":
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
+        return host_s
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    # a millisecond or more, in which the host queues what is timed
-    torch.cuda._sleep(3_000_000)
+    # cycles, at 2 GHz or less, in which the host queues what is timed
+    torch.cuda._sleep(int(3e9 * host_s) + 1_000_000)
     begin.record()
     run()
     end.record()

@@ -1,0 +1,129 @@
+"""The whole way from `auto` to this library's kernels, through Triton's interpreter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from triton_cases import run_interpreted, starts_interpreter
+
+from blip2fast.kernels.bias_gelu import reference
+from blip2fast.ops import bias_gelu, dispatch, kernel_calls, kernel_kinds
+from blip2fast.ops._glue_checks import HAS_TRITON, INTERPRETED
+from blip2fast.ops.kernel_calls import Sizes, check_kernels, kernel_records, usual_calls
+from blip2fast.ops.kernel_checks import Checks, use_checks
+
+interpreted = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="needs TRITON_INTERPRET")
+# narrow, with a rest in every tile
+SIZES = Sizes(hidden=48, heads=2, queries=5, text=7, images=17, features=16)
+
+
+@pytest.mark.slow
+@starts_interpreter
+def test_through_the_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Checks on the CPU, with records of their own."""
+    monkeypatch.setattr(dispatch, "_CHECKED_ON", ("cuda", "cpu"))
+    dispatch.forget_decisions()
+    with use_checks(Checks(tmp_path, shipped={})) as checks:
+        yield checks
+    dispatch.forget_decisions()
+
+
+@interpreted
+def test_every_kernel_of_both_stages_is_found_right(asked: Checks) -> None:
+    """In fp16, at small sizes; and what is known afterwards is what a report gets."""
+    records = check_kernels("cpu", torch.float16, SIZES, jobs=1)
+    assert [str(record) for record in records if record.fault] == []
+    kinds = {(record.key.op, record.key.kind) for record in records}
+    expected = {
+        (op, backends[0].check.kind(call))
+        for op, backends, call in usual_calls(torch.device("cpu"), torch.float16, SIZES)
+    }
+    assert kinds == expected
+    assert {record.key.backend for record in records} == {"triton"}
+    assert {record.rival for record in records} == {"pytorch", "sdpa", "chunked"}
+    assert set(kernel_records("cpu")) == set(records)
+
+
+@interpreted
+def test_auto_runs_the_kernel_once_it_is_checked(
+    asked: Checks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    kernels = bias_gelu.__globals__["_kernels"]
+    monkeypatch.setitem(bias_gelu.__globals__, "_kernels", lambda: ran.append(1) or kernels())
+    x = torch.randn(5, 7, dtype=torch.float16)
+    out = bias_gelu(x)
+    assert ran
+    torch.testing.assert_close(out, reference.bias_gelu(x), rtol=2e-3, atol=1e-3)
+    assert [record.key.kind for record in asked.known.values()] == ["dtype=fp16"]
+
+
+@interpreted
+def test_the_interpreter_alone_is_no_reason_to_check() -> None:
+    """Outside these tests its slow kernels are passed over as ever."""
+    backends = kernel_calls.GELU_BACKENDS
+    call = kernel_calls.BiasGeluCall(torch.float32, "cpu")
+    assert dispatch.choose("bias_gelu", backends, call, "auto") == "pytorch"
+    assert dispatch.passed_over("bias_gelu", backends, 0, call)[0] == [
+        "Triton's interpreter runs its kernels, slowly: force it with impl='triton'"
+    ]
+
+
+def test_without_a_gpu_there_is_nothing_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernel_calls, "checks", None)
+    assert check_kernels() == []
+    assert kernel_records() == []
+
+
+# kinds of calls: coarse enough for a run to have few, fine enough to have one set of tiles each
+
+
+def test_a_run_has_few_kinds() -> None:
+    """Texts of 1 to 32 tokens beside 32 queries, which is what captions are, are of one kind."""
+    kinds = {(kernel_kinds.self_rows(32, T), kernel_kinds.self_keys(32, T)) for T in range(1, 33)}
+    assert len(kinds) == 1
+    calls = usual_calls(torch.device("cuda", 0), torch.bfloat16)
+    assert len({(op, backends[0].check.kind(call)) for op, backends, call in calls}) <= 20
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_calls_of_a_kind_have_the_same_tiles(width: int, dtype: torch.dtype) -> None:
+    """Of self-attention, for pairs and for texts that see no query; of cross-attention."""
+    config = pytest.importorskip("blip2fast.kernels.qformer_attention.config")
+    from blip2fast.masks import MaskKind
+    from blip2fast.ops.attention_layout import AttentionLayout
+
+    found: dict[object, object] = {}
+    for Q in (1, 5, 17, 32, 40):
+        for T in range(150):
+            for kind in (MaskKind.BIDIRECTIONAL, MaskKind.UNIMODAL):
+                layout = AttentionLayout.build(1, Q, (T,) if T else (), kind if T else ())
+                qkv = torch.empty(layout.num_rows, 3, 12, width, dtype=dtype, device="meta")
+                tiles = (
+                    config.self_forward_tiles(layout, qkv),
+                    config.self_backward_tiles(layout, qkv),
+                )
+                name = (Q, kernel_kinds.self_rows(Q, T), kernel_kinds.self_keys(Q, T))
+                # queries alone are a case of their own in the checks of their kind
+                name = (*name, kind if T else None)
+                assert found.setdefault(name, tiles) == tiles, (Q, T)
+    for S in range(700):
+        of = kernel_kinds.cross_keys(S)
+        q = torch.empty(2, 32, 12, width, dtype=dtype, device="meta")
+        forms = []
+        for n in (S, of):
+            kv = torch.empty(2, n, 2, 12, width, dtype=dtype, device="meta")
+            tiles = config.cross_forward_tiles(q, kv, 2), *config.cross_backward_tiles(q, kv, 2)
+            counts = [-(-n // t.block_n) for t in tiles]
+            parts = [config.splits(1, c, t.full)[0] for c, t in zip(counts, tiles, strict=True)]
+            forms.append((tiles, [part > 1 for part in parts]))
+        assert forms[0] == forms[1], (S, of)
