@@ -157,10 +157,10 @@ def kernel_records(device: torch.device | str | None = None) -> list[Record]:
         card, these versions and this code; none without a GPU.
     """
     place = _place(device)
-    return [] if place is None else checks().of_machine(str(place), _codes())
+    return [] if place is None else checks().of_machine(str(place), current_codes())
 
 
-def _codes() -> set[str]:
+def current_codes() -> set[str]:
     """Hashes of the code that there is now."""
     tables: tuple[Sequence[Backend[Any]], ...]
     tables = (GELU_BACKENDS, NORM_BACKENDS, ATTENTION_BACKENDS, ITC_BACKENDS)
