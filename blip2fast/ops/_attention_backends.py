@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WHY_NO_CUDA = why_not("qformer_cross_attention_fwd") or why_not("qformer_cross_attention_bwd")
 
 
-@dataclass(frozen=True)
-class AttentionCall:
+class AttentionCall(NamedTuple):
     """What a choice of backend may depend on.
 
     Attributes:
@@ -36,7 +35,7 @@ class AttentionCall:
         key_mask: Whether some keys of cross-attention are hidden.
         lse: Whether the log-sum-exp is asked for.
         cross: Whether this is cross-attention.
-        index: Whether blocks of cross-attention say which image they read.
+        indexed: Whether blocks of cross-attention say which image they read.
         gpu: Index of the CUDA device.
         capability: The GPU's compute capability times 10; 0: unknown, or no GPU.
     """
@@ -51,7 +50,7 @@ class AttentionCall:
     key_mask: bool
     lse: bool
     cross: bool
-    index: bool = False
+    indexed: bool = False
     gpu: int | None = None
     capability: int = 0
 

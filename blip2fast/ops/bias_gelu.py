@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,7 @@ from blip2fast.ops.dispatch import Backend, KernelCheck, choose
 from blip2fast.ops.kernel_kinds import device_of, gelu_kind
 
 
-@dataclass(frozen=True)
-class BiasGeluCall:
+class BiasGeluCall(NamedTuple):
     """What a choice of backend may depend on."""
 
     dtype: torch.dtype

@@ -6,9 +6,8 @@ Shapes: R rows, C hidden width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -28,8 +27,7 @@ from blip2fast.ops.dispatch import Backend, KernelCheck, choose
 from blip2fast.ops.kernel_kinds import device_of, norm_kind
 
 
-@dataclass(frozen=True)
-class DropoutAddLayerNormCall:
+class DropoutAddLayerNormCall(NamedTuple):
     """What a choice of backend may depend on."""
 
     width: int

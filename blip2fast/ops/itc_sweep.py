@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +33,7 @@ WHY_NO_CUDA = why_not("itc_sweep")
 HALVES = (torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class ITCCall:
+class ITCCall(NamedTuple):
     """What decides whether a backend can run a sweep."""
 
     images: int

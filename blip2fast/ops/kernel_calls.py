@@ -101,7 +101,7 @@ def _attention_calls(
         for text in dict.fromkeys((0, sizes.text)):
             yield AttentionCall(keys=text, dropout=drop, cross=False, **same)
         for index in (False, True):
-            yield AttentionCall(keys=sizes.images, dropout=drop, cross=True, index=index, **same)
+            yield AttentionCall(keys=sizes.images, dropout=drop, cross=True, indexed=index, **same)
 
 
 def check_kernels(

@@ -88,7 +88,7 @@ def cross_kind(call: AttentionCall) -> str:
     """Of a call of `qformer_cross_attention`."""
     return (
         f"dtype={NAMES[call.dtype]} width={call.width} queries={call.queries} "
-        f"keys={cross_keys(call.keys)} index={int(call.index)} mask={int(call.key_mask)} "
+        f"keys={cross_keys(call.keys)} index={int(call.indexed)} mask={int(call.key_mask)} "
         f"dropout={int(call.dropout)}"
     )
 

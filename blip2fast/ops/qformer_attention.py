@@ -232,7 +232,7 @@ def qformer_cross_attention(
         key_mask=key_mask is not None or key_lengths is not None,
         lse=return_lse,
         cross=True,
-        index=index is not None,
+        indexed=index is not None,
         gpu=q.device.index,
         capability=capability_of(q.device),
     )
