@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ import pytest
 import transformers.utils
 from small_run import config, write_world
 
+from blip2fast import preflight
+from blip2fast.ops import dispatch, kernels_set_to
+from blip2fast.ops.records import Key, Record
 from blip2fast.preflight import check_machine, check_pretrained, check_weights
 from blip2fast.run_config import load_config
 
@@ -113,3 +118,50 @@ def test_a_recipe_without_its_weights_is_refused_by_name(tmp_path: Path) -> None
     run = load_config(recipe, [f"output_dir={tmp_path}"])
     with pytest.raises(ValueError, match=r"(?s)records.*images.*flan-t5-xl.*blip2-opt-2.7b"):
         check_machine(run)
+
+
+# kernels
+
+
+@pytest.fixture
+def kernels_as_before() -> Iterator[None]:
+    with kernels_set_to("check"):
+        yield
+
+
+@pytest.mark.usefixtures("kernels_as_before")
+def test_kernels_are_set_and_without_a_gpu_not_checked(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "check_kernels", None)
+    for setting in ("never", "trust", "check"):
+        run = replace(config(world, tmp_path / "out", 1), kernels=setting)
+        assert preflight.prepare_kernels(run) == []
+        assert dispatch._kernels == setting
+
+
+@pytest.mark.usefixtures("kernels_as_before")
+def test_kernels_of_a_run_are_checked_before_it_where_there_is_a_gpu(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = Key("bias_gelu", "triton", "dtype=bf16", "abc", "a card", "9.0", *"123456"[:5])
+    found = [Record(key), Record(key, "crashed: SIGSEGV")]
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(NO_GPU, lambda: True)
+    monkeypatch.setattr(preflight, "check_kernels", lambda **given: asked.append(given) or found)
+    run = config(world, tmp_path / "out", 1)
+    run = replace(run, model=replace(run.model, hidden_size=64, num_attention_heads=4, dropout=0.0))
+    said: list[str] = []
+    assert preflight.prepare_kernels(run, said.append) == found
+    assert said == [
+        "kernels: 1 of 2 kinds are right and quicker here",
+        "kernels: bias_gelu by triton (dtype=bf16): its kernels were checked on a card: crashed: "
+        "SIGSEGV",
+    ]
+    sizes = asked[0]["sizes"]
+    assert (sizes.hidden, sizes.heads, sizes.dropout) == (64, 4, False)
+    assert sizes.text == run.data.max_txt_len
+    # neither of these asks
+    for setting in ("never", "trust"):
+        assert preflight.prepare_kernels(replace(run, kernels=setting)) == []
+    assert len(asked) == 1

@@ -55,6 +55,27 @@ def _bucket(count: int, most: int) -> int:
     return size
 
 
+def _exactly(count: int, most: int) -> int:
+    """The same number; of a traced program whose sizes are symbols, one that has become a constant.
+
+    Asked for by halving, which leaves a few guards, not one for each number that it is not.
+    """
+    if not torch.compiler.is_compiling():
+        return count
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        if count <= middle:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _flag(name: str, value: bool) -> str:
+    return f"{name}=1" if value else f"{name}=0"
+
+
 def self_rows(Q: int, T: int) -> int:
     """Rows of a tile of self-attention; a tile has 64 at most."""
     return _bucket(max(Q, T), 64)
@@ -70,26 +91,27 @@ def cross_keys(S: int) -> int:
 
     With few tiles keys are not split among programs, with 8 or more they may be.
     """
-    rest = S % 64
+    rest = _exactly(S % 64, 63)
     tiles = 0 if S < 64 else 2 if S <= 224 else 4 if S <= 448 else 9
     return 64 * tiles + (rest if rest % 16 == 0 else 16 * (rest // 16) + 1)
 
 
 def self_kind(call: AttentionCall) -> str:
     """Of a call of `qformer_attention`."""
-    Q, T = call.queries, call.keys
+    Q, T, D = _exactly(call.queries, 256), call.keys, _exactly(call.width, 128)
     return (
-        f"dtype={NAMES[call.dtype]} width={call.width} queries={Q} rows={self_rows(Q, T)} "
-        f"keys={self_keys(Q, T)} dropout={int(call.dropout)}"
+        f"dtype={NAMES[call.dtype]} width={D} queries={Q} rows={self_rows(Q, T)} "
+        f"keys={self_keys(Q, T)} {_flag('dropout', call.dropout)}"
     )
 
 
 def cross_kind(call: AttentionCall) -> str:
     """Of a call of `qformer_cross_attention`."""
+    Q, D = _exactly(call.queries, 256), _exactly(call.width, 128)
     return (
-        f"dtype={NAMES[call.dtype]} width={call.width} queries={call.queries} "
-        f"keys={cross_keys(call.keys)} index={int(call.indexed)} mask={int(call.key_mask)} "
-        f"dropout={int(call.dropout)}"
+        f"dtype={NAMES[call.dtype]} width={D} queries={Q} keys={cross_keys(call.keys)} "
+        f"{_flag('index', call.indexed)} {_flag('mask', call.key_mask)} "
+        f"{_flag('dropout', call.dropout)}"
     )
 
 
@@ -101,7 +123,8 @@ def attention_kind(call: AttentionCall) -> str:
 def norm_kind(call: DropoutAddLayerNormCall) -> str:
     """Of a call of `dropout_add_layer_norm`."""
     x, total, out, copy = (NAMES[dtype] for dtype in call.dtypes)
-    return f"x={x} sum={total} out={out} copy={copy} width={call.width} dropout={int(call.dropout)}"
+    width = _exactly(call.width, 8192)
+    return f"x={x} sum={total} out={out} copy={copy} width={width} {_flag('dropout', call.dropout)}"
 
 
 def gelu_kind(call: BiasGeluCall) -> str:
@@ -111,6 +134,5 @@ def gelu_kind(call: BiasGeluCall) -> str:
 
 def itc_kind(call: ITCCall) -> str:
     """Of a call of `itc_loss`."""
-    return (
-        f"dtype={NAMES[call.dtype]} width={call.width} queries={call.queries} ids={int(call.ids)}"
-    )
+    Q, D = _exactly(call.queries, 256), _exactly(call.width, 1024)
+    return f"dtype={NAMES[call.dtype]} width={D} queries={Q} {_flag('ids', call.ids)}"

@@ -9,10 +9,22 @@ import torch
 from triton_cases import run_interpreted, starts_interpreter
 
 from blip2fast.kernels.bias_gelu import reference
-from blip2fast.ops import bias_gelu, dispatch, kernel_calls, kernel_kinds
+from blip2fast.masks import MaskKind
+from blip2fast.ops import (
+    bias_gelu,
+    dispatch,
+    dropout_add_layer_norm,
+    itc_loss,
+    kernel_calls,
+    kernel_kinds,
+    qformer_attention,
+    qformer_cross_attention,
+)
 from blip2fast.ops._glue_checks import HAS_TRITON, INTERPRETED
+from blip2fast.ops.attention_layout import AttentionLayout
 from blip2fast.ops.kernel_calls import Sizes, check_kernels, kernel_records, usual_calls
 from blip2fast.ops.kernel_checks import Checks, use_checks
+from blip2fast.ops.records import Record
 
 interpreted = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="needs TRITON_INTERPRET")
 # narrow, with a rest in every tile
@@ -76,6 +88,78 @@ def test_the_interpreter_alone_is_no_reason_to_check() -> None:
     ]
 
 
+class Recorded(Checks):
+    """Everything was found right, and nothing may be checked; the kinds that were asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, shipped={})
+        self.asked: list[str] = []
+
+    def find(self, requests):
+        self.asked += [request.kind for request in requests]
+        return [Record(request.key) for request in requests]
+
+    settle = None
+
+
+def _programs():
+    """Each op's call by a function of tensors, of small inputs."""
+    layout = AttentionLayout.build(3, 5, (4, 2, 7), MaskKind.BIDIRECTIONAL)
+    temp = torch.tensor(0.07)
+    return {
+        "bias_gelu": (bias_gelu, (torch.randn(6, 48), torch.randn(48))),
+        "dropout_add_layer_norm": (
+            lambda x, w: dropout_add_layer_norm(x, x, w, w, x_bias=w),
+            (torch.randn(6, 48), torch.randn(48)),
+        ),
+        "qformer_attention": (
+            lambda qkv: qformer_attention(qkv, layout),
+            (torch.randn(layout.num_rows, 3, 2, 24),),
+        ),
+        "qformer_cross_attention": (
+            qformer_cross_attention,
+            (torch.randn(3, 5, 2, 24), torch.randn(3, 17, 2, 2, 24)),
+        ),
+        "itc_loss": (
+            lambda image, text: itc_loss(image, text, temp, negatives="none").loss,
+            (torch.randn(6, 5, 16), torch.randn(6, 16)),
+        ),
+    }
+
+
+@interpreted
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("op", list(_programs()))
+def test_a_traced_program_runs_what_records_allow(
+    op: str, dynamic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And asks for the same kind of call as one that is not traced, sizes known or not."""
+    monkeypatch.setattr(dispatch, "_CHECKED_ON", ("cuda", "cpu"))
+    program, inputs = _programs()[op]
+    graphs = []
+
+    def look(graph: torch.fx.GraphModule, given: object):
+        graphs.append(graph.code)
+        return graph
+
+    for checks, runs in ((Checks(tmp_path, shipped={}), False), (Recorded(tmp_path), True)):
+        torch.compiler.reset()
+        dispatch.forget_decisions()
+        graphs.clear()
+        with use_checks(checks):
+            out = torch.compile(program, backend=look, fullgraph=True, dynamic=dynamic)(*inputs)
+            (code,) = graphs
+            # bias_gelu has one kernel, the others' operators are told the backend
+            assert (f"blip2fast.{op}(" in code if op == "bias_gelu" else "'triton'" in code) == runs
+            assert not checks.known
+            if runs:
+                traced = set(checks.asked)
+                checks.asked.clear()
+                torch.testing.assert_close(out, program(*inputs))
+                assert traced == set(checks.asked)
+    dispatch.forget_decisions()
+
+
 def test_without_a_gpu_there_is_nothing_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(kernel_calls, "checks", None)
@@ -84,6 +168,12 @@ def test_without_a_gpu_there_is_nothing_to_check(monkeypatch: pytest.MonkeyPatch
 
 
 # kinds of calls: coarse enough for a run to have few, fine enough to have one set of tiles each
+
+
+def test_every_gpu_is_asked_about_on_its_own() -> None:
+    calls = [kernel_calls.BiasGeluCall(torch.float32, "cuda", gpu) for gpu in (0, 1, None)]
+    assert [kernel_kinds.device_of(call) for call in calls] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert kernel_kinds.device_of(kernel_calls.BiasGeluCall(torch.float32, "cpu")) == "cpu"
 
 
 def test_a_run_has_few_kinds() -> None:
@@ -99,9 +189,6 @@ def test_a_run_has_few_kinds() -> None:
 def test_calls_of_a_kind_have_the_same_tiles(width: int, dtype: torch.dtype) -> None:
     """Of self-attention, for pairs and for texts that see no query; of cross-attention."""
     config = pytest.importorskip("blip2fast.kernels.qformer_attention.config")
-    from blip2fast.masks import MaskKind
-    from blip2fast.ops.attention_layout import AttentionLayout
-
     found: dict[object, object] = {}
     for Q in (1, 5, 17, 32, 40):
         for T in range(150):
