@@ -18,6 +18,7 @@ from blip2fast.fused_weights import describe
 from blip2fast.gathering import rank
 from blip2fast.negatives import NegativeExchange
 from blip2fast.ops import itc_loss, lm_cross_entropy
+from blip2fast.ops.dispatch import describe_choices
 from blip2fast.ops.philox import philox_state, with_offset
 from blip2fast.packed_pass import Dropout
 from blip2fast.packed_qformer import PackedQFormer
@@ -139,7 +140,8 @@ class Blip2Stage1(nn.Module):
 
     def extra_repr(self) -> str:
         how = describe(self.qformer, self._image_form)
-        return f"num_query_tokens={self.config.num_query_tokens}, losses={self.losses}, {how}"
+        sizes = f"num_query_tokens={self.config.num_query_tokens}, losses={self.losses}"
+        return "\n".join([f"{sizes}, {how}", *describe_choices()])
 
     def forward(
         self,

@@ -24,6 +24,7 @@ from blip2fast import (
     stage2_packing,
     stage2_sequence,
 )
+from blip2fast.ops.dispatch import describe_choices
 from blip2fast.qformer import QFormer
 from blip2fast.stage1 import Blip2Stage1
 from blip2fast.stage2_convert import TransformersModel, VisionModel
@@ -151,7 +152,8 @@ class Blip2Stage2(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return stage2_packing.describe(self.config, self.language_model)
+        how = stage2_packing.describe(self.config, self.language_model)
+        return "\n".join([how, *describe_choices()])
 
     def gradient_checkpointing_enable(self) -> None:
         """Trade time for memory: recompute the Q-Former's and the language model's layers.

@@ -1,6 +1,6 @@
 """Which backend runs an op: one ordered list, and an error that gives every reason.
 
-An op describes a call as a frozen dataclass (shapes, dtypes, device, options) and lists its
+An op describes a call as a named tuple (shapes, dtypes, device, options) and lists its
 backends, fastest first. `impl="auto"` takes the first that supports the call and has no reason to
 be passed over; a name forces one. There is no silent fallback.
 """
@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 
@@ -20,11 +20,7 @@ from blip2fast.ops import kernel_checks
 Call = TypeVar("Call")
 Kernels = Literal["never", "check", "trust"]
 
-COMPILED_NOT_RUN = "its kernels were compiled but never run on a GPU: force it with impl={name!r}"
-
-
 KERNELS_OFF = "kernels are switched off (kernels='never'): force it with impl={name!r}"
-
 INTERPRETED_ONLY = "Triton's interpreter runs its kernels, slowly: force it with impl={name!r}"
 NO_DEVICE = "there is no CUDA device to check its kernels on: force it with impl={name!r}"
 
@@ -32,7 +28,7 @@ _kernels: Kernels = "check"
 # where kernels are checked
 _CHECKED_ON = ("cuda",)
 # an op, `impl` and a call to a list of backends and the one of them that runs it
-_decisions: dict[tuple[str, str, object], tuple[object, str]] = {}
+_decisions: dict[tuple[str, str, Any], tuple[Sequence[Backend[Any]], str]] = {}
 _MOST_DECISIONS = 4096
 
 
@@ -68,14 +64,6 @@ def kernels_set_to(kernels: Kernels) -> Iterator[None]:
         yield
     finally:
         set_kernels(before)
-
-
-def kernel_reasons(name: str) -> list[str]:
-    """Why `impl="auto"` passes over kernels that nothing checks."""
-    if _kernels == "trust":
-        return []
-    text = KERNELS_OFF if _kernels == "never" else COMPILED_NOT_RUN
-    return [text.format(name=name)]
 
 
 @dataclass(frozen=True)
@@ -201,6 +189,24 @@ def rival_of(op: str, backends: Sequence[Backend[Call]], place: int, call: Call)
         if not passed_over(op, backends, other, call)[0]:
             return backends[other].name
     return ""
+
+
+def describe_choices() -> list[str]:
+    """Which kernels `auto` took in this process, and why it passed over others; for a `repr`.
+
+    Empty where there were none to take, as on a CPU.
+    """
+    lines: dict[str, None] = {}
+    for (op, impl, call), (backends, name) in list(_decisions.items()):
+        for place, backend in enumerate(backends):
+            if impl != "auto" or backend.check is None or backend.not_supported_reasons(call):
+                continue
+            if backend.name == name:
+                lines[f"{op}: {name}"] = None
+                break
+            reasons = "; ".join(passed_over(op, backends, place, call)[0])
+            lines[f"{op}: {name}, {backend.name} is passed over: {reasons}"] = None
+    return list(lines)
 
 
 def _explain(op: str, backends: Sequence[Backend[Call]], call: Call, impl: str) -> str:

@@ -7,10 +7,9 @@ import re
 import pytest
 
 from blip2fast.ops.dispatch import (
-    COMPILED_NOT_RUN,
     Backend,
+    KernelCheck,
     choose,
-    kernel_reasons,
     kernels_set_to,
     set_kernels,
 )
@@ -29,7 +28,7 @@ def _backend(name: str, most: int, *not_automatic: str) -> Backend[int]:
 
 
 BACKENDS = (
-    _backend("kernel", 10, COMPILED_NOT_RUN.format(name="kernel")),
+    _backend("kernel", 10, "never today: force it with impl='kernel'"),
     _backend("fast", 5),
     _backend("slow", 20),
 )
@@ -50,7 +49,7 @@ def test_no_silent_fallback() -> None:
         choose("op", BACKENDS, 7, "fast")
     assert str(error.value).splitlines() == [
         "op: impl='fast' does not run 7",
-        "  kernel: its kernels were compiled but never run on a GPU: force it with impl='kernel'",
+        "  kernel: never today: force it with impl='kernel'",
         "  fast: 7 is above 5",
         "  slow: runs it; use impl='slow'",
     ]
@@ -75,8 +74,14 @@ def test_unknown_name(impl: str, message: str) -> None:
         choose("op", BACKENDS, 1, impl)
 
 
+# on the CPU nothing is checked, so none of these kernels is known to be right
 SWITCHED = (
-    Backend("kernel", lambda call: [], lambda call: kernel_reasons("kernel")),
+    Backend(
+        "kernel",
+        lambda call: [],
+        lambda call: [],
+        KernelCheck("none", lambda call: "any", lambda call: "cpu", "nowhere:nothing"),
+    ),
     _backend("plain", 5),
 )
 

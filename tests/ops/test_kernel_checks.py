@@ -340,6 +340,20 @@ def test_auto_takes_the_fallback_and_says_why(asked: Checks) -> None:
     assert choose("squares", BACKENDS, call, "kernel") == "kernel"
 
 
+def test_a_model_says_which_kernels_it_took(asked: Checks) -> None:
+    assert dispatch.describe_choices() == []
+    choose("squares", BACKENDS, SquaresCall("none"), "auto")
+    with pytest.warns(RuntimeWarning, match="SIGSEGV"):
+        choose("squares", BACKENDS, SquaresCall("crash"), "auto")
+    # what is forced was no choice
+    choose("squares", BACKENDS, SquaresCall("slow"), "slow")
+    assert dispatch.describe_choices() == [
+        "squares: kernel",
+        "squares: slow, kernel is passed over: its kernels were checked on the CPU: crashed: "
+        "SIGSEGV",
+    ]
+
+
 def test_the_settings(asked: Checks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither `never` nor `trust` checks anything."""
     monkeypatch.setattr(asked, "settle", None)
