@@ -27,6 +27,7 @@ class BiasGeluCall(NamedTuple):
     dtype: torch.dtype
     device: str
     gpu: int | None = None
+    bias: torch.dtype | None = None
 
 
 def _triton_reasons(call: BiasGeluCall) -> list[str]:
@@ -66,7 +67,9 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tens
     """
     check_rows("x", x)
     check_like("bias", bias, (x.shape[1],), x)
-    call = BiasGeluCall(x.dtype, x.device.type, x.device.index)
+    call = BiasGeluCall(
+        x.dtype, x.device.type, x.device.index, None if bias is None else bias.dtype
+    )
     impl = choose("bias_gelu", BACKENDS, call, impl)
     if impl == "reference":
         return reference.bias_gelu(x, bias)

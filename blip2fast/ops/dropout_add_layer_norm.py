@@ -35,6 +35,7 @@ class DropoutAddLayerNormCall(NamedTuple):
     device: str
     dropout: bool = False
     gpu: int | None = None
+    parameters: torch.dtype = torch.float32
 
 
 def _triton_reasons(call: DropoutAddLayerNormCall) -> list[str]:
@@ -154,7 +155,14 @@ def dropout_add_layer_norm(
             raise ValueError(f"{name}: expected fp16, bf16, fp32 or fp64, got {dtype}")
     dtypes = (x.dtype, sum_dtype, out_dtype, copy_dtype or out_dtype)
     device = x.device
-    call = DropoutAddLayerNormCall(x.shape[1], dtypes, device.type, dropout_p > 0, device.index)
+    call = DropoutAddLayerNormCall(
+        width=x.shape[1],
+        dtypes=dtypes,
+        device=device.type,
+        dropout=dropout_p > 0,
+        gpu=device.index,
+        parameters=weight.dtype,
+    )
     impl = choose("dropout_add_layer_norm", BACKENDS, call, impl)
     philox = philox if dropout_p > 0 else None
     if impl == "reference" or (impl == "pytorch" and philox is None):

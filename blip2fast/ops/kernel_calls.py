@@ -62,16 +62,22 @@ def usual_calls(device: torch.device, dtype: torch.dtype, sizes: Sizes = BLIP2) 
     """
     where: dict[str, Any] = {"device": device.type, "gpu": device.index}
     wide, drops = torch.float32, (False, True) if sizes.dropout else (False,)
-    calls: list[OpCall] = [
-        ("bias_gelu", GELU_BACKENDS, BiasGeluCall(dtype, **where)),
-    ]
-    # under autocast; there before what no product reads; a model that is in `dtype` as a whole
-    types = [(dtype, wide, wide, dtype), (dtype, wide, wide, wide), (dtype,) * 4]
-    for kinds, drop in [(kinds, drop) for kinds in dict.fromkeys(types) for drop in drops]:
-        norm_call = DropoutAddLayerNormCall(sizes.hidden, kinds, dropout=drop, **where)
-        calls.append(
-            ("dropout_add_layer_norm", NORM_BACKENDS, norm_call),
-        )
+    calls: list[OpCall] = []
+    # under autocast parameters are in fp32, in train.py and in inference all is in `dtype`
+    for parameters in dict.fromkeys((wide, dtype)):
+        gelu_call = BiasGeluCall(dtype, bias=parameters, **where)
+        calls.append(("bias_gelu", GELU_BACKENDS, gelu_call))
+        # with a copy for the next product, and where there is none
+        copies = (dtype,) if parameters == dtype else (dtype, wide)
+        for copy, drop in [(copy, drop) for copy in copies for drop in drops]:
+            norm_call = DropoutAddLayerNormCall(
+                width=sizes.hidden,
+                dtypes=(dtype, parameters, parameters, copy),
+                dropout=drop,
+                parameters=parameters,
+                **where,
+            )
+            calls.append(("dropout_add_layer_norm", NORM_BACKENDS, norm_call))
     for attention_call in _attention_calls(where, dtype, sizes, drops):
         op = "qformer_cross_attention" if attention_call.cross else "qformer_attention"
         calls.append((op, ATTENTION_BACKENDS, attention_call))

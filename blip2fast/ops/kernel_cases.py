@@ -72,12 +72,11 @@ def _small(device: torch.device) -> bool:
 
 def gelu_problem(kind: str, device: torch.device) -> Problem:
     """A tile of 8 x 256 and one more each way; on a GPU also rows in several turns."""
-    dtype = DTYPES[read_kind(kind)["dtype"]]
+    dtype, bias_type = (DTYPES[read_kind(kind)[name]] for name in ("dtype", "bias"))
 
     def case(name: str, R: int, width: int, with_bias: bool = True) -> Case:
         x = _leaf((R, width), dtype, device, 0)
-        # parameters stay in fp32
-        inputs = [x, _leaf((width,), torch.float32, device, 1)] if with_bias else [x]
+        inputs = [x, _leaf((width,), bias_type, device, 1)] if with_bias else [x]
         return Case(
             f"{name} {R} x {width}",
             inputs,
@@ -108,17 +107,16 @@ def norm_problem(kind: str, device: torch.device) -> Problem:
     given = read_kind(kind)
     width, p = int(given["width"]), P if given["dropout"] == "1" else 0.0
     x_type, sum_type, out_type = (DTYPES[given[name]] for name in ("x", "sum", "out"))
-    copy_type = DTYPES[given["copy"]]
+    copy_type, of_parameters = DTYPES[given["copy"]], DTYPES[given["parameters"]]
     copy = None if copy_type == out_type else copy_type
     drop = Drop(p, _philox(p, device))
 
     def case(name: str, R: int, alone: bool = False) -> Case:
         x = _leaf((R, width), x_type, device, 0)
-        # parameters stay in fp32
-        inputs = [x, *(_leaf((width,), torch.float32, device, seed) for seed in (1, 2))]
+        inputs = [x, *(_leaf((width,), of_parameters, device, seed) for seed in (1, 2))]
         if not alone:
             inputs += [_leaf((R, width), sum_type, device, 3)]
-            inputs += [_leaf((width,), torch.float32, device, 4)]
+            inputs += [_leaf((width,), of_parameters, device, 4)]
         return Case(
             f"{name} {R} x {width}",
             inputs,

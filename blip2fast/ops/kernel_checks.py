@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from blip2fast.ops.records import (
     RULES,
@@ -307,7 +308,8 @@ def recorded(op: str, backend: str, kind: str, device: str, folder: str, source:
 
 def _busy() -> str:
     """What goes on that a check must not get into."""
-    if torch.compiler.is_compiling() or torch.jit._trace.is_tracing():
+    traced = torch.compiler.is_compiling() or torch.jit._trace.is_tracing()
+    if traced or get_proxy_mode() is not None:
         return "a program is traced"
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is captured"

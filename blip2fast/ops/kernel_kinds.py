@@ -124,12 +124,17 @@ def norm_kind(call: DropoutAddLayerNormCall) -> str:
     """Of a call of `dropout_add_layer_norm`."""
     x, total, out, copy = (NAMES[dtype] for dtype in call.dtypes)
     width = _exactly(call.width, 8192)
-    return f"x={x} sum={total} out={out} copy={copy} width={width} {_flag('dropout', call.dropout)}"
+    return (
+        f"x={x} sum={total} out={out} copy={copy} parameters={NAMES[call.parameters]} "
+        f"width={width} {_flag('dropout', call.dropout)}"
+    )
 
 
 def gelu_kind(call: BiasGeluCall) -> str:
     """Of a call of `bias_gelu`."""
-    return f"dtype={NAMES[call.dtype]}"
+    # without a bias the kernel has less to do
+    bias = call.dtype if call.bias is None else call.bias
+    return f"dtype={NAMES[call.dtype]} bias={NAMES[bias]}"
 
 
 def itc_kind(call: ITCCall) -> str:

@@ -42,7 +42,7 @@ class Key:
         op, backend, kind: Which kernels, and for what kind of call.
         code: Hash of the kernel's code.
         card, capability, driver: The GPU's name, its compute capability, the driver's version.
-        torch, cuda, triton, package: Versions.
+        torch, cuda, triton, package: Versions; `cuda` is what PyTorch was built with.
         rules: `RULES`.
     """
 
@@ -173,7 +173,7 @@ def machine(device: str) -> Machine:
     if place.type == "cuda":
         card, driver = torch.cuda.get_device_name(place), _driver()
         capability = ".".join(map(str, torch.cuda.get_device_capability(place)))
-    versions = (torch.__version__, torch.version.cuda or "", _triton_version())
+    versions = (torch.__version__, torch.version.cuda or torch.version.hip or "", _triton_version())
     return Machine(card, capability, driver, *versions, blip2fast.__version__)
 
 
@@ -311,4 +311,5 @@ def _driver() -> str:
         )
     except OSError:
         found = None
-    return found[1] if found else f"CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
+    offers = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return found[1] if found else "" if offers is None else f"CUDA {offers()}"

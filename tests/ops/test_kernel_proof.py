@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from triton_cases import run_interpreted, starts_interpreter
 
 from blip2fast.kernels.bias_gelu import reference
@@ -22,6 +23,7 @@ from blip2fast.ops import (
 )
 from blip2fast.ops._glue_checks import HAS_TRITON, INTERPRETED
 from blip2fast.ops.attention_layout import AttentionLayout
+from blip2fast.ops.dispatch import Backend
 from blip2fast.ops.kernel_calls import Sizes, check_kernels, kernel_records, usual_calls
 from blip2fast.ops.kernel_checks import Checks, use_checks
 from blip2fast.ops.records import Record
@@ -74,7 +76,7 @@ def test_auto_runs_the_kernel_once_it_is_checked(
     out = bias_gelu(x)
     assert ran
     torch.testing.assert_close(out, reference.bias_gelu(x), rtol=2e-3, atol=1e-3)
-    assert [record.key.kind for record in asked.known.values()] == ["dtype=fp16"]
+    assert [record.key.kind for record in asked.known.values()] == ["dtype=fp16 bias=fp16"]
 
 
 @interpreted
@@ -168,6 +170,23 @@ def test_without_a_gpu_there_is_nothing_to_check(monkeypatch: pytest.MonkeyPatch
 
 
 # kinds of calls: coarse enough for a run to have few, fine enough to have one set of tiles each
+
+
+def test_nothing_is_checked_while_operators_are_recorded(asked: Checks) -> None:
+    """`make_fx` runs a program natively, with tensors that stand for others."""
+    backends = kernel_calls.GELU_BACKENDS
+    backends = (Backend("kernel", lambda call: [], lambda call: [], backends[0].check), backends[1])
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        call = kernel_calls.BiasGeluCall(x.dtype, "cpu")
+        assert dispatch.choose("bias_gelu", backends, call, "auto") == "pytorch"
+        reasons, stay = dispatch.passed_over("bias_gelu", backends, 0, call)
+        assert "nothing is checked while a program is traced" in reasons[0]
+        assert not stay
+        return x + 1
+
+    make_fx(program)(torch.zeros(3))
+    assert not asked.known
 
 
 def test_every_gpu_is_asked_about_on_its_own() -> None:
