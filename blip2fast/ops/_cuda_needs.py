@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,11 @@ def capability_of(device: torch.device) -> int:
 # the same for as long as a graph lives
 @torch.compiler.assume_constant_result
 def _capability(index: int | None) -> int:
+    return _found_capability(index)
+
+
+@cache
+def _found_capability(index: int | None) -> int:
     if not torch.cuda.is_available():
         return 0
     major, minor = torch.cuda.get_device_capability(index)

@@ -234,6 +234,8 @@ def self_problem(kind: str, device: torch.device) -> Problem:
                 "texts that see no queries, and captions",
                 build(2, Q, lengths, (UNI, CAUSAL) * 2, (0, 0, 1, 1)),
             ),
+            # without causal texts the backward pass is another
+            case("pairs", build(3, Q, (most, max(least, 1), 0), BI)),
             case("text alone", build(0, Q, (most, 1, 0), UNI)),
         ]
         race_layout = build(128, Q, (most,) * 128, BI)
