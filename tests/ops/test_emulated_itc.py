@@ -416,7 +416,7 @@ def test_the_backend_takes_any_strides(
 
     def run(*features: Tensor) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in features]
-        options = (None, None, philox_state(1), 0, True, False, True, "cuda")
+        options = (None, None, philox_state(1), 0, True, False, True, None, "cuda")
         rows, columns, *rest = torch.ops.blip2fast.itc_sweep(*leaves, temp, *options)
         loss = rows[:3].sum() + columns[:3].sum()
         return [rows.detach(), columns.detach(), *rest, *torch.autograd.grad(loss, leaves)]
