@@ -6,7 +6,6 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,11 +123,11 @@ def test_a_build_with_cuda_is_a_backend() -> None:
     pairs = itc_sweep.ITCCall(128, 256, 32, 256, torch.bfloat16, "cuda", 0.0)
     assert itc_sweep._cuda_reasons(pairs) == []
     for capability in (80, 86, 89, 90, 100, 103, 120):
-        assert not _attention_backends._cuda_reasons(replace(attention, capability=capability))
-        assert not itc_sweep._cuda_reasons(replace(pairs, capability=capability))
+        assert not _attention_backends._cuda_reasons(attention._replace(capability=capability))
+        assert not itc_sweep._cuda_reasons(pairs._replace(capability=capability))
     too_old = ["compute capability 7.5: needs 8.0 or later"]
-    assert _attention_backends._cuda_reasons(replace(attention, capability=75)) == too_old
-    assert itc_sweep._cuda_reasons(replace(pairs, capability=75)) == too_old
+    assert _attention_backends._cuda_reasons(attention._replace(capability=75)) == too_old
+    assert itc_sweep._cuda_reasons(pairs._replace(capability=75)) == too_old
 
 
 # bytes of stack a kernel may use: registers that the compiler could not keep, addresses mostly
