@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from extension_build import ROOT, build_extension, build_target, needs_compiler
+from itc_cases import GRADIENT_SIZES, check_gradient_of_size
 from torch import Tensor
 
 from blip2fast.kernels.itc import reference
@@ -237,40 +238,16 @@ def test_what_is_not_a_number_is_seen(
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("local", [True, False])
-@pytest.mark.parametrize(("size", "norm"), [(2.0**-31, 4.0), (2.0**-14, 0.25), (2.0**13, 2.0**-8)])
+@pytest.mark.parametrize("name", GRADIENT_SIZES)
 def test_gradients_keep_their_bits_whatever_their_size(
     kernels: torch._ops._OpNamespace,
     device: ctypes.CDLL,
-    size: float,
-    norm: float,
+    name: str,
     local: bool,
     capability: int,
 ) -> None:
-    """Of 16,384 pairs they are below fp16's least number, of a scaled loss above its most.
-
-    The sums over all pairs are in its range.
-    """
     device.blip2fast_emulate(capability)
-    M, N, Q, D = 9, 130, 3, 16
-    torch.manual_seed(0)
-    # in one direction, so that what vanished by itself would be seen in the sum
-    image, text = torch.rand(M, Q, D) + 1, torch.rand(N, D) + 1
-    image, text = (F.normalize(x, dim=-1).mul(norm).half() for x in (image, text))
-    temp = torch.tensor(0.07)
-    rows, columns, _, _, sim, arg = kernels.itc_sweep(image, text, temp, None, None, None, 0, True)
-    weights = torch.rand(3, M) * size, torch.rand(3, N) * size
-    sides = (rows[LSE].contiguous(), weights[0], columns[LSE].contiguous(), weights[1])
-    ours = kernels.itc_sweep_grad(image, text, temp, *sides, None, None, 0, local, sim, arg)
-    wide = [x.double() for x in (image, text, temp, *sides)]
-    two_sides = (Weights(wide[3], wide[4]), Weights(wide[5], wide[6]))
-    truth = reference.sweep_grad(
-        *wide[:3], Pairs(0, None, None), two_sides, local, reference.similarity(*wide[:2])
-    )
-    for x, y in zip(ours[:2], truth[:2], strict=True):
-        # each gradient rounded, the sum rounded, and the spacing of fp16 near 0
-        allowed = torch.finfo(torch.float16).eps * y.abs().max() + 2**-24
-        assert (x.double() - y).abs().max() <= allowed
-    torch.testing.assert_close(ours[2].double(), truth[2], rtol=1e-5, atol=0)
+    check_gradient_of_size(kernels, name, local)
 
 
 @pytest.mark.parametrize("width", [128, 192, 256])

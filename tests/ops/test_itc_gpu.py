@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from glue_cases import assert_as_exact_as
-from itc_cases import definition, make_features
+from itc_cases import GRADIENT_SIZES, check_gradient_of_size, definition, make_features
 from torch import Tensor
 
 from blip2fast import _extension
@@ -101,6 +101,12 @@ def test_ties_go_to_the_lowest(dtype: torch.dtype) -> None:
     assert bool((sim == 8.0).all())
     low = torch.tensor([low for low, _ in pairs], device=DEVICE)
     assert bool((arg == low[:, None]).all())
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("name", GRADIENT_SIZES)
+def test_gradients_keep_their_bits_whatever_their_size(name: str, local: bool) -> None:
+    check_gradient_of_size(torch.ops.blip2fast_C, name, local, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
