@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,13 @@ RECORDS = [
 def test_prints_and_writes_what_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def check(device: str | None, dtype: torch.dtype, *, again: bool, jobs: int | None):
+    def check(
+        device: str | None, dtype: torch.dtype, *, again: bool, jobs: int | None, tell: Any
+    ) -> list[Record]:
         assert (device, dtype, again, jobs) == ("cuda:1", torch.float16, True, 2)
+        tell(RECORDS[1])
+        # what an interrupted command leaves
+        assert read_records(file) == RECORDS[1:]
         return RECORDS
 
     monkeypatch.setattr(ops, "check_kernels", check)
@@ -29,9 +35,11 @@ def test_prints_and_writes_what_is_known(
     options = "--device cuda:1 --precision fp16 --again --jobs 2 --out"
     command_line.main(["check-kernels", *options.split(), str(file)])
     assert capsys.readouterr().out.splitlines() == [
-        "bias_gelu by triton (dtype=fp16): right on a card, 10 us against 20 of pytorch (3 s)",
         "bias_gelu by triton (dtype=fp16): its kernels were checked on a card: crashed: SIGSEGV "
         "(7 s)",
+        "bias_gelu by triton (dtype=fp16): right on a card, 10 us against 20 of pytorch, as "
+        "recorded before",
+        "1 of 2 kinds are right and quicker here",
     ]
     assert read_records(file) == RECORDS
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,7 @@ def check_kernels(
     *,
     again: bool = False,
     jobs: int | None = None,
+    tell: Callable[[Record], None] | None = None,
 ) -> list[Record]:
     """Check the kernels that both stages and inference would run, where nobody has yet.
 
@@ -128,6 +129,7 @@ def check_kernels(
         sizes: Of the model.
         again: Check all, whatever is known.
         jobs: Processes that compile side by side; by default as many as there are cores, up to 8.
+        tell: Gets each record that is made, at once.
 
     Returns:
         What is known afterwards, one record for each kind and backend; none without a GPU.
@@ -148,7 +150,7 @@ def check_kernels(
                 if request is not None:
                     requests[request] = None
             if requests:
-                records += checks().settle(list(requests), again, jobs)
+                records += checks().settle(list(requests), again, jobs, tell)
     return records
 
 

@@ -160,7 +160,11 @@ class Checks:
         return (self._shipped or {}).get(key.relaxed()) if found is None else found
 
     def settle(
-        self, requests: Sequence[Request], again: bool = False, jobs: int = 1
+        self,
+        requests: Sequence[Request],
+        again: bool = False,
+        jobs: int = 1,
+        tell: Callable[[Record], None] | None = None,
     ) -> list[Record]:
         """The records of all requests, after a check of those that have none.
 
@@ -168,19 +172,22 @@ class Checks:
             requests: On devices of this process.
             again: Check all, whatever is known.
             jobs: Processes that compile before the checks, which run one after the other.
+            tell: Gets each record that is made, at once.
         """
         with self._lock:
             found = self.find(requests)
             missing = [r for r, f in zip(requests, found, strict=True) if again or f is None]
             if missing:
-                self._check_alone(list(dict.fromkeys(missing)), again, jobs)
+                for record in self._check_alone(list(dict.fromkeys(missing)), again, jobs):
+                    if tell is not None:
+                        tell(record)
             records = [self._find(request.key) for request in requests]
             settled = [record for record in records if record is not None]
             for request, record in zip(requests, settled, strict=True):
                 self.say(request, record)
             return settled
 
-    def _check_alone(self, requests: Sequence[Request], again: bool, jobs: int) -> None:
+    def _check_alone(self, requests: Sequence[Request], again: bool, jobs: int) -> Iterator[Record]:
         with self.file.locked(self.wait_s) as held:
             if not held:
                 fault = f"another process has held {self.file.path.name} for {self.wait_s:.0f} s"
@@ -196,6 +203,7 @@ class Checks:
                 self.known[record.key] = record
                 # each at once: a process that is killed leaves what it had
                 self.file.add([record])
+                yield record
 
     def _compile(self, requests: Sequence[Request], jobs: int) -> None:
         """Run the kernels side by side, so that they are in the compiler's cache afterwards.
