@@ -2,16 +2,24 @@
 
 `QFormer` takes the place of transformers' Q-Formers, `patch(model)` puts it into a transformers
 model; `Blip2Stage1` and `Blip2Stage2` train it, `Blip2` writes (arXiv 2301.12597).
+
+Names are imported when they are first asked for: `blip2fast.ops` needs PyTorch alone.
 """
 
-from blip2fast.blip2 import Blip2
-from blip2fast.ops.itc import ITCLoss
-from blip2fast.patching import patch, unpatch
-from blip2fast.qformer import QFormer
-from blip2fast.stage1 import Blip2Stage1
-from blip2fast.stage1_types import Stage1Config, Stage1Output
-from blip2fast.stage2 import Blip2Stage2
-from blip2fast.stage2_types import Stage2Config, Stage2Output
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blip2fast.blip2 import Blip2
+    from blip2fast.ops.itc import ITCLoss
+    from blip2fast.patching import patch, unpatch
+    from blip2fast.qformer import QFormer
+    from blip2fast.stage1 import Blip2Stage1
+    from blip2fast.stage1_types import Stage1Config, Stage1Output
+    from blip2fast.stage2 import Blip2Stage2
+    from blip2fast.stage2_types import Stage2Config, Stage2Output
 
 __all__ = [
     "Blip2",
@@ -28,3 +36,30 @@ __all__ = [
 ]
 
 __version__ = "0.1.0.dev0"
+
+_PLACES = {
+    "Blip2": "blip2",
+    "Blip2Stage1": "stage1",
+    "Blip2Stage2": "stage2",
+    "ITCLoss": "ops.itc",
+    "QFormer": "qformer",
+    "Stage1Config": "stage1_types",
+    "Stage1Output": "stage1_types",
+    "Stage2Config": "stage2_types",
+    "Stage2Output": "stage2_types",
+    "patch": "patching",
+    "unpatch": "patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module("blip2fast.ops")
+    if name not in _PLACES:
+        raise AttributeError(f"module 'blip2fast' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"blip2fast.{_PLACES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

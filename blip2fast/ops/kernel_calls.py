@@ -11,6 +11,7 @@ import torch
 
 from blip2fast.ops._attention_backends import BACKENDS as ATTENTION_BACKENDS
 from blip2fast.ops._attention_backends import AttentionCall
+from blip2fast.ops._cuda_needs import capability_of
 from blip2fast.ops.bias_gelu import BACKENDS as GELU_BACKENDS
 from blip2fast.ops.bias_gelu import BiasGeluCall
 from blip2fast.ops.dispatch import Backend, kernels_set_to, rival_of
@@ -61,8 +62,22 @@ def usual_calls(device: torch.device, dtype: torch.dtype, sizes: Sizes = BLIP2) 
         The op's name, its backends and a call, each.
     """
     where: dict[str, Any] = {"device": device.type, "gpu": device.index}
+    capability = capability_of(device)
     wide, drops = torch.float32, (False, True) if sizes.dropout else (False,)
     calls: list[OpCall] = []
+    # what takes longest to compile comes first
+    if sizes.features:
+        # normalised features are multiplied in fp16 (`stage1_contrast`)
+        products = wide if dtype == wide else torch.float16
+        for ids in (False, True):
+            pairs = (256, 256, sizes.queries, sizes.features)
+            call = ITCCall(*pairs, products, device.type, 0.0, ids, device.index, capability)
+            calls.append(("itc_loss", ITC_BACKENDS, call))
+    for attention_call in _attention_calls(
+        {**where, "capability": capability}, dtype, sizes, drops
+    ):
+        op = "qformer_cross_attention" if attention_call.cross else "qformer_attention"
+        calls.append((op, ATTENTION_BACKENDS, attention_call))
     # under autocast parameters are in fp32, in train.py and in inference all is in `dtype`
     for parameters in dict.fromkeys((wide, dtype)):
         gelu_call = BiasGeluCall(dtype, bias=parameters, **where)
@@ -78,16 +93,6 @@ def usual_calls(device: torch.device, dtype: torch.dtype, sizes: Sizes = BLIP2) 
                 **where,
             )
             calls.append(("dropout_add_layer_norm", NORM_BACKENDS, norm_call))
-    for attention_call in _attention_calls(where, dtype, sizes, drops):
-        op = "qformer_cross_attention" if attention_call.cross else "qformer_attention"
-        calls.append((op, ATTENTION_BACKENDS, attention_call))
-    if sizes.features:
-        # normalised features are multiplied in fp16 (`stage1_contrast`)
-        products = wide if dtype == wide else torch.float16
-        for ids in (False, True):
-            pairs = (256, 256, sizes.queries, sizes.features)
-            itc_call = ITCCall(*pairs, dtype=products, legacy_epsilon=0.0, ids=ids, **where)
-            calls.append(("itc_loss", ITC_BACKENDS, itc_call))
     return calls
 
 
