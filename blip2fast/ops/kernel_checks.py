@@ -46,6 +46,11 @@ START_S = 120.0
 WAIT_S = 1800.0
 _TAIL_CHARACTERS = 300
 SLOWER = "slower"
+NOT_NOW = (
+    "its kernels are not checked yet, and nothing is checked while {busy}: call "
+    "blip2fast.ops.check_kernels() before"
+)
+TRACED = "a program is traced"
 WORKER = "blip2fast.ops._check_worker"
 # what an exception says that has nothing to do with the kernels
 _OF_THE_MOMENT = (
@@ -300,11 +305,7 @@ def verdict(request: Request, rival: Callable[[], str]) -> tuple[str, bool]:
     if record is None:
         busy = _busy()
         if busy:
-            return (
-                f"its kernels are not checked yet, and nothing is checked while {busy}: call "
-                "blip2fast.ops.check_kernels() before",
-                False,
-            )
+            return NOT_NOW.format(busy=busy), False
         (record,) = known.settle([replace(request, rival=rival())])
     else:
         known.say(request, record)
@@ -314,14 +315,19 @@ def verdict(request: Request, rival: Callable[[], str]) -> tuple[str, bool]:
 @torch.compiler.assume_constant_result
 def recorded(op: str, backend: str, kind: str, device: str, folder: str, source: str) -> str:
     """`verdict` of what is being traced: from records alone, a constant of the traced program."""
-    return verdict(Request(op, backend, kind, device, folder, source), str)[0]
+    known, request = checks(), Request(op, backend, kind, device, folder, source)
+    (record,) = known.find([request])
+    if record is None:
+        return NOT_NOW.format(busy=TRACED)
+    known.say(request, record)
+    return record.reason
 
 
 def _busy() -> str:
     """What goes on that a check must not get into."""
     traced = torch.compiler.is_compiling() or torch.jit._trace.is_tracing()
     if traced or get_proxy_mode() is not None:
-        return "a program is traced"
+        return TRACED
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is captured"
     return ""
