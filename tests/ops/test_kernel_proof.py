@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from blip2fast.ops import (
     itc_loss,
     kernel_calls,
     kernel_kinds,
+    kernel_proof,
     qformer_attention,
     qformer_cross_attention,
 )
@@ -187,6 +189,35 @@ def test_nothing_is_checked_while_operators_are_recorded(asked: Checks) -> None:
 
     make_fx(program)(torch.zeros(3))
     assert not asked.known
+
+
+def test_a_gpu_is_timed_by_its_own_clock_with_the_host_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    happened: list[str] = []
+    slept: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append("record")
+
+        def synchronize(self) -> None:
+            happened.append("wait")
+
+        def elapsed_time(self, other: object) -> float:
+            return 2.5  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: slept.append(cycles))
+    run = partial(happened.append, "run")
+    assert kernel_proof._time(run, torch.device("cuda", 0), host_s=1e-3) == 2.5e-3
+    assert happened == ["wait", "record", "run", "record", "wait"]
+    # a millisecond at 2 GHz is two million
+    assert slept[0] > 2_000_000
 
 
 def test_every_gpu_is_asked_about_on_its_own() -> None:
