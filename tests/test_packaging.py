@@ -100,7 +100,7 @@ def test_wheel(tmp_path: Path, compilers: str, note: str) -> None:
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"blip2fast"}
     modules = (ROOT / "blip2fast").rglob("*.py")
-    expected = {str(p.relative_to(ROOT)) for p in modules}
+    expected = {str(p.relative_to(ROOT)) for p in modules} | {"blip2fast/ops/proven_kernels.json"}
     expected |= {name.replace(".", "/") + ".py" for name in _kernel_modules()}
     assert expected <= set(names)
     assert ("blip2fast/_C.so" in names) == (compilers == "g++")
