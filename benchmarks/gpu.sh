@@ -92,6 +92,17 @@ gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cu
 say "device: ${gpu:-no CUDA device, a rehearsal}"
 device=cpu
 [ -z "$gpu" ] || device=cuda
+workers=$(($(nproc) < 12 ? $(nproc) : 12))
+# beside what follows, until something is timed: files are read, kernels compiled
+compiling=
+case " ${steps[*]} " in
+    *" sweep "*)
+        if [ -n "$gpu" ]; then
+            run compile 150 "$python" benchmarks/sweep.py --compile --workers "$workers" &
+            compiling=$!
+        fi
+        ;;
+esac
 if ! run smoke 90 "$python" -c "
 import blip2fast, torch, triton
 from blip2fast import QFormer, Blip2Stage1
@@ -113,18 +124,20 @@ else
     run build 150 "$python" setup.py build_ext --inplace &
     build=$!
 fi
-# Wait for the build, where there is one.
+# Wait for what runs beside, so that it disturbs no time.
 built() {
-    [ -n "$build" ] || return 0
-    if wait "$build"; then
-        say "extension: $(cat blip2fast/_C.txt)"
-    else
-        say "extension: not built, see log.txt"
+    if [ -n "$build" ]; then
+        if wait "$build"; then
+            say "extension: $(cat blip2fast/_C.txt)"
+        else
+            say "extension: not built, see log.txt"
+        fi
+        build=
     fi
-    build=
+    [ -z "$compiling" ] || { wait "$compiling"; say "kernels of the sweep: compiled"; }
+    compiling=
 }
 
-workers=$(($(nproc) < 12 ? $(nproc) : 12))
 pytest() { local name=$1 seconds=$2; shift 2; run "$name" "$seconds" "$python" -m pytest -q -p no:cacheprovider "$@"; }
 
 verdict() { # NAME STATUS
@@ -199,10 +212,10 @@ step_shares() {
 }
 
 step_sweep() {
-    local only=()
     [ -n "$gpu" ] || return 0 # the interpreter takes hours for these sizes
+    built
     run sweep "${most[sweep]}" "$python" benchmarks/sweep.py "$work/sweep.json" \
-        --seconds $((most[sweep] - 8)) --workers "$workers" ${commit:+--commit "$commit"}
+        --seconds $((most[sweep] - 8)) --compiled ${commit:+--commit "$commit"}
     verdict sweep $?
 }
 
@@ -216,9 +229,9 @@ step_attention() {
     suite attention qformer_attention -k "(64x64 or stage1_pass2 or 32x257) and not b16"
 }
 
-step_glue() { suite glue glue -k "r33792 or r2816"; }
+step_glue() { built; suite glue glue -k "r33792 or r2816"; }
 
-step_qformer() { suite qformer qformer -k "b1_cuda and bf16"; }
+step_qformer() { built; suite qformer qformer -k "b1_cuda and bf16"; }
 
 step_profile() {
     built

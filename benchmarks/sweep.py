@@ -1,6 +1,7 @@
 """Time the configurations of `kernel_configurations.py` on a GPU, each against the default.
 
     python benchmarks/sweep.py OUT.json [--seconds 110] [--workers 12] [--only NAME...]
+    python benchmarks/sweep.py --compile    # beforehand, beside other work
 
 Workers first compile all configurations at once. Then every kernel's are looked at for agreement
 with its reference, and timed in turns from CUDA graphs. An error that ends a process costs the
@@ -236,8 +237,9 @@ def sweep_in_children(arguments: argparse.Namespace) -> int:
     """Time in a process of its own, and in another one where that ends early."""
     ends = time.monotonic() + arguments.seconds
     wanted = keys(arguments.only)
-    compile_all(wanted, arguments.workers)
-    print(f"compiled after {arguments.seconds - (ends - time.monotonic()):.0f} s", flush=True)
+    if not arguments.compiled:
+        compile_all(wanted, arguments.workers)
+        print(f"compiled after {arguments.seconds - (ends - time.monotonic()):.0f} s", flush=True)
     while time.monotonic() < ends:
         left = [key for key in wanted if key not in Results(arguments.out).done()]
         if not left:
@@ -270,7 +272,11 @@ def sweep_in_children(arguments: argparse.Namespace) -> int:
 def main() -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path, help="JSON file; what it holds is not timed again")
+    parser.add_argument(
+        "out", nargs="?", type=Path, help="JSON file; what it has is not timed again"
+    )
+    parser.add_argument("--compile", action="store_true", help="time nothing")
+    parser.add_argument("--compiled", action="store_true", help="that was done")
     parser.add_argument("--seconds", type=float, default=110, help="most seconds to take")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of cases")
@@ -279,6 +285,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if not keys(arguments.only):
         parser.error(f"--only: no case has {arguments.only} in its name")
+    if arguments.compile:
+        compile_all(keys(arguments.only), arguments.workers)
+        return 0
+    if arguments.out is None:
+        parser.error("OUT.json is missing")
     if arguments.child:
         results = Results(arguments.out)
         done = results.done()

@@ -24,7 +24,7 @@ case $* in
     *get_device_name*) cat "$here/gpu" ;;
     *"import blip2fast, torch"*) exit "$(cat "$here/smoke")" ;;
     *why_not*) exit "$(cat "$here/extension")" ;;
-    *sweep.py*) echo '{}' >"$2" ;;
+    *sweep.py*--compiled*) echo '{}' >"$2" ;;
     *--show*) echo "TABLE $*" ;;
     *bench_itc*) echo "1 passed"; exec sleep "$(cat "$here/itc_seconds")" ;;
     *bench_glue*) echo "FAILED benchmarks/bench_glue.py::one - wrong"; exit 1 ;;
@@ -81,7 +81,8 @@ def test_every_step_is_a_process_and_few_files_come_back(gpu_script: GPUScript) 
         "tests/ops/test_itc_gpu.py",
         "-m blip2fast.command_line check-kernels --jobs 8 --out",
         "benchmarks/bench_stage1_step.py -k bench_step and (b256 or b64)",
-        "benchmarks/sweep.py",
+        "benchmarks/sweep.py --compile --workers",
+        "sweep.json --seconds",
         "benchmarks/bench_itc.py",
         "benchmarks/bench_qformer_attention.py",
         "benchmarks/bench_qformer.py",
