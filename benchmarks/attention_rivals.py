@@ -22,10 +22,10 @@ from attention_inputs import (
 from comparing import Contender, Provider, own_reasons
 from torch import Tensor
 
+from blip2fast.kernels.philox import philox_state
 from blip2fast.kernels.qformer_attention import reference
-from blip2fast.ops.attention_layout import AttentionLayout
-from blip2fast.ops.philox import philox_state
-from blip2fast.ops.qformer_attention import qformer_attention, qformer_cross_attention
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout
+from blip2fast.ops.qformer_attention.attention import qformer_attention, qformer_cross_attention
 
 OURS = ("auto", "cuda", "triton", "xformers", "sdpa", "reference")
 # one padded problem `[3, n, H, L, D]` to `[n, L, H, D]`

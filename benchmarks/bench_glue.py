@@ -18,8 +18,8 @@ from comparing import Contender, Provider, Work, own_reasons
 from shapes import GLUE_SHAPES, LM_SHAPES, RowsShape, cells
 from torch import Tensor
 
+from blip2fast.kernels.philox import philox_state
 from blip2fast.ops import bias_gelu, dropout_add_layer_norm, lm_cross_entropy
-from blip2fast.ops.philox import philox_state
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # relative norm from fp32; a GPU's fp32 products may be TF32

@@ -1,7 +1,7 @@
 """`blip2fast.QFormer` against transformers' Q-Former: queries on image tokens, forward, eval.
 
 On a GPU whole calls are timed, launches included; "CUDA graph" means that the caller replays one.
-"absorbed" and "projected" are the two forms of cross-attention (`blip2fast/absorption.py`);
+"absorbed" and "projected" are the two forms of cross-attention (`blip2fast/qformer/absorption.py`);
 "blip2fast" chooses between them by its rule.
 """
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Blip2QFormerModel
 
-from blip2fast import QFormer, absorption
+from blip2fast import QFormer
+from blip2fast.qformer import absorption
 
 DTYPES = {
     "fp32": torch.float32,

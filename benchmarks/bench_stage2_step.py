@@ -25,8 +25,9 @@ from shapes import flan_t5, opt
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from blip2fast import Blip2Stage2, Stage2Config, stage2_llm
+from blip2fast import Blip2Stage2, Stage2Config
 from blip2fast.offload import BlockStream, stream_blocks
+from blip2fast.stage2 import language_model as stage2_llm
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def zero3_step(model: Blip2Stage2, batch: dict[str, Tensor]) -> Callable[[], Ten
     """DeepSpeed's engine with the parameters on the host; it never comes to an optimiser step."""
     import deepspeed
 
-    from blip2fast.deepspeed_setup import start_processes
+    from blip2fast.training.engine import start_processes
 
     start_processes()
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -31,15 +31,15 @@ from blip2fast.kernels.itc import forward as itc_forward
 from blip2fast.kernels.itc import reference as itc_reference
 from blip2fast.kernels.itc.config import TritonConfig
 from blip2fast.kernels.itc.interface import Options, Pairs, Weights
+from blip2fast.kernels.philox import philox_state
 from blip2fast.kernels.qformer_attention import reference as attention_reference
 from blip2fast.kernels.qformer_attention.backward import self_backward
 from blip2fast.kernels.qformer_attention.config import CrossTiles, Tiles
 from blip2fast.kernels.qformer_attention.cross_backward import cross_backward
 from blip2fast.kernels.qformer_attention.cross_forward import cross_forward
 from blip2fast.kernels.qformer_attention.forward import self_forward
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 from blip2fast.masks import MaskKind
-from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
-from blip2fast.ops.philox import philox_state
 
 Device = torch.device | str
 Inputs = dict[str, Any]

@@ -17,8 +17,8 @@ import torch
 from kernel_configurations import CASES
 
 from blip2fast import _extension
+from blip2fast.kernels.philox import philox_state
 from blip2fast.ops import itc_loss, qformer_cross_attention
-from blip2fast.ops.philox import philox_state
 
 DROPOUT = 0.1
 

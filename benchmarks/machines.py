@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from timing import stopwatch
 
-from blip2fast import onednn_linear
+from blip2fast.ops import linear as onednn_linear
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "triton", "transformers", "xformers", "deepspeed")

@@ -25,7 +25,7 @@ from blip2fast import Blip2Stage1
 from blip2fast.ops import kernels_set_to
 from blip2fast.optimisation import parameter_groups
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from textbook_stage1 import TextbookStage1
 
 Batch = dict[str, Any]

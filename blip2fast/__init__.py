@@ -12,14 +12,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blip2fast.blip2 import Blip2
-    from blip2fast.ops.itc import ITCLoss
-    from blip2fast.patching import patch, unpatch
-    from blip2fast.qformer import QFormer
-    from blip2fast.stage1 import Blip2Stage1
-    from blip2fast.stage1_types import Stage1Config, Stage1Output
-    from blip2fast.stage2 import Blip2Stage2
-    from blip2fast.stage2_types import Stage2Config, Stage2Output
+    from blip2fast.inference.model import Blip2
+    from blip2fast.ops.itc.loss import ITCLoss
+    from blip2fast.qformer.model import QFormer
+    from blip2fast.qformer.patching import patch, unpatch
+    from blip2fast.stage1.config import Stage1Config, Stage1Output
+    from blip2fast.stage1.model import Blip2Stage1
+    from blip2fast.stage2.config import Stage2Config, Stage2Output
+    from blip2fast.stage2.model import Blip2Stage2
 
 __all__ = [
     "Blip2",
@@ -38,17 +38,17 @@ __all__ = [
 __version__ = "0.1.0.dev0"
 
 _PLACES = {
-    "Blip2": "blip2",
-    "Blip2Stage1": "stage1",
-    "Blip2Stage2": "stage2",
-    "ITCLoss": "ops.itc",
-    "QFormer": "qformer",
-    "Stage1Config": "stage1_types",
-    "Stage1Output": "stage1_types",
-    "Stage2Config": "stage2_types",
-    "Stage2Output": "stage2_types",
-    "patch": "patching",
-    "unpatch": "patching",
+    "Blip2": "inference.model",
+    "Blip2Stage1": "stage1.model",
+    "Blip2Stage2": "stage2.model",
+    "ITCLoss": "ops.itc.loss",
+    "QFormer": "qformer.model",
+    "Stage1Config": "stage1.config",
+    "Stage1Output": "stage1.config",
+    "Stage2Config": "stage2.config",
+    "Stage2Output": "stage2.config",
+    "patch": "qformer.patching",
+    "unpatch": "qformer.patching",
 }
 
 

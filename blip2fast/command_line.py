@@ -118,8 +118,8 @@ def _positive(text: str) -> int:
 
 
 def _plan(given: argparse.Namespace) -> str:
-    from blip2fast.offload.memory_plan import GIB, Memory, machine_memory, plan_memory
-    from blip2fast.run_config import load_config
+    from blip2fast.training.config import load_config
+    from blip2fast.training.memory_plan import GIB, Memory, machine_memory, plan_memory
 
     memory = machine_memory()
     if given.device_gib is not None or given.host_gib is not None:
@@ -163,7 +163,7 @@ def _check_kernels(given: argparse.Namespace) -> str:
 
 
 def _caption(given: argparse.Namespace) -> str:
-    from blip2fast.blip2 import Blip2
+    from blip2fast.inference.model import Blip2
 
     model = Blip2.from_pretrained(given.model, device=given.device)
     if given.question is None:
@@ -181,9 +181,9 @@ def _storage_loss(given: argparse.Namespace) -> str:
 
     from blip2fast.offload.blocks import find_blocks
     from blip2fast.offload.quantised import Storage, loss_difference
-    from blip2fast.run_config import load_config
-    from blip2fast.run_parts import build_run
-    from blip2fast.stage2 import Blip2Stage2
+    from blip2fast.stage2.model import Blip2Stage2
+    from blip2fast.training.build import build_run
+    from blip2fast.training.config import load_config
 
     config = load_config(given.config, given.set)
     if config.stage != 2:

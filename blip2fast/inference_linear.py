@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-from blip2fast import onednn_linear
-from blip2fast.fused_weights import is_plain
+from blip2fast.ops import linear as onednn_linear
+from blip2fast.qformer.fused_linear import is_plain
 
 
 def linear(

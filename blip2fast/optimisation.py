@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from blip2fast.run_config import OptimSection
+from blip2fast.training.config import OptimSection
 
 
 def learning_rate(step: int, optim: OptimSection) -> float:

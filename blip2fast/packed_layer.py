@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-from blip2fast.fused_weights import FusedLinear, Linear
 from blip2fast.ops import (
     bias_gelu,
     dropout_add_layer_norm,
@@ -17,7 +16,8 @@ from blip2fast.ops import (
     qformer_cross_attention,
 )
 from blip2fast.packed_pass import Dropout, PackedPass, States, states_dtype
-from blip2fast.qformer_layers import QFormerIntermediate, QFormerLayer, QFormerResidual
+from blip2fast.qformer.fused_linear import FusedLinear, Linear
+from blip2fast.qformer.layers import QFormerIntermediate, QFormerLayer, QFormerResidual
 
 
 class PackedLayer:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
-from blip2fast.qformer import QFormer
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
+from blip2fast.qformer.model import QFormer
 
 _SITES_A_LAYER = 6
 

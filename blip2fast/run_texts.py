@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from blip2fast.caption_data import (
+from blip2fast.data.batches import (
     AnswerTargets,
     CaptionTargets,
     SequenceTargets,
@@ -16,9 +16,9 @@ from blip2fast.caption_data import (
     read_questions,
     read_sequences,
 )
-from blip2fast.hub_names import not_there
-from blip2fast.run_config import RunConfig
-from blip2fast.stage2_text import Stage2Text
+from blip2fast.frozen.hub import not_there
+from blip2fast.stage2.text import Stage2Text
+from blip2fast.training.config import RunConfig
 
 # by data.task
 READERS: dict[str, Callable[..., Sequence[Any]]] = {

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from blip2fast import losses, stage1_inputs
+from blip2fast.kernels.philox import philox_state
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 from blip2fast.masks import MaskKind
-from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
-from blip2fast.ops.philox import philox_state
 from blip2fast.packed_pass import Dropout, PackedPass
-from blip2fast.packed_qformer import PackedQFormer
-from blip2fast.stage1_passes import matching_pass
+from blip2fast.qformer.packed import PackedQFormer
+from blip2fast.stage1 import inputs as stage1_inputs
+from blip2fast.stage1 import losses
+from blip2fast.stage1.passes import matching_pass
 
 if TYPE_CHECKING:
-    from blip2fast.stage1 import Blip2Stage1
+    from blip2fast.stage1.model import Blip2Stage1
 
 
 def encode_image(

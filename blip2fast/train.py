@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     import transformers
 
-    from blip2fast.run_config import load_config
-    from blip2fast.trainer import train
+    from blip2fast.training.config import load_config
+    from blip2fast.training.trainer import train
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

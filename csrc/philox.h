@@ -1,5 +1,5 @@
 // Philox4x32 with 7 rounds (Salmon et al. 2011): the words behind every dropout mask, on host and
-// device the function that blip2fast/ops/philox.py defines.
+// device the function that kernels/philox.py defines.
 #pragma once
 
 #include <cstdint>

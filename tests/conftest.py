@@ -11,8 +11,8 @@ import torch
 from stage1_cases import REFERENCE_CASES, SMALL, ReferenceCase, load_reference, make_batch
 from torch import Tensor
 
-from blip2fast import onednn_linear
-from blip2fast.stage1_types import Stage1Config
+from blip2fast.ops import linear as onednn_linear
+from blip2fast.stage1.config import Stage1Config
 
 # on a GPU, products under deterministic algorithms (tests/ops/conftest.py) need it from the start
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blip2fast.demo.measure import EvalSet, tokenize
+from blip2fast.evaluation.retrieval import evaluating
 from blip2fast.masks import MaskKind, qformer_mask
-from blip2fast.retrieval import evaluating
 from blip2fast.scenes import Scene, captions
-from blip2fast.stage1 import Blip2Stage1
+from blip2fast.stage1.model import Blip2Stage1
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.demo.table import SECTIONS
-from blip2fast.evaluation import (
+from blip2fast.evaluation.retrieval import ImageReader, Texts
+from blip2fast.evaluation.stage2 import (
     accuracy_by_type,
     continue_texts,
     evaluate_stage1,
@@ -26,13 +28,11 @@ from blip2fast.evaluation import (
     exact_match,
     generate_texts,
 )
-from blip2fast.feature_cache import FeatureCache
-from blip2fast.retrieval import ImageReader, Texts
 from blip2fast.scenes import QUESTION_FORMAT, SceneSplit, is_exact
 from blip2fast.scenes.world import SPLITS
-from blip2fast.stage1 import Blip2Stage1
-from blip2fast.stage2 import Blip2Stage2
-from blip2fast.stage2_text import Stage2Text
+from blip2fast.stage1.model import Blip2Stage1
+from blip2fast.stage2.model import Blip2Stage2
+from blip2fast.stage2.text import Stage2Text
 
 Rows = dict[str, dict[str, float]]
 BATCH = 64

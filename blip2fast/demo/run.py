@@ -34,8 +34,8 @@ from blip2fast.demo.settings import (
 )
 from blip2fast.demo.table import check_gates, render
 from blip2fast.demo.training import TrainingRun, train
-from blip2fast.run_config import config_values, load_config
 from blip2fast.scenes.world import Source
+from blip2fast.training.config import config_values, load_config
 
 PACKAGES = ("blip2fast", "torch", "transformers", "deepspeed", "numpy")
 TITLES = {

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from blip2fast.run_config import RunConfig
+    from blip2fast.training.config import RunConfig
 
 OffloadChoice = Literal["none", "stream", "zero3", "auto"]
 StreamStorage = Literal["as_is", "int8", "int4"]

@@ -25,9 +25,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from blip2fast.frozen_identity import FrozenIdentity, identify, note_identity
-from blip2fast.hub_names import not_there
-from blip2fast.language_models import load_language_model, quantised_fault
+from blip2fast.frozen.hub import not_there
+from blip2fast.frozen.identity import FrozenIdentity, identify, note_identity
+from blip2fast.frozen.language_models import load_language_model, quantised_fault
 from blip2fast.offload.blocks import find_blocks
 from blip2fast.offload.quantised import Storage
 from blip2fast.offload.streaming import BlockStream, stream_blocks

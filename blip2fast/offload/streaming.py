@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2fast.frozen_identity import note_identity
+from blip2fast.frozen.identity import note_identity
 from blip2fast.offload.blocks import BlockLayout, find_blocks, lay_out, own_parameters
 from blip2fast.offload.copying import Copier, Slot, copier_for, host_buffer
 from blip2fast.offload.quantised import Storage

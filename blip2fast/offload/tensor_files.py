@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import cached_file
 
-from blip2fast.frozen_identity import Sample, sampled_parts
+from blip2fast.frozen.identity import Sample, sampled_parts
 
 _DTYPES = {
     "F64": torch.float64,

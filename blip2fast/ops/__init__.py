@@ -1,13 +1,13 @@
 """The fused ops, one file each: check, choose a backend, register with PyTorch."""
 
-from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 from blip2fast.ops.bias_gelu import bias_gelu
 from blip2fast.ops.dispatch import kernels_set_to, set_kernels
 from blip2fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
-from blip2fast.ops.itc import itc_loss
+from blip2fast.ops.itc.loss import itc_loss
 from blip2fast.ops.kernel_calls import check_kernels, kernel_records
 from blip2fast.ops.lm_cross_entropy import lm_cross_entropy
-from blip2fast.ops.qformer_attention import qformer_attention, qformer_cross_attention
+from blip2fast.ops.qformer_attention.attention import qformer_attention, qformer_cross_attention
 
 __all__ = [
     "AttentionLayout",

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip2fast.kernels.bias_gelu import reference
-from blip2fast.ops._glue_checks import (
+from blip2fast.kernels.qformer_attention.layout import wide_dtype
+from blip2fast.ops.checks import (
     AS_DEFINED,
     check_like,
     check_rows,
     triton_reasons,
 )
-from blip2fast.ops.attention_layout import wide_dtype
 from blip2fast.ops.dispatch import Backend, KernelCheck, choose
 from blip2fast.ops.kernel_kinds import device_of, gelu_kind
 

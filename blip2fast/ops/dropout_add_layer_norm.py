@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from blip2fast.kernels.dropout_add_layer_norm import pytorch, reference
-from blip2fast.ops._attention_checks import check_dropout
-from blip2fast.ops._glue_checks import (
+from blip2fast.kernels.qformer_attention.layout import wide_dtype
+from blip2fast.ops.checks import (
     AS_DEFINED,
     FLOATS,
     MAX_WIDTH,
@@ -22,9 +22,9 @@ from blip2fast.ops._glue_checks import (
     check_rows,
     triton_reasons,
 )
-from blip2fast.ops.attention_layout import wide_dtype
 from blip2fast.ops.dispatch import Backend, KernelCheck, choose
 from blip2fast.ops.kernel_kinds import device_of, norm_kind
+from blip2fast.ops.qformer_attention.checks import check_dropout
 
 
 class DropoutAddLayerNormCall(NamedTuple):

@@ -19,16 +19,16 @@ from torch import Tensor
 from blip2fast.kernels.bias_gelu import reference as gelu_reference
 from blip2fast.kernels.dropout_add_layer_norm import reference as norm_reference
 from blip2fast.kernels.itc import noise
+from blip2fast.kernels.philox import philox_state
 from blip2fast.kernels.qformer_attention import reference as attention_reference
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 from blip2fast.masks import MaskKind
-from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
 from blip2fast.ops.bias_gelu import bias_gelu
 from blip2fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
-from blip2fast.ops.itc import itc_loss
+from blip2fast.ops.itc.loss import itc_loss
 from blip2fast.ops.kernel_kinds import DTYPES, read_kind, self_keys, self_rows
 from blip2fast.ops.kernel_proof import Case, Problem
-from blip2fast.ops.philox import philox_state
-from blip2fast.ops.qformer_attention import qformer_attention, qformer_cross_attention
+from blip2fast.ops.qformer_attention.attention import qformer_attention, qformer_cross_attention
 
 P = 0.1
 # errors of gradients that an lse in fp32 makes, a unit of lse

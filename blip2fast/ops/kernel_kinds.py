@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from blip2fast.ops._attention_backends import AttentionCall
     from blip2fast.ops.bias_gelu import BiasGeluCall
     from blip2fast.ops.dropout_add_layer_norm import DropoutAddLayerNormCall
-    from blip2fast.ops.itc_sweep import ITCCall
+    from blip2fast.ops.itc.sweep import ITCCall
+    from blip2fast.ops.qformer_attention.backends import AttentionCall
 
 NAMES = {
     torch.float16: "fp16",

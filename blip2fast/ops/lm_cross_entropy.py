@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip2fast.ops import _lm_chunks
-from blip2fast.ops._glue_checks import AS_DEFINED, check_like, check_rows
-from blip2fast.ops.attention_layout import wide_dtype
+from blip2fast.kernels.lm_cross_entropy import chunked as _lm_chunks
+from blip2fast.kernels.qformer_attention.layout import wide_dtype
+from blip2fast.ops.checks import AS_DEFINED, check_like, check_rows
 from blip2fast.ops.dispatch import Backend, choose
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from blip2fast.kernels.dropout_add_layer_norm.config import RowsConfig, rows_config
 from blip2fast.kernels.dropout_add_layer_norm.forward import kept_tile
 from blip2fast.kernels.launch import FP_FUSION
-from blip2fast.ops.philox import threshold
+from blip2fast.kernels.philox import threshold
 
 
 @triton.jit

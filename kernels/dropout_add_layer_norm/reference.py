@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip2fast.ops.philox import keep_mask
+from blip2fast.kernels.philox import keep_mask
 
 
 def dropout_add_layer_norm(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blip2fast.ops.philox import philox_words
+from blip2fast.kernels.philox import philox_words
 
 # where dropout masks count heads: numbers no head has
 TAG, COIN_TAG = 0x49544300, 0x49544301

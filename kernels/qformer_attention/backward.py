@@ -19,6 +19,7 @@ from blip2fast.kernels.qformer_attention.config import (
     self_sizes,
 )
 from blip2fast.kernels.qformer_attention.forward import constants, dense_heads
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout
 from blip2fast.kernels.qformer_attention.tiles import (
     gradient_tile,
     load_lse,
@@ -26,7 +27,6 @@ from blip2fast.kernels.qformer_attention.tiles import (
     store_rows,
 )
 from blip2fast.kernels.qformer_attention.units import find_text, find_unit, row_of
-from blip2fast.ops.attention_layout import AttentionLayout
 
 
 @triton.jit(do_not_specialize=["N", "Q", "row_tiles"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip2fast.ops.attention_layout import AttentionLayout
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout
 
 # the least that a matrix product takes
 MIN_TILE = 16

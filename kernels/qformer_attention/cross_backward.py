@@ -26,6 +26,7 @@ from blip2fast.kernels.qformer_attention.cross_forward import (
     unpack,
 )
 from blip2fast.kernels.qformer_attention.forward import constants
+from blip2fast.kernels.qformer_attention.layout import KVIndex
 from blip2fast.kernels.qformer_attention.tiles import (
     gradient_tile,
     load_lse,
@@ -40,7 +41,6 @@ from blip2fast.kernels.qformer_attention.uses import (
     rows_of_image,
     store_key_gradients,
 )
-from blip2fast.ops.attention_layout import KVIndex
 
 
 @triton.jit(do_not_specialize=["N", "B", "Q", "S", "below", "above", "tiles_of_split"])

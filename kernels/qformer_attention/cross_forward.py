@@ -21,6 +21,7 @@ from blip2fast.kernels.qformer_attention.config import (
     splits,
 )
 from blip2fast.kernels.qformer_attention.forward import constants
+from blip2fast.kernels.qformer_attention.layout import KVIndex
 from blip2fast.kernels.qformer_attention.tiles import (
     base_2_scores,
     load_rows,
@@ -29,7 +30,6 @@ from blip2fast.kernels.qformer_attention.tiles import (
     store_rows,
 )
 from blip2fast.kernels.qformer_attention.uses import find_chunk, load_keys, place_rows
-from blip2fast.ops.attention_layout import KVIndex
 
 
 @triton.jit(do_not_specialize=["N", "B", "Q", "S", "tiles_of_split"])

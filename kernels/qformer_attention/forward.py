@@ -9,11 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from blip2fast.kernels.launch import FP_FUSION
+from blip2fast.kernels.philox import threshold
 from blip2fast.kernels.qformer_attention.config import (
     Tiles,
     self_forward_tiles,
     self_sizes,
 )
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout
 from blip2fast.kernels.qformer_attention.tiles import (
     base_2_scores,
     load_rows,
@@ -22,8 +24,6 @@ from blip2fast.kernels.qformer_attention.tiles import (
     store_rows,
 )
 from blip2fast.kernels.qformer_attention.units import find_unit, row_of
-from blip2fast.ops.attention_layout import AttentionLayout
-from blip2fast.ops.philox import threshold
 
 
 @triton.jit(do_not_specialize=["N", "Q", "row_tiles"])

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blip2fast.kernels.philox import keep_mask
+from blip2fast.kernels.qformer_attention.layout import KIND_CODES, AttentionLayout
 from blip2fast.masks import MaskKind
-from blip2fast.ops.attention_layout import KIND_CODES, AttentionLayout
-from blip2fast.ops.philox import keep_mask
 
 
 def visible_pairs(layout: AttentionLayout) -> tuple[Tensor, Tensor]:

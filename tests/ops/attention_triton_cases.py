@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton_cases import DEVICE
 
-from blip2fast.ops.philox import philox_state
+from blip2fast.kernels.philox import philox_state
 
 P = 0.3
 SCALE = 0.3

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from blip2fast.kernels.philox import philox_state
 from blip2fast.kernels.qformer_attention import reference
-from blip2fast.ops.attention_layout import KVIndex
-from blip2fast.ops.philox import philox_state
+from blip2fast.kernels.qformer_attention.layout import KVIndex
 
 
 @dataclass(frozen=True)

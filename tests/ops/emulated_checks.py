@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from blip2fast.ops import _attention_cuda, itc, kernel_cases, qformer_attention
+from blip2fast.kernels.qformer_attention import cuda as _attention_cuda
+from blip2fast.ops import kernel_cases, qformer_attention
 from blip2fast.ops.dispatch import Backend
+from blip2fast.ops.itc import loss as itc
 from blip2fast.ops.kernel_kinds import read_kind
 from blip2fast.ops.kernel_proof import Problem
 

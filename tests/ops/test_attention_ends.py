@@ -29,8 +29,9 @@ from glue_cases import assert_as_exact_as
 from torch import Tensor
 from triton_cases import run_interpreted, starts_interpreter
 
-from blip2fast.ops import _attention_padded, qformer_attention, qformer_cross_attention
-from blip2fast.ops._glue_checks import INTERPRETED
+from blip2fast.kernels.qformer_attention import padded as _attention_padded
+from blip2fast.ops import qformer_attention, qformer_cross_attention
+from blip2fast.ops.checks import INTERPRETED
 
 Function = Callable[..., Tensor]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

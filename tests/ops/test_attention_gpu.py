@@ -22,11 +22,11 @@ from cross_attention_cases import CASES, Inputs, Results, check_cross_attention
 from torch import Tensor
 
 from blip2fast import _extension
+from blip2fast.kernels.philox import philox_state
 from blip2fast.kernels.qformer_attention import reference
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 from blip2fast.ops import qformer_attention, qformer_cross_attention
-from blip2fast.ops._attention_backends import HAS_TRITON
-from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
-from blip2fast.ops.philox import philox_state
+from blip2fast.ops.qformer_attention.backends import HAS_TRITON
 
 pytestmark = [
     pytest.mark.gpu,

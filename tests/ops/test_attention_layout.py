@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blip2fast.kernels.qformer_attention import reference
-from blip2fast.ops.attention_layout import AttentionLayout, KVIndex, sort_by_target
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, sort_by_target
 
 
 def test_a_pass_of_all_kinds() -> None:

@@ -18,7 +18,7 @@ from attention_cases import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blip2fast.ops import _attention_padded
+from blip2fast.kernels.qformer_attention import padded as _attention_padded
 
 
 class Operations(TorchDispatchMode):

@@ -15,7 +15,7 @@ from attention_cases import (
 )
 
 from blip2fast.ops import qformer_attention, qformer_cross_attention
-from blip2fast.ops.attention_weights import (
+from blip2fast.ops.qformer_attention.weights import (
     attention_keep_mask,
     attention_weights,
     cross_attention_keep_mask,

@@ -24,8 +24,8 @@ from blip2fast.kernels.itc.interface import (
     Pairs,
     Weights,
 )
-from blip2fast.ops import itc
-from blip2fast.ops.philox import philox_state
+from blip2fast.kernels.philox import philox_state
+from blip2fast.ops.itc import loss as itc
 
 pytestmark = needs_compiler
 

@@ -15,8 +15,9 @@ from cross_attention_cases import CASES, Inputs, Results, check_cross_attention,
 from extension_build import build_extension, build_target, module_again, needs_compiler
 
 from blip2fast import _extension
+from blip2fast.kernels.qformer_attention import cuda as _attention_cuda
 from blip2fast.kernels.qformer_attention import reference
-from blip2fast.ops import _attention_backends, _attention_cuda
+from blip2fast.ops.qformer_attention import backends as _attention_backends
 
 pytestmark = needs_compiler
 

@@ -13,7 +13,9 @@ import torch
 from extension_build import ROOT, build_extension, needs_compiler, needs_nvcc
 
 from blip2fast import _extension
-from blip2fast.ops import _attention_backends, itc_sweep, philox
+from blip2fast.kernels import philox
+from blip2fast.ops.itc import sweep as itc_sweep
+from blip2fast.ops.qformer_attention import backends as _attention_backends
 
 needs_extension = pytest.mark.skipif(bool(_extension.why_not()), reason=_extension.why_not())
 

@@ -15,8 +15,8 @@ from blip2fast.kernels.bias_gelu.config import TILE
 from blip2fast.kernels.dropout_add_layer_norm import backward as norm_backward
 from blip2fast.kernels.dropout_add_layer_norm import forward as norm_forward
 from blip2fast.kernels.dropout_add_layer_norm.config import rows_config
-from blip2fast.ops._glue_checks import INTERPRETED
-from blip2fast.ops.philox import threshold
+from blip2fast.kernels.philox import threshold
+from blip2fast.ops.checks import INTERPRETED
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,8 +13,8 @@ from torch import Tensor
 from triton_cases import DEVICE, DTYPES, run_interpreted, runs_kernels, starts_interpreter
 
 from blip2fast.kernels.dropout_add_layer_norm import pytorch, reference
+from blip2fast.kernels.philox import philox_state
 from blip2fast.ops import bias_gelu, dropout_add_layer_norm
-from blip2fast.ops.philox import philox_state
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 P = 0.3

@@ -17,9 +17,9 @@ from blip2fast import Blip2Stage1, ITCLoss
 from blip2fast.kernels.itc import chunked, reference
 from blip2fast.kernels.itc.config import ChunkedConfig
 from blip2fast.kernels.itc.interface import Options, Pairs, Weights
+from blip2fast.kernels.philox import philox_state
 from blip2fast.ops import itc_loss
-from blip2fast.ops.itc import itc_loss_and_grads
-from blip2fast.ops.philox import philox_state
+from blip2fast.ops.itc.loss import itc_loss_and_grads
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 IMPLS = ["reference", "chunked"]

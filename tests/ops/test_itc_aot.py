@@ -18,7 +18,7 @@ from blip2fast.kernels.itc.config import (
     forward_config,
     shared_limit_bytes,
 )
-from blip2fast.ops._glue_checks import INTERPRETED
+from blip2fast.ops.checks import INTERPRETED
 
 pytestmark = [
     pytest.mark.slow,

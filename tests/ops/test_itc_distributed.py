@@ -11,9 +11,9 @@ import torch.multiprocessing as mp
 from itc_cases import definition, make_features
 from torch import Tensor
 
-from blip2fast.negatives import NegativeExchange
+from blip2fast.kernels.philox import philox_state
 from blip2fast.ops import itc_loss
-from blip2fast.ops.philox import philox_state
+from blip2fast.stage1.negatives import NegativeExchange
 
 N, Q, D = 8, 3, 16
 IDS = torch.tensor([7, 1, 2, 7, 4, 2, 6, 1])

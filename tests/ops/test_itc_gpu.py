@@ -12,8 +12,8 @@ from torch import Tensor
 
 from blip2fast import _extension
 from blip2fast.kernels.itc import reference
+from blip2fast.kernels.philox import philox_state
 from blip2fast.ops import itc_loss
-from blip2fast.ops.philox import philox_state
 
 MISSING = _extension.why_not("itc_sweep")
 pytestmark = [

@@ -14,9 +14,9 @@ from torch import Tensor
 from blip2fast.kernels.itc import chunked, noise, reference
 from blip2fast.kernels.itc.config import ChunkedConfig
 from blip2fast.kernels.itc.interface import NEGATIVE_INDEX, Options, Pairs, Sweep
-from blip2fast.negatives import NegativeExchange
+from blip2fast.kernels.philox import philox_state, philox_words
 from blip2fast.ops import itc_loss
-from blip2fast.ops.philox import philox_state, philox_words
+from blip2fast.stage1.negatives import NegativeExchange
 
 DRAWS, OTHERS = 500_000, 7
 # a million draws: half of them rows (images), half of them columns (texts)

@@ -10,9 +10,9 @@ from itc_cases import make_features
 from torch import Tensor
 
 from blip2fast import ITCLoss
+from blip2fast.kernels.philox import philox_state
 from blip2fast.ops import itc_loss
-from blip2fast.ops.itc import ITCOutput
-from blip2fast.ops.philox import philox_state
+from blip2fast.ops.itc.loss import ITCOutput
 
 PHILOX = torch.tensor([1, 0])
 

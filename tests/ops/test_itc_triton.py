@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 from blip2fast.kernels.itc import backward, forward, reference
 from blip2fast.kernels.itc.config import TritonConfig, backward_config, forward_config
 from blip2fast.kernels.itc.interface import Options, Pairs, Weights
+from blip2fast.kernels.philox import philox_state
 from blip2fast.ops import itc_loss
-from blip2fast.ops.philox import philox_state
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 GPU_SHAPES = [(300, 32, 256), (65, 256, 64), (50, 3, 1024), (130, 1, 16)]

@@ -13,7 +13,8 @@ from glue_cases import assert_as_exact_as, make_rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blip2fast.ops import _lm_chunks, lm_cross_entropy
+from blip2fast.kernels.lm_cross_entropy import chunked as _lm_chunks
+from blip2fast.ops import lm_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 C, V = 12, 37

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blip2fast.ops import philox
-from blip2fast.ops.philox import keep_mask, philox_state, philox_words, threshold, with_offset
+from blip2fast.kernels import philox
+from blip2fast.kernels.philox import keep_mask, philox_state, philox_words, threshold, with_offset
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from triton_cases import DEVICE, GPU, run_interpreted, runs_kernels, starts_inte
 
 pytest.importorskip("triton")
 from blip2fast.kernels import keep_mask as kernel
-from blip2fast.ops import philox
-from blip2fast.ops.philox import keep_mask, philox_state, threshold
+from blip2fast.kernels import philox
+from blip2fast.kernels.philox import keep_mask, philox_state, threshold
 
 
 @starts_interpreter

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip2fast.kernels.philox import philox_state
+from blip2fast.kernels.qformer_attention import padded as _attention_padded
 from blip2fast.kernels.qformer_attention import reference
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 from blip2fast.masks import MaskKind, qformer_mask
-from blip2fast.ops import _attention_padded, qformer_attention, qformer_cross_attention
-from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
-from blip2fast.ops.philox import philox_state
+from blip2fast.ops import qformer_attention, qformer_cross_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 # the accelerators' path of `sdpa`, on the CPU

@@ -22,17 +22,14 @@ from attention_cases import (
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from blip2fast.kernels.qformer_attention import memory_efficient as _attention_xformers
+from blip2fast.kernels.qformer_attention.cpu import cross_attention as _attention_cpu_cross
+from blip2fast.kernels.qformer_attention.cpu import plan as _attention_cpu_plan
+from blip2fast.kernels.qformer_attention.cpu.core import pick
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 from blip2fast.masks import MaskKind
-from blip2fast.ops import (
-    _attention_cpu_cross,
-    _attention_cpu_plan,
-    _attention_xformers,
-    qformer_attention,
-    qformer_cross_attention,
-)
-from blip2fast.ops._attention_core import pick
-from blip2fast.ops._attention_ops import unpack_index, unpack_layout
-from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
+from blip2fast.ops import qformer_attention, qformer_cross_attention
+from blip2fast.ops.qformer_attention.operators import unpack_index, unpack_layout
 
 
 @pytest.mark.parametrize("name", ["all kinds", "dropout", "nothing"])

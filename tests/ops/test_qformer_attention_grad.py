@@ -23,7 +23,8 @@ from glue_cases import saved_tensors
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from blip2fast.ops import _attention_core, _attention_padded
+from blip2fast.kernels.qformer_attention import padded as _attention_padded
+from blip2fast.kernels.qformer_attention.cpu import core as _attention_core
 from blip2fast.ops import qformer_attention as attend_self
 from blip2fast.ops import qformer_cross_attention as attend_cross
 

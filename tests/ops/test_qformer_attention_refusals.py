@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from blip2fast.kernels.philox import philox_state
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 from blip2fast.masks import MaskKind
 from blip2fast.ops import qformer_attention, qformer_cross_attention
-from blip2fast.ops.attention_layout import AttentionLayout, KVIndex
-from blip2fast.ops.philox import philox_state
 
 LAYOUT = AttentionLayout.build(2, 3, [4, 2], MaskKind.UNIMODAL)
 QKV = torch.zeros(12, 3, 2, 16)

@@ -19,12 +19,12 @@ from triton_cases import DEVICE, DTYPES, run_interpreted, runs_kernels, starts_i
 
 pytest.importorskip("triton")
 
+from blip2fast.kernels.philox import philox_state
 from blip2fast.kernels.qformer_attention import config, reference
 from blip2fast.kernels.qformer_attention.cross_backward import cross_backward
 from blip2fast.kernels.qformer_attention.cross_forward import cross_forward
-from blip2fast.ops._glue_checks import INTERPRETED
-from blip2fast.ops.attention_layout import KVIndex
-from blip2fast.ops.philox import philox_state
+from blip2fast.kernels.qformer_attention.layout import KVIndex
+from blip2fast.ops.checks import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

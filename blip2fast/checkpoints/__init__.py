@@ -1,0 +1,1 @@
+"""Trained models and checkpoints of runs on disk."""

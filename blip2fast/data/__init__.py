@@ -1,0 +1,1 @@
+"""Records, images and texts of a run, and the batches made of them."""

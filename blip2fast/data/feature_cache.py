@@ -1,0 +1,363 @@
+"""Frozen image features on disk: computed once, memory-mapped in training.
+
+The image encoder of BLIP-2 is frozen (paper, section 3.1), so its tokens depend on the image alone.
+A cache is a folder of one file of features, one of keys and a manifest. It is written under another
+name and renamed when every row is there, so that a folder with the final name is complete.
+
+Legend: n images, S image tokens, E image token width.
+"""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip2fast.data import manifest
+from blip2fast.frozen.identity import FrozenIdentity
+
+CacheDtype = Literal["float32", "bfloat16", "int8"]
+WhenThere = Literal["refuse", "resume", "replace"]
+
+_FORMAT = 1
+_NUMPY_DTYPE: dict[str, Any] = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
+_MANIFEST, _KEYS, _FEATURES, _SCALES = "manifest.json", "keys.json", "features.bin", "scales.bin"
+# Only in an unfinished folder: which rows are written, and the squared error and norm of each.
+_WRITTEN, _ERRORS = "written.bin", "errors.bin"
+
+
+def _digest(keys: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(keys).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: not readable as JSON ({error}); write the cache again"
+        ) from error
+
+
+class FeatureCache:
+    """Read a feature cache.
+
+    Args:
+        path: the folder that `create` wrote.
+
+    Attributes:
+        keys: one name per image, in row order.
+        num_images, num_tokens, width: n, S and E.
+        dtype: how features are stored: `"float32"`, `"bfloat16"` or `"int8"`.
+        encoder_id: which encoder computed them, as its writer said.
+        encoder: its identity, if the writer gave it.
+        relative_error: root mean square of (stored - given) over that of the given features.
+
+    Raises:
+        ValueError: no cache there, a half-written one, or files that do not match the manifest.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        manifest_path = self.path / _MANIFEST
+        if not manifest_path.is_file():
+            hint = (
+                f"; {_partial(self.path)} is a half-written one: finish or delete it"
+                if _partial(self.path).exists()
+                else "; build it with `python -m blip2fast.data.caching`"
+            )
+            raise ValueError(f"no feature cache at {self.path}{hint}")
+        stated = _read_json(manifest_path)
+        if not isinstance(stated, dict) or stated.get("format") != _FORMAT:
+            found = stated.get("format") if isinstance(stated, dict) else stated
+            raise ValueError(
+                f"{manifest_path}: format {found!r}, this version reads {_FORMAT}; write it again"
+            )
+        self.keys: list[str] = _read_json(self.path / _KEYS)
+        self.num_images: int = stated["num_images"]
+        self.num_tokens: int = stated["num_tokens"]
+        self.width: int = stated["width"]
+        self.dtype: str = stated["dtype"]
+        self.encoder_id: str = stated["encoder_id"]
+        encoder = stated.get("encoder")
+        self.encoder = None if encoder is None else FrozenIdentity(**encoder)
+        self.relative_error: float = stated["relative_error"]
+        if len(self.keys) != self.num_images or _digest(self.keys) != stated["keys_sha256"]:
+            raise ValueError(
+                f"{self.path}: {_KEYS} holds {len(self.keys)} keys that are not the "
+                f"{self.num_images} of the manifest; write the cache again"
+            )
+        shape = (self.num_images, self.num_tokens, self.width)
+        self._features = _map(self.path / _FEATURES, _NUMPY_DTYPE[self.dtype], shape)
+        self._scales = (
+            _map(self.path / _SCALES, np.float32, shape[:2]) if self.dtype == "int8" else None
+        )
+        self._row_of = {key: row for row, key in enumerate(self.keys)}
+
+    @staticmethod
+    def create(
+        path: str | Path,
+        keys: Sequence[str],
+        num_tokens: int,
+        width: int,
+        dtype: CacheDtype = "float32",
+        encoder_id: str | FrozenIdentity = "",
+        when_there: WhenThere = "refuse",
+    ) -> "FeatureCacheWriter":
+        """Start writing a cache of `len(keys)` images; see `FeatureCacheWriter`.
+
+        Args:
+            path: folder of the finished cache; until then `<path>.partial` is written.
+            keys: one distinct name per image.
+            num_tokens: S.
+            width: E.
+            dtype: `"int8"` stores absmax / 127 per token beside the integers: each element is
+                off by at most absmax / 254, and the manifest states the measured relative error.
+            encoder_id: which encoder the features come from: a name, or (of a
+                `FrozenImageEncoder`) its identity, by which training can refuse another one.
+            when_there: an interrupted write is refused, resumed (it must have the same keys, shape,
+                dtype and encoder) or replaced; a finished cache is refused unless replaced.
+
+        Raises:
+            ValueError: bad sizes, repeated keys, or something is there.
+        """
+        return FeatureCacheWriter(path, keys, num_tokens, width, dtype, encoder_id, when_there)
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        # A worker process maps the files again; pickling the arrays would copy the whole cache.
+        return type(self), (self.path,)
+
+    def row(self, key: str) -> int:
+        """The row of image `key`."""
+        try:
+            return self._row_of[key]
+        except KeyError:
+            example = self.keys[0] if self.keys else "none"
+            raise ValueError(
+                f"image {key!r} is not among the {self.num_images} of {self.path} "
+                f"(the first is {example!r}); cache it or drop its records"
+            ) from None
+
+    def read(self, rows: Tensor | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Features `[n, S, E]` of `rows`, on the CPU.
+
+        Raises:
+            ValueError: a row that is not in the cache.
+        """
+        index = np.asarray(rows, dtype=np.int64).reshape(-1)
+        if index.size and (index.min() < 0 or index.max() >= self.num_images):
+            raise ValueError(
+                f"rows {index.min()}..{index.max()} asked of {self.path}, "
+                f"which holds rows 0..{self.num_images - 1}"
+            )
+        stored = torch.from_numpy(self._features[index])
+        if self._scales is not None:
+            scales = torch.from_numpy(self._scales[index])
+            return (stored.float() * scales[..., None]).to(dtype)
+        if self.dtype == "bfloat16":
+            stored = stored.view(torch.bfloat16)
+        return stored.to(dtype)
+
+
+class FeatureCacheWriter:
+    """Writes a cache under `<path>.partial` and renames it in `close`.
+
+    A context manager: leaving it without an error closes it; with one, the partial folder stays and
+    can be resumed. Made by `FeatureCache.create`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        keys: Sequence[str],
+        num_tokens: int,
+        width: int,
+        dtype: CacheDtype,
+        encoder_id: str | FrozenIdentity,
+        when_there: WhenThere,
+    ) -> None:
+        self.path, self.keys = Path(path), list(keys)
+        self.num_tokens, self.width, self.dtype = num_tokens, width, dtype
+        encoder = encoder_id if isinstance(encoder_id, FrozenIdentity) else None
+        self.encoder_id = encoder_id if isinstance(encoder_id, str) else encoder_id.name
+        self._check()
+        self._partial = _partial(self.path)
+        self._plan: dict[str, Any] = {
+            "format": _FORMAT,
+            "num_images": len(self.keys),
+            "num_tokens": num_tokens,
+            "width": width,
+            "dtype": dtype,
+            "encoder_id": self.encoder_id,
+            "keys_sha256": _digest(self.keys),
+        }
+        if encoder is not None:
+            self._plan["encoder"] = asdict(encoder)
+        resuming = self._clear(when_there)
+        mode: Literal["r+", "w+"] = "r+" if resuming else "w+"
+        n = len(self.keys)
+        shape = (n, num_tokens, width)
+        self._features = _map(self._partial / _FEATURES, _NUMPY_DTYPE[dtype], shape, mode)
+        self._scales = (
+            _map(self._partial / _SCALES, np.float32, shape[:2], mode) if dtype == "int8" else None
+        )
+        self._errors = _map(self._partial / _ERRORS, np.float64, (n, 2), mode)
+        self._written = _map(self._partial / _WRITTEN, np.bool_, (n,), mode)
+        if not resuming:
+            # Written last: a folder without a plan cannot be resumed.
+            _write_json(self._partial / _KEYS, self.keys)
+            _write_json(self._partial / "plan.json", self._plan)
+
+    def _check(self) -> None:
+        if not self.keys:
+            raise ValueError("a feature cache of no images: keys is empty")
+        if len(set(self.keys)) != len(self.keys):
+            key, times = Counter(self.keys).most_common(1)[0]
+            raise ValueError(f"key {key!r} comes {times} times; one row per image")
+        if self.num_tokens < 1 or self.width < 1:
+            raise ValueError(
+                f"num_tokens={self.num_tokens} and width={self.width} must be positive"
+            )
+        if self.dtype not in get_args(CacheDtype):
+            raise ValueError(f"dtype={self.dtype!r}; one of {', '.join(get_args(CacheDtype))}")
+
+    def _clear(self, when_there: WhenThere) -> bool:
+        """Make the partial folder ready; whether an earlier write is resumed."""
+        if when_there not in get_args(WhenThere):
+            raise ValueError(f"when_there={when_there!r}; one of {', '.join(get_args(WhenThere))}")
+        if self.path.exists() and when_there != "replace":
+            raise ValueError(f"{self.path} exists; delete it or pass when_there='replace'")
+        if self._partial.exists():
+            if when_there == "refuse":
+                raise ValueError(
+                    f"{self._partial} was left by an interrupted write; delete it, "
+                    "or pass when_there='resume' or 'replace'"
+                )
+            if when_there == "resume" and (self._partial / "plan.json").is_file():
+                left = _read_json(self._partial / "plan.json")
+                if left != self._plan:
+                    differs = [name for name in self._plan if left.get(name) != self._plan[name]]
+                    raise ValueError(
+                        f"{self._partial} was started with other values: "
+                        + ", ".join(f"{k} {left.get(k)!r}, now {self._plan[k]!r}" for k in differs)
+                        + "; delete it to start again"
+                    )
+                return True
+            shutil.rmtree(self._partial)
+        self._partial.mkdir(parents=True)
+        return False
+
+    @property
+    def missing_rows(self) -> list[int]:
+        """Rows not yet written, in order; what a resumed write has to compute."""
+        return np.flatnonzero(~self._written).tolist()
+
+    def write(self, start_row: int, features: Tensor) -> None:
+        """Store `features` [n, S, E] (any float dtype and device) at rows `start_row` onwards.
+
+        Raises:
+            ValueError: another shape, rows beyond the end, or values that are not finite.
+        """
+        expected = (self.num_tokens, self.width)
+        if features.ndim != 3 or tuple(features.shape[1:]) != expected:
+            raise ValueError(
+                f"features have shape {tuple(features.shape)}, expected (n, {self.num_tokens}, "
+                f"{self.width})"
+            )
+        stop = start_row + len(features)
+        if start_row < 0 or stop > len(self.keys):
+            raise ValueError(f"rows {start_row}..{stop - 1} of a cache of {len(self.keys)} images")
+        given = features.detach().to("cpu", torch.float32)
+        if not bool(torch.isfinite(given).all()):
+            raise ValueError(f"features of rows {start_row}..{stop - 1} hold NaN or infinity")
+        rows = slice(start_row, stop)
+        if self.dtype == "float32":
+            stored = given
+            self._features[rows] = given.numpy()
+        elif self.dtype == "bfloat16":
+            half = given.to(torch.bfloat16)
+            stored = half.float()
+            self._features[rows] = half.view(torch.uint16).numpy()
+        else:
+            scale = given.abs().amax(-1).div(127.0)
+            steps = (given / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round()
+            stored = steps * scale[..., None]
+            self._features[rows] = steps.to(torch.int8).numpy()
+            if self._scales is not None:
+                self._scales[rows] = scale.numpy()
+        error = (stored - given).double().square().sum((1, 2))
+        norm = given.double().square().sum((1, 2))
+        self._errors[rows] = torch.stack([error, norm], 1).numpy()
+        # After the data: a killed writer leaves the row marked as missing.
+        self._written[rows] = True
+
+    def close(self) -> None:
+        """Write the manifest and give the folder its final name, once all of it is on the disk.
+
+        Raises:
+            ValueError: rows are missing.
+        """
+        missing = self.missing_rows
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(self.keys)} rows were never written (first: row "
+                f"{missing[0]}, {self.keys[missing[0]]!r}); {self._partial} is kept"
+            )
+        error, norm = self._errors.sum(0)
+        relative = float(np.sqrt(error / norm)) if norm else 0.0
+        for array in (self._features, self._scales):
+            if array is not None:
+                array.flush()
+        stated = {**self._plan, "relative_error": relative}
+        # A crash after the rename must not find a folder of that name with files yet to be written.
+        for name in (_KEYS, _FEATURES, *((_SCALES,) if self._scales is not None else ())):
+            manifest.flush(self._partial / name)
+        manifest.replace_file(self._partial / _MANIFEST, manifest.write_json(stated))
+        if self.path.exists():
+            # Renamed first: a kill while deleting must not leave half a cache under its name.
+            older = self.path.with_name(self.path.name + ".old.partial")
+            shutil.rmtree(older, ignore_errors=True)
+            shutil.rmtree(self.path.rename(older))
+        manifest.rename_folder(self._partial, self.path)
+        for name in (_ERRORS, _WRITTEN, "plan.json"):
+            (self.path / name).unlink()
+
+    def __enter__(self) -> "FeatureCacheWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _map(
+    path: Path, dtype: Any, shape: tuple[int, ...], mode: Literal["r", "r+", "w+"] = "r"
+) -> "np.memmap[Any, np.dtype[Any]]":
+    """Map a file of exactly `shape` elements."""
+    if mode != "w+":
+        expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        found = path.stat().st_size if path.is_file() else 0
+        if found != expected:
+            raise ValueError(
+                f"{path} has {found} bytes, the manifest's shape {shape} needs {expected}; "
+                "the cache is cut short or mixed up: write it again"
+            )
+    return np.memmap(path, dtype=dtype, mode=mode, shape=shape)

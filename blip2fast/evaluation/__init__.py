@@ -1,0 +1,1 @@
+"""Evaluation of trained models: losses, retrieval, matching, captions and answers."""

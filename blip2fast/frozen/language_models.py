@@ -1,0 +1,48 @@
+"""Language models of transformers, whole, by folder or hub name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from blip2fast.frozen.hub import not_there
+
+
+def load_language_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal or an encoder-decoder language model, by folder or hub name.
+
+    Raises:
+        ValueError: not there.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return kind.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(not_there("language model", name, error)) from error
+
+
+def quantised_fault(what: str, name: str, config: Any) -> str | None:
+    """Why a language model that torchao, bitsandbytes or another library stored cannot be moved.
+
+    Its tensors have other names, types and shapes than those that it computes with.
+
+    Args:
+        what: as in `not_there`.
+        name: folder or hub name.
+        config: of transformers.
+
+    Returns:
+        None where the weights are plain.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    return (
+        f"{what} {name!r}: its weights are quantised (quant_method {method!r}); a run, streaming "
+        "and ZeRO-3 move plain ones: take the model as it was before, with offload: stream and "
+        "stream_storage: int8 or int4 (in Python, Blip2Stage2 takes such a model as it is)"
+    )

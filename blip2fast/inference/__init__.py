@@ -1,0 +1,1 @@
+"""Captions, answers and conversations with a trained model."""

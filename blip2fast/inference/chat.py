@@ -1,0 +1,97 @@
+"""Conversations about images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Unpack
+
+import torch
+
+from blip2fast.inference.inputs import EncodedImages, Images, Options
+from blip2fast.inference.writer import Pictures
+from blip2fast.stage2 import language_model as stage2_llm
+
+if TYPE_CHECKING:
+    from blip2fast.inference.model import Blip2
+
+CHAT: Options = {"num_beams": 5, "length_penalty": 1.0, "max_new_tokens": 30}
+
+
+class Chat:
+    """A conversation about images; call it with a question. Made by `Blip2.chat`.
+
+    The language model reads the images, then every earlier question with its answer, then the new
+    question (paper, section 4.1 and figure 4). The oldest turns, with the images that came in them,
+    are left out where the position table of a decoder-only model has no room for all. An encoder
+    with relative positions (T5) has no table; there `history` may be shortened by hand.
+
+    Attributes:
+        history: (question, answer) of each turn, with a marker in a question for each image that
+            came with it. Turns without images may be changed.
+        left_out: how many of the oldest turns the last question had no room for.
+    """
+
+    def __init__(self, blip2: Blip2, seen: EncodedImages, template: str, options: Options) -> None:
+        self.history: list[tuple[str, str]] = []
+        self.left_out = 0
+        self._blip2, self._template, self._options = blip2, template, options
+        self._marker = blip2._parts.marker
+        self._first = len(seen)  # images in front, which are never left out
+        self._states = seen.states
+
+    def __call__(
+        self, question: str, images: Images | None = None, **options: Unpack[Options]
+    ) -> str:
+        """Ask, and remember the answer.
+
+        Args:
+            question: without the template's words.
+            images: further ones, from this question on. They stand where the question has markers
+                ("<image>"), or before it where it has none.
+            options: for this turn, over those of the conversation.
+
+        Raises:
+            ValueError: an empty question, one that has no room even alone, or markers that are not
+                as many as the images.
+        """
+        if not question.strip():
+            raise ValueError(f"the question {question!r} is empty; leave it out")
+        states = self._states
+        if images is not None:
+            more = self._blip2.encode(images).states
+            states = torch.cat([states, more])
+            if self._marker not in question:
+                question = self._marker * len(more) + question
+        merged: Options = {**self._options, **options}
+        text = self._fitting(question, merged.get("max_new_tokens", CHAT["max_new_tokens"]))
+        gone = sum(asked.count(self._marker) for asked, _ in self.history[: self.left_out])
+        kept = torch.cat([states[: self._first], states[self._first + gone :]])
+        pictures = Pictures(self._blip2._parts, EncodedImages(kept, one=False))
+        (answer,) = self._blip2._write(pictures, [range(len(kept))], [text], CHAT, merged)
+        self.history.append((question, answer))
+        self._states = states
+        return answer
+
+    def prompt(self, question: str, first: int = 0) -> str:
+        """What the language model reads: the turns from `first` on, then the question."""
+        turns = [
+            f"{self._template.replace('{}', asked).rstrip()} {answer.rstrip('.')}."
+            for asked, answer in self.history[first:]
+        ]
+        return " ".join([*turns, self._template.replace("{}", question)])
+
+    def _fitting(self, question: str, new_tokens: int) -> str:
+        """The prompt with as many of the latest turns as there are positions for."""
+        language_model = self._blip2.model.language_model
+        limit = stage2_llm.position_limit(language_model)
+        self.left_out = 0
+        if limit is not None and not stage2_llm.is_encoder_decoder(language_model):
+            while self.left_out < len(self.history) and (
+                self._length(question) + new_tokens > limit
+            ):
+                self.left_out += 1
+        return self._marker * self._first + self.prompt(question, self.left_out)
+
+    def _length(self, question: str) -> int:
+        """Positions of soft prompts and text."""
+        text = self._marker * self._first + self.prompt(question, self.left_out)
+        return int(self._blip2._parts.text.prompt_batch([text])["input_ids"].shape[1])

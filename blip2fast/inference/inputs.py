@@ -1,0 +1,198 @@
+"""What `Blip2` is given: pictures in any form, questions, and options of generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip2fast.frozen.images import read_image
+
+Transform = Callable[[Image.Image], Tensor]
+OneImage = Image.Image | str | Path | np.ndarray[Any, Any] | Tensor
+Questions = str | Sequence[str | Sequence[str]]
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Images that were read once, for many texts; made by `Blip2.encode`.
+
+    Attributes:
+        states: [B, Q, L], their soft prompts; of a text-conditioned Q-Former, which reads an image
+            anew under every text, [B, S, E], the image encoder's tokens.
+        one: whether they are of one image that came without a list around it.
+    """
+
+    states: Tensor
+    one: bool
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+
+Images = OneImage | Sequence[OneImage] | EncodedImages
+
+
+class Options(TypedDict, total=False):
+    """How texts are written; anything else goes to `transformers`' `generate` as it is.
+
+    Attributes:
+        num_beams: width of the beam search; 1 is greedy.
+        do_sample: draw words instead (one beam).
+        top_p: draw among the likeliest words of this total probability; 0.9 by default.
+        temperature: divides the logits before drawing.
+        max_new_tokens, min_new_tokens: bounds on a text's length.
+        length_penalty: exponent of the length that a beam's score is divided by; below 0 short
+            texts win.
+        seed: of the draws; without it they come from PyTorch's generator as it stands.
+        batch_size: most texts that are written at a time.
+    """
+
+    num_beams: int
+    do_sample: bool
+    top_p: float
+    temperature: float
+    max_new_tokens: int
+    min_new_tokens: int
+    length_penalty: float
+    repetition_penalty: float
+    seed: int
+    batch_size: int
+
+
+BATCH_SIZE = 32
+
+
+def generate_settings(defaults: Options, options: Options, per_text: int = 1) -> dict[str, Any]:
+    """Arguments of `generate` from defaults and what the caller set.
+
+    Args:
+        defaults: of the task.
+        options: the caller's.
+        per_text: sequences to return for each text.
+
+    Raises:
+        ValueError: options that contradict one another, with their values.
+    """
+    given: dict[str, Any] = dict(options)
+    for name in ("batch_size", "seed"):
+        given.pop(name, None)
+    sampled = bool(given.get("do_sample", False))
+    settings: dict[str, Any] = {**defaults, "do_sample": sampled, "num_return_sequences": per_text}
+    if sampled:
+        # `top_k` is a default of transformers' that would cut the nucleus
+        settings |= {"num_beams": 1, "top_p": 0.9, "temperature": 1.0, "top_k": 0}
+    else:
+        idle = [name for name in ("top_p", "top_k", "temperature") if name in given]
+        if idle:
+            raise ValueError(f"{idle[0]}={given[idle[0]]} has no effect; set do_sample=True too")
+    settings |= given
+    if settings["num_beams"] < 1 or per_text < 1:
+        raise ValueError(
+            f"num_beams={settings['num_beams']}, num_captions={per_text}: expected at least 1"
+        )
+    if not sampled and per_text > settings["num_beams"]:
+        raise ValueError(
+            f"num_captions={per_text} of num_beams={settings['num_beams']}: raise num_beams, or "
+            "set do_sample=True"
+        )
+    if settings["num_beams"] == 1:
+        settings.pop("length_penalty", None)
+    return settings
+
+
+def as_list(images: Images | None) -> tuple[list[OneImage], bool]:
+    """The images one by one, and whether it was one alone.
+
+    Raises:
+        ValueError: none, or something that is no image.
+    """
+    if images is None or isinstance(images, EncodedImages):
+        raise ValueError("no images: give images=..., or image_embeds=...")
+    if isinstance(images, str | Path | Image.Image):
+        return [images], True
+    if isinstance(images, np.ndarray | Tensor):
+        if images.ndim == 3:
+            return [images], True
+        if images.ndim == 4 and len(images):
+            return list(images), False
+        raise ValueError(
+            f"an array of shape {tuple(images.shape)}: expected pictures uint8 [h, w, 3] or "
+            "[B, h, w, 3], or what the image encoder takes, float [3, h, w] or [B, 3, h, w]"
+        )
+    if not isinstance(images, Sequence):
+        raise ValueError(f"images is a {type(images).__name__}; give a list of images, or one")
+    if not images:
+        raise ValueError("no images: the list is empty; give at least one")
+    return list(images), False
+
+
+def to_pixels(image: OneImage, transform: Transform) -> Tensor:
+    """One image as the encoder takes it, [3, h, w].
+
+    Arrays of uint8 are pictures; arrays of floats are taken to be transformed already.
+
+    Raises:
+        ValueError: a file that cannot be read, or an array of another shape or type.
+    """
+    if isinstance(image, str | Path):
+        path = Path(image)
+        return transform(read_image(path.parent, path.name))
+    if isinstance(image, Image.Image):
+        return transform(image)
+    if not isinstance(image, np.ndarray | Tensor):
+        raise ValueError(
+            f"an image is a {type(image).__name__}; give a PIL image, a path, an array or a tensor"
+        )
+    array = torch.tensor(image) if isinstance(image, np.ndarray) else image
+    if array.dtype == torch.uint8 and array.ndim == 3 and array.shape[2] == 3:
+        return transform(Image.fromarray(array.cpu().numpy()))
+    if array.is_floating_point() and array.ndim == 3 and array.shape[0] == 3:
+        return array
+    raise ValueError(
+        f"an image of shape {tuple(array.shape)} and {array.dtype}: expected a picture, uint8 "
+        "[h, w, 3], or what the image encoder takes, float [3, h, w]"
+    )
+
+
+def questions_by_image(
+    questions: Questions, num_images: int, one: bool
+) -> tuple[list[list[str]], list[bool]]:
+    """The questions of each image, and for each whether it is one that came without a list.
+
+    Args:
+        questions: one for all images, or an item for each, a question or a list of them. Of an
+            image that is alone a list holds questions.
+        num_images: how many.
+        one: whether it is one image that came without a list.
+
+    Raises:
+        ValueError: none, an empty one, or not one item for each image.
+    """
+    if isinstance(questions, str):
+        items: list[str | Sequence[str]] = [questions] * num_images
+    elif one:
+        items = [[question for question in questions if isinstance(question, str)]]
+        if len(items[0]) != len(questions):
+            raise ValueError(f"questions of one image: expected a list of texts, got {questions}")
+    else:
+        items = list(questions)
+    if len(items) != num_images:
+        raise ValueError(
+            f"{len(items)} questions for {num_images} images: give one for all, or one (or a list) "
+            "for each image"
+        )
+    asked = [[item] if isinstance(item, str) else list(item) for item in items]
+    for each in asked:
+        if not each:
+            raise ValueError("no questions: a list of them is empty; give each image at least one")
+        for question in each:
+            if not isinstance(question, str) or not question.strip():
+                raise ValueError(f"the question {question!r} is empty; leave it out")
+    return asked, [isinstance(item, str) for item in items]

@@ -1,0 +1,269 @@
+"""From a folder or a hub name to what `Blip2` is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    BlipImageProcessorPil,
+    InstructBlipForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from blip2fast.checkpoints import trained as checkpointing
+from blip2fast.frozen.image_encoders import load_image_encoder
+from blip2fast.frozen.images import transform_for
+from blip2fast.inference.inputs import Transform
+from blip2fast.offload.loading import load_streamed
+from blip2fast.offload.streaming import stream_blocks
+from blip2fast.run_texts import qformer_tokenizer
+from blip2fast.stage2 import language_model as stage2_llm
+from blip2fast.stage2.model import Blip2Stage2
+from blip2fast.stage2.text import Stage2Text
+
+Offload = Literal["none", "stream"]
+# the position table bounds a prompt, not a number of the configuration
+NO_LIMIT = 1_000_000
+MARKER = "<image>"
+_KINDS = {
+    "blip-2": Blip2ForConditionalGeneration,
+    "instructblip": InstructBlipForConditionalGeneration,
+}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Templates of texts; `{}` is the place of a question.
+
+    Attributes:
+        caption: what captions begin with.
+        question: before an answer.
+        chat: before an answer in a conversation.
+    """
+
+    caption: str
+    question: str
+    chat: str
+
+
+def paper_prompts(encoder_decoder: bool, text_conditioned: bool) -> Prompts:
+    """The paper's (arXiv 2301.12597): section 4.2 for captions, 4.1 for questions.
+
+    For a text-conditioned Q-Former those that InstructBLIP was tuned with (arXiv 2305.06500).
+    """
+    chat = "Question: {} Answer:"
+    short = encoder_decoder or text_conditioned
+    caption = "A short image description:" if text_conditioned else "a photo of"
+    return Prompts(caption, "Question: {} Short answer:" if short else chat, chat)
+
+
+def prompts_of_run(model: Blip2Stage2) -> Prompts:
+    """What the run was trained with, and the paper's where it was trained with nothing of the kind.
+
+    A decoder-only model that was trained without a prompt writes its captions without one; an
+    encoder, or a Q-Former that reads text, gets the paper's: it has always read something.
+    """
+    own, encoder_decoder = model.config.prompt, stage2_llm.is_encoder_decoder(model.language_model)
+    paper = paper_prompts(encoder_decoder, model.config.text_conditioned)
+    begun = paper.caption if encoder_decoder or model.config.text_conditioned else ""
+    if "{}" in own:
+        return Prompts(begun, own, own)
+    return Prompts(own or begun, paper.question, paper.chat)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What `Blip2` is made of.
+
+    Attributes:
+        model: in evaluation mode.
+        text: without a prompt of its own and without a limit; images stand where markers are.
+        prompts: the templates.
+        transform: of images, for `model.image_encoder`; None where there is no encoder.
+        no_encoder: why there is none.
+        end_ids: tokens that end a text.
+    """
+
+    model: Blip2Stage2
+    text: Stage2Text
+    prompts: Prompts
+    transform: Transform | None
+    no_encoder: str
+    end_ids: list[int]
+
+    @property
+    def marker(self) -> str:
+        """What stands for an image in texts."""
+        return self.text.image_marker or MARKER
+
+
+def load_parts(
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: Offload,
+    language_model: str | None,
+    image_encoder: str | None,
+) -> Parts:
+    """See `Blip2.from_pretrained`."""
+    if offload not in ("none", "stream"):
+        raise ValueError(f"offload={offload!r}: expected 'none' or 'stream'")
+    if checkpointing.is_trained(path):
+        return _trained(path, dtype, device, offload, language_model, image_encoder)
+    if (Path(path) / "checkpoints").is_dir():
+        last = checkpointing.last_checkpoint(Path(path) / "checkpoints")
+        raise ValueError(f"{path} is a run that has not ended; give a checkpoint of it, {last}")
+    for name, value in (("language_model", language_model), ("image_encoder", image_encoder)):
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r}: {path} is no folder that blip2fast trained, and a transformers "
+                "BLIP-2 has its own"
+            )
+    return _transformers(path, dtype, device, offload)
+
+
+def _trained(
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: Offload,
+    language_model: str | None,
+    image_encoder: str | None,
+) -> Parts:
+    description = checkpointing.read_description(path)
+    name = language_model or description.language_model
+    if description.stage != 2 or name is None:
+        raise ValueError(
+            f"{path} was trained in stage {description.stage}, without a language model to write "
+            "with; give a run of stage 2"
+        )
+    frozen: PreTrainedModel
+    if offload == "stream":
+        frozen, _ = load_streamed(name, dtype, device)
+    else:
+        frozen = checkpointing.load_language_model(name, dtype)
+    model = checkpointing.load_trained(path, frozen)
+    if not isinstance(model, Blip2Stage2):
+        raise ValueError(f"{path}: expected a model of stage 2")
+    transform, missing = _add_encoder(model, image_encoder, description, path, dtype)
+    _place(model, dtype, device)
+    reads = model.config.text_conditioned
+    words = qformer_tokenizer(str(description.tokenizer)) if reads else None
+    text = _text(model, AutoTokenizer.from_pretrained(name), words)
+    return Parts(model, text, prompts_of_run(model), transform, missing, [text.end_token_id])
+
+
+def _add_encoder(
+    model: Blip2Stage2,
+    given: str | None,
+    description: checkpointing.Description,
+    path: str,
+    dtype: torch.dtype,
+) -> tuple[Transform | None, str]:
+    """Load the encoder that the run's image tokens came from; its transform, or why there is none.
+
+    The description names it as `FrozenImageEncoder.encoder_id` does, "name, block n", or as a
+    feature cache of other origin said.
+
+    Args:
+        given: folder or hub name, instead of the one that the description names.
+    """
+    known = description.image_encoder
+    name, _, block = known.rpartition(", block ")
+    layer = int(block) if name and block.isdigit() else None
+    if given is None and layer is None:
+        return None, f"its image tokens came from {known!r}, which is no encoder known here"
+    try:
+        encoder = load_image_encoder(given or name, layer, dtype)
+    except ValueError as error:
+        if given is not None:
+            raise
+        return None, str(error)
+    if encoder.width != model.config.encoder_hidden_size:
+        raise ValueError(
+            f"image encoder {given or name!r} gives tokens of width {encoder.width}, this model "
+            f"was trained on {model.config.encoder_hidden_size} (of {known!r})"
+        )
+    checkpointing.check_frozen(
+        description,
+        "image_encoder",
+        encoder.identity,
+        path,
+        "Give image_encoder=..., the one it was trained with",
+    )
+    model.image_encoder = encoder
+    return transform_for(given or name, encoder.image_size), ""
+
+
+def _transformers(path: str, dtype: torch.dtype, device: torch.device, offload: Offload) -> Parts:
+    try:
+        kind = AutoConfig.from_pretrained(path).model_type
+        if kind not in _KINDS:
+            raise ValueError(
+                f"{path} is a {kind!r} model; give a run that blip2fast trained in stage 2, or a "
+                "transformers BLIP-2 or InstructBLIP"
+            )
+        whole = _KINDS[kind].from_pretrained(path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        # that of every model of these kinds; the automatic class may want torchvision installed
+        processor = BlipImageProcessorPil.from_pretrained(path)
+        words = None
+        if kind == "instructblip":
+            words = AutoTokenizer.from_pretrained(path, subfolder="qformer_tokenizer")
+    except OSError as error:
+        raise ValueError(
+            f"{path!r}: not there: give a folder, a run of blip2fast or a transformers BLIP-2 with "
+            f"its tokenizer and image processor, or a hub name that can be reached ({error})"
+        ) from error
+    model = Blip2Stage2.from_transformers(whole).eval()
+
+    def transform(image: Image.Image) -> Tensor:
+        pixels: Tensor = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        return pixels[0]
+
+    if offload == "stream":
+        stream_blocks(model.language_model, device)
+    _place(model, dtype, device)
+    text = _text(model, tokenizer, words)
+    # checkpoints made from LAVIS's end their texts at a token that only this configuration names
+    ends = model.language_model.generation_config.eos_token_id
+    end_ids = [text.end_token_id] if ends is None else ends if isinstance(ends, list) else [ends]
+    text.end_token_id = end_ids[0]
+    encoder_decoder = stage2_llm.is_encoder_decoder(model.language_model)
+    prompts = paper_prompts(encoder_decoder, model.config.text_conditioned)
+    return Parts(model, text, prompts, transform, "", end_ids)
+
+
+def _text(model: Blip2Stage2, tokenizer: Any, qformer_tokenizer: Any) -> Stage2Text:
+    return Stage2Text(
+        tokenizer,
+        stage2_llm.is_encoder_decoder(model.language_model),
+        end_text=model.config.end_text,
+        max_txt_len=NO_LIMIT,
+        image_marker=model.config.image_marker or MARKER,
+        num_query_tokens=model.config.num_query_tokens,
+        qformer_tokenizer=qformer_tokenizer,
+    )
+
+
+def _place(model: Blip2Stage2, dtype: torch.dtype, device: torch.device) -> None:
+    """Move everything; the language model keeps its types (T5 has parts in fp32)."""
+    for name, child in model.named_children():
+        if name != "language_model":
+            child.to(device, dtype)
+        elif not is_streamed(model):
+            child.to(device)
+    model.query_tokens.data = model.query_tokens.data.to(device, dtype)
+
+
+def is_streamed(model: Blip2Stage2) -> bool:
+    """Whether the language model's blocks are in host memory and come when they are needed."""
+    return any(vars(m).get("_block_stream") is not None for m in model.language_model.modules())

@@ -1,0 +1,98 @@
+"""Images in any form to what the language model is given of them, each image read once.
+
+Shapes: B images, Q queries, S image tokens, E image token width, L language model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blip2fast.inference.inputs import EncodedImages, Images, OneImage, as_list, to_pixels
+from blip2fast.inference.loading import Parts
+from blip2fast.stage1 import inputs as stage1_inputs
+
+
+class Pictures:
+    """Images, read when their rows are asked for; each once, while rows come in order.
+
+    Args:
+        parts: the model and what prepares its inputs.
+        images, image_embeds: as in `Blip2.encode`.
+
+    Attributes:
+        count: B.
+        one: whether it is one image that came without a list.
+
+    Raises:
+        ValueError: no images, both forms, or pictures without a known image encoder.
+    """
+
+    def __init__(
+        self, parts: Parts, images: Images | None, image_embeds: Tensor | None = None
+    ) -> None:
+        self._parts = parts
+        self._known: dict[int, Tensor] = {}
+        self._images: list[OneImage] = []
+        self._embeds: Tensor | None = None
+        if image_embeds is not None:
+            if images is not None:
+                raise ValueError("give images or image_embeds, not both")
+            if image_embeds.ndim not in (2, 3) or not image_embeds.numel():
+                raise ValueError(
+                    f"image_embeds has shape {tuple(image_embeds.shape)}; expected [B, S, E], or "
+                    "[S, E] of one image"
+                )
+            self.one = image_embeds.ndim == 2
+            self._embeds = image_embeds[None] if self.one else image_embeds
+            self.count = len(self._embeds)
+        elif isinstance(images, EncodedImages):
+            self.one, self.count = images.one, len(images)
+            self._known = dict(enumerate(images.states))
+        else:
+            self._images, self.one = as_list(images)
+            self.count = len(self._images)
+            if parts.transform is None:
+                raise ValueError(
+                    f"no image encoder for pictures: {parts.no_encoder}. Give from_pretrained "
+                    "image_encoder=..., or give image_embeds=..., its tokens"
+                )
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """The states of `EncodedImages` for rows, [len(rows), ...]."""
+        new = [row for row in dict.fromkeys(rows) if row not in self._known]
+        if new:
+            # a row at the end of one batch may go on in the next
+            kept = {row: self._known[row] for row in rows if row in self._known}
+            self._known = kept | dict(zip(new, self._encode(new), strict=True))
+        return torch.stack([self._known[row] for row in rows])
+
+    @torch.no_grad()
+    def _encode(self, rows: Sequence[int]) -> Tensor:
+        model = self._parts.model
+        device = model.query_tokens.device
+        if self._embeds is not None:
+            inputs = {"image_embeds": self._embeds[list(rows)].to(device)}
+        else:
+            inputs = {"images": self._pixels(rows).to(device, model.query_tokens.dtype)}
+        if not model.config.text_conditioned:
+            return model.encode_image(**inputs)[0]
+        return stage1_inputs.image_tokens(
+            inputs.get("image_embeds"),
+            inputs.get("images"),
+            model.image_encoder,
+            model.config.encoder_hidden_size,
+        )
+
+    def _pixels(self, rows: Sequence[int]) -> Tensor:
+        """[len(rows), 3, h, w]."""
+        transform = self._parts.transform
+        if transform is None:
+            raise ValueError("no image encoder for pictures")
+        pixels = [to_pixels(self._images[row], transform) for row in rows]
+        shapes = {tuple(each.shape) for each in pixels}
+        if len(shapes) > 1:
+            raise ValueError(f"images of different sizes after their transform: {sorted(shapes)}")
+        return torch.stack(pixels)

@@ -1,0 +1,1 @@
+"""Self- and cross-attention of the Q-Former."""

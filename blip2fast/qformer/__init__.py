@@ -1,0 +1,1 @@
+"""The Q-Former: the drop-in module and its packed form."""

@@ -1,0 +1,217 @@
+"""Weights of several linear layers read as one, cast to the computing precision once a step.
+
+Only plain `nn.Linear` modules can be read this way. A module that is something else (a LoRA
+wrapper, a quantised layer, a parametrised weight, one with a user's hook) is called instead, and
+`not_plain` names it.
+
+Shapes: C hidden width, E image token width, H heads, D head width, B images, S image tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from blip2fast.ops.linear import linear
+
+
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether reading a module's weight and bias says all that calling it would do."""
+    hooks = (
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    )
+    return (
+        type(module) is nn.Linear
+        and not is_parametrized(module)
+        # ZeRO's own hooks fetch partitioned weights; the engine keeps the Q-Former's whole
+        and all((getattr(h, "__module__", "") or "").startswith("deepspeed") for h in hooks)
+    )
+
+
+def not_plain(root: nn.Module) -> list[str]:
+    """Names of the linear-like modules below `root` that are called instead of read."""
+    names = []
+    inside: tuple[str, ...] = ()
+    for name, module in root.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if hasattr(module, "weight") and hasattr(module, "in_features") and not is_plain(module):
+            names.append(f"{name} ({type(module).__name__})")
+            inside = (*inside, f"{name}.")
+    return names
+
+
+# what becomes of `ln_vision` before the image's keys and values
+FOLDED = "ln_vision folded into the keys' and values' weights"
+TRAINED = "ln_vision not folded: the image tokens need a gradient"
+CALLED = "ln_vision not folded: layers of keys or values are called"
+
+
+def describe(root: nn.Module, image_form: str) -> str:
+    """What is fused, what is called instead, and what the last pass over images did; for a `repr`.
+
+    Args:
+        root: The Q-Former.
+        image_form: One of the three above, or empty before the first pass.
+    """
+    called = not_plain(root)
+    how = "linear layers fused"
+    if called:
+        how = f"called, not fused: {', '.join(called[:4])}"
+        how += f" and {len(called) - 4} more" if len(called) > 4 else ""
+    return f"{how}, last step: {image_form or 'none yet'}"
+
+
+class _ConcatCast(torch.autograd.Function):
+    """Tensors joined along the first dimension and cast, in one copy."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *parts: Tensor) -> Tensor:
+        ctx.sizes = [len(part) for part in parts]
+        ctx.dtype = parts[0].dtype
+        joined = parts[0].new_empty((sum(ctx.sizes), *parts[0].shape[1:]), dtype=dtype)
+        for piece, part in zip(joined.split(ctx.sizes), parts, strict=True):
+            piece.copy_(part)
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *(piece.to(ctx.dtype) for piece in grad.split(ctx.sizes)))
+
+
+def concat_cast(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """`torch.cat(parts).to(dtype)`, in one copy.
+
+    Args:
+        parts: Tensors `[n_i, ...]` of one dtype.
+        dtype: Of the result.
+
+    Returns:
+        `[sum n_i, ...]`.
+    """
+    joined: Tensor = _ConcatCast.apply(dtype, *parts)
+    return joined
+
+
+class Linear:
+    """One linear layer in the computing precision: its weight where it is plain, else the module.
+
+    Args:
+        module: The layer.
+        dtype: The computing precision.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self.module = module
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if is_plain(module):
+            self.weight = module.weight.to(dtype)
+            self.bias = None if module.bias is None else module.bias.to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`, bias included."""
+        if self.weight is None:
+            return self.module(x).to(x.dtype)
+        return linear(x, self.weight, self.bias)
+
+    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The product and the bias that the next op adds; None where it is added already."""
+        if self.weight is None:
+            return self(x), None
+        return linear(x, self.weight), self.bias
+
+
+class FusedLinear:
+    """Linear layers of one input, as one product where they are all plain.
+
+    Args:
+        modules: The layers, of equal widths.
+        dtype: The computing precision.
+    """
+
+    def __init__(self, modules: list[nn.Module], dtype: torch.dtype) -> None:
+        self.modules = modules
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        plain = [module for module in modules if is_plain(module)]
+        if len(plain) == len(modules):
+            self.weight = concat_cast([module.weight for module in plain], dtype)
+            if all(module.bias is not None for module in plain):
+                self.bias = concat_cast([module.bias for module in plain], dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., len(modules), out]`."""
+        if self.weight is None:
+            return torch.stack([module(x).to(x.dtype) for module in self.modules], dim=-2)
+        return linear(x, self.weight, self.bias).unflatten(-1, (len(self.modules), -1))
+
+
+def image_form(image_embeds: Tensor, projections: list[tuple[nn.Module, nn.Module]]) -> str:
+    """`FOLDED`, `TRAINED` or `CALLED`: the form of `image_keys_values` for these arguments."""
+    if not all(is_plain(module) for pair in projections for module in pair):
+        return CALLED
+    return TRAINED if image_embeds.requires_grad else FOLDED
+
+
+def image_keys_values(
+    image_embeds: Tensor,
+    ln_vision: nn.LayerNorm,
+    projections: list[tuple[nn.Module, nn.Module]],
+    heads: int,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Keys and values of every cross-attention layer, computed once for all uses of an image.
+
+    One product for all layers. Where the image tokens need no gradient, `ln_vision` is folded into
+    the weights: with x the normalised tokens before gamma and beta,
+    `W (gamma x + beta) + b = (W diag(gamma)) x + (W beta + b)`, so that gamma and beta get their
+    gradients through the weights and no gradient of the image tokens is ever computed.
+
+    Args:
+        image_embeds: `[B, S, E]`, the encoder's tokens before `ln_vision`.
+        ln_vision: Normalises them.
+        projections: The key and value layer of each cross-attention.
+        heads: H.
+        dtype: The computing precision.
+
+    Returns:
+        For each layer `[B, S, 2, H, D]`, views of one tensor where the fast form ran.
+    """
+    modules = [module for pair in projections for module in pair]
+    split = (len(projections), 2, heads, -1)
+    plain = [module for module in modules if is_plain(module)]
+    if len(plain) < len(modules):
+        tokens = ln_vision(image_embeds.to(ln_vision.weight.dtype)).to(dtype)
+        pairs = (torch.stack([key(tokens), value(tokens)], dim=2) for key, value in projections)
+        return [pair.to(dtype).unflatten(-1, (heads, -1)) for pair in pairs]
+    weight = torch.cat([module.weight for module in plain])
+    bias = torch.cat([_bias(module) for module in plain])
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        if image_form(image_embeds, projections) == TRAINED:
+            tokens = ln_vision(image_embeds.to(ln_vision.weight.dtype)).to(dtype)
+            merged = linear(tokens, weight.to(dtype), bias.to(dtype))
+        else:
+            tokens = normalised(image_embeds, ln_vision, dtype)
+            folded = (weight * ln_vision.weight).to(dtype)
+            shift = torch.mv(weight, ln_vision.bias) + bias
+            merged = linear(tokens, folded, shift.to(dtype))
+    return list(merged.unflatten(-1, split).unbind(2))
+
+
+def normalised(image_embeds: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
+    """Image tokens of zero mean and unit variance, before gamma and beta; statistics in fp32."""
+    if image_embeds.dtype != dtype:
+        image_embeds = image_embeds.to(torch.promote_types(torch.float32, dtype))
+    return F.layer_norm(image_embeds, norm.normalized_shape, eps=norm.eps).to(dtype)
+
+
+def _bias(module: nn.Linear) -> Tensor:
+    return module.weight.new_zeros(module.out_features) if module.bias is None else module.bias

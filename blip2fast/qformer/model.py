@@ -1,0 +1,386 @@
+"""The Q-Former of BLIP-2 (arXiv 2301.12597, section 3.1), a drop-in for transformers' ones."""
+
+from os import PathLike
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import (
+    Blip2QFormerConfig,
+    InstructBlipQFormerConfig,
+    InstructBlipVideoQFormerConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from blip2fast.qformer.layers import (
+    QFormerEmbeddings,
+    QFormerEncoder,
+    QFormerLayer,
+    QFormerMultiHeadAttention,
+)
+from blip2fast.qformer.masks import pad_ragged, prepare_mask
+
+QFORMER_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "blip-2": Blip2QFormerConfig,
+    "blip_2_qformer": Blip2QFormerConfig,
+    "instructblip": InstructBlipQFormerConfig,
+    "instructblip_qformer": InstructBlipQFormerConfig,
+    "instructblipvideo": InstructBlipVideoQFormerConfig,
+    "instructblipvideo_qformer": InstructBlipVideoQFormerConfig,
+}
+
+
+class QFormer(PreTrainedModel):
+    """Queries (and text) that attend to each other and, in some layers, to image tokens.
+
+    Takes the place of `transformers.Blip2QFormerModel` and, with their configs, of
+    `InstructBlipQFormerModel` and `InstructBlipVideoQFormerModel`: same configs, parameter names,
+    arguments, outputs and files. Two forms, chosen by the config's class:
+
+    * `Blip2QFormerConfig`: takes embeddings only. The text feed-forward networks exist if
+      `config.use_qformer_text_input`.
+    * `InstructBlipQFormerConfig`, `InstructBlipVideoQFormerConfig`: own word and position
+      embeddings, so that it takes `input_ids` too; always with text feed-forward networks.
+
+    Beyond transformers: image tokens of different lengths and encoder masks together with text
+    rows, pair masks `[B, L, L]`, attention weights from any `attn_implementation`, zeros for a row
+    that may see nothing, and no wait for the device in `forward`.
+
+    Args:
+        config: sizes; see `transformers.Blip2QFormerConfig`.
+    """
+
+    config_class = Blip2QFormerConfig
+    base_model_prefix = "qformer"
+    main_input_name = "query_embeds"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules: ClassVar = ["QFormerLayer", "QFormerEmbeddings"]
+    # The rest of a full BLIP-2 checkpoint that a Q-Former is read from.
+    _keys_to_ignore_on_load_unexpected: ClassVar = [
+        r"(^|\.)(vision_model|language_model|language_projection|vision_projection)\.",
+        r"(^|\.)(text_projection|itm_head)\.|(^|\.)query_tokens$|^embeddings\.",
+    ]
+    # `attentions` also receives the cross-attention weights, in layer order: so records
+    # transformers, whose pattern ".attention" matches both kinds of block.
+    _can_record_outputs: ClassVar = {
+        "hidden_states": QFormerLayer,
+        "attentions": [OutputRecorder(QFormerMultiHeadAttention, index=1, layer_name=".attention")],
+        "cross_attentions": [
+            OutputRecorder(QFormerMultiHeadAttention, index=1, layer_name=".crossattention")
+        ],
+    }
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.has_embeddings = isinstance(
+            config, InstructBlipQFormerConfig | InstructBlipVideoQFormerConfig
+        )
+        self.has_text = self.has_embeddings or config.use_qformer_text_input
+        if self.has_embeddings:
+            self.main_input_name = "input_ids"
+            self.embeddings = QFormerEmbeddings(config)
+        else:
+            self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.encoder = QFormerEncoder(config, self.has_text)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str] | None,
+        *model_args: Any,
+        config: PreTrainedConfig | str | PathLike[str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads a saved Q-Former, or the Q-Former of a saved BLIP-2 or InstructBLIP model.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub name; the `model_type` in its config
+                decides which config class is read.
+            model_args: as `transformers.PreTrainedModel.from_pretrained`, like all that follow.
+            config: the config to use instead of the saved one.
+            ignore_mismatched_sizes: draw tensors of another shape anew instead of refusing them.
+            output_loading_info: return a report beside the model.
+            kwargs: precision, hub access, and fields of the config to change.
+
+        Returns:
+            The Q-Former in evaluation mode; with `output_loading_info` a pair of it and a dict.
+
+        Raises:
+            ValueError: when the files belong to a model that holds no Q-Former of these kinds, or
+                hold tensors of other shapes than the config says.
+        """
+        where = pretrained_model_name_or_path
+        if config is None and where is not None:
+            config, kwargs = _read_config(where, kwargs)
+        model, report = super().from_pretrained(
+            where,
+            *model_args,
+            config=config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+        if report["mismatched_keys"] and not ignore_mismatched_sizes:
+            name, saved, wanted = min(report["mismatched_keys"])
+            raise ValueError(
+                f"{str(where)!r} does not fit the config: {name} is {list(saved)} in the file and "
+                f"{list(wanted)} in the model ({len(report['mismatched_keys'])} such tensors)"
+            )
+        return (model, report) if output_loading_info else model
+
+    def recompute_layers(self) -> None:
+        """Gradient checkpointing, under the name that any version of transformers gives it."""
+        renamed = hasattr(self, "activation_checkpointing_enable")  # transformers 5.23
+        name = "activation" if renamed else "gradient"
+        getattr(self, f"{name}_checkpointing_enable")({"use_reentrant": False})
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The word embeddings, None where the Q-Former owns none."""
+        return self.embeddings.word_embeddings if self.has_embeddings else None
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the word embeddings.
+
+        Raises:
+            NotImplementedError: where the Q-Former owns none.
+        """
+        if not self.has_embeddings:
+            raise NotImplementedError(
+                f"a Q-Former with a {type(self.config).__name__} takes embeddings and owns none"
+            )
+        self.embeddings.word_embeddings = value
+
+    @capture_outputs
+    def forward(
+        self,
+        query_embeds: Tensor | None = None,
+        query_length: int | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | list[Tensor] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Runs the Q-Former over L = Q + T rows.
+
+        The order of the arguments is that of `Blip2QFormerModel`; for the InstructBLIP forms,
+        whose order differs in transformers, pass them by name.
+
+        Args:
+            query_embeds: `[B, L, C]`, queries first, then embedded text. Batch 1 serves every
+                image. With `input_ids` the queries alone, `[B, Q, C]`.
+            query_length: Q, how many rows are queries; they alone see the images. Default: all
+                rows of `query_embeds`. 0: text only.
+            attention_mask: `[B, L]` (1: real token), `[B, L, L]` (1: row may see column), or
+                `[B, 1 or H, L, L]` (boolean, integer 0/1, or a float that is added to the scores).
+            encoder_hidden_states: image tokens `[B, S, E]`, or one `[S_b, E]` per sample.
+            encoder_attention_mask: `[B, S]` (1: real token), `[B]` integers (numbers of real
+                tokens), `[B, Q, S]` or `[B, 1 or H, Q, S]` as above.
+            input_ids: token ids `[B, T]`, for a Q-Former with embeddings.
+            position_ids: `[B, T]` or `[1, T]`, positions of `input_ids`; default 0 to T-1.
+            kwargs: `output_attentions`, `output_hidden_states`, `return_dict` as everywhere in
+                transformers; others are ignored.
+
+        Returns:
+            `last_hidden_state` `[B, L, C]`, `pooler_output` `[B, C]` (the first row), and where
+            asked for `hidden_states`, `attentions` and `cross_attentions`. As in transformers,
+            `attentions` lists every block's weights in order, cross-attention included.
+
+        Raises:
+            ValueError: on shapes that do not fit the config or each other.
+        """
+        hidden_states, query_length = self._embed(
+            query_embeds, query_length, input_ids, position_ids
+        )
+        if isinstance(encoder_hidden_states, list | tuple):
+            if encoder_attention_mask is not None:
+                raise ValueError(
+                    "encoder_attention_mask is not None beside a list of encoder_hidden_states: "
+                    "the list's lengths are the mask, leave the mask out"
+                )
+            encoder_hidden_states, encoder_attention_mask = pad_ragged(
+                encoder_hidden_states, self.config.encoder_hidden_size
+            )
+        batch = self._check_encoder(hidden_states, query_length, encoder_hidden_states)
+        rows, device = hidden_states.shape[1], hidden_states.device
+        heads = self.config.num_attention_heads
+        mask = prepare_mask(
+            attention_mask,
+            batch=batch,
+            heads=heads,
+            rows=rows,
+            keys=rows,
+            name="attention_mask",
+            device=device,
+        )
+        encoder_mask = None
+        if encoder_hidden_states is not None and query_length > 0:
+            encoder_hidden_states = encoder_hidden_states.to(hidden_states.dtype)
+            encoder_mask = prepare_mask(
+                encoder_attention_mask,
+                batch=batch,
+                heads=heads,
+                rows=query_length,
+                keys=encoder_hidden_states.shape[1],
+                name="encoder_attention_mask",
+                device=device,
+            )
+        output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        hidden_states = self.encoder(
+            hidden_states,
+            mask,
+            encoder_hidden_states,
+            encoder_mask,
+            query_length,
+            bool(output_attentions),
+        )
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0]
+        )
+
+    def _embed(
+        self,
+        query_embeds: Tensor | None,
+        query_length: int | None,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> tuple[Tensor, int]:
+        """The first layer's input `[B, L, C]` and the number Q of its rows that are queries."""
+        if query_embeds is not None:
+            _check_rows("query_embeds", query_embeds, self.config.hidden_size)
+        if input_ids is not None:
+            self._check_ids(input_ids, position_ids, query_embeds, query_length)
+        elif query_embeds is None:
+            raise ValueError("query_embeds is None: give embeddings (or input_ids where owned)")
+        if query_length is None:
+            query_length = 0 if query_embeds is None else query_embeds.shape[1]
+
+        if self.has_embeddings or query_embeds is None:
+            hidden_states = self.embeddings(input_ids, position_ids, query_embeds)
+        else:
+            query_embeds = query_embeds.to(self.layernorm.weight.dtype)
+            hidden_states = self.dropout(self.layernorm(query_embeds))
+
+        rows = hidden_states.shape[1]
+        if not 0 <= query_length <= rows:
+            raise ValueError(f"query_length is {query_length}, but query_embeds has {rows} rows")
+        if rows > query_length and not self.has_text:
+            raise ValueError(
+                f"{rows - query_length} of {rows} rows are text (query_length {query_length}), but "
+                "this Q-Former has no text feed-forward networks: set use_qformer_text_input=True "
+                "in its config"
+            )
+        return hidden_states, query_length
+
+    def _check_ids(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        query_embeds: Tensor | None,
+        query_length: int | None,
+    ) -> None:
+        if not self.has_embeddings:
+            raise ValueError(
+                f"input_ids given, but a Q-Former with a {type(self.config).__name__} owns no "
+                "embeddings: embed the tokens outside and pass them in query_embeds"
+            )
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise ValueError(
+                f"input_ids has shape {list(input_ids.shape)}; expected [B, T], not empty"
+            )
+        table = self.config.max_position_embeddings
+        if position_ids is None and input_ids.shape[1] > table:
+            raise ValueError(
+                f"input_ids holds {input_ids.shape[1]} tokens a row, but the position table ends "
+                f"at {table} (max_position_embeddings): truncate the text"
+            )
+        batch, text = input_ids.shape
+        if position_ids is not None and position_ids.shape not in ((batch, text), (1, text)):
+            raise ValueError(
+                f"position_ids has shape {list(position_ids.shape)}; expected [{batch}, {text}] or "
+                f"[1, {text}], as input_ids"
+            )
+        queries = 0 if query_embeds is None else query_embeds.shape[1]
+        if query_length not in (None, queries):
+            raise ValueError(
+                f"query_length is {query_length}, but beside input_ids query_embeds holds the "
+                f"queries alone, here {queries}: leave query_length out"
+            )
+        if query_embeds is not None and len(query_embeds) not in (1, len(input_ids)):
+            raise ValueError(
+                f"query_embeds has batch {len(query_embeds)} and input_ids batch {len(input_ids)}: "
+                "they must agree, or query_embeds have batch 1"
+            )
+
+    def _check_encoder(
+        self, hidden_states: Tensor, query_length: int, encoder_hidden_states: Tensor | None
+    ) -> int:
+        """Checks the image tokens `[B, S, E]` and returns the batch size of the call."""
+        batch = len(hidden_states)
+        if encoder_hidden_states is None:
+            if query_length > 0:
+                raise ValueError(
+                    f"encoder_hidden_states is None, but {query_length} queries need image tokens "
+                    "to attend to: give them, or query_length=0 for text alone"
+                )
+            return batch
+        _check_rows("encoder_hidden_states", encoder_hidden_states, self.config.encoder_hidden_size)
+        images = len(encoder_hidden_states)
+        if batch != images and 1 not in (batch, images):
+            raise ValueError(
+                f"encoder_hidden_states has batch {images} and the rows have batch {batch}: "
+                "they must agree, or one of them be 1"
+            )
+        return max(batch, images) if query_length > 0 else batch
+
+
+_HUB_ARGUMENTS = {
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+}
+
+
+def _read_config(
+    where: str | PathLike[str], kwargs: dict[str, Any]
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The saved config with the changes named in `kwargs`, and the `kwargs` that are none."""
+    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS & kwargs.keys()}
+    saved, _ = PreTrainedConfig.get_config_dict(where, **hub)
+    model_type = saved.get("model_type")
+    if model_type not in QFORMER_CONFIGS:
+        raise ValueError(
+            f"{str(where)!r} holds a model of type {model_type!r}, not one of "
+            f"{sorted(QFORMER_CONFIGS)}; reach a Q-Former inside another model by loading that "
+            "model with transformers and calling blip2fast.patch(model)"
+        )
+    config_class = QFORMER_CONFIGS[model_type]
+    changes = {
+        key: kwargs[key] for key in kwargs.keys() & config_class().to_dict().keys() - {"dtype"}
+    }
+    config = config_class.from_pretrained(where, **hub, **changes)
+    return config, {key: value for key, value in kwargs.items() if key not in changes}
+
+
+def _check_rows(name: str, states: Tensor, width: int) -> None:
+    if not states.is_floating_point():
+        raise ValueError(
+            f"{name} holds {states.dtype}, expected floating-point states [B, tokens, {width}]; "
+            "token ids go into input_ids=..., by name"
+        )
+    if states.ndim != 3 or states.shape[-1] != width or 0 in states.shape:
+        shape = list(states.shape)
+        what = "is empty" if 0 in shape else f"has shape {shape}"
+        raise ValueError(f"{name} {what}; expected [B, tokens, {width}], here {shape}")

@@ -1,0 +1,192 @@
+"""Swapping blip2fast's Q-Former into transformers models that hold one, and back.
+
+Both Q-Formers have the same tree of modules. Only its inner nodes are replaced (attention blocks,
+layers, the Q-Former itself): the leaves (`nn.Linear`, `nn.LayerNorm`, `nn.Embedding`, or whatever
+an adapter put in their place) are the very same objects in both trees. So no parameter is copied,
+state dict keys stay, an optimizer built before the swap keeps its parameters, and nothing needs to
+be kept in step while either tree is in use.
+"""
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers import (
+    Blip2QFormerModel,
+    InstructBlipQFormerModel,
+    InstructBlipVideoQFormerModel,
+    PreTrainedModel,
+)
+
+from blip2fast.qformer.layers import (
+    QFormerAttention,
+    QFormerEmbeddings,
+    QFormerEncoder,
+    QFormerIntermediate,
+    QFormerLayer,
+    QFormerMultiHeadAttention,
+    QFormerResidual,
+)
+from blip2fast.qformer.model import QFormer
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_ORIGINALS = (Blip2QFormerModel, InstructBlipQFormerModel, InstructBlipVideoQFormerModel)
+_INNER_NODES = (
+    QFormer,
+    QFormerAttention,
+    QFormerEmbeddings,
+    QFormerEncoder,
+    QFormerIntermediate,
+    QFormerLayer,
+    QFormerMultiHeadAttention,
+    QFormerResidual,
+    nn.ModuleList,
+)
+# What an inner node carries besides its children. The hook tables are shared rather than copied,
+# so that a handle obtained before the swap still removes its hook after it. The last one tells
+# transformers that its recording hooks are already among them.
+_STATE = (
+    "training",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_output_capturing_hooks_installed",
+)
+
+
+def patch(model: Model) -> Model:
+    """Replaces every transformers Q-Former inside a model by a `QFormer` on the same parameters.
+
+    Works on any module that holds a `Blip2QFormerModel`, `InstructBlipQFormerModel` or
+    `InstructBlipVideoQFormerModel` at any depth: the BLIP-2, InstructBLIP and InstructBLIP-Video
+    models, Granite Speech, Granite Vision, or your own. Outputs stay what they were. Training
+    mode, gradient checkpointing, and hooks carry over.
+
+    Args:
+        model: changed in place. A bare Q-Former cannot be: use what is returned.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the model holds no Q-Former, is patched already, or holds one that cannot be
+            replaced without changing what it does. The model is then left as it was.
+    """
+    if _patched(model):
+        raise ValueError(f"{type(model).__name__} is patched already: call unpatch(model) first")
+    originals = [module for module in model.modules() if isinstance(module, _ORIGINALS)]
+    if not originals:
+        names = ", ".join(cls.__name__ for cls in _ORIGINALS)
+        raise ValueError(f"{type(model).__name__} holds no transformers Q-Former ({names})")
+    return _swap(model, {original: _replacement(original) for original in originals})
+
+
+def unpatch(model: Model) -> Model:
+    """Puts the original Q-Formers back, with all that has happened to their parameters since.
+
+    Args:
+        model: what `patch` returned, changed in place (unless it is a bare Q-Former).
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the model was not patched, or modules were added inside its Q-Former.
+    """
+    patched = _patched(model)
+    if not patched:
+        raise ValueError(f"{type(model).__name__} is not patched: there is nothing to undo")
+    swaps: dict[nn.Module, nn.Module] = {}
+    for qformer in patched:
+        original: PreTrainedModel = vars(qformer)["_replaced"]
+        _carry(list(_inner_nodes(qformer, original)))
+        # Buffers of the original were out of the model's sight when it moved between devices.
+        for node in original.modules():
+            for name, buffer in node._buffers.items():
+                if buffer is not None:
+                    node._buffers[name] = buffer.to(qformer.device)
+        swaps[qformer] = original
+    return _swap(model, swaps)
+
+
+def _patched(model: nn.Module) -> list[QFormer]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, QFormer) and "_replaced" in vars(module)
+    ]
+
+
+def _swap(model: Model, swaps: dict[nn.Module, nn.Module]) -> Model:
+    """Puts each value in its key's place, wherever in the model that is."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in swaps:
+                setattr(parent, name, swaps[child])
+    return swaps.get(model, model)  # type: ignore[return-value]
+
+
+def _replacement(original: PreTrainedModel) -> QFormer:
+    """A `QFormer` on the leaves of `original`."""
+    _check_replaceable(original)
+    with torch.device("meta"):
+        qformer = QFormer(original.config)
+    _carry([(theirs, ours) for ours, theirs in _inner_nodes(qformer, original)])
+    # Not a child: its parameters are already in the model, once.
+    object.__setattr__(qformer, "_replaced", original)
+    return qformer
+
+
+def _check_replaceable(original: PreTrainedModel) -> None:
+    name = type(original).__name__
+    if type(original) not in _ORIGINALS:
+        raise ValueError(f"{name} is a subclass of a transformers Q-Former: its code would be lost")
+    attention = original.config._attn_implementation
+    if attention not in ("eager", "sdpa"):
+        raise ValueError(
+            f"{name} runs attn_implementation={attention!r}, and QFormer has 'sdpa' and 'eager': "
+            "call set_attn_implementation('sdpa') on it first"
+        )
+    for path, module in original.named_modules():
+        if "forward" in vars(module) and len(module._modules) > 0:
+            raise ValueError(
+                f"forward of {name}.{path} was replaced on the instance, as a device map does: "
+                "load the model without one"
+            )
+
+
+def _inner_nodes(qformer: nn.Module, original: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Pairs of inner nodes in the same place of both trees, parents first."""
+    if qformer._modules.keys() != original._modules.keys():
+        differing = sorted(qformer._modules.keys() ^ original._modules.keys())
+        raise ValueError(
+            f"{type(qformer).__name__} and {type(original).__name__} differ in the modules "
+            f"{differing}: remove what was added to the Q-Former first"
+        )
+    yield qformer, original
+    for name, child in qformer._modules.items():
+        if isinstance(child, _INNER_NODES):
+            yield from _inner_nodes(child, original.get_submodule(name))
+
+
+def _carry(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
+    """Gives the second node of each pair the leaves and the state of the first."""
+    inner = {node for pair in pairs for node in pair}
+    for source, target in pairs:
+        for name, child in source._modules.items():
+            if child not in inner:
+                target._modules[name] = child
+        for name in _STATE:
+            if name in vars(source):
+                object.__setattr__(target, name, vars(source)[name])
+            elif name in vars(target):
+                object.__delattr__(target, name)

@@ -1,0 +1,252 @@
+"""Checks on what a caller hands to stage 1, with the values in the message.
+
+Checks that would make a GPU wait for the host look at CPU tensors only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from blip2fast.ops.collectives import HostCopy, gather_detached, rank, world_size
+from blip2fast.stage1.passes import PackedTexts
+from blip2fast.stage1.texts import check_packed
+
+
+def is_float(x: Tensor) -> bool:
+    """Whether a tensor cannot hold indices."""
+    return x.is_floating_point() or x.dtype == torch.bool
+
+
+def describe(x: Tensor) -> str:
+    """Shape, dtype and device of a tensor, for messages."""
+    return f"{tuple(x.shape)}, {x.dtype}, {x.device}"
+
+
+def image_tokens(
+    image_embeds: Tensor | None, images: Tensor | None, encoder: nn.Module | None, width: int
+) -> Tensor:
+    """`[B, S, E]` tokens, given or computed by the encoder."""
+    if (image_embeds is None) == (images is None):
+        given = "neither" if image_embeds is None else "both"
+        raise ValueError(f"expected either image_embeds or images, got {given}")
+    if images is not None:
+        if encoder is None:
+            raise ValueError(
+                f"images: got {describe(images)}, but the model has no image encoder; build it "
+                "with image_encoder=..., or pass image_embeds"
+            )
+        if images.shape[0] == 0:
+            raise ValueError(f"images: the batch is empty, got {describe(images)}")
+        trained = any(p.requires_grad for p in encoder.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            image_embeds = encoder(images)
+    if image_embeds is None or image_embeds.dim() != 3 or image_embeds.shape[2] != width:
+        got = "none" if image_embeds is None else describe(image_embeds)
+        raise ValueError(
+            f"image_embeds: expected [B, S, {width}] (encoder_hidden_size={width}), got {got}"
+        )
+    if image_embeds.shape[0] == 0 or image_embeds.shape[1] == 0:
+        raise ValueError(f"image_embeds: the batch is empty, got {describe(image_embeds)}")
+    return image_embeds
+
+
+def packed_texts(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    pad_token_id: int,
+    vocab_size: int,
+    max_positions: int,
+) -> PackedTexts:
+    """The texts without padding, from padded `[B, T]` or packed `[T_total]` ids."""
+    if input_ids is None:
+        raise ValueError("input_ids: expected [B, T] token ids, got none")
+    if cu_seqlens is not None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask: packed text has no padding; give cu_seqlens alone")
+        check_packed(input_ids, cu_seqlens)
+        _check_ids(input_ids, vocab_size)
+        texts = PackedTexts.of(input_ids.long(), cu_seqlens.cpu().diff())
+    else:
+        if input_ids.dim() != 2 or is_float(input_ids):
+            raise ValueError(f"input_ids: expected [B, T] integers, got {describe(input_ids)}")
+        if attention_mask is None:
+            attention_mask = input_ids != pad_token_id
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)}, "
+                f"got {describe(attention_mask)}"
+            )
+        if 0 in input_ids.shape:
+            raise ValueError(f"input_ids: the batch is empty, got {describe(input_ids)}")
+        _check_ids(input_ids, vocab_size)
+        _check_padding(attention_mask.bool())
+        texts = PackedTexts.from_padded(input_ids.long(), attention_mask)
+    if texts.count == 0:
+        raise ValueError(f"input_ids: the batch is empty, got {describe(input_ids)}")
+    if int(texts.lengths.min()) < 1:
+        row = int(texts.lengths.argmin())
+        raise ValueError(f"input_ids: text {row} has no token; each needs at least its [CLS]")
+    if texts.longest > max_positions:
+        raise ValueError(
+            f"input_ids: texts of {texts.longest} tokens do not fit the position table of "
+            f"{max_positions}; truncate the captions or raise max_position_embeddings"
+        )
+    return texts
+
+
+def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    if is_float(input_ids):
+        raise ValueError(f"input_ids: expected integers, got {describe(input_ids)}")
+    if input_ids.device.type != "cpu" or input_ids.numel() == 0:
+        return
+    if int(input_ids.max()) >= vocab_size or int(input_ids.min()) < 0:
+        raise ValueError(
+            f"input_ids: expected ids from 0 to {vocab_size - 1} (vocab_size={vocab_size}), "
+            f"got {int(input_ids.min())} to {int(input_ids.max())}; does the tokenizer belong "
+            "to this model?"
+        )
+
+
+def _check_padding(real: Tensor) -> None:
+    if real.device.type != "cpu":
+        return
+    if not bool(real[:, 0].all()):
+        row = int((~real[:, 0]).nonzero()[0])
+        raise ValueError(f"attention_mask: text {row} starts with padding; pad on the right")
+    holes = (real[:, 1:] & ~real[:, :-1]).any(dim=1)
+    if bool(holes.any()):
+        row = int(holes.nonzero()[0])
+        raise ValueError(
+            f"attention_mask: text {row} has a real token after padding; pad on the right"
+        )
+
+
+def check_pairs(image_embeds: Tensor, texts: PackedTexts) -> None:
+    """One text to each image."""
+    if len(image_embeds) != texts.count:
+        raise ValueError(
+            f"input_ids: expected one text for each of {len(image_embeds)} images, got "
+            f"{texts.count} texts"
+        )
+
+
+def check_training_batch(texts: PackedTexts, image_ids: Tensor | None) -> None:
+    """What only the losses need: something to contrast with, something to predict."""
+    B = texts.count
+    if B * world_size() < 2:
+        raise ValueError(
+            "batch of 1 pair on 1 process: the contrastive and matching losses need negatives; "
+            "use a batch of 2 or more"
+        )
+    if texts.longest < 2:
+        raise ValueError(
+            f"input_ids: no text has a token after its first one, so there is none to predict; "
+            f"got {B} texts of one token"
+        )
+    if image_ids is not None and (image_ids.shape not in ((B,), (B, 1)) or is_float(image_ids)):
+        raise ValueError(f"image_ids: expected [B] = [{B}] integers, got {describe(image_ids)}")
+
+
+def sizes_of_ranks(
+    image_embeds: Tensor, texts: PackedTexts, image_ids: Tensor | None, visible: Tensor | None
+) -> HostCopy:
+    """What must be equal on every rank, and the longest T, for `check_ranks_agree`.
+
+    Every rank must call this, whatever its batch.
+    """
+    B, S, _ = image_embeds.shape
+    own = [[B, S, image_ids is not None, visible is not None, texts.longest]]
+    if world_size() == 1:
+        return HostCopy(torch.tensor(own))
+    device = image_embeds.device
+    # from pinned memory the copy to a GPU makes nobody wait
+    sent = torch.tensor(own, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return HostCopy(gather_detached(sent))
+
+
+def check_ranks_agree(sizes: HostCopy) -> int:
+    """The longest T of all ranks; all else that is gathered must have one shape everywhere.
+
+    A mismatch found by the collectives themselves would hang or abort the processes: this must
+    come before the first of them.
+
+    Args:
+        sizes: Of `sizes_of_ranks`; the host waits for them here.
+
+    Raises:
+        ValueError: on every rank, with the values of all.
+    """
+    ranks = list(zip(*sizes.tolist(), strict=True))
+    names = ("batch size", "image tokens", "image_ids given", "image_attention_mask given")
+    for name, values in zip(names, ranks, strict=False):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"{name}: expected the same on every rank, got {list(values)}; drop the last "
+                "partial batch, pad image tokens to one length with a mask, give ids and masks "
+                "everywhere"
+            )
+    return int(max(ranks[-1]))
+
+
+def check_gathered(query_tokens: Tensor) -> None:
+    """Refuse parameters that DeepSpeed ZeRO-3 has partitioned.
+
+    Raises:
+        RuntimeError: they are; says how to gather them.
+    """
+    if query_tokens.dim() != 3:
+        raise RuntimeError(
+            "the parameters are partitioned (DeepSpeed ZeRO-3); outside the engine's forward, "
+            "gather them: with deepspeed.zero.GatheredParameters(list(model.parameters()))"
+        )
+
+
+def check_image_mask(image_embeds: Tensor, image_attention_mask: Tensor | None) -> Tensor | None:
+    """The mask `[B, S]` as booleans, if it fits the tokens."""
+    if image_attention_mask is not None and image_attention_mask.shape != image_embeds.shape[:2]:
+        raise ValueError(
+            f"image_attention_mask: expected [B, S] = {list(image_embeds.shape[:2])}, got "
+            f"{describe(image_attention_mask)}"
+        )
+    return None if image_attention_mask is None else image_attention_mask.bool()
+
+
+def check_negatives(negatives: tuple[Tensor, Tensor], batch: int) -> tuple[Tensor, Tensor]:
+    """The two index tensors, if they point into the batch of all ranks."""
+    world_batch = batch * world_size()
+    for name, index in zip(("negative_image", "negative_text"), negatives, strict=True):
+        if index.shape != (batch,) or is_float(index):
+            raise ValueError(f"{name}: expected [B] = [{batch}] integers, got {describe(index)}")
+        outside = index.device.type == "cpu" and bool(((index < 0) | (index >= world_batch)).any())
+        if outside:
+            raise ValueError(
+                f"{name}: expected indices from 0 to {world_batch - 1} (the batch of all ranks), "
+                f"got {index.tolist()[:8]}"
+            )
+        own = torch.arange(batch, device=index.device) + rank() * batch
+        if index.device.type == "cpu" and bool((index == own).any()):
+            rows = (index == own).nonzero().flatten().tolist()
+            raise ValueError(f"{name}: rows {rows[:8]} point at their own pair, which matches")
+    return negatives[0].long(), negatives[1].long()
+
+
+def check_some_negative(without: Tensor, image_ids: Tensor | None) -> None:
+    """Every row has a pair of another image to be told from; looked at on the CPU only."""
+    if without.device.type == "cpu" and bool(without.any()):
+        rows = without.nonzero().flatten().tolist()
+        why = "every pair in the batch shares their image id"
+        if image_ids is None:
+            why = "their similarities are not finite: the step before this one went wrong"
+        raise ValueError(
+            f"no negative exists for rows {rows[:8]} of {len(without)}: {why}; use a larger batch "
+            "or one with more than one image"
+        )
+
+
+def check_new_tokens(max_new_tokens: int, limit: int) -> None:
+    """A text to write must have a token and fit the position table."""
+    if not 1 <= max_new_tokens <= limit:
+        raise ValueError(f"max_new_tokens: expected 1 to {limit}, got {max_new_tokens}")

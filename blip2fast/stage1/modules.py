@@ -1,0 +1,68 @@
+"""The text side of stage 1: embeddings in front of the Q-Former, the generation head behind it.
+
+Shapes: B images, T text tokens, C hidden width, V words.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2fast.stage1.config import Stage1Config
+
+
+class TextEmbeddings(nn.Module):
+    """Word plus position embeddings; the Q-Former normalises them together with the queries."""
+
+    def __init__(self, config: Stage1Config) -> None:
+        super().__init__()
+        C = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, C, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, C)
+        for table in (self.word_embeddings, self.position_embeddings):
+            nn.init.normal_(table.weight, std=config.initializer_range)
+        with torch.no_grad():
+            self.word_embeddings.weight[config.pad_token_id].zero_()
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Token ids `[..., T]` to `[..., T, C]`; `positions` `[..., T]`, by default 0 to T-1."""
+        if positions is None:
+            positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
+        return self.word_embeddings(input_ids) + self.position_embeddings(positions)
+
+
+class LMHeadTransform(nn.Module):
+    """Dense, GELU, LayerNorm before the word scores."""
+
+    def __init__(self, config: Stage1Config) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        nn.init.normal_(self.dense.weight, std=config.initializer_range)
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.LayerNorm(F.gelu(self.dense(states)))
+
+
+class LMHead(nn.Module):
+    """Word scores of text states, through the word embeddings (tied) and a bias of its own."""
+
+    def __init__(self, config: Stage1Config) -> None:
+        super().__init__()
+        self.transform = LMHeadTransform(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, states: Tensor, word_embeddings: Tensor) -> Tensor:
+        """`[..., C]` states and the `[V, C]` table to `[..., V]` scores."""
+        return F.linear(self.transform(states), word_embeddings, self.bias)
+
+
+def copy_text_ffn_to_queries(qformer: nn.Module) -> None:
+    """Start the queries' feed-forward layers as copies of the text's, as BLIP-2 does."""
+    state = qformer.state_dict()
+    with torch.no_grad():
+        for name, parameter in qformer.named_parameters():
+            if "_query." in name:
+                parameter.copy_(state[name.replace("_query.", ".")])

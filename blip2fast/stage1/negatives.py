@@ -1,0 +1,232 @@
+"""Fetch what belongs to the sampled negatives from the ranks that hold it.
+
+LAVIS gathers the image tokens of every pair on every rank; a rank reads as many of them as it has
+negatives. Here only those travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from blip2fast.ops.collectives import gather_detached, rank, world_size
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the rows of one list travel.
+
+    Attributes:
+        sent_rows: The rows of this rank that are wanted, in the order of the ranks that want them.
+        place: `[k]`, which entry of the list each arrival is; they come in the order of owners.
+        send_counts, receive_counts: Rows to and from each rank.
+    """
+
+    sent_rows: Tensor
+    place: Tensor
+    send_counts: list[int]
+    receive_counts: list[int]
+
+
+class NegativeExchange:
+    """The way of a list of rows from the ranks that hold them to the ranks that want them.
+
+    Built once for a list of negatives and used for all that belongs to them. On several ranks
+    building it makes the host wait, for how many rows each rank wants of each; `several` builds
+    those of several lists in one wait. Every rank of the group must build it, and then call the
+    same methods in the same order.
+
+    Args:
+        index: `[k]` int64, the rows wanted here, as indices into the batch of all ranks; the same
+            k on every rank.
+        batch: Rows that each rank holds.
+        group: The ranks; None: all.
+        route: As `several` found it; None: found here.
+
+    Raises:
+        ValueError: `index` is not `[k]` int64, or leaves the batch (not seen on one GPU).
+    """
+
+    def __init__(
+        self,
+        index: Tensor,
+        batch: int,
+        group: ProcessGroup | None = None,
+        route: Route | None = None,
+    ) -> None:
+        self.ranks, self.group, self.batch = world_size(group), group, batch
+        _check_list(index)
+        self.index = index
+        if self.ranks == 1:
+            if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+                _check_range(int(index.min()), int(index.max()), batch)
+            return
+        self.route = _routes(index[None], batch, group)[0] if route is None else route
+        # entry n of the list arrived as number arrival[n]
+        self.arrival = self.route.place.argsort()
+
+    @classmethod
+    def several(
+        cls, indices: Sequence[Tensor], batch: int, group: ProcessGroup | None = None
+    ) -> list[NegativeExchange]:
+        """An exchange for each of several lists: one collective, one wait of the host.
+
+        Args:
+            indices: Lists `[k]` as in the constructor, of one length.
+            batch, group: As in the constructor.
+
+        Raises:
+            ValueError: as the constructor, or the lists differ in length.
+        """
+        for index in indices:
+            _check_list(index)
+        if len({len(index) for index in indices}) > 1:
+            lengths = [len(index) for index in indices]
+            raise ValueError(f"indices: expected lists of one length, got {lengths}; pad them")
+        if world_size(group) == 1 or not indices:
+            return [cls(index, batch, group) for index in indices]
+        routes = _routes(torch.stack(list(indices)), batch, group)
+        return [
+            cls(index, batch, group, route) for index, route in zip(indices, routes, strict=True)
+        ]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The wanted rows of `x [batch, ...]`, of which every rank holds its own part.
+
+        Differentiable: the gradient of a row goes back to the rank that holds it, summed over all
+        who wanted it (the gradient of the sum of the ranks' losses).
+
+        Args:
+            x: `[batch, ...]`; the same type and trailing shape on every rank.
+
+        Returns:
+            `[k, ...]`.
+
+        Raises:
+            ValueError: `x` does not have `batch` rows.
+        """
+        self._check_rows("x", x.shape[0])
+        if self.ranks == 1:
+            return x[self.index]
+        route = self.route
+        moved = self._move(x[route.sent_rows], route.send_counts, route.receive_counts)
+        return moved[self.arrival]
+
+    def ragged(self, values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """The wanted sequences of a packed list of sequences.
+
+        Makes the host wait for their lengths. Differentiable in `values`.
+
+        Args:
+            values: `[total, ...]`, the sequences one after another.
+            cu_seqlens: `[batch + 1]` integers, where each starts, and the end.
+
+        Returns:
+            `[total wanted, ...]` and where each starts, `[k + 1]` in the type of `cu_seqlens`.
+
+        Raises:
+            ValueError: `cu_seqlens` does not say where `batch` sequences start.
+        """
+        self._check_rows("cu_seqlens", cu_seqlens.shape[0] - 1)
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        wanted = self.rows(lengths)
+        ends = torch.nn.functional.pad(wanted.cumsum(0), (1, 0))
+        if self.ranks == 1:
+            return values[_spans(starts[self.index], wanted)], ends.to(cu_seqlens.dtype)
+        route = self.route
+        sent_lengths, arriving = lengths[route.sent_rows], wanted[route.place]
+        moved = self._move(
+            values[_spans(starts[route.sent_rows], sent_lengths)],
+            _sums(sent_lengths, route.send_counts),
+            _sums(arriving, route.receive_counts),
+        )
+        arrived_at = arriving.cumsum(0) - arriving
+        return moved[_spans(arrived_at[self.arrival], wanted)], ends.to(cu_seqlens.dtype)
+
+    def _move(self, sent: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+        moved: Tensor = _Move.apply(sent, send_counts, receive_counts, self.group)
+        return moved
+
+    def _check_rows(self, name: str, rows: int) -> None:
+        if rows != self.batch:
+            raise ValueError(f"{name}: expected {self.batch} rows on this rank, got {rows}")
+
+
+def _routes(indices: Tensor, batch: int, group: ProcessGroup | None) -> list[Route]:
+    """The routes of n lists `[n, k]`, from one gather and one copy to the host.
+
+    Masks and `bincount` would make the host wait for the sizes of what they return; sorting does
+    not.
+    """
+    ranks, own = world_size(group), rank(group)
+    wanted = gather_detached(indices, group).view(ranks, *indices.shape).transpose(0, 1)
+    owner = torch.div(wanted, batch, rounding_mode="floor").clamp(0, ranks - 1)
+    asked_of_me, mine = owner == own, owner[:, own]
+    # this rank's rows first, in the order of the ranks that want them
+    order = owner.ne(own).flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
+    sent_rows = wanted.flatten(1).gather(1, order) - own * batch
+    place = mine.argsort(dim=1, stable=True)
+    every_rank = torch.arange(ranks, device=indices.device)
+    counts = [asked_of_me.sum(2), (mine[:, :, None] == every_rank).sum(1)]
+    # all ranks see the same range, so that an error is raised on all of them
+    span = torch.stack([wanted.amin((1, 2)), wanted.amax((1, 2))], dim=1)
+    numbers = torch.cat([*counts, span], dim=1).tolist()
+    for *_, low, high in numbers:
+        _check_range(low, high, batch * ranks)
+    return [
+        Route(sent_rows[n][: sum(row[:ranks])], place[n], row[:ranks], row[ranks:-2])
+        for n, row in enumerate(numbers)
+    ]
+
+
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, sent: Tensor, send: list[int], receive: list[int], group: ProcessGroup | None
+    ) -> Tensor:
+        ctx.counts, ctx.group = (send, receive), group
+        return _all_to_all(sent, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        send, receive = ctx.counts
+        return _all_to_all(grad, receive, send, ctx.group), None, None, None
+
+
+def _all_to_all(
+    sent: Tensor, send: list[int], receive: list[int], group: ProcessGroup | None
+) -> Tensor:
+    received = sent.new_empty(sum(receive), *sent.shape[1:])
+    dist.all_to_all_single(received, sent.contiguous(), receive, send, group=group)
+    return received
+
+
+def _spans(starts: Tensor, lengths: Tensor) -> Tensor:
+    """The indices of spans one after another: `starts[0], starts[0] + 1, ..., starts[1], ...`."""
+    ends = lengths.cumsum(0)
+    shift = torch.repeat_interleave(starts - ends + lengths, lengths)
+    return shift + torch.arange(shift.shape[0], device=shift.device)
+
+
+def _sums(lengths: Tensor, counts: list[int]) -> list[int]:
+    sums: list[int] = torch.stack([part.sum() for part in lengths.split(counts)]).tolist()
+    return sums
+
+
+def _check_list(index: Tensor) -> None:
+    if index.dim() != 1 or index.dtype != torch.int64:
+        raise ValueError(f"index: expected [k] int64, got {index.dtype} {tuple(index.shape)}")
+
+
+def _check_range(low: int, high: int, rows: int) -> None:
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"index: expected rows 0 to {rows - 1} of the batch of all ranks, got {low} to {high}; "
+            "-1 is a row without a negative (`ITCOutput.without_negative`)"
+        )

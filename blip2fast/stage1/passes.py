@@ -1,0 +1,264 @@
+"""The two token buffers of a stage-1 step: which texts, which images, which masks.
+
+Pass 1 holds each image's queries once, each text twice: alone under the unimodal mask (ITC), and,
+without its last token, which predicts nothing, under the multimodal causal mask (ITG). The queries
+see no text there, so their states serve ITC and ITG alike. Pass 2 holds 3B image-text pairs under
+the bidirectional mask (ITM), whose images are named by index.
+
+Shapes: B pairs on this rank, T tokens of a text at most, T_total of all texts, Q queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
+from blip2fast.masks import MaskKind
+from blip2fast.packed_pass import PackedPass
+from blip2fast.qformer.packed import PackedQFormer
+from blip2fast.stage1.negatives import NegativeExchange
+from blip2fast.stage1.texts import pack_text
+
+
+@dataclass(frozen=True)
+class PackedTexts:
+    """B texts end to end.
+
+    Attributes:
+        ids: `[T_total]` int64, each text as [CLS] words [SEP].
+        positions: `[T_total]` int64, each token's place in its text.
+        cu_seqlens: `[B+1]` int64, where each text starts, on the device of `ids`.
+        lengths: `[B]` int32 on the CPU, so that sizes are known without waiting for a device.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, input_ids: Tensor, lengths: Tensor) -> PackedTexts:
+        """From packed ids `[T_total]` and the texts' lengths `[B]` on the CPU."""
+        lengths = lengths.to(torch.int32)
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(input_ids.device)
+        row = torch.arange(len(input_ids), device=input_ids.device)
+        text = torch.searchsorted(cu_seqlens[1:], row, right=True)
+        return cls(input_ids, row - cu_seqlens[text], cu_seqlens, lengths)
+
+    @classmethod
+    def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> PackedTexts:
+        """From padded ids and mask, `[B, T]` each; on an accelerator the host waits for them."""
+        ids, cu_seqlens = pack_text(input_ids, attention_mask)
+        return cls.of(ids, cu_seqlens.cpu().diff())
+
+    def to(self, device: torch.device) -> PackedTexts:
+        """The same texts on a device; the lengths stay on the CPU."""
+        if self.ids.device == device:
+            return self
+        ids, positions, cu_seqlens = (
+            x.to(device, non_blocking=True) for x in (self.ids, self.positions, self.cu_seqlens)
+        )
+        return replace(self, ids=ids, positions=positions, cu_seqlens=cu_seqlens)
+
+    @property
+    def count(self) -> int:
+        """B, number of texts."""
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """T, tokens of the longest text."""
+        return int(self.lengths.max())
+
+    def padded(self, length: int, pad_token_id: int) -> tuple[Tensor, Tensor]:
+        """`(ids [B, length], lengths [B])` on the device; `length` is `longest` or more."""
+        column = torch.arange(length, device=self.ids.device)
+        lengths = self.cu_seqlens.diff()
+        rows = (self.cu_seqlens[:-1, None] + column).clamp(max=len(self.ids) - 1)
+        real = column < lengths[:, None]
+        return self.ids[rows].masked_fill(~real, pad_token_id), lengths
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Pass 1: its words, what it sees, and what the last layer's text rows predict.
+
+    Attributes:
+        ids, positions: `[T]` words and places of all text rows.
+        packed: The pass; its kept text rows are B [CLS] rows, then every row of ITG.
+        labels: `[T_itg]` the next word of each row of ITG.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    packed: PackedPass
+    labels: Tensor
+
+
+def contrast_pass(
+    texts: PackedTexts, num_queries: int, bos_token_id: int | None, image_mask: Tensor | None
+) -> Contrast:
+    """Lay out ITC and ITG of a batch in one buffer.
+
+    Args:
+        texts: One to each image.
+        num_queries: Q.
+        bos_token_id: [DEC], the first token of a text in ITG; None: ITC alone.
+        image_mask: `[B, S]` bool, true where an image token is real.
+    """
+    B, total, device = texts.count, len(texts.ids), texts.ids.device
+    if bos_token_id is None:
+        layout = AttentionLayout.build(
+            B, num_queries, texts.lengths, MaskKind.UNIMODAL, device=device
+        )
+        alone = PackedPass(layout, image_mask=image_mask, kept_text=texts.cu_seqlens[:-1])
+        return Contrast(texts.ids, texts.positions, alone, texts.ids[:0])
+    # row k of ITG is row k + b of the texts, b its text: every text before it lost one row
+    kept = torch.arange(total - B, device=device)
+    ends = texts.cu_seqlens[1:] - torch.arange(1, B + 1, device=device)
+    rows = kept + torch.searchsorted(ends, kept, right=True)
+    positions = texts.positions[rows]
+    decoder_ids = texts.ids[rows].masked_fill(positions == 0, bos_token_id)
+    layout = AttentionLayout.build(
+        B,
+        num_queries,
+        torch.cat([texts.lengths, texts.lengths - 1]),
+        [MaskKind.UNIMODAL] * B + [MaskKind.MULTIMODAL_CAUSAL] * B,
+        torch.arange(B).repeat(2),
+        device=device,
+    )
+    cls_rows = texts.cu_seqlens[:-1]
+    return Contrast(
+        ids=torch.cat([texts.ids, decoder_ids]),
+        positions=torch.cat([texts.positions, positions]),
+        packed=PackedPass(
+            layout, image_mask=image_mask, kept_text=torch.cat([cls_rows, kept + total])
+        ),
+        labels=texts.ids[rows + 1],
+    )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pass 2, or any set of image-text pairs under the bidirectional mask.
+
+    Attributes:
+        ids, positions: `[T]` words and places of all text rows.
+        packed: The pass; no text row is kept.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    packed: PackedPass
+
+
+def matching_pass(
+    texts: PackedTexts,
+    negatives: tuple[Tensor, Tensor] | None,
+    num_queries: int,
+    kv_index: KVIndex | None,
+    image_mask: Tensor | None,
+) -> Pairs:
+    """Lay out image-text pairs: each text with its own image, and with negatives 3B pairs.
+
+    Args:
+        texts: One to each image.
+        negatives: Words `[B, T]` and lengths `[B]` of each image's negative text; the pairs are
+            then (own image, own text), (negative image, own text), (own image, negative text).
+        num_queries: Q.
+        kv_index: The image of each pair; None: pair i has image i.
+        image_mask: `[images, S]` bool, true where an image token is real.
+    """
+    device = texts.ids.device
+    ids, positions, lengths = [texts.ids], [texts.positions], [texts.lengths]
+    blocks = torch.arange(texts.count)
+    kinds = [MaskKind.BIDIRECTIONAL] * texts.count
+    pairs = texts.count
+    if negatives is not None:
+        words, places, pieces, fillers = _rows_of(*negatives)
+        ids += [texts.ids, words]
+        positions += [texts.positions, places]
+        # of the device's own offsets: copying lengths to it would make the host wait
+        lengths = [texts.cu_seqlens.diff()] * 2 + [pieces]
+        pairs = 3 * texts.count
+        own = torch.arange(pairs)
+        if fillers:  # pieces alternate between a text and the padding behind it
+            blocks = torch.cat(
+                [own[: 2 * texts.count], own[2 * texts.count :].repeat_interleave(2)]
+            )
+            kinds = kinds * 2 + [MaskKind.BIDIRECTIONAL, MaskKind.UNIMODAL] * texts.count
+        else:
+            blocks, kinds = own, kinds * 3
+    all_ids = torch.cat(ids)
+    longest = max(texts.longest, 0 if negatives is None else negatives[0].shape[1])
+    layout = AttentionLayout.build(
+        pairs,
+        num_queries,
+        torch.cat(lengths),
+        kinds,
+        blocks,
+        num_text_rows=len(all_ids),
+        max_seqlen=longest,
+        device=device,
+    )
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    packed = PackedPass(layout, kv_index, image_mask, kept_text=none)
+    return Pairs(all_ids, torch.cat(positions), packed)
+
+
+def images_of_pairs(
+    packed: PackedQFormer,
+    image_embeds: Tensor,
+    ln_vision: nn.LayerNorm,
+    keys_values: list[Tensor | None],
+    image_mask: Tensor | None,
+    wanted: NegativeExchange,
+) -> tuple[list[Tensor | None], Tensor | None, KVIndex]:
+    """The images of the 3B pairs: this rank's, and of the others' only the sampled negatives.
+
+    Args:
+        packed: Projects what arrives from other ranks.
+        image_embeds: `[B, S, E]`, this rank's.
+        ln_vision: Normalises image tokens.
+        keys_values: Each layer's `[B, S, 2, H, D]` of this rank's images.
+        image_mask: `[B, S]` bool of this rank's images, or None.
+        wanted: The negative image of each pair.
+
+    Returns:
+        Keys and values, mask and the image of each pair, in the order of `matching_pass`.
+    """
+    B = len(image_embeds)
+    own = torch.arange(B, device=image_embeds.device)
+    if wanted.ranks == 1:
+        return keys_values, image_mask, KVIndex.build(torch.cat([own, wanted.index, own]), B)
+    others = packed.image_keys_values(wanted.rows(image_embeds), ln_vision)
+    joined = [
+        None if mine is None or theirs is None else torch.cat([mine, theirs])
+        for mine, theirs in zip(keys_values, others, strict=True)
+    ]
+    if image_mask is not None:
+        theirs_real = wanted.rows(image_mask.to(torch.uint8)).bool()
+        image_mask = torch.cat([image_mask, theirs_real])
+    return joined, image_mask, KVIndex.build(torch.cat([own, own + B, own]), 2 * B)
+
+
+def _rows_of(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Text rows of `[B, T]` ids whose lengths only the device may know.
+
+    On the CPU the padding is dropped. On an accelerator the number of real tokens would make the
+    host wait: there every text keeps T rows, and its padding becomes a text of its own that nobody
+    reads.
+
+    Returns:
+        `(ids, positions, piece lengths, whether every second piece is padding)`.
+    """
+    B, T = padded.shape
+    column = torch.arange(T, device=padded.device).expand(B, T)
+    if padded.device.type == "cpu":
+        real = column < lengths[:, None]
+        return padded[real], column[real], lengths.to(torch.int32), False
+    pieces = torch.stack([lengths, T - lengths], dim=1).flatten().to(torch.int32)
+    return padded.flatten(), column.flatten(), pieces, True

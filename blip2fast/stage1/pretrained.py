@@ -1,0 +1,137 @@
+"""Stage-1 weights from transformers' checkpoints: BERT, which BLIP-2 starts from, and retrieval.
+
+LAVIS's checkpoints are `Blip2Stage1.from_lavis_state_dict`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+from torch import Tensor
+from transformers import BertForMaskedLM, Blip2ForImageTextRetrieval
+
+from blip2fast.frozen.hub import not_there
+from blip2fast.qformer.checks import check_state
+from blip2fast.stage1.config import Stage1Config
+from blip2fast.stage1.model import Blip2Stage1
+
+# (transformers' prefix in BERT, ours); the first that fits is used
+_BERT_PREFIXES = (
+    ("bert.embeddings.LayerNorm.", "qformer.layernorm."),
+    ("bert.embeddings.", "embeddings."),
+    ("bert.encoder.", "qformer.encoder."),
+    ("cls.predictions.", "lm_head."),
+)
+
+# no place in the Q-Former; the decoder is the tied word table
+_BERT_IGNORED = (
+    "bert.embeddings.token_type_embeddings.",
+    "bert.embeddings.position_ids",
+    "bert.pooler.",
+    "cls.predictions.decoder.",
+)
+
+
+def initialise_from_bert(
+    model: Blip2Stage1, bert: BertForMaskedLM | str | os.PathLike[str]
+) -> None:
+    """Start the Q-Former's text side from BERT, as BLIP-2 does (arXiv 2301.12597, section 3.1).
+
+    Embeddings, self-attention, feed-forward layers and generation head are BERT's; queries'
+    feed-forward layers become copies of the text's. Cross-attention, queries and the other heads
+    keep what they have, and so do rows of the word table that BERT lacks ([DEC]). BERT's token
+    type and pooling weights have no place in the Q-Former.
+
+    Args:
+        model: Changed in place.
+        bert: The model, or a folder or hub name, for example `"bert-base-uncased"`.
+
+    Raises:
+        ValueError: not there; sizes differ (names the tensors with both shapes).
+    """
+    if not isinstance(bert, BertForMaskedLM):
+        try:
+            bert = BertForMaskedLM.from_pretrained(bert)
+        except OSError as error:
+            raise ValueError(not_there("BERT", bert, error)) from error
+    own = model.state_dict()
+    loaded = _rename_bert(bert.state_dict(), own)
+    expected = {
+        name: value
+        for name, value in own.items()
+        if name.startswith(("embeddings.", "lm_head.", "qformer."))
+        and "crossattention" not in name
+        and "_query." not in name
+    }
+    check_state("BERT", loaded, expected)
+    queries = {name: loaded[name.replace("_query.", ".")] for name in own if "_query." in name}
+    model.load_state_dict(loaded | queries, strict=False)
+
+
+def _rename_bert(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in state.items():
+        if name.startswith(_BERT_IGNORED):
+            continue
+        for theirs, ours in _BERT_PREFIXES:
+            if name.startswith(theirs):
+                name = ours + name.removeprefix(theirs)
+                break
+        name = re.sub(r"\.attention\.self\.", ".attention.attention.", name)
+        if name in ("embeddings.word_embeddings.weight", "lm_head.bias"):
+            value = torch.cat([value, own[name][len(value) :].to(value)])
+        renamed[name] = value
+    return renamed
+
+
+def stage1_from_retrieval(model: Blip2ForImageTextRetrieval) -> Blip2Stage1:
+    """The stage-1 model inside transformers' retrieval model; the weights are copies.
+
+    Its temperature and generation head were not saved there: they start anew. `ln_vision` is the
+    vision model's `post_layernorm`, with the epsilon of that configuration.
+
+    Args:
+        model: For example `Salesforce/blip2-itm-vit-g`.
+
+    Returns:
+        A model without image encoder, to be called with `image_embeds`.
+
+    Raises:
+        ValueError: a Q-Former this package does not build.
+    """
+    q = model.config.qformer_config
+    if q.hidden_act != "gelu":
+        raise ValueError(f"qformer_config.hidden_act: expected 'gelu', got {q.hidden_act!r}")
+    config = Stage1Config(
+        hidden_size=q.hidden_size,
+        num_hidden_layers=q.num_hidden_layers,
+        num_attention_heads=q.num_attention_heads,
+        intermediate_size=q.intermediate_size,
+        encoder_hidden_size=q.encoder_hidden_size,
+        num_query_tokens=model.query_tokens.shape[1],
+        vocab_size=q.vocab_size,
+        max_position_embeddings=q.max_position_embeddings,
+        bos_token_id=q.vocab_size - 1,
+        pad_token_id=q.pad_token_id,
+        embed_dim=model.config.image_text_hidden_size,
+        cross_attention_frequency=q.cross_attention_frequency,
+        layer_norm_eps=q.layer_norm_eps,
+        ln_vision_eps=model.config.vision_config.layer_norm_eps,
+        hidden_dropout_prob=q.hidden_dropout_prob,
+        attention_probs_dropout_prob=q.attention_probs_dropout_prob,
+        initializer_range=q.initializer_range,
+    )
+    stage1 = Blip2Stage1(config)
+    theirs = {
+        name.replace("vision_model.post_layernorm.", "ln_vision."): value
+        for name, value in model.state_dict().items()
+    }
+    own = stage1.state_dict()
+    expected = {k: v for k, v in own.items() if not k.startswith("lm_head.") and k != "temp"}
+    loaded = {name: value for name, value in theirs.items() if name in expected}
+    check_state(type(model).__name__, loaded, expected)
+    stage1.to(model.query_tokens.dtype)
+    stage1.load_state_dict(loaded, strict=False)
+    return stage1

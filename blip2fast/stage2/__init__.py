@@ -1,0 +1,1 @@
+"""Stage 2: images as soft prompts of a frozen language model."""

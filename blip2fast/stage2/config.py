@@ -1,0 +1,114 @@
+"""Sizes and outputs of the stage-2 model.
+
+Shapes: B images, Q queries, T text tokens, S image tokens, E image token width, C hidden width,
+L language model width, V words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
+from transformers.utils import ModelOutput
+
+from blip2fast.stage1.config import Stage1Config, check_sizes
+
+
+@dataclass(frozen=True)
+class Stage2Config:
+    """Sizes of the trained part and the text settings; the defaults are BLIP-2's with ViT-g/14.
+
+    Attributes:
+        hidden_size: C.
+        encoder_hidden_size: E, width of the image tokens (1408 for ViT-g/14, 1024 for ViT-L/14).
+        num_query_tokens: Q, which is also the number of soft prompts an image gives.
+        ln_vision_eps: 1e-5 in LAVIS; transformers' checkpoints say 1e-6.
+        max_txt_len: most text tokens of a sequence, soft prompts not counted.
+        prompt: text before every caption; a `{}` in it is the place of a question.
+        end_text: what ends a decoder-only target; None is the tokenizer's eos token, `"\\n"` is
+            what LAVIS trained its OPT models with.
+        image_marker: what stands for an image in texts that have any number of them, such as
+            `"<image>"`; None: one image a text, in front.
+        text_conditioned: the Q-Former reads an instruction beside its queries, as InstructBLIP
+            does (arXiv 2305.06500); False: images alone, as BLIP-2.
+        vocab_size, max_position_embeddings, pad_token_id: of the instruction's tokens; stage 1's.
+        llm_dropout: in training, the frozen language model drops out as its own configuration says.
+            LAVIS trains so, because its `train()` reaches the frozen model; False: no dropout.
+        llm_activation: of a T5's feed-forward layers, instead of its own. LAVIS puts `"gelu"` into
+            FlanT5, whose own is `"gelu_new"`, and trained its checkpoints so; transformers' BLIP-2
+            folders say it themselves. None: the model's own.
+        pack_padding: in training, put the samples of a batch behind one another in fewer rows, so
+            that a decoder-only language model computes no padding (`blip2fast.stage2.packing`).
+        match_embedding_scale: start the projection such that soft prompts are of the size of the
+            language model's token embeddings, instead of PyTorch's default as LAVIS. Prompts that
+            are much larger drown the positions, and a small language model learns later.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    encoder_hidden_size: int = 1408
+    num_query_tokens: int = 32
+    cross_attention_frequency: int = 2
+    layer_norm_eps: float = 1e-12
+    ln_vision_eps: float = 1e-5
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    max_txt_len: int = 32
+    prompt: str = ""
+    end_text: str | None = None
+    image_marker: str | None = None
+    text_conditioned: bool = False
+    vocab_size: int = 30523
+    max_position_embeddings: int = 512
+    pad_token_id: int = 0
+    llm_dropout: bool = False
+    llm_activation: str | None = None
+    pack_padding: bool = False
+    match_embedding_scale: bool = False
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
+
+    @classmethod
+    def from_stage1(cls, config: Stage1Config, **settings: Any) -> Stage2Config:
+        """The sizes of a stage-1 model, with other fields as given."""
+        own = {field.name for field in dataclasses.fields(cls)}
+        shared = {f.name for f in dataclasses.fields(config)} & own
+        return cls(**({name: getattr(config, name) for name in shared} | settings))
+
+    def qformer_config(self) -> Blip2QFormerConfig | InstructBlipQFormerConfig:
+        """The configuration of the Q-Former inside, in transformers' terms."""
+        names = [
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+            *("encoder_hidden_size", "cross_attention_frequency", "layer_norm_eps"),
+            *("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"),
+        ]
+        sizes = {name: getattr(self, name) for name in names}
+        if not self.text_conditioned:
+            return Blip2QFormerConfig(**sizes, use_qformer_text_input=False)
+        words = ("vocab_size", "max_position_embeddings", "pad_token_id")
+        return InstructBlipQFormerConfig(**sizes, **{name: getattr(self, name) for name in words})
+
+
+@dataclass
+class Stage2Output(ModelOutput):
+    """What a stage-2 step computes.
+
+    Attributes:
+        loss: Mean cross-entropy of the targets; None without labels.
+        logits: With `return_logits`, of every position: [B, Q + T, V] decoder-only ([B, T, V] where
+            images stand in the text), [B, T, V] of the decoder otherwise.
+        query_output: [B, Q, C], the queries' last states; [N, Q, C] of N images in texts.
+        prompts: [B, Q, L], the soft prompts; [N, Q, L] of N images in texts.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    query_output: Tensor | None = None
+    prompts: Tensor | None = None

@@ -1,0 +1,129 @@
+"""Words from the language model, after soft prompts and an optional text.
+
+The beams (or samples) of a row have everything before their first word in common. A decoder-only
+model reads it once a row and its keys and values are repeated; transformers' `generate` repeats the
+inputs, and reads them once a beam. An encoder reads once a row in both.
+
+Shapes: B rows, Q soft prompts, T text tokens, P positions before the first word, L language model
+width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from blip2fast.stage2 import language_model as stage2_llm
+from blip2fast.stage2 import sequence as stage2_sequence
+
+if TYPE_CHECKING:
+    from blip2fast.stage2.model import Blip2Stage2
+
+
+@torch.no_grad()
+def write(
+    model: Blip2Stage2,
+    prompts: Tensor,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    *,
+    image_counts: Tensor | None = None,
+    **generate_kwargs: Any,
+) -> Any:
+    """What `Blip2Stage2.generate` does after the images: see there.
+
+    Args:
+        model: the model.
+        prompts: [B, Q, L] soft prompts, or [N, Q, L] with `image_counts`.
+        input_ids, attention_mask: [B, T], padded on either side.
+        image_counts: [B], images of each row, which stand in `input_ids`; None: one, in front.
+        generate_kwargs: for `transformers`' `generate`.
+    """
+    for name in ("max_length", "min_length"):
+        if name in generate_kwargs:
+            other = name.replace("length", "new_tokens")
+            raise ValueError(f"{name}={generate_kwargs[name]}: give {other} instead")
+    if "generation_config" not in generate_kwargs:
+        generate_kwargs.setdefault("max_new_tokens", 30)
+    encoder_decoder = stage2_llm.is_encoder_decoder(model.language_model)
+    if input_ids is None:
+        if image_counts is not None:
+            raise ValueError("image_counts: images in a text need input_ids that hold their places")
+        input_ids = stage2_sequence.empty_text(model.language_model, prompts)
+    embeds, mask = stage2_sequence.read_sequence(
+        model.language_model, prompts, input_ids, attention_mask, image_counts
+    )
+    if attention_mask is not None:
+        embeds, mask = stage2_sequence.padded_on(
+            "right" if encoder_decoder else "left", embeds, mask
+        )
+    if not encoder_decoder:
+        new = generate_kwargs.get("max_new_tokens", 0)
+        stage2_llm.check_positions(
+            model.language_model, prompts_and_text=embeds.shape[1], new_tokens=new
+        )
+        cache = _common_cache(model.language_model, embeds, mask, generate_kwargs)
+        if cache is not None:
+            generate_kwargs["past_key_values"] = cache
+    written = model.language_model.generate(
+        inputs_embeds=embeds, attention_mask=mask, **generate_kwargs
+    )
+    if not encoder_decoder:
+        return written
+    given = generate_kwargs.get("decoder_input_ids")
+    start = 1 if given is None else given.shape[1]
+    if isinstance(written, Tensor):
+        return written[:, start:]
+    written.sequences = written.sequences[:, start:]
+    return written
+
+
+def _common_cache(
+    language_model: PreTrainedModel, embeds: Tensor, mask: Tensor, generate_kwargs: dict[str, Any]
+) -> DynamicCache | None:
+    """Keys and values of all positions but the last, computed once a row, repeated for its beams.
+
+    Args:
+        language_model: decoder-only.
+        embeds, mask: [B, P, L] and [B, P].
+        generate_kwargs: of `generate`, which goes on from the last position.
+
+    Returns:
+        The cache of B * copies rows; None where there is one copy, or where the caller or the model
+        keeps something other than plain keys and values.
+    """
+    copies = _copies(language_model, generate_kwargs)
+    chosen = {
+        "past_key_values",
+        "cache_implementation",
+        "generation_config",
+    } & generate_kwargs.keys()
+    if chosen or copies == 1 or embeds.shape[1] < 2 or generate_kwargs.get("use_cache") is False:
+        return None
+    cache = DynamicCache(config=language_model.config.get_text_config(decoder=True))
+    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    decoder = language_model.base_model  # without the head: no word is asked for yet
+    inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    if "position_ids" in inspect.signature(decoder.forward).parameters:
+        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, :-1]
+    decoder(inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], **inputs)
+    if cache.get_seq_length() != embeds.shape[1] - 1:
+        return None
+    cache.batch_repeat_interleave(copies)
+    return cache
+
+
+def _copies(language_model: PreTrainedModel, generate_kwargs: dict[str, Any]) -> int:
+    """How many sequences `generate` keeps for a row."""
+    defaults = language_model.generation_config
+    counts = [
+        generate_kwargs.get(name) or getattr(defaults, name, None) or 1
+        for name in ("num_beams", "num_return_sequences")
+    ]
+    return max(counts)

@@ -1,0 +1,318 @@
+"""What stage 2 asks of a frozen language model, for any `AutoModelForCausalLM` or `Seq2SeqLM`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from blip2fast.stage1.inputs import describe
+from blip2fast.stage2 import packing as stage2_packing
+from blip2fast.stage2.token_rows import IGNORED
+
+
+@torch.no_grad()
+def match_embedding_scale(projection: nn.Linear, language_model: PreTrainedModel) -> None:
+    """Draw the projection anew: inputs of unit variance give outputs of the embeddings' spread.
+
+    Gemma's and BART's embedding modules multiply what they look up.
+    """
+    embeddings = language_model.get_input_embeddings()
+    spread = float(embeddings.weight.float().std()) * float(getattr(embeddings, "embed_scale", 1))
+    nn.init.normal_(projection.weight, std=spread * projection.in_features**-0.5)
+    nn.init.zeros_(projection.bias)
+
+
+def freeze(module: nn.Module) -> None:
+    """No gradients on the weights and no dropout; gradients still flow to the inputs."""
+    module.requires_grad_(False)
+    module.eval()
+
+
+def use_activation(language_model: PreTrainedModel, name: str) -> None:
+    """Put another activation into a T5's feed-forward layers than its configuration says.
+
+    Raises:
+        ValueError: not a T5, or an activation that transformers does not know.
+    """
+    layers = [m for m in language_model.modules() if hasattr(m, "act") and hasattr(m, "wo")]
+    if not layers or not hasattr(language_model.config, "dense_act_fn"):
+        raise ValueError(
+            f"llm_activation {name!r}: {type(language_model).__name__} is no T5 (its configuration "
+            "has no dense_act_fn); leave it out"
+        )
+    if name not in ACT2FN:
+        raise ValueError(f"llm_activation {name!r}: transformers knows {', '.join(sorted(ACT2FN))}")
+    for layer in layers:
+        layer.act = ACT2FN[name]
+
+
+@contextmanager
+def without_dropout(language_model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode inside, for text that is written in the middle of a training."""
+    was_training = language_model.training
+    language_model.eval()
+    try:
+        yield
+    finally:
+        language_model.train(was_training)
+
+
+def recompute_layers(language_model: PreTrainedModel) -> None:
+    """Keep no activations inside the model's layers; the backward pass computes them again.
+
+    transformers' own switch works in training mode only, which a frozen model never is in.
+
+    Raises:
+        ValueError: the model has no layers that transformers would recompute.
+    """
+    layers = [m for m in language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"{type(language_model).__name__} has no layers that support gradient checkpointing; "
+            "train without it"
+        )
+    for layer in layers:
+        stream = vars(layer).get("_block_stream")
+        if stream is not None:
+            stream.recompute = True  # it calls the layer, so it recomputes it
+        elif "forward" not in vars(layer):
+            layer.forward = partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # without dropout no random numbers are drawn, so there is no state to keep for the second pass
+    draws = bool(getattr(getattr(forward, "__self__", None), "training", True))
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
+
+
+def embedding_width(language_model: PreTrainedModel) -> int:
+    """Width of the model's text embeddings.
+
+    Not `config.hidden_size`: OPT-350m embeds in 512 and projects to 1024. And not the weight's
+    shape, which is empty while DeepSpeed ZeRO-3 has it partitioned.
+    """
+    return int(language_model.get_input_embeddings().embedding_dim)
+
+
+def is_encoder_decoder(language_model: PreTrainedModel) -> bool:
+    return bool(language_model.config.is_encoder_decoder)
+
+
+def position_limit(language_model: PreTrainedModel) -> int | None:
+    """Most positions the model reads; None where it has no such limit (T5)."""
+    limit = getattr(language_model.config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
+def check_positions(language_model: PreTrainedModel, **lengths: int) -> None:
+    """Refuse a sequence, the sum of its named parts, that the model has no positions for."""
+    limit, total = position_limit(language_model), sum(lengths.values())
+    if limit is not None and total > limit:
+        parts = " + ".join(f"{count} {name.replace('_', ' ')}" for name, count in lengths.items())
+        raise ValueError(
+            f"{parts} = {total} positions, but the language model has max_position_embeddings="
+            f"{limit}; shorten the text (max_txt_len) or use fewer query tokens"
+        )
+
+
+def check_text(
+    language_model: PreTrainedModel, name: str, ids: Tensor, mask: Tensor | None, num_images: int
+) -> None:
+    """Refuse token ids [B, T] that do not fit the images, their mask or the vocabulary."""
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError(f"{name}: expected [B, T] integers, got {describe(ids)}")
+    if ids.shape[0] != num_images:
+        raise ValueError(
+            f"{name}: expected one text for each of {num_images} images, got {ids.shape[0]} texts"
+        )
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(
+            f"the mask of {name}: expected its shape {tuple(ids.shape)}, got {describe(mask)}"
+        )
+    words = language_model.get_input_embeddings().num_embeddings
+    # a GPU would have to wait for the host, and checks the range itself
+    if ids.device.type == "cpu" and ids.numel():
+        used = ids.masked_fill(ids == IGNORED, 0) if name == "labels" else ids
+        low, high = int(used.min()), int(used.max())
+        if low < 0 or high >= words:
+            raise ValueError(
+                f"{name}: expected ids from 0 to {words - 1}, got {low} to {high}; does the "
+                "tokenizer belong to this language model?"
+            )
+
+
+def logits_on_rows(language_model: PreTrainedModel, rows: Tensor, **inputs: Any) -> Tensor:
+    """Logits of some positions only, so that the head never sees prompts, padding and questions.
+
+    The head's input is cut by a hook and not by calling the parts of the model, because models
+    scale or cap their logits after the head (Gemma 2, Granite, Cohere), each for itself. A head
+    that is not called as a module, or not on all positions at once, runs in full, and its output
+    is cut.
+
+    Args:
+        language_model: the frozen model.
+        rows: [R] positions in the flattened [B * L] of the model's output.
+        inputs: the model's arguments.
+
+    Returns:
+        [R, V], equal to `language_model(**inputs).logits.flatten(0, 1)[rows]`.
+    """
+    head = language_model.get_output_embeddings()
+    if head is None:
+        return language_model(**inputs).logits.flatten(0, 1)[rows]
+    cut = False
+    places = inputs.get("decoder_input_ids", inputs["inputs_embeds"])
+
+    def keep_rows(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal cut
+        if cut or not args or args[0].shape[:-1] != places.shape[:2]:
+            return None
+        cut = True
+        return (args[0].flatten(0, 1)[rows].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(keep_rows)
+    try:
+        logits = language_model(**inputs).logits.flatten(0, 1)
+    finally:
+        handle.remove()
+    return logits if cut else logits[rows]
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of [R, V] logits and [R] targets, in fp32 (fp64 stays)."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED)
+
+
+def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where [B, T] labels count: image numbers and text positions, [R] each.
+
+    Raises:
+        ValueError: nowhere.
+    """
+    image, position = (labels != IGNORED).nonzero(as_tuple=True)
+    if image.numel() == 0:
+        raise ValueError(
+            f"labels: all {labels.numel()} of {describe(labels)} are ignored ({IGNORED}), so there "
+            "is no loss; give every batch a text beyond its prompt (raise max_txt_len?)"
+        )
+    return image, position
+
+
+def refuse_decoder_inputs(language_model: PreTrainedModel, *inputs: Tensor | None) -> None:
+    """A decoder-only model has one sequence."""
+    if any(x is not None for x in inputs):
+        raise ValueError(
+            f"decoder_input_ids, decoder_attention_mask: {type(language_model).__name__} is "
+            "decoder-only and has no second sequence; give input_ids and labels"
+        )
+
+
+def continuation_loss(
+    language_model: PreTrainedModel,
+    embeds: Tensor,
+    mask: Tensor,
+    labels: Tensor,
+    T: int,
+    return_logits: bool,
+    without_padding: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Decoder-only loss of [B, T] labels on the last T of [B, Q + T, L] embeddings.
+
+    Label t is predicted from the position before it, the first one from the last soft prompt.
+    `without_padding` the samples share rows, where no logits of all positions are asked for.
+
+    Returns:
+        The loss, and the logits [B, Q + T, V] where asked for.
+    """
+    B, length, _ = embeds.shape
+    if labels.shape != (B, T):
+        raise ValueError(
+            f"labels: expected the shape of input_ids {(B, T)}, got {describe(labels)}"
+        )
+    check_text(language_model, "labels", labels, None, B)
+    image, position = target_rows(labels)
+    rows = image * length + (length - T) + position - 1
+    inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask}
+    packed = None
+    if without_padding and not return_logits:
+        width = int(language_model.config.hidden_size)
+        packed = stage2_packing.pack(mask, width, stage2_packing.ROW_LENGTH)
+    if packed is not None:
+        rows = packed.rows(rows)
+        inputs = packed.inputs(embeds, language_model.config._attn_implementation)
+    inputs["use_cache"] = False
+    return _loss(language_model, rows, labels[image, position], return_logits, inputs)
+
+
+def decoder_loss(
+    language_model: PreTrainedModel,
+    encoder_inputs: dict[str, Tensor],
+    labels: Tensor | None,
+    decoder_input_ids: Tensor | None,
+    decoder_attention_mask: Tensor | None,
+    return_logits: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Encoder-decoder loss of [B, T] labels.
+
+    Returns:
+        The loss (none without labels), and the logits [B, T, V] where asked for or where there is
+        no loss.
+    """
+    name = type(language_model).__name__
+    B = encoder_inputs["inputs_embeds"].shape[0]
+    if labels is None and decoder_input_ids is None:
+        raise ValueError(
+            f"labels: {name} is an encoder-decoder and needs a second sequence; give labels (the "
+            "text to write), or decoder_input_ids for the logits alone"
+        )
+    for what, ids in (("labels", labels), ("decoder_input_ids", decoder_input_ids)):
+        if ids is not None:
+            check_text(language_model, what, ids, None, B)
+            check_positions(language_model, **{what: ids.shape[1]})
+    if decoder_input_ids is None:
+        if not hasattr(language_model, "prepare_decoder_input_ids_from_labels"):
+            raise ValueError(f"{name} does not shift labels itself; give decoder_input_ids")
+        decoder_input_ids = language_model.prepare_decoder_input_ids_from_labels(labels)
+    inputs = {
+        **encoder_inputs,
+        "decoder_input_ids": decoder_input_ids,
+        "decoder_attention_mask": decoder_attention_mask,
+        "use_cache": False,
+    }
+    if labels is None:
+        return None, language_model(**inputs).logits
+    if labels.shape != decoder_input_ids.shape:
+        raise ValueError(
+            f"labels: expected the shape of decoder_input_ids {tuple(decoder_input_ids.shape)}, "
+            f"got {describe(labels)}"
+        )
+    image, position = target_rows(labels)
+    rows = image * labels.shape[1] + position
+    return _loss(language_model, rows, labels[image, position], return_logits, inputs)
+
+
+def _loss(
+    language_model: PreTrainedModel,
+    rows: Tensor,
+    targets: Tensor,
+    return_logits: bool,
+    inputs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    if not return_logits:
+        return token_loss(logits_on_rows(language_model, rows, **inputs), targets), None
+    logits = language_model(**inputs).logits
+    return token_loss(logits.flatten(0, 1)[rows], targets), logits

@@ -1,0 +1,397 @@
+"""Stage 2 of BLIP-2: images as soft prompts of a frozen language model (arXiv 2301.12597, 3.2).
+
+    image tokens [B, S, E] -> ln_vision -> Q-Former -> language_projection -> prompts [B, Q, L]
+    language model reads [prompts, text embeddings] and is trained to write the text
+
+Shapes: B images, Q queries, T text tokens, S image tokens, E image token width, C hidden width,
+L language model width, V words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from blip2fast.ops.dispatch import describe_choices
+from blip2fast.qformer.checks import check_state
+from blip2fast.qformer.model import QFormer
+from blip2fast.stage1 import inputs as stage1_inputs
+from blip2fast.stage1.model import Blip2Stage1
+from blip2fast.stage2 import convert as stage2_convert
+from blip2fast.stage2 import generation as stage2_generation
+from blip2fast.stage2 import language_model as stage2_llm
+from blip2fast.stage2 import packing as stage2_packing
+from blip2fast.stage2 import sequence as stage2_sequence
+from blip2fast.stage2.config import Stage2Config, Stage2Output
+from blip2fast.stage2.convert import TransformersModel, VisionModel
+from blip2fast.stage2.text import Stage2Text
+
+__all__ = ["Blip2Stage2", "Stage2Config", "Stage2Output"]
+
+FROZEN = ("language_model.", "image_encoder.")
+
+
+class Blip2Stage2(nn.Module):
+    """A Q-Former and a projection that a frozen language model reads images through.
+
+    The language model and the image encoder are frozen and never in training mode (no dropout;
+    `config.llm_dropout` lets the language model drop out in training), and the language model
+    passes gradients on to its inputs only.
+
+    Args:
+        config: Sizes and text settings.
+        language_model: Any `transformers` `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`. It is
+            frozen in place.
+        image_encoder: Optional frozen module from images [B, 3, h, w] to tokens [B, S, E], for
+            `images=...`. Without it, pass precomputed `image_embeds`.
+
+    Attributes:
+        ln_vision: Normalises the image tokens; trained, although the encoder is frozen.
+        query_tokens: [1, Q, C], the learned queries.
+        qformer: The Q-Former, without its text branch unless `config.text_conditioned`.
+        language_projection: Linear, C to L.
+    """
+
+    def __init__(
+        self,
+        config: Stage2Config,
+        language_model: PreTrainedModel,
+        image_encoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        width = stage2_llm.embedding_width(language_model)
+        self.ln_vision = nn.LayerNorm(config.encoder_hidden_size, eps=config.ln_vision_eps)
+        self.query_tokens = nn.Parameter(
+            torch.empty(1, config.num_query_tokens, config.hidden_size)
+        )
+        nn.init.normal_(self.query_tokens, std=config.initializer_range)
+        self.qformer = QFormer(config.qformer_config())
+        self.language_projection = nn.Linear(config.hidden_size, width)
+        if config.match_embedding_scale:
+            stage2_llm.match_embedding_scale(self.language_projection, language_model)
+        if config.pack_padding:
+            stage2_packing.check_packable(language_model)
+        self.language_model = language_model
+        self.image_encoder = image_encoder
+        stage2_llm.freeze(language_model)
+        if config.llm_activation is not None:
+            stage2_llm.use_activation(language_model, config.llm_activation)
+        if image_encoder is not None:
+            stage2_llm.freeze(image_encoder)
+        self.train()
+
+    @classmethod
+    def from_stage1(
+        cls,
+        stage1: Blip2Stage1 | Mapping[str, Tensor],
+        language_model: PreTrainedModel,
+        config: Stage2Config | None = None,
+        image_encoder: nn.Module | None = None,
+    ) -> Blip2Stage2:
+        """Start from a stage-1 model's `ln_vision`, queries and Q-Former; the rest is new.
+
+        Args:
+            stage1: The model or its state dict. Its heads are left behind, and its text branch
+                unless `config.text_conditioned`.
+            language_model, image_encoder: As in the constructor; a model's own encoder is taken
+                over where none is given.
+            config: Needed with a state dict; the model's sizes otherwise.
+
+        Raises:
+            ValueError: no config for a state dict; a tensor that is missing or of another shape.
+        """
+        return stage2_convert.start_from_stage1(cls, stage1, language_model, config, image_encoder)
+
+    @classmethod
+    def from_transformers(cls, model: TransformersModel) -> Blip2Stage2:
+        """Take over a transformers BLIP-2 or InstructBLIP.
+
+        Its language and vision models are shared, not copied. transformers keeps `ln_vision` as
+        the vision model's `post_layernorm`, with the epsilon of the vision configuration; both are
+        kept.
+
+        Raises:
+            ValueError: a Q-Former this class does not build (BLIP-2's with text input, another
+                activation).
+        """
+        return stage2_convert.from_transformers(cls, model)
+
+    def to_transformers(
+        self, image_token_id: int, vision_model: VisionModel | None = None
+    ) -> TransformersModel:
+        """The same model as transformers', which can be saved and loaded there.
+
+        An InstructBLIP where the Q-Former is text-conditioned, else a BLIP-2.
+
+        The language model is shared, the trained part and the vision model's norm are copies.
+
+        Args:
+            image_token_id: A token of the language model that no text uses; transformers marks
+                the places of soft prompts with it.
+            vision_model: The image encoder's original; not needed after `from_transformers`.
+
+        Raises:
+            ValueError: no vision model, one of another width, or a language model whose embedding
+                width is not its hidden size, which transformers' BLIP-2 cannot express.
+        """
+        return stage2_convert.to_transformers(self, image_token_id, vision_model)
+
+    def train(self, mode: bool = True) -> Blip2Stage2:
+        """Set training mode; the frozen parts stay in evaluation mode, but for `llm_dropout`."""
+        super().train(mode)
+        self.language_model.train(mode and self.config.llm_dropout)
+        if self.image_encoder is not None:
+            self.image_encoder.eval()
+        return self
+
+    def extra_repr(self) -> str:
+        how = stage2_packing.describe(self.config, self.language_model)
+        return "\n".join([how, *describe_choices()])
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Trade time for memory: recompute the Q-Former's and the language model's layers.
+
+        Raises:
+            ValueError: a language model whose layers cannot be recomputed.
+        """
+        stage2_llm.recompute_layers(self.language_model)
+        self.qformer.recompute_layers()
+
+    def text(self, tokenizer: Any, seed: int = 0, qformer_tokenizer: Any = None) -> Stage2Text:
+        """The text preparation that fits this model and its configuration.
+
+        Raises:
+            ValueError: a text-conditioned Q-Former without its tokenizer, or one for another.
+        """
+        if self.config.text_conditioned != (qformer_tokenizer is not None):
+            given = "none" if qformer_tokenizer is None else "one"
+            wanted = self.config.text_conditioned
+            raise ValueError(f"qformer_tokenizer: text_conditioned is {wanted}, got {given}")
+        return Stage2Text(
+            tokenizer,
+            stage2_llm.is_encoder_decoder(self.language_model),
+            prompt=self.config.prompt,
+            end_text=self.config.end_text,
+            max_txt_len=self.config.max_txt_len,
+            seed=seed,
+            image_marker=self.config.image_marker,
+            num_query_tokens=self.config.num_query_tokens,
+            qformer_tokenizer=qformer_tokenizer,
+        )
+
+    def forward(
+        self,
+        image_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        *,
+        images: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        image_counts: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        return_logits: bool = False,
+    ) -> Stage2Output:
+        """The language-modelling loss of texts given their images.
+
+        Decoder-only: `input_ids` is the text, padded on the right, and `labels` the same tokens
+        with -100 where the loss ignores them (default: at padding only); label t is predicted
+        from everything before token t, the first one from the last soft prompt.
+        Encoder-decoder: the encoder reads prompts and `input_ids`, the decoder writes `labels`.
+
+        With `image_counts`, a sample has any number of images, which stand where its text says
+        (`Stage2Text` with an `image_marker`): `input_ids` holds `IMAGE_PLACE` for each soft
+        prompt, and the images are a flat list, sample by sample. A batch without any image runs
+        the Q-Former on nothing, for gradients of zero on every process.
+
+        Args:
+            image_embeds: [B, S, E], the frozen encoder's tokens before `ln_vision`; [N, S, E]
+                with `image_counts`.
+            input_ids: [B, T] text tokens, without the soft prompts or with their places.
+            attention_mask: [B, T], nonzero where a token is real; by default everywhere.
+            labels: [B, T] (encoder-decoder: [B, T'], of the decoder).
+            decoder_input_ids, decoder_attention_mask: [B, T'], encoder-decoder only; by default
+                the labels, shifted by the language model.
+            images: [B, 3, h, w] for the image encoder, instead of `image_embeds`.
+            image_attention_mask: [B, S], nonzero where an image token is real.
+            image_counts: [B], the images of each sample; they add up to N.
+            qformer_input_ids, qformer_attention_mask: [B, T''], the instruction that a
+                text-conditioned Q-Former reads, one a sample: all its images are read under it.
+            return_logits: Also give the logits, of all positions (else only those that have
+                labels are computed).
+
+        Raises:
+            ValueError: an input is missing, has the wrong shape, does not fit the language model,
+                or leaves nothing to predict.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids: expected [B, T] text tokens, got none")
+        prompts, query_output = stage2_sequence.encode_images(
+            self,
+            image_counts,
+            image_embeds,
+            images=images,
+            image_attention_mask=image_attention_mask,
+            qformer_input_ids=qformer_input_ids,
+            qformer_attention_mask=qformer_attention_mask,
+        )
+        in_place = image_counts is not None
+        embeds, mask = stage2_sequence.read_sequence(
+            self.language_model, prompts, input_ids, attention_mask, image_counts
+        )
+        if stage2_llm.is_encoder_decoder(self.language_model):
+            loss, logits = stage2_llm.decoder_loss(
+                self.language_model,
+                {"inputs_embeds": embeds, "attention_mask": mask},
+                labels,
+                decoder_input_ids,
+                decoder_attention_mask,
+                return_logits,
+            )
+        else:
+            stage2_llm.refuse_decoder_inputs(
+                self.language_model, decoder_input_ids, decoder_attention_mask
+            )
+            if labels is None:
+                labels = stage2_sequence.default_labels(input_ids, mask, in_place)
+            if in_place:
+                labels = stage2_sequence.predictable(labels)
+            loss, logits = stage2_llm.continuation_loss(
+                self.language_model,
+                embeds,
+                mask,
+                labels,
+                input_ids.shape[1],
+                return_logits,
+                self.config.pack_padding,
+            )
+        return Stage2Output(loss=loss, logits=logits, query_output=query_output, prompts=prompts)
+
+    def encode_image(
+        self,
+        image_embeds: Tensor | None = None,
+        *,
+        images: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Soft prompts of images.
+
+        Args:
+            image_embeds, images, image_attention_mask: As in `forward`.
+            qformer_input_ids, qformer_attention_mask: As in `forward`, one instruction an image.
+
+        Returns:
+            `(prompts [B, Q, L], query_output [B, Q, C])`.
+        """
+        stage1_inputs.check_gathered(self.query_tokens)
+        tokens = stage1_inputs.image_tokens(
+            image_embeds, images, self.image_encoder, self.config.encoder_hidden_size
+        )
+        states = self.qformer(
+            query_embeds=self.query_tokens.expand(tokens.shape[0], -1, -1),
+            encoder_hidden_states=self.ln_vision(tokens.to(self.ln_vision.weight.dtype)),
+            encoder_attention_mask=stage1_inputs.check_image_mask(tokens, image_attention_mask),
+            **stage2_sequence.instruction(
+                self.config, len(tokens), qformer_input_ids, qformer_attention_mask
+            ),
+        ).last_hidden_state
+        query_output = states[:, : self.config.num_query_tokens]
+        # the Q-Former may be kept in another precision than the projection
+        prompts = self.language_projection(query_output.to(self.language_projection.weight.dtype))
+        return prompts, query_output
+
+    @torch.no_grad()
+    def generate(
+        self,
+        image_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        images: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        image_counts: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        prompts: Tensor | None = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """Let the language model write, after the soft prompts and an optional text.
+
+        The soft prompts are computed once for all beams and samples. Padding of `input_ids` may
+        be on either side: rows give what they give alone. Under DeepSpeed ZeRO-3 the trained
+        parameters must be gathered around this call (`deepspeed.zero.GatheredParameters`).
+
+        Args:
+            image_embeds, images, image_attention_mask, image_counts, qformer_input_ids,
+                qformer_attention_mask: As in `forward`.
+            input_ids, attention_mask: [B, T] text to continue (decoder-only) or for the encoder;
+                by default the model's bos token, or an encoder's eos, as for an empty text.
+            prompts: [B, Q, L] ([N, Q, L]) of `encode_image`, instead of images, which are then not
+                read again.
+            generate_kwargs: For `transformers`' `generate`: `max_new_tokens` (default 30),
+                `num_beams`, `do_sample`, `top_p`, `length_penalty`, `eos_token_id`, ...
+
+        Returns:
+            [B * num_return_sequences, <= max_new_tokens] tokens, the new ones only; or
+            transformers' output object, where `return_dict_in_generate` asks for it.
+
+        Raises:
+            ValueError: inputs as in `forward`; `max_length` or `min_length`, which would count
+                soft prompts for some models and not for others.
+        """
+        if prompts is None:
+            prompts, _ = stage2_sequence.encode_images(
+                self,
+                image_counts,
+                image_embeds,
+                images=images,
+                image_attention_mask=image_attention_mask,
+                qformer_input_ids=qformer_input_ids,
+                qformer_attention_mask=qformer_attention_mask,
+            )
+        elif image_embeds is not None or images is not None:
+            raise ValueError("give images, image_embeds or their prompts, not two of them")
+        with stage2_llm.without_dropout(self.language_model):
+            return stage2_generation.write(
+                self,
+                prompts,
+                input_ids,
+                attention_mask,
+                image_counts=image_counts,
+                **generate_kwargs,
+            )
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of everything but the language model and the image encoder."""
+        return (p for name, p in self.named_parameters() if not name.startswith(FROZEN))
+
+    def trainable_state_dict(self) -> dict[str, Tensor]:
+        """`ln_vision`, queries, Q-Former and projection: all that training changes.
+
+        Under ZeRO-3, gather `trainable_parameters()` around this call.
+        """
+        return {
+            name: value for name, value in self.state_dict().items() if not name.startswith(FROZEN)
+        }
+
+    def load_trainable_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `trainable_state_dict` gave.
+
+        Raises:
+            ValueError: a tensor that is missing, unknown, or of another shape.
+        """
+        self._load("trained state", state, self.trainable_state_dict())
+
+    def _load(self, what: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+        check_state(what, state, wanted)
+        self.load_state_dict(dict(state), strict=False)

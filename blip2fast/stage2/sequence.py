@@ -1,0 +1,241 @@
+"""The sequence that the language model reads: soft prompts of images among embeddings of text.
+
+Two forms. One image a sample, in front, as the paper has it:
+
+    prompts [B, Q, L], input_ids [B, T]  ->  [B, Q + T, L]
+
+Any number of images a sample, anywhere: `input_ids` [B, T] then holds `IMAGE_PLACE` once for each
+soft prompt (`Stage2Text` writes Q of them for every image marker), and the prompts [N, Q, L] of
+all images, sample by sample, take these places:
+
+    input_ids  P P P P a cat P P P P a   ->  [B, T, L]      (Q = 4, two images in this sample)
+
+Shapes: B samples, N images of all samples, Q queries, T tokens, L language model width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from blip2fast.stage1.inputs import describe, is_float
+from blip2fast.stage2 import language_model as stage2_llm
+from blip2fast.stage2.config import Stage2Config
+from blip2fast.stage2.token_rows import IGNORED, IMAGE_PLACE
+
+if TYPE_CHECKING:
+    from blip2fast.stage2.model import Blip2Stage2
+
+
+def read_sequence(
+    language_model: PreTrainedModel,
+    prompts: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    image_counts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Embeddings of soft prompts and text, and their mask.
+
+    Args:
+        language_model: the frozen model.
+        prompts: [B, Q, L], or [N, Q, L] with `image_counts`.
+        input_ids: [B, T], with `IMAGE_PLACE` where soft prompts go if `image_counts` are given.
+        attention_mask: [B, T], nonzero where a token (or soft prompt) is real.
+        image_counts: [B], images of each sample; None: one, in front.
+
+    Returns:
+        `(embeds [B, Q + T, L], mask [B, Q + T])`, or `[B, T, L]` and `[B, T]` with `image_counts`.
+
+    Raises:
+        ValueError: shapes or ids that do not fit, numbers of images that do not agree, or more
+            positions than the model has.
+    """
+    if image_counts is not None:
+        return _in_place(language_model, prompts, input_ids, attention_mask, image_counts)
+    B, Q, _ = prompts.shape
+    stage2_llm.check_text(language_model, "input_ids", input_ids, attention_mask, B)
+    stage2_llm.check_positions(language_model, soft_prompts=Q, text_tokens=input_ids.shape[1])
+    text = language_model.get_input_embeddings()(input_ids)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    mask = torch.cat([attention_mask.new_ones(B, Q), attention_mask], dim=1)
+    return torch.cat([prompts.to(text.dtype), text], dim=1), mask
+
+
+def _in_place(
+    language_model: PreTrainedModel,
+    prompts: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    image_counts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    if input_ids.dim() != 2 or is_float(input_ids):
+        raise ValueError(f"input_ids: expected [B, T] integers, got {describe(input_ids)}")
+    B = check_counts(image_counts, len(input_ids), len(prompts))
+    is_place = input_ids == IMAGE_PLACE
+    _check_places(is_place, image_counts, prompts.shape[1])
+    ids = input_ids.masked_fill(is_place, 0)
+    stage2_llm.check_text(language_model, "input_ids", ids, attention_mask, B)
+    # every row has `length` columns; the parts are those of its fullest one
+    length, most = ids.shape[1], int(is_place.sum(1).max()) if ids.numel() else 0
+    stage2_llm.check_positions(language_model, soft_prompts=most, text_tokens=length - most)
+    text = language_model.get_input_embeddings()(ids)
+    embeds = text.masked_scatter(is_place.unsqueeze(-1), prompts.to(text.dtype))
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    return embeds, mask
+
+
+def check_counts(image_counts: Tensor, num_texts: int, num_images: int) -> int:
+    """B, where `image_counts` are [B] integers that add up to the images given."""
+    if image_counts.shape != (num_texts,) or is_float(image_counts):
+        raise ValueError(
+            f"image_counts: expected [B] = [{num_texts}] integers, got {describe(image_counts)}"
+        )
+    wanted = int(image_counts.sum())
+    if wanted != num_images:
+        raise ValueError(
+            f"image_counts: the {num_texts} samples have {wanted} images, but {num_images} are "
+            "given; give all images of a batch as one list, sample by sample"
+        )
+    return num_texts
+
+
+def _check_places(is_place: Tensor, image_counts: Tensor, Q: int) -> None:
+    """Refuse a row whose places are not Q for each of its images.
+
+    The loss waits for the host anyway (its label rows), so this may wait on a GPU too.
+    """
+    places = is_place.sum(1)
+    wrong = (places != image_counts * Q).nonzero().flatten().tolist()
+    if wrong:
+        row = wrong[0]
+        found, count = int(places[row]), int(image_counts[row])
+        raise ValueError(
+            f"input_ids: text {row} has {found} places for soft prompts = {found / Q:g} image "
+            f"markers of {Q} queries, but image_counts[{row}] is {count}; one marker an image"
+        )
+
+
+def default_labels(input_ids: Tensor, mask: Tensor, in_place: bool) -> Tensor:
+    """The text tokens [B, T] themselves; padding and soft prompts are ignored.
+
+    Args:
+        input_ids: as in `read_sequence`.
+        mask: its mask, of [B, Q + T] or (in place) [B, T].
+        in_place: whether the images stand in `input_ids`.
+    """
+    labels = input_ids.masked_fill(mask[:, -input_ids.shape[1] :] == 0, IGNORED)
+    return labels.masked_fill(input_ids == IMAGE_PLACE, IGNORED) if in_place else labels
+
+
+def predictable(labels: Tensor) -> Tensor:
+    """Labels [B, T] without the first column, which no position stands before."""
+    return torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, 1:]], dim=1)
+
+
+def encode_images(
+    model: Blip2Stage2, image_counts: Tensor | None, image_embeds: Tensor | None, **inputs: Any
+) -> tuple[Tensor, Tensor]:
+    """`model.encode_image` of a batch; with `image_counts` of the flat list of its images.
+
+    An instruction is a sample's, so it is repeated for each of its images. Where no sample has an
+    image, the Q-Former reads a blank one, of which nothing is kept: every parameter then has a
+    gradient, of zero, on every process.
+
+    Args:
+        model: the stage-2 model.
+        image_counts: [B], or None: one image a sample.
+        image_embeds, inputs: of `encode_image`.
+
+    Raises:
+        ValueError: numbers of images, samples and instructions that do not agree.
+    """
+    if image_counts is None:
+        return model.encode_image(image_embeds, **inputs)
+    images = image_embeds if inputs["images"] is None else inputs["images"]
+    N = 0 if images is None else len(images)
+    check_counts(image_counts, len(image_counts), N)
+    for name in ("qformer_input_ids", "qformer_attention_mask"):
+        rows = inputs[name]
+        if rows is None:
+            continue
+        if len(rows) != len(image_counts):
+            raise ValueError(
+                f"{name}: expected one instruction for each of {len(image_counts)} samples, got "
+                f"{describe(rows)}"
+            )
+        repeated = rows.repeat_interleave(image_counts, dim=0, output_size=N)
+        inputs[name] = repeated if N else rows[:1]
+    if N:
+        return model.encode_image(image_embeds, **inputs)
+    inputs |= {"images": None, "image_attention_mask": None}
+    blank = model.query_tokens.new_zeros(1, 1, model.config.encoder_hidden_size)
+    prompts, query_output = model.encode_image(blank, **inputs)
+    return prompts[:0], query_output[:0]
+
+
+def instruction(
+    config: Stage2Config, images: int, ids: Tensor | None, mask: Tensor | None
+) -> dict[str, Tensor]:
+    """The Q-Former's arguments for an instruction [N, T''] beside its queries; none for BLIP-2's.
+
+    Raises:
+        ValueError: an instruction is missing, is not read, or does not fit.
+    """
+    if not config.text_conditioned:
+        if ids is not None or mask is not None:
+            raise ValueError(
+                "qformer_input_ids: this Q-Former reads images alone; build it with "
+                "text_conditioned=True for instructions"
+            )
+        return {}
+    if ids is None:
+        raise ValueError(
+            "qformer_input_ids: this Q-Former is text-conditioned and needs an instruction for "
+            "each image, got none"
+        )
+    if ids.dim() != 2 or is_float(ids) or len(ids) != images:
+        raise ValueError(
+            f"qformer_input_ids: expected [{images}, T] integers, one row an image, got "
+            f"{describe(ids)}"
+        )
+    if mask is None:
+        mask = torch.ones_like(ids)
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"qformer_attention_mask: expected the shape of qformer_input_ids {tuple(ids.shape)}, "
+            f"got {describe(mask)}"
+        )
+    if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+        raise ValueError(
+            f"qformer_input_ids: expected ids from 0 to {config.vocab_size - 1}, got "
+            f"{int(ids.min())} to {int(ids.max())}; does the tokenizer belong to this Q-Former?"
+        )
+    queries = mask.new_ones(images, config.num_query_tokens)
+    return {"input_ids": ids, "attention_mask": torch.cat([queries, mask], dim=1)}
+
+
+def empty_text(language_model: PreTrainedModel, prompts: Tensor) -> Tensor:
+    """What a tokenizer makes of no text: bos, or eos before a decoder; [B, 0 or 1]."""
+    config = language_model.config.get_text_config()
+    token = config.eos_token_id if language_model.config.is_encoder_decoder else config.bos_token_id
+    if isinstance(token, list):
+        token = token[0]
+    size = (prompts.shape[0], 0 if token is None else 1)
+    return torch.full(size, token or 0, dtype=torch.long, device=prompts.device)
+
+
+def padded_on(side: str, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows of [B, L, C] embeddings with all padding on one side, wherever it was.
+
+    On the "left" for a decoder-only model, which continues from the last column. In front of the
+    soft prompts too: between them and the text, a model that looks back over a fixed number of
+    columns (Gemma 2, Mistral) would lose sight of them. On the "right" for an encoder with
+    relative positions, where a gap would count.
+    """
+    real = mask != 0
+    order = (real if side == "left" else ~real).int().argsort(dim=1, stable=True)
+    return embeds.take_along_dim(order.unsqueeze(-1), dim=1), mask.gather(1, order)

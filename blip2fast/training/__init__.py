@@ -1,0 +1,1 @@
+"""Training runs: configuration, checks, memory plan, engine and loop."""

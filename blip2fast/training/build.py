@@ -1,0 +1,345 @@
+"""From a run's configuration to its parts: tokenizer, model, batches, held-out data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from blip2fast.checkpoints import trained as checkpointing
+from blip2fast.checkpoints.trained import Description
+from blip2fast.data.batches import IMAGE_MARKER, Batch, BatchPlan, PlannedBatches, images_of
+from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.frozen.identity import FrozenIdentity, identify_model
+from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
+from blip2fast.frozen.images import ImageTransform, read_image, transform_for
+from blip2fast.offload.loading import source_identity
+from blip2fast.run_texts import (
+    READERS,
+    check_positions,
+    qformer_tokenizer,
+    qformer_words,
+    text_maker,
+)
+from blip2fast.stage1.config import Stage1Config
+from blip2fast.stage1.model import Blip2Stage1
+from blip2fast.stage1.pretrained import initialise_from_bert
+from blip2fast.stage2.config import Stage2Config
+from blip2fast.stage2.model import Blip2Stage2
+from blip2fast.stage2.text import Stage2Text
+from blip2fast.training.config import RunConfig
+from blip2fast.training.placement import load_frozen
+
+Records = Sequence[Any]  # CaptionRecord, or QuestionRecord for vqa
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class CachedImages:
+    """Images as the tokens of a feature cache."""
+
+    cache: FeatureCache
+
+    def __call__(self, keys: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+        """`{"image_embeds": [B, S, E]}`."""
+        return {"image_embeds": self.cache.read([self.cache.row(key) for key in keys])}
+
+    def check(self, keys: set[str]) -> None:
+        """Refuse keys that are not there, before training starts."""
+        for key in keys:
+            self.cache.row(key)
+
+
+@dataclass
+class FileImages:
+    """Images as pixels from a folder; augmentation is drawn from (seed, epoch, sample) alone."""
+
+    folder: Path
+    transform: ImageTransform
+    seed: int
+
+    def __call__(self, keys: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+        """`{"images": [B, 3, h, w]}`; tokens of no image, where there are no keys."""
+        if not keys:
+            return {"image_embeds": torch.empty(0, 1, 1)}
+        pixels = []
+        for key, index in zip(keys, batch.indices.tolist(), strict=True):
+            # A fourth number keeps these draws apart from the split points'.
+            draws = np.random.default_rng([self.seed, batch.epoch, index, 2])
+            pixels.append(self.transform(read_image(self.folder, key), draws))
+        return {"images": torch.stack(pixels)}
+
+    def check(self, keys: set[str]) -> None:
+        """Refuse keys that are not there, before training starts."""
+        for key in keys:
+            if not (self.folder / key).is_file():
+                raise ValueError(f"image {key!r}: no such file in {self.folder}")
+
+
+Images = CachedImages | FileImages
+
+
+@dataclass
+class _ImageSource:
+    """Where a run's image tokens come from.
+
+    Attributes:
+        encoder: in the loop, where images are files.
+        width: E.
+        encoder_id, identity: which encoder it is; its identity where that is known.
+    """
+
+    reader: Images
+    encoder: FrozenImageEncoder | None
+    width: int
+    encoder_id: str
+    identity: FrozenIdentity | None
+
+
+@dataclass
+class HeldOut:
+    """Evaluation data: records, and their images."""
+
+    records: Records
+    images: Images
+
+    def keys(self) -> list[str]:
+        """The images, each once, in the order of their first record."""
+        return list(dict.fromkeys(key for record in self.records for key in images_of(record)))
+
+
+@dataclass
+class RunParts:
+    """Everything that a run trains with.
+
+    Attributes:
+        model: parameters in fp32; frozen ones in the precision of the run.
+        description: what `model.json` says of it.
+        tokenizer: the Q-Former's (stage 1) or the language model's (stage 2).
+        text: stage 2's text preparation.
+        batches: item i is the batch of micro-step i.
+        image_encoder: runs in the loop, outside the engine, where images are files.
+        held_out: None without evaluation.
+    """
+
+    model: Blip2Stage1 | Blip2Stage2
+    description: Description
+    tokenizer: Any
+    text: Stage2Text | None
+    batches: PlannedBatches[Any]
+    image_encoder: FrozenImageEncoder | None
+    held_out: HeldOut | None
+
+
+def build_run(config: RunConfig, rank: int, world_size: int) -> RunParts:
+    """Load and build everything; parameters start from `init_from` or the seed.
+
+    Raises:
+        ValueError: parts that do not fit together, with the values.
+    """
+    torch.manual_seed(config.seed)
+    source = _train_images(config)
+    read = READERS[config.data.task]
+    records: Records = read(config.data.records)
+    source.reader.check({key for record in records for key in images_of(record)})
+    held_out = None
+    if config.data.eval_records is not None:
+        held_out = HeldOut(read(config.data.eval_records), _eval_images(config))
+        held_out.images.check(set(held_out.keys()))
+    model, tokenizer, description = _model(config, source)
+    text = None
+    if isinstance(model, Blip2Stage2):
+        reads = model.config.text_conditioned
+        words = qformer_tokenizer(str(config.model.tokenizer)) if reads else None
+        text = model.text(tokenizer, config.seed, words)
+    plan = BatchPlan(
+        len(records),
+        config.optim.batch_size,
+        config.seed,
+        rank,
+        world_size,
+        config.optim.accumulation,
+    )
+    texts = text_maker(config, tokenizer, text, records)
+    batches = PlannedBatches(records, plan, source.reader, texts)
+    return RunParts(model, description, tokenizer, text, batches, source.encoder, held_out)
+
+
+def _train_images(config: RunConfig) -> _ImageSource:
+    data = config.data
+    if data.features is not None:
+        cache = FeatureCache(data.features)
+        reader = CachedImages(cache)
+        return _ImageSource(reader, None, cache.width, cache.encoder_id, cache.encoder)
+    files = _image_files(config, data.images, data.augment)
+    encoder = load_image_encoder(
+        str(data.image_encoder), data.image_encoder_layer, DTYPES[config.precision]
+    )
+    if encoder.image_size != data.image_size:
+        raise ValueError(
+            f"data.image_size is {data.image_size}, {data.image_encoder} takes images of "
+            f"{encoder.image_size}"
+        )
+    return _ImageSource(files, encoder, encoder.width, encoder.encoder_id, encoder.identity)
+
+
+def _eval_images(config: RunConfig) -> Images:
+    if config.data.eval_features is not None:
+        return CachedImages(FeatureCache(config.data.eval_features))
+    return _image_files(config, config.data.eval_images, augment=False)
+
+
+def _image_files(config: RunConfig, folder: str | None, augment: bool) -> FileImages:
+    data = config.data
+    if folder is None or data.image_encoder is None:
+        raise ValueError("data: give features, or images and image_encoder")
+    transform = transform_for(data.image_encoder, data.image_size, augment)
+    return FileImages(Path(folder), transform, config.seed)
+
+
+def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str, Any]:
+    """Sizes that the model section and the start agree on."""
+    names = [f.name for f in dataclasses.fields(config.model)]
+    wanted = {n: getattr(config.model, n) for n in names if n not in ("tokenizer", "bert")}
+    dropout = wanted.pop("dropout")
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    wanted["encoder_hidden_size"] = width
+    if start is not None:
+        differing = [
+            f"model.{name} is {start.sizes[name]} there, {value} here"
+            for name, value in wanted.items()
+            if name in start.sizes and start.sizes[name] != value
+        ]
+        if differing:
+            raise ValueError(
+                f"init_from {config.init_from!r} has other sizes: {'; '.join(differing)} "
+                "(encoder_hidden_size comes from data.features)"
+            )
+        known = {f.name for f in dataclasses.fields(Stage1Config)} | {"text_conditioned"}
+        wanted |= {n: v for n, v in start.sizes.items() if n in known}
+    if dropout is not None:
+        wanted |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return wanted
+
+
+def _model(
+    config: RunConfig, source: _ImageSource
+) -> tuple[Blip2Stage1 | Blip2Stage2, Any, Description]:
+    start = None if config.init_from is None else checkpointing.read_description(config.init_from)
+    if start is not None:
+        if start.stage > config.stage:
+            raise ValueError(
+                f"init_from {config.init_from!r} holds a stage-{start.stage} model, the "
+                f"configuration says stage: {config.stage}; a Q-Former goes from stage 1 to 2"
+            )
+        if not config.allow_other_frozen:
+            _refuse_other_tokens(config, start, source)
+    sizes = _sizes(config, source.width, start)
+    frozen = {} if source.identity is None else {"image_encoder": source.identity}
+    model: Blip2Stage1 | Blip2Stage2
+    if config.stage == 1:
+        model, tokenizer = _stage1(config, sizes, start)
+    else:
+        model, tokenizer, frozen["language_model"] = _stage2(config, sizes, start)
+    description = Description(
+        stage=config.stage,
+        sizes=dataclasses.asdict(model.config),
+        image_encoder=source.encoder_id,
+        language_model=config.language_model.path if config.language_model else None,
+        tokenizer=config.model.tokenizer,
+        frozen=frozen,
+    )
+    return model, tokenizer, description
+
+
+def _refuse_other_tokens(config: RunConfig, start: Description, source: _ImageSource) -> None:
+    """Refuse image tokens of another encoder; by their names, where one is not known better."""
+    remedy = "Cache the images with that encoder, or set allow_other_frozen: true"
+    if "image_encoder" in start.frozen and source.identity is not None:
+        where = f"init_from {config.init_from!r}"
+        checkpointing.check_frozen(start, "image_encoder", source.identity, where, remedy)
+    elif source.encoder_id and start.image_encoder and source.encoder_id != start.image_encoder:
+        raise ValueError(
+            f"init_from {config.init_from!r} was trained on tokens of {start.image_encoder!r}, "
+            f"the data are of {source.encoder_id!r}. {remedy}"
+        )
+
+
+def _stage1(
+    config: RunConfig, sizes: dict[str, Any], start: Description | None
+) -> tuple[Blip2Stage1, Any]:
+    tokenizer, words = qformer_words(config, sizes)
+    size = Stage1Config(**(sizes | words))
+    check_positions(config, size.max_position_embeddings)
+    model = Blip2Stage1(size, losses=config.optim.losses)
+    if start is not None:
+        state = checkpointing.read_parameters(str(config.init_from))
+        checkpointing.load_parameters(model, state, f"init_from {config.init_from!r}")
+    elif config.model.bert is not None:
+        initialise_from_bert(model, config.model.bert)
+    return model, tokenizer
+
+
+def _stage2(
+    config: RunConfig, sizes: dict[str, Any], start: Description | None
+) -> tuple[Blip2Stage2, Any, FrozenIdentity]:
+    if config.language_model is None:
+        raise ValueError("language_model: stage 2 needs one")
+    known = {f.name for f in dataclasses.fields(Stage2Config)}
+    if sizes.get("text_conditioned"):
+        _, words = qformer_words(config, sizes)
+        sizes = sizes | words
+    size = Stage2Config(
+        **{name: value for name, value in sizes.items() if name in known},
+        image_marker=IMAGE_MARKER if config.data.task == "sequence" else None,
+        llm_activation=config.language_model.activation,
+        llm_dropout=config.language_model.llm_dropout,
+        pack_padding=config.language_model.pack_padding,
+        max_txt_len=config.data.max_txt_len,
+        prompt=config.language_model.prompt,
+        end_text=config.language_model.end_text,
+        match_embedding_scale=config.language_model.match_embedding_scale,
+    )
+    # from its files where they tell, so that another one is refused before it is loaded
+    found = source_identity(config.language_model.path)
+    if found is not None:
+        _same_language_model(config, start, found)
+    language_model = load_frozen(config)
+    identity = found or identify_model(language_model)
+    tokenizer = AutoTokenizer.from_pretrained(config.language_model.path)
+    if start is None:
+        return Blip2Stage2(size, language_model), tokenizer, identity
+    state = checkpointing.read_parameters(str(config.init_from))
+    if not _same_language_model(config, start, identity):
+        # its projection, if it has one, speaks to another model
+        model = Blip2Stage2.from_stage1(state, language_model, size)
+    else:
+        model = Blip2Stage2(size, language_model)
+        checkpointing.load_parameters(model, state, f"init_from {config.init_from!r}")
+    return model, tokenizer, identity
+
+
+def _same_language_model(
+    config: RunConfig, start: Description | None, identity: FrozenIdentity
+) -> bool:
+    """Whether the start was trained for this language model.
+
+    Raises:
+        ValueError: for another one, and `allow_other_frozen` is not set.
+    """
+    if start is None or start.stage == 1:
+        return False
+    if not config.allow_other_frozen:
+        remedy = "Give that one, or set allow_other_frozen: true for a new projection"
+        where = f"init_from {config.init_from!r}"
+        checkpointing.check_frozen(start, "language_model", identity, where, remedy)
+        return True
+    there = start.frozen.get("language_model")
+    return there is not None and not there.differences(identity)

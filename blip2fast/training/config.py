@@ -1,0 +1,342 @@
+"""The configuration of a training run: typed, checked, one yaml file.
+
+    config = load_config("configs/scenes_stage1.yaml", ["optim.lr=3e-4", "zero_stage=2"])
+
+A key that is not known or not of its type is refused, and the nearest known key is named. Whether
+the run can start on this machine is the business of `blip2fast.training.preflight`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from blip2fast.offload.choices import OffloadChoice, StreamStorage
+from blip2fast.ops.dispatch import Kernels
+from blip2fast.stage1.config import LOSSES, LossName
+from blip2fast.training.config_faults import contradictions
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Offload = Literal["none", "cpu", "nvme"]
+
+_STRICT = ConfigDict(extra="forbid")
+_Count = Annotated[int, Field(ge=1)]
+_NonNegative = Annotated[int, Field(ge=0)]
+_Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass
+class ModelSection:
+    """Sizes of the Q-Former. None: BLIP-2's, or in stage 2 those of `init_from`.
+
+    The width of the image tokens and the vocabulary come from the data and the tokenizer.
+
+    Attributes:
+        tokenizer: folder or hub name of the Q-Former's tokenizer, where it reads text. If it has no
+            [DEC] token one is added, as BLIP-2 does to bert-base-uncased.
+        bert: folder or hub name of a BERT whose weights the Q-Former starts from (stage 1; paper,
+            section 3.1); the cross-attention and the queries stay random.
+        embed_dim: width of the contrastive features (stage 1).
+        dropout: of hidden states and attention probabilities.
+        text_conditioned: the Q-Former reads the prompt too, as InstructBLIP (stage 2; `tokenizer`).
+        initializer_range: standard deviation of new weights; 0.02 suits BLIP-2's width, small
+            models learn several times faster with 1 / sqrt(hidden_size).
+    """
+
+    __pydantic_config__ = _STRICT
+
+    tokenizer: str | None = None
+    bert: str | None = None
+    hidden_size: _Count | None = None
+    num_hidden_layers: _Count | None = None
+    num_attention_heads: _Count | None = None
+    intermediate_size: _Count | None = None
+    num_query_tokens: _Count | None = None
+    max_position_embeddings: _Count | None = None
+    embed_dim: _Count | None = None
+    cross_attention_frequency: _Count | None = None
+    dropout: _Share | None = None
+    text_conditioned: bool | None = None
+    initializer_range: Annotated[float, Field(gt=0)] | None = None
+
+
+@dataclass
+class LanguageModelSection:
+    """The frozen language model of stage 2.
+
+    Attributes:
+        path: local folder or hub name.
+        prompt: text before every caption; with `{}` in it, where the question goes (vqa).
+        end_text: what ends a decoder-only target; None: the tokenizer's end token.
+        match_embedding_scale: start soft prompts at the size of its token embeddings (a small
+            language model learns sooner); False: PyTorch's default, as LAVIS.
+        activation: of a T5's feed-forward layers instead of its own; LAVIS has `gelu` in FlanT5.
+        llm_dropout, pack_padding: as in `Stage2Config`.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    path: str
+    prompt: str = ""
+    end_text: str | None = None
+    match_embedding_scale: bool = False
+    activation: str | None = None
+    llm_dropout: bool = False
+    pack_padding: bool = False
+
+
+@dataclass
+class DataSection:
+    """Images and texts. Give either `features` or `images` and `image_encoder`.
+
+    Attributes:
+        records: JSON lines, as in `blip2fast.data.batches`.
+        task: caption or (stage 2) vqa, or sequence: any number of images a sample.
+        features: folder of a feature cache.
+        images: folder of image files; the frozen encoder then runs in the loop.
+        image_encoder: folder or hub name of a transformers vision model, for `images`.
+        image_encoder_layer: how many of its blocks to run; None: BLIP-2's choice for its kind.
+        augment: random crops and flips (`images` only).
+        eval_records, eval_features, eval_images: held-out data; None: no evaluation.
+        max_txt_len: longer texts are cut.
+        workers: processes that read batches ahead; 0 reads in the training process.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    records: str
+    task: Literal["caption", "vqa", "sequence"] = "caption"
+    features: str | None = None
+    images: str | None = None
+    image_encoder: str | None = None
+    image_encoder_layer: _Count | None = None
+    image_size: _Count = 224
+    augment: bool = True
+    eval_records: str | None = None
+    eval_features: str | None = None
+    eval_images: str | None = None
+    max_txt_len: Annotated[int, Field(ge=2)] = 32
+    workers: _NonNegative = 0
+
+
+@dataclass
+class OptimSection:
+    """AdamW, and its learning rate over the steps (paper, section 3.4).
+
+    Attributes:
+        lr: peak, reached after `warmup_steps` of linear rise.
+        min_lr: where the cosine ends, at `max_steps`.
+        weight_decay: not on biases, norms, the temperature and the queries.
+        max_steps: optimizer steps; one takes batch_size x accumulation samples per process.
+        clip_norm: limit on the norm of the gradient; 0 for none.
+        batch_size: samples per process in one forward pass.
+        accumulation: forward and backward passes of a step.
+        losses: of stage 1: itc, with or without itm and itg.
+        grad_cache: in stage 1, ITC compares all samples of a step instead of those of a forward
+            pass; features are computed twice (`blip2fast.stage1.contrast`).
+    """
+
+    __pydantic_config__ = _STRICT
+
+    max_steps: _Count
+    batch_size: _Count
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    min_lr: Annotated[float, Field(ge=0)] = 1e-5
+    warmup_steps: _NonNegative = 2000
+    betas: tuple[_Share, _Share] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    accumulation: _Count = 1
+    losses: tuple[LossName, ...] = LOSSES
+    grad_cache: bool = False
+
+
+@dataclass
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+        stage: 1 (ITC, ITM, ITG on the Q-Former) or 2 (soft prompts into the language model).
+        output_dir: everything the run writes goes here.
+        init_from: output folder or checkpoint of an earlier run, to start its parameters from.
+        allow_other_frozen: let `init_from` be of another image encoder or language model; of a
+            stage-2 model before another language model the projection is new, the rest is taken.
+        zero_stage: what DeepSpeed ZeRO spreads over the processes: 0 nothing, 1 the optimizer's
+            states, 2 gradients too, 3 parameters too (the language model's).
+        offload_param, offload_optimizer: where ZeRO keeps them (param: stage 3 alone).
+        nvme_path: folder for offloading to `nvme`.
+        offload: where the frozen language model is (stage 2): `none`, as zero_stage and
+            offload_param say; `stream`, its blocks in host memory, streamed to the device; `zero3`,
+            zero_stage 3 with offload_param; `auto`, the first of these that fits.
+        stream_buffers: device buffers for streamed blocks.
+        stream_storage: of streamed weights: `as_is`, or `int8` or `int4`, which changes the loss.
+        gradient_checkpointing: recompute activations in the backward pass.
+        kernels: this library's own, on a GPU: `check`, those that a check there finds right and
+            quicker (docs/kernels.md); `never`; or `trust`, unchecked.
+        eval_every, save_every: in steps; 0: only at the end (evaluation), never (checkpoints).
+        keep_last: checkpoints that stay on disk.
+        eval_batch_size: samples per evaluation batch, over all processes.
+        resume: continue from the last checkpoint in `output_dir`, where there is one.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    stage: Literal[1, 2]
+    output_dir: str
+    data: DataSection
+    optim: OptimSection
+    model: ModelSection = field(default_factory=ModelSection)
+    language_model: LanguageModelSection | None = None
+    init_from: str | None = None
+    allow_other_frozen: bool = False
+    seed: _NonNegative = 0
+    precision: Precision = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload_param: Offload = "none"
+    offload_optimizer: Offload = "none"
+    nvme_path: str | None = None
+    offload: OffloadChoice = "none"
+    stream_buffers: Annotated[int, Field(ge=2)] = 2
+    stream_storage: StreamStorage = "as_is"
+    gradient_checkpointing: bool = False
+    kernels: Kernels = "check"
+    eval_every: _NonNegative = 0
+    eval_batch_size: Annotated[int, Field(ge=2)] = 64
+    save_every: _NonNegative = 0
+    keep_last: _Count = 2
+    log_every: _Count = 50
+    resume: bool = False
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe yaml in which `1e-4` is a number (yaml 1.1 wants `1.0e-4`)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a configuration.
+
+    Args:
+        path: a yaml file.
+        overrides: `section.key=value`, values as in yaml; later ones win.
+
+    Raises:
+        ValueError: the file is not there or not yaml; a key is unknown, missing or ill-typed; or
+            keys contradict one another. Every fault is listed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no configuration at {path}: not a file")
+    values = _parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected keys and values, got {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: Mapping[str, Any], source: str = "configuration") -> RunConfig:
+    """Check nested keys and values; `source` is named in errors. See `load_config`."""
+    try:
+        # Through JSON: strict about types, while a list may be a tuple, as in yaml.
+        config = TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        faults = "\n  ".join(_explain(fault) for fault in error.errors())
+        raise ValueError(f"{source}:\n  {faults}") from None
+    faults = "\n  ".join(contradictions(config))
+    if faults:
+        raise ValueError(f"{source}:\n  {faults}")
+    return config
+
+
+def config_values(config: RunConfig) -> dict[str, Any]:
+    """The configuration as nested plain values, every default filled in."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write `config`, every default filled in, so that `load_config` reads it back."""
+    path.write_text(yaml.safe_dump(config_values(config), sort_keys=False), encoding="utf-8")
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}: not yaml: {error}") from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise ValueError(f"--set {override!r}: expected key=value, such as optim.lr=1e-4")
+    *sections, key = name.strip().split(".")
+    place = values
+    for section in sections:
+        inner = place.get(section)
+        if inner is None:
+            inner = place[section] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"--set {override!r}: {section} holds {inner!r}, not keys")
+        place = inner
+    place[key] = _parse(text, f"--set {override!r}")
+
+
+def known_keys(section: type = RunConfig, prefix: str = "") -> list[str]:
+    """Every key of the configuration with its sections, such as `optim.lr`."""
+    names: list[str] = []
+    hints = typing.get_type_hints(section)
+    for each in dataclasses.fields(section):
+        hint = hints[each.name]
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        inner = next((o for o in options if dataclasses.is_dataclass(o)), None)
+        name = f"{prefix}{each.name}"
+        names.append(name)
+        if isinstance(inner, type):
+            names += known_keys(inner, f"{name}.")
+    return names
+
+
+def nearest_key(name: str) -> str:
+    """The known key most like `name`, by spelling and initials; its section counts less."""
+    last = name.rpartition(".")[2]
+    initials = "".join(part[:1] for part in last.split("_"))
+
+    def likeness(candidate: str) -> float:
+        word = candidate.rpartition(".")[2]
+        if word in (last, initials):
+            return 2 + difflib.SequenceMatcher(None, name, candidate).ratio()
+        return sum(
+            difflib.SequenceMatcher(None, *p).ratio() for p in ((name, candidate), (last, word))
+        )
+
+    return max(known_keys(), key=likeness)
+
+
+def _explain(fault: Any) -> str:
+    # Tuple positions are numbers; the names of union members are of no use to a reader.
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{where}: no such key; the nearest is {nearest_key(where)}"
+    if fault["type"] in ("missing", "missing_argument"):
+        return f"{where}: missing"
+    return f"{where}: {fault['msg']}, got {fault['input']!r}"

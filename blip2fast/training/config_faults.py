@@ -1,0 +1,84 @@
+"""Keys of a run's configuration that cannot hold together, whatever the machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blip2fast.offload.choices import offload_faults
+from blip2fast.stage1.config import LOSSES
+
+if TYPE_CHECKING:
+    from blip2fast.training.config import RunConfig
+
+
+def contradictions(config: RunConfig) -> list[str]:
+    """One sentence for each."""
+    faults: list[str] = []
+    data, optim = config.data, config.optim
+    if (data.features is None) == (data.images is None):
+        faults.append("data: give either features (a cache) or images (a folder), not both or none")
+    if data.images is not None and data.image_encoder is None:
+        faults.append("data.images needs data.image_encoder, the frozen model that reads them")
+    if data.features is not None and (data.image_encoder or data.eval_images):
+        faults.append("data.features is a cache: image_encoder and eval_images go with data.images")
+    if data.images is not None and data.eval_features is not None:
+        faults.append("data.images has eval_images for its evaluation, not eval_features")
+    held_out = data.eval_features if data.features is not None else data.eval_images
+    if (data.eval_records is None) != (held_out is None):
+        kind = "eval_features" if data.features is not None else "eval_images"
+        faults.append(f"data: eval_records and {kind} go together, one is missing")
+    if config.eval_every and data.eval_records is None:
+        faults.append(f"eval_every is {config.eval_every}, but data.eval_records is not set")
+    if optim.min_lr > optim.lr:
+        faults.append(f"optim.min_lr {optim.min_lr} is above optim.lr {optim.lr}")
+    if optim.warmup_steps >= optim.max_steps:
+        faults.append(
+            f"optim.warmup_steps {optim.warmup_steps} leaves none of optim.max_steps "
+            f"{optim.max_steps} for the decay"
+        )
+    if config.allow_other_frozen and config.init_from is None:
+        faults.append("allow_other_frozen is about init_from, which is not set")
+    return faults + _stage_faults(config) + offload_faults(config)
+
+
+def _stage_faults(config: RunConfig) -> list[str]:
+    faults: list[str] = []
+    if config.stage == 1:
+        if "itc" not in config.optim.losses:
+            faults.append(
+                f"optim.losses {list(config.optim.losses)} lacks itc: ITM's negatives are drawn "
+                "from its similarities"
+            )
+        if config.optim.grad_cache and config.optim.accumulation == 1:
+            faults.append(
+                "optim.grad_cache with optim.accumulation 1: a step is one pass, whose pairs are "
+                "compared anyway; set accumulation above 1"
+            )
+        if config.language_model is not None:
+            faults.append("language_model belongs to stage 2, but stage is 1")
+        if config.data.task != "caption":
+            faults.append(f"data.task {config.data.task!r} belongs to stage 2, but stage is 1")
+        if config.model.text_conditioned is not None:
+            faults.append("model.text_conditioned belongs to stage 2, but stage is 1")
+        if config.model.tokenizer is None:
+            faults.append("model.tokenizer: stage 1 reads texts in the Q-Former and needs one")
+    else:
+        if config.optim.losses != LOSSES:
+            faults.append("optim.losses belongs to stage 1, but stage is 2")
+        if config.optim.grad_cache:
+            faults.append("optim.grad_cache belongs to stage 1, but stage is 2")
+        if config.language_model is None:
+            faults.append("language_model: stage 2 needs one (language_model.path)")
+        faults += [
+            f"model.{name} belongs to stage 1, but stage is 2"
+            for name in ("bert", "embed_dim")
+            if getattr(config.model, name) is not None
+        ]
+        if bool(config.model.text_conditioned) != (config.model.tokenizer is not None):
+            faults.append("model.tokenizer belongs to stage 1 or text_conditioned, which needs it")
+        prompt = config.language_model.prompt if config.language_model else ""
+        if config.data.task == "caption" and "{}" in prompt:
+            faults.append("language_model.prompt has a {} for questions, but data.task is caption")
+        if config.data.task == "sequence" and prompt and "{}" not in prompt:
+            faults.append("language_model.prompt has no {} for the records' prompts (data.task)")
+    return faults

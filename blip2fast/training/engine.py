@@ -1,0 +1,165 @@
+"""DeepSpeed: its configuration derived from ours, its processes, its engine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from blip2fast.optimisation import adamw
+from blip2fast.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+# What DeepSpeed reads weights on a disk into: so many pieces of host memory, of so many elements.
+NVME_BUFFERS, NVME_BUFFER_SIZE = 5, 100_000_000
+
+
+def nvme_buffer_size(largest: int, world_size: int) -> int:
+    """Elements of a buffer that holds any process's share of the largest weight."""
+    return max(NVME_BUFFER_SIZE, -(-largest // world_size))
+
+
+def deepspeed_config(
+    config: RunConfig, world_size: int, trained_sizes: list[int], largest: int = 0
+) -> dict[str, Any]:
+    """The DeepSpeed json that a run's configuration stands for.
+
+    Args:
+        config: the run.
+        world_size: number of processes.
+        trained_sizes: elements of each trained parameter.
+        largest: elements of the largest parameter, trained or not.
+    """
+    optim = config.optim
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage > 0:
+        # The default bucket is 2 GB, whatever the model.
+        zero["reduce_bucket_size"] = min(sum(trained_sizes), 500_000_000)
+    if config.zero_stage == 3:
+        # Stage 3 is there to spread the language model. The trained part is 40 times smaller: once
+        # fetched it stays whole, and only its gradients and optimizer states are spread.
+        zero["stage3_param_persistence_threshold"] = max(trained_sizes)
+    for what in ("param", "optimizer"):
+        device = getattr(config, f"offload_{what}")
+        if device != "none":
+            zero[f"offload_{what}"] = {"device": device}
+            if device == "nvme":
+                zero[f"offload_{what}"]["nvme_path"] = config.nvme_path
+    if config.offload_param == "nvme":
+        # DeepSpeed 0.19 reads ahead by the order of use, in which a weight comes twice where the
+        # backward pass begins, and fails on the second.
+        zero["stage3_prefetch_bucket_size"] = 0
+        zero["offload_param"]["buffer_count"] = NVME_BUFFERS
+        zero["offload_param"]["buffer_size"] = nvme_buffer_size(largest, world_size)
+    values: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": optim.batch_size,
+        "gradient_accumulation_steps": optim.accumulation,
+        "train_batch_size": optim.batch_size * optim.accumulation * world_size,
+        "gradient_clipping": optim.clip_norm,
+        "steps_per_print": None,
+        "zero_optimization": zero,
+        # Our AdamW is a plain PyTorch one also where its states are offloaded.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if config.precision != "fp32":
+        values[config.precision] = {"enabled": True}
+        if config.zero_stage > 0 and optim.accumulation > 1:
+            values["data_types"] = {"grad_accum_dtype": "fp32"}
+    return values
+
+
+def start_processes() -> torch.device:
+    """Join the launcher's process group, or start one of a single process (plain `python`).
+
+    Returns:
+        This process's device.
+    """
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not torch.accelerator.is_available():
+        # Spares DeepSpeed's search and its warning.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed's calls of PyTorch, which only its authors can change.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
+    import deepspeed
+
+    if not on_gpu:
+        # This op compiles for minutes on first use and fails without a compiler; gloo serves. The
+        # table of what can be compiled is filled on first access, by trying; that is spared too.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    backend = "nccl" if on_gpu else "gloo"
+    if dist.is_initialized():
+        pass
+    elif "RANK" in os.environ:
+        deepspeed.init_distributed(dist_backend=backend)
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        deepspeed.init_distributed(
+            dist_backend=backend,
+            auto_mpi_discovery=False,
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=0,
+            world_size=1,
+        )
+    if not on_gpu:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, dict[str, Any]]:
+    """A DeepSpeed engine around `model`, and the json that it was given.
+
+    Args:
+        model: trained parameters in fp32; the engine casts the model to `config.precision`, and
+            scalars (the temperature) become tensors of shape [1].
+    """
+    import deepspeed
+
+    for parameter in model.parameters():
+        if parameter.ndim == 0:
+            # DeepSpeed broadcasts parameters as bytes, which a scalar cannot be viewed as.
+            parameter.data = parameter.data.view(1)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        _place_the_rest(model, config)
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    largest = max(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    values = deepspeed_config(config, dist.get_world_size(), sizes, largest)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=adamw(model, config.optim), config=values
+    )
+    kept: list[Any] = [
+        p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_persist")
+    ]
+    if kept:
+        # Stage 3 fetches a weight when its module is called; the fused passes read weights without
+        # calling modules. Fetched once, the trained part stays whole (see `deepspeed_config`).
+        kept[0].all_gather(kept)
+    return engine, values
+
+
+def _place_the_rest(model: nn.Module, config: RunConfig) -> None:
+    """Move and cast what is not spread yet.
+
+    A model of which ZeRO-3 has spread a part is to DeepSpeed one that is in place as a whole.
+    """
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(device, dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)

@@ -1,0 +1,134 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard, a progress bar (first process)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from blip2fast.data.manifest import replace_file
+
+# Entropy of one match among three pairs: what ITM gives while it tells nothing apart.
+_ITM_PLATEAU = 0.6365
+_ITM_HINT = (
+    "loss_itm sits at 0.636, the entropy of one match to two mismatches: usual for the first few "
+    "hundred steps (300 to 700 on the embedded scenes), then it falls"
+)
+
+
+class RunLog:
+    """Writes the metrics of a run.
+
+    Args:
+        folder: the run's output; lines of `metrics.jsonl` after `start_step` are dropped, so
+            that a resumed run leaves the file of an uninterrupted one.
+        start_step: steps already taken.
+        max_steps: of the run.
+        stage: names the progress bar.
+    """
+
+    def __init__(self, folder: Path, start_step: int, max_steps: int, stage: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._lines = _drop_after(self._path, start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._bar = tqdm(
+            total=max_steps,
+            initial=start_step,
+            desc=f"stage {stage}",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1.0,
+        )
+        self._itm_hinted = False
+
+    def advance(self) -> None:
+        """Count one step on the progress bar."""
+        self._bar.update()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write `metrics` after `step` steps to the file, the board and the bar."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            group = "eval" if name.startswith("eval_") else "train"
+            self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, step)
+        if "loss" in metrics:
+            shown = {n: f"{v:.3f}" for n, v in metrics.items() if n.startswith("loss")}
+            self._bar.set_postfix(shown, refresh=False)
+        itm = metrics.get("loss_itm")
+        if itm is not None and not self._itm_hinted and abs(itm - _ITM_PLATEAU) < 0.01:
+            self._itm_hinted = True
+            self.say(_ITM_HINT)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether a run that was killed had written the evaluation after `step` steps."""
+        return any(line["step"] == step and _is_evaluation(line) for line in self._lines)
+
+    def flush(self) -> None:
+        """See that all that was written is on the disk: a checkpoint is to follow."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        tqdm.write(line)
+
+    def close(self) -> None:
+        """Close the bar, the file and the board."""
+        self._bar.close()
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, also while the run goes on.
+
+    A last line without its end, which the run is writing or was killed in, is left out.
+
+    Raises:
+        ValueError: no file there, or a line that has its end and is not one of a run's.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"no metrics at {path}: not a file; give the output folder of a run")
+    lines, fault = _read_lines(path)
+    if fault:
+        raise ValueError(fault)
+    return lines
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The lines up to the first that is damaged, and what is wrong with that one."""
+    lines: list[dict[str, Any]] = []
+    *whole, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(whole, 1):
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            return lines, f"{path}, line {number} is not JSON ({error}); delete it to read the rest"
+        if not isinstance(values, dict) or "step" not in values:
+            return lines, f"{path}, line {number}: expected a step and its metrics, got {line!r}"
+        lines.append(values)
+    return lines, ""
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval_") for name in line)
+
+
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Take the lines after `step` out of a file; returns those that stay."""
+    if not path.exists():
+        return []
+    # a line that a crash damaged is of a step after the checkpoint, which had been flushed
+    kept = [values for values in _read_lines(path)[0] if values["step"] <= step]
+    text = "".join(json.dumps(values) + "\n" for values in kept)
+    replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    return kept

@@ -1,0 +1,301 @@
+"""What models would take in memory, before any of it is taken.
+
+The models run on PyTorch's fake tensors, which have shapes and types but no numbers. So parameters
+are counted on the real model classes, and what the backward pass would keep is what autograd asks
+to keep, for any architecture. Attention counts as fused, as PyTorch does it on the CPU.
+
+Shapes: B images, Q queries, T text tokens, S image tokens, E image token width, V words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Blip2VisionModel,
+)
+
+from blip2fast.frozen.hub import not_there
+from blip2fast.offload.blocks import find_blocks, lay_out, own_parameters
+from blip2fast.offload.quantised import STORAGES, Storage
+from blip2fast.stage2.config import Stage2Config
+from blip2fast.stage2.model import Blip2Stage2
+
+
+@dataclass
+class KeptTensors:
+    """Storages that the backward pass will read, each once, parameters not among them.
+
+    Attributes:
+        nbytes: of all of them.
+        by_block: of those that each block keeps, by the block's number.
+    """
+
+    parameters: set[int]
+    current: int | None = None
+    by_block: dict[int, int] = field(default_factory=dict)
+    _seen: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._seen.values())
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Count a tensor's storage, for the block that is running."""
+        storage = tensor.untyped_storage()
+        # the storage itself is held, so that its number is not given to another one
+        if storage._cdata not in self.parameters and storage._cdata not in self._seen:
+            self._seen[storage._cdata] = storage
+            if self.current is not None:
+                taken = self.by_block.get(self.current, 0)
+                self.by_block[self.current] = taken + storage.nbytes()
+        return tensor.detach()  # an output itself would keep its own graph alive
+
+
+@contextmanager
+def kept_tensors(module: nn.Module) -> Iterator[KeptTensors]:
+    """Count what autograd keeps of everything computed inside; works on real tensors too."""
+    kept = KeptTensors({p.untyped_storage()._cdata for p in module.parameters()})
+    with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+        yield kept
+
+
+@contextmanager
+def _without_numbers() -> Iterator[None]:
+    """Fake tensors, and PyTorch's own linear function.
+
+    ZeRO-3 replaces that function for the whole process once it has spread a model; its form keeps
+    more, and a plan must not depend on what ran before it.
+    """
+    replaced, F.linear = F.linear, torch._C._nn.linear
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        F.linear = replaced
+
+
+INSTRUCTION = 32  # tokens assumed for a text-conditioned Q-Former
+
+
+@dataclass(frozen=True)
+class StreamBytes:
+    """Bytes of a streamed model's blocks: all on the host, the largest one, one decoded."""
+
+    host: int
+    buffer: int
+    decoded: int
+
+
+@dataclass(frozen=True)
+class LanguageModelSizes:
+    """A frozen language model, and a forward pass through it with gradients to its inputs.
+
+    Attributes:
+        parameters: their number.
+        weights: their bytes.
+        rest: bytes of the weights that are not streamed: embeddings, norm, head, shared ones.
+        streams: by storage.
+        kept: bytes that the backward pass needs of one forward pass.
+        kept_block: most of that within one block.
+        kept_outside: what of it no block keeps.
+        block_inputs: bytes of the blocks' inputs, all that is kept where blocks are recomputed.
+        words: V.
+        width: of its embeddings.
+    """
+
+    parameters: int
+    weights: int
+    rest: int
+    streams: dict[Storage, StreamBytes]
+    kept: int
+    kept_block: int
+    kept_outside: int
+    block_inputs: int
+    words: int
+    width: int
+
+
+@dataclass(frozen=True)
+class TrainedSizes:
+    """The trained part: Q-Former, queries, norm and projection.
+
+    Attributes:
+        parameters: their number.
+        kept: bytes that the backward pass needs of one forward pass.
+    """
+
+    parameters: int
+    kept: int
+
+
+def read_model_config(key: str, name: str) -> Any:
+    """The transformers configuration of a model; weights are not looked for.
+
+    Raises:
+        ValueError: not there.
+    """
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(not_there(key, name, error)) from error
+
+
+def measure_language_model(
+    config: Any, dtype: torch.dtype, batch: int, prompts: int, text: int
+) -> LanguageModelSizes:
+    """Sizes of the model that a transformers configuration describes.
+
+    Args:
+        config: as of `AutoConfig`.
+        dtype: of its weights and activations.
+        batch, prompts, text: B images, Q soft prompts before T text tokens; an encoder-decoder
+            reads Q + T and writes T.
+    """
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with _without_numbers():
+        model = kind.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        _untie_head(model)
+        blocks = find_blocks(model)
+        own = own_parameters(model, blocks)
+        embeddings = model.get_input_embeddings()
+        with kept_tensors(model) as kept, _block_inputs(blocks, kept) as inputs:
+            embeds = torch.empty(
+                batch, prompts + text, embeddings.embedding_dim, dtype=dtype, requires_grad=True
+            )
+            ids = torch.zeros(batch, text, dtype=torch.long)
+            more = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+            base = model if config.is_encoder_decoder else model.base_model
+            mask = torch.ones(batch, prompts + text, dtype=torch.long)
+            base(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **more)
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    streamed = sum(
+        places[0][0].get_parameter(places[0][1]).nbytes
+        for block in own
+        for places in block.values()
+    )
+    return LanguageModelSizes(
+        parameters=sum(p.numel() for p in model.parameters()),
+        weights=weights,
+        rest=weights - streamed,
+        streams={storage: _stream_bytes(own, storage) for storage in STORAGES},
+        kept=kept.nbytes,
+        kept_block=max(kept.by_block.values()),
+        kept_outside=kept.nbytes - sum(kept.by_block.values()),
+        block_inputs=inputs.nbytes,
+        words=embeddings.num_embeddings,
+        width=embeddings.embedding_dim,
+    )
+
+
+def measure_trained(
+    config: Stage2Config, width: int, dtype: torch.dtype, batch: int, image_tokens: int
+) -> TrainedSizes:
+    """Sizes of the trained part before a language model of some width.
+
+    Args:
+        config: sizes of the Q-Former.
+        width: of the language model's embeddings.
+        dtype: of the activations.
+        batch, image_tokens: B and S.
+    """
+    with _without_numbers():
+        plain = replace(config, match_embedding_scale=False, pack_padding=False)
+        model = Blip2Stage2(plain, _NoLanguage(width))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.train()
+        tokens = torch.empty(batch, image_tokens, config.encoder_hidden_size, dtype=dtype)
+        with kept_tensors(model) as kept:
+            if not config.text_conditioned:
+                model.encode_image(tokens)
+            else:
+                # its parts: ids without values do not pass the check of their range
+                ids = torch.zeros(batch, INSTRUCTION, dtype=torch.long)
+                states = model.qformer(
+                    query_embeds=model.query_tokens.expand(batch, -1, -1),
+                    encoder_hidden_states=model.ln_vision(tokens),
+                    input_ids=ids,
+                ).last_hidden_state
+                model.language_projection(states[:, : config.num_query_tokens])
+        return TrainedSizes(sum(p.numel() for p in model.trainable_parameters()), kept.nbytes)
+
+
+def measure_image_encoder(config: Any) -> tuple[int, int]:
+    """Parameters of a frozen image encoder, with blocks that are cut off later, and its width E."""
+    vision = getattr(config, "vision_config", config)
+    with _without_numbers():
+        if vision.model_type == "blip_2_vision_model":
+            model = Blip2VisionModel(vision)
+        else:
+            model = AutoModel.from_config(vision)
+    return sum(p.numel() for p in model.parameters()), int(vision.hidden_size)
+
+
+def _untie_head(model: Any) -> None:
+    """Give T5 1.1 and FlanT5 their head: transformers ties it, until it sees the weights."""
+    if getattr(model.config, "scale_decoder_outputs", None) is False:
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
+
+
+class _NoLanguage(nn.Module):
+    """Stands for a language model of which only the embeddings' width matters."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def get_input_embeddings(self) -> Any:
+        return nn.Embedding(1, self.width, device="meta")
+
+
+@contextmanager
+def _block_inputs(blocks: list[nn.Module], kept: KeptTensors) -> Iterator[KeptTensors]:
+    """Count the blocks' inputs, and tell `kept` which block is running."""
+    inputs = KeptTensors(kept.parameters)
+
+    def before(number: int, args: Any, kwargs: Any) -> None:
+        kept.current = number
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                inputs.add(leaf)
+
+    def after(*_: Any) -> None:
+        kept.current = None
+
+    handles: list[Any] = []
+    for number, block in enumerate(blocks):
+        handles.append(
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs, number=number: before(number, args, kwargs),
+                with_kwargs=True,
+            )
+        )
+        handles.append(block.register_forward_hook(after))
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stream_bytes(own: list[Any], storage: Storage) -> StreamBytes:
+    layouts = [lay_out(block, storage) for block in own]
+    return StreamBytes(
+        host=sum(layout.nbytes for layout in layouts),
+        buffer=max(layout.nbytes for layout in layouts),
+        decoded=max(layout.dense_nbytes for layout in layouts),
+    )

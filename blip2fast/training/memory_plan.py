@@ -1,0 +1,345 @@
+"""What a stage-2 run takes in memory, for every way to keep its frozen language model.
+
+    plan = plan_memory(load_config("configs/vitg_opt6.7b_stage2.yaml"), processes=1)
+    print(plan)
+
+Only configurations are read. Parameters, optimiser and what the backward pass keeps are counted
+(see `blip2fast.training.measuring`); texts count in full length, and what lives for a moment only,
+the allocator's rounding and the CUDA context are covered by a tenth that must stay free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from blip2fast.checkpoints import trained as checkpointing
+from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.offload.quantised import Storage
+from blip2fast.stage2.config import Stage2Config
+from blip2fast.training.config import RunConfig
+from blip2fast.training.engine import NVME_BUFFERS, nvme_buffer_size
+from blip2fast.training.measuring import (
+    LanguageModelSizes,
+    TrainedSizes,
+    measure_image_encoder,
+    measure_language_model,
+    measure_trained,
+    read_model_config,
+)
+
+GIB = 1 << 30
+USED = 0.9  # of a memory; the rest stays free
+# DeepSpeed keeps up to this many parameters fetched (stage3_max_live_parameters)
+ZERO3_LIVE = 1_000_000_000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a machine: of each device, and of the host for all processes; `device` may be it."""
+
+    device: int
+    host: int
+    device_is_host: bool
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to keep the language model.
+
+    Attributes:
+        name: as the table says it.
+        offload, gradient_checkpointing, storage: the run's settings.
+        device: bytes on each device, by what they are for.
+        host: bytes of each process on the host.
+    """
+
+    name: str
+    offload: Literal["none", "stream", "zero3"]
+    gradient_checkpointing: bool
+    storage: str
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All options of a run, in the order of preference.
+
+    Attributes:
+        options: those that change nothing about the function first, fastest first.
+        memory: what there is.
+        processes: on this machine.
+        heading: the models and their numbers of parameters.
+        notes: what was assumed.
+    """
+
+    options: list[Option]
+    memory: Memory
+    processes: int
+    heading: str
+    notes: list[str]
+
+    def fits(self, option: Option) -> bool:
+        """Whether all processes of the machine find room."""
+        device, host = option.device_bytes, option.host_bytes * self.processes
+        if self.memory.device_is_host:
+            return device * self.processes + host <= USED * self.memory.host
+        return device <= USED * self.memory.device and host <= USED * self.memory.host
+
+    def first(self, storage: str = "as_is") -> Option | None:
+        """The first option that fits, of those with this storage of streamed weights."""
+        for option in self.options:
+            allowed = option.offload != "stream" or option.storage == storage
+            if allowed and self.fits(option):
+                return option
+        return None
+
+    def choose(self, storage: str = "as_is") -> Option:
+        """As `first`.
+
+        Raises:
+            ValueError: nothing fits; the table, and what could help.
+        """
+        option = self.first(storage)
+        if option is not None:
+            return option
+        raise ValueError(
+            f"offload: auto: nothing fits this machine.\n{self}\nLower optim.batch_size (raise "
+            "optim.accumulation), allow stream_storage: int8, or keep the weights on a disk "
+            "(offload: zero3, offload_param: nvme)"
+        )
+
+    def __str__(self) -> str:
+        names = list(dict.fromkeys(name for o in self.options for name in o.device))
+        table = [["GiB on each device", *names, "sum", "host, each process", "fits"]]
+        for option in self.options:
+            parts = [_gib(option.device.get(name, 0)) for name in names]
+            sums = [_gib(option.device_bytes), _gib(option.host_bytes)]
+            table.append([option.name, *parts, *sums, "yes" if self.fits(option) else "no"])
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in table
+        ]
+        there = f"{_gib(self.memory.host)} GiB of host memory for {self.processes} process(es)"
+        if not self.memory.device_is_host:
+            there = f"{_gib(self.memory.device)} GiB on each device, {there}"
+        return "\n".join([self.heading, f"{there}; a tenth stays free", "", *lines, *self.notes])
+
+
+def machine_memory() -> Memory:
+    """What is free on this machine."""
+    host = psutil.virtual_memory().available
+    if not torch.cuda.is_available():
+        return Memory(host, host, device_is_host=True)
+    return Memory(torch.cuda.mem_get_info()[0], host, device_is_host=False)
+
+
+def plan_memory(
+    config: RunConfig, processes: int = 1, machines: int = 1, memory: Memory | None = None
+) -> MemoryPlan:
+    """Count every option of a stage-2 run; nothing is loaded.
+
+    Args:
+        config: the run.
+        processes: of the run, over which ZeRO spreads.
+        machines: which they run on; the processes of each share its host memory.
+        memory: what there is; by default this machine's free memory.
+
+    Raises:
+        ValueError: stage 1, a model whose configuration is not there, sizes that do not fit
+            together.
+    """
+    if config.stage != 2 or config.language_model is None:
+        raise ValueError("stage 1 has no language model, so there is nothing to plan: give stage 2")
+    notes: list[str] = []
+    dtype = DTYPES[config.precision]
+    path = config.language_model.path
+    language_config = read_model_config("language_model.path", path)
+    if getattr(language_config, "quantization_config", None) is not None:
+        notes.append(
+            f"{path} is quantised: counted in {config.precision}, which is more than it is"
+        )
+    if config.language_model.activation is not None:
+        language_config.dense_act_fn = config.language_model.activation
+    encoder_parameters, width, image_tokens = _images(config, notes)
+    sizes = _trained_config(config, width, notes)
+    batch = config.optim.batch_size
+    language = measure_language_model(
+        language_config, dtype, batch, sizes.num_query_tokens, config.data.max_txt_len
+    )
+    trained = measure_trained(sizes, language.width, dtype, batch, image_tokens)
+    counts = _Counts(config, processes, language, trained, encoder_parameters, sizes, image_tokens)
+    heading = (
+        f"{path}: {language.parameters:,} frozen parameters, {trained.parameters:,} trained"
+        + (f", {encoder_parameters:,} of the image encoder" if encoder_parameters else "")
+        + f"; {config.precision}, {batch} samples a process and pass"
+    )
+    memory = memory or machine_memory()
+    here = -(-processes // machines)
+    return MemoryPlan(_options(counts, memory), memory, here, heading, notes)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What the options are made of."""
+
+    config: RunConfig
+    processes: int
+    language: LanguageModelSizes
+    trained: TrainedSizes
+    encoder_parameters: int
+    sizes: Stage2Config
+    image_tokens: int
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.config.precision].itemsize
+
+    def other_than_language(self, zero_stage: int) -> tuple[dict[str, int], dict[str, int]]:
+        """The trained part and the image encoder, on the device and on the host."""
+        trained, host = self.trained_bytes(zero_stage)
+        return {"image encoder": self.encoder_parameters * self.itemsize, **trained}, host
+
+    def trained_bytes(self, zero_stage: int) -> tuple[dict[str, int], dict[str, int]]:
+        """Weights, gradients and AdamW's states of the trained part, on the device and the host."""
+        number, share = self.trained.parameters, self.processes
+        low, spread = self.itemsize < 4, share if zero_stage >= 1 else 1
+        gradient = self.itemsize
+        if low and (zero_stage == 0 or self.config.optim.accumulation > 1):
+            gradient = 4 if zero_stage else self.itemsize + 4  # summed in fp32
+        gradients = gradient * number // (share if zero_stage >= 2 else 1)
+        # AdamW's two moments, and where it has one its own fp32 copy of the weights
+        states = (12 if low or zero_stage else 8) * number // spread
+        weights = self.itemsize * number
+        if self.config.offload_optimizer == "none":
+            return {"trained": weights + gradients, "optimiser": states}, {}
+        host = {"optimiser": states} if self.config.offload_optimizer == "cpu" else {}
+        return {"trained": weights + gradients, "optimiser": 0}, host
+
+    def activations(self, recomputed: bool) -> dict[str, int]:
+        """What the backward pass needs: of both models, and of the loss."""
+        B, item = self.config.optim.batch_size, self.itemsize
+        layers, size = self.sizes.num_hidden_layers, self.sizes
+        qformer, language = self.trained.kept, self.language.kept
+        if recomputed:
+            inputs = size.num_query_tokens * size.hidden_size * layers
+            inputs += self.image_tokens * size.encoder_hidden_size
+            qformer = qformer // layers + B * inputs * item
+            language = self.language.block_inputs + self.language.kept_outside
+            language += self.language.kept_block
+        # logits and their gradient, and in fp32 a copy, or none, and the log-softmax
+        each = 12 if item == 4 else 2 * item + 8
+        logits = B * self.config.data.max_txt_len * self.language.words * each
+        return {"activations": qformer + language, "logits": logits}
+
+
+def _options(counts: _Counts, memory: Memory) -> list[Option]:
+    config = counts.config
+    asked = config.gradient_checkpointing
+    # recomputing changes nothing but time: offered where it is not asked for
+    ways = (True,) if asked else (False, True)
+    options = [_resident(counts, memory, recomputed) for recomputed in ways]
+    options += [_streamed(counts, "as_is", recomputed) for recomputed in ways]
+    options += [_zero3(counts, recomputed) for recomputed in ways]
+    # fewer bits change the loss and are not chosen unasked, so they come last
+    fewer: tuple[Storage, ...] = ("int8", "int4")
+    for storage in fewer:
+        chosen = storage == config.stream_storage
+        options += [_streamed(counts, storage, way) for way in (ways if chosen else (asked,))]
+    return options
+
+
+def _resident(counts: _Counts, memory: Memory, recomputed: bool) -> Option:
+    """The language model on the device, or spread over the devices by the run's own ZeRO-3."""
+    config, weights = counts.config, counts.language.weights
+    spread = counts.processes if config.zero_stage == 3 else 1
+    device, host = counts.other_than_language(config.zero_stage)
+    device = {"language model": weights // spread, **device}
+    device |= counts.activations(recomputed)
+    if not memory.device_is_host:
+        host = {"language model, loading": weights, **host}
+    return Option(_name("none", recomputed), "none", recomputed, "as_is", device, host)
+
+
+def _streamed(counts: _Counts, storage: Storage, recomputed: bool) -> Option:
+    config, stream = counts.config, counts.language.streams[storage]
+    device, host = counts.other_than_language(config.zero_stage)
+    buffers = config.stream_buffers * stream.buffer + stream.decoded
+    device = {"language model": counts.language.rest + buffers, **device}
+    device |= counts.activations(recomputed)
+    host = {"language model": stream.host, **host}
+    name = _name("stream" if storage == "as_is" else f"stream, {storage}", recomputed)
+    return Option(name, "stream", recomputed, storage, device, host)
+
+
+def _zero3(counts: _Counts, recomputed: bool) -> Option:
+    device, host = counts.other_than_language(3)
+    live = min(counts.language.parameters, ZERO3_LIVE) * counts.itemsize
+    device = {"language model": live, **device, **counts.activations(recomputed)}
+    share = -(-counts.language.weights // counts.processes)
+    if counts.config.offload_param != "nvme":
+        host = {"language model": share, **host}
+    else:
+        largest = counts.language.words * counts.language.width
+        buffers = NVME_BUFFERS * nvme_buffer_size(largest, counts.processes)
+        host = {"language model, read from nvme": buffers * counts.itemsize, **host}
+    return Option(_name("zero3", recomputed), "zero3", recomputed, "as_is", device, host)
+
+
+def _name(name: str, recomputed: bool) -> str:
+    return f"{name}, gradient_checkpointing" if recomputed else name
+
+
+def _images(config: RunConfig, notes: list[str]) -> tuple[int, int | None, int]:
+    """Parameters of the image encoder in the loop, its width E if known, image tokens S."""
+    data = config.data
+    if data.image_encoder is not None:
+        encoder = read_model_config("data.image_encoder", data.image_encoder)
+        parameters, width = measure_image_encoder(encoder)
+        vision = getattr(encoder, "vision_config", encoder)
+        return parameters, width, (data.image_size // int(vision.patch_size)) ** 2 + 1
+    if data.features is not None and Path(data.features, "manifest.json").is_file():
+        cache = FeatureCache(data.features)
+        return 0, cache.width, cache.num_tokens
+    notes.append(f"data.features {data.features!r} is not there yet: 257 tokens an image assumed")
+    return 0, None, 257
+
+
+def _trained_config(config: RunConfig, width: int | None, notes: list[str]) -> Stage2Config:
+    """Sizes of the trained part: the model section's, else those of `init_from`, else BLIP-2's."""
+    known = {field.name for field in dataclasses.fields(Stage2Config)}
+    sizes: dict[str, Any] = {}
+    if config.init_from is not None and checkpointing.is_trained(config.init_from):
+        start = checkpointing.read_description(config.init_from).sizes
+        sizes |= {name: value for name, value in start.items() if name in known}
+    elif config.init_from is not None:
+        notes.append(f"init_from {config.init_from!r} is not there yet: BLIP-2's sizes assumed")
+    section = dataclasses.asdict(config.model)
+    sizes |= {name: v for name, v in section.items() if name in known and v is not None}
+    if width is not None:
+        sizes["encoder_hidden_size"] = width
+    return Stage2Config(**sizes)
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f}"

@@ -1,0 +1,106 @@
+"""From `offload` in a run's configuration to a language model in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from blip2fast.frozen.language_models import load_language_model
+from blip2fast.offload.choices import with_offload
+from blip2fast.offload.loading import empty_language_model, load_partitioned, load_streamed
+from blip2fast.offload.zero3_linear import keep_no_inputs
+from blip2fast.training.config import RunConfig
+from blip2fast.training.memory_plan import (
+    DTYPES,
+    Memory,
+    MemoryPlan,
+    Option,
+    machine_memory,
+    plan_memory,
+)
+
+
+def settle_offload(
+    config: RunConfig,
+    processes: int = 1,
+    machines: int = 1,
+    say: Callable[[str], None] | None = None,
+    memory: Memory | None = None,
+) -> RunConfig:
+    """The run with `offload` decided, and the settings that this means; nothing is loaded.
+
+    Args:
+        config: the run.
+        processes, machines: that the run has.
+        say: told what `auto` chose.
+        memory: what there is; by default the least free memory that any process finds, so that
+            all choose alike. Only `auto` asks.
+
+    Raises:
+        ValueError: `auto`, and nothing fits; or a model whose configuration is not there.
+    """
+    if config.offload == "zero3":
+        return with_offload(config, "zero3")
+    if config.offload != "auto":
+        return config
+    plan = plan_memory(config, processes, machines, memory or _least_memory())
+    chosen = plan.choose(config.stream_storage)
+    if say is not None:
+        say(describe_choice(plan, chosen))
+    settled = with_offload(config, chosen.offload)
+    settled.gradient_checkpointing = chosen.gradient_checkpointing
+    return settled
+
+
+def _least_memory() -> Memory:
+    found = machine_memory()
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return found
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = torch.tensor([found.device, found.host], device=where)
+    dist.all_reduce(sizes, dist.ReduceOp.MIN)
+    device, host = (int(size) for size in sizes)
+    return Memory(device, host, found.device_is_host)
+
+
+def describe_choice(plan: MemoryPlan, chosen: Option) -> str:
+    """One line about what was chosen."""
+    device, host = chosen.device_bytes / 2**30, chosen.host_bytes / 2**30
+    return (
+        f"offload: auto chose {chosen.name!r}: {device:.2f} GiB on each device, {host:.2f} GiB of "
+        "host memory for each process (`blip2fast plan` shows all options)"
+    )
+
+
+def load_frozen(config: RunConfig) -> PreTrainedModel:
+    """The language model of a settled run, loaded to where it is to stay.
+
+    Raises:
+        ValueError: not there, or damaged.
+    """
+    if config.language_model is None:
+        raise ValueError("language_model: stage 2 needs one")
+    path, dtype = config.language_model.path, DTYPES[config.precision]
+    if config.offload == "stream":
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
+        recompute = config.gradient_checkpointing
+        model, _ = load_streamed(
+            path, dtype, device, config.stream_buffers, config.stream_storage, recompute
+        )
+        return model
+    if config.offload == "zero3":
+        from blip2fast.training.engine import deepspeed_config
+
+        # what only the engine needs to know, the sizes of buckets, is filled in when it starts
+        largest = max(p.numel() for p in empty_language_model(path, dtype).parameters())
+        values = deepspeed_config(config, dist.get_world_size(), [1], largest)
+        model = load_partitioned(path, dtype, values)
+    else:
+        model = load_language_model(path, dtype)
+    if config.zero_stage == 3:
+        keep_no_inputs(model.requires_grad_(False))
+    return model

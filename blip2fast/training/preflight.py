@@ -1,0 +1,217 @@
+"""Whether a run can start on this machine: asked before anything is loaded.
+
+Every fault is found by looking at the configuration, the disk and the devices; no weight is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from blip2fast.checkpoints.trained import is_trained
+from blip2fast.frozen.hub import not_there
+from blip2fast.frozen.language_models import quantised_fault
+from blip2fast.ops import check_kernels, set_kernels
+from blip2fast.ops.kernel_calls import BLIP2, Sizes
+from blip2fast.ops.kernel_kinds import DTYPES
+from blip2fast.ops.records import Record
+from blip2fast.training.config import RunConfig
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
+
+
+def check_machine(config: RunConfig, world_size: int = 1) -> None:
+    """Refuse a run that this machine cannot do, with the remedy.
+
+    Args:
+        config: the run.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: every fault is listed.
+    """
+    faults = _path_faults(config) + _output_faults(config) + _batch_faults(config, world_size)
+    faults += _device_faults(config)
+    if faults:
+        raise ValueError("the run cannot start:\n  " + "\n  ".join(faults))
+
+
+def prepare_kernels(config: RunConfig, say: Callable[[str], None] | None = None) -> list[Record]:
+    """Set which kernels the run may take, and check them where there is a GPU and nobody has.
+
+    Every process of a run calls this: one of a machine checks, the others wait for it.
+
+    Args:
+        config: the run.
+        say: prints a line.
+
+    Returns:
+        What is known of the kernels that the run is likely to take; nothing without a GPU.
+    """
+    set_kernels(config.kernels)
+    if config.kernels != "check" or not torch.cuda.is_available():
+        return []
+    model, beside = config.model, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    dropout = 0.1 if model.dropout is None else model.dropout
+    sizes = Sizes(
+        hidden=model.hidden_size or BLIP2.hidden,
+        heads=model.num_attention_heads or BLIP2.heads,
+        queries=model.num_query_tokens or BLIP2.queries,
+        text=config.data.max_txt_len if config.stage == 1 or model.text_conditioned else 0,
+        features=(model.embed_dim or BLIP2.features) if config.stage == 1 else 0,
+        dropout=dropout > 0,
+    )
+    jobs = max(1, min(8, (os.cpu_count() or 1) // beside))
+    records = check_kernels(dtype=DTYPES[config.precision], sizes=sizes, jobs=jobs)
+    if say is not None:
+        taken = sum(not record.fault for record in records)
+        say(f"kernels: {taken} of {len(records)} kinds are right and quicker here")
+        for record in records:
+            if record.fault:
+                say(f"kernels: {record}")
+    return records
+
+
+def check_pretrained(key: str, name: str) -> str | None:
+    """Why the transformers model or tokenizer `name` cannot be loaded; None if it can be.
+
+    A folder is looked into; any other name is asked of the hub or its local cache.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if any((folder / f).is_file() for f in ("config.json", "tokenizer_config.json")):
+            return None
+        return not_there(key, name, "the folder has no config.json")
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        return not_there(key, name)
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(name, "config.json")
+    except (OSError, ValueError) as error:
+        return not_there(key, name, error)
+    return None
+
+
+def check_weights(key: str, name: str) -> str | None:
+    """As `check_pretrained`, and a local folder must hold weights."""
+    folder = Path(name).expanduser()
+    fault = check_pretrained(key, name)
+    if fault is None and folder.is_dir() and not any(any(folder.glob(w)) for w in _WEIGHTS):
+        return f"{key} {name!r}: a config but no weights ({', '.join(_WEIGHTS)}) in this folder"
+    return fault
+
+
+def _path_faults(config: RunConfig) -> list[str]:
+    data = config.data
+    faults = [
+        f"data.{name} {value!r}: not a file; write the records first"
+        for name in ("records", "eval_records")
+        if (value := getattr(data, name)) is not None and not Path(value).is_file()
+    ]
+    faults += [
+        f"data.{name} {value!r}: no feature cache; build it with `python -m blip2fast."
+        "cache_features`"
+        for name in ("features", "eval_features")
+        if (value := getattr(data, name)) is not None and not Path(value, "manifest.json").is_file()
+    ]
+    faults += [
+        f"data.{name} {value!r}: not a folder of images"
+        for name in ("images", "eval_images")
+        if (value := getattr(data, name)) is not None and not Path(value).is_dir()
+    ]
+    if config.init_from is not None and not is_trained(config.init_from):
+        faults.append(
+            f"init_from {config.init_from!r}: no model.json and model.safetensors of a finished "
+            "run or a checkpoint there"
+        )
+    asked: list[str | None] = []
+    if config.model.tokenizer is not None:
+        asked.append(check_pretrained("model.tokenizer", config.model.tokenizer))
+    if config.model.bert is not None:
+        asked.append(check_weights("model.bert", config.model.bert))
+    if config.language_model is not None:
+        asked.append(_language_model_fault("language_model.path", config.language_model.path))
+    if data.image_encoder is not None:
+        asked.append(check_weights("data.image_encoder", data.image_encoder))
+    return faults + [fault for fault in asked if fault is not None]
+
+
+def _language_model_fault(key: str, name: str) -> str | None:
+    fault = check_weights(key, name)
+    if fault is not None:
+        return fault
+    try:
+        return quantised_fault(key, name, AutoConfig.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        return f"{key} {name!r}: its config.json cannot be read ({str(error).splitlines()[0]})"
+
+
+def _output_faults(config: RunConfig) -> list[str]:
+    output = Path(config.output_dir)
+    if output.exists() and not output.is_dir():
+        return [f"output_dir {config.output_dir!r} is a file"]
+    done = [name for name in ("checkpoints", "metrics.jsonl") if (output / name).exists()]
+    if done and not config.resume:
+        return [
+            f"output_dir {config.output_dir!r} holds an earlier run ({', '.join(done)}): set "
+            "resume: true to continue it, delete it, or choose another folder"
+        ]
+    return []
+
+
+def _batch_faults(config: RunConfig, world_size: int) -> list[str]:
+    faults = []
+    if config.stage == 1 and config.optim.batch_size * world_size < 2:
+        faults.append(
+            "optim.batch_size 1 on one process: ITC and ITM take their negatives from the batch, "
+            "so stage 1 needs at least 2 samples"
+        )
+    if config.eval_batch_size % world_size or config.eval_batch_size < 2 * world_size:
+        faults.append(
+            f"eval_batch_size {config.eval_batch_size} on {world_size} processes: give a multiple "
+            f"of {world_size}, at least {2 * world_size}"
+        )
+    return faults
+
+
+def _device_faults(config: RunConfig) -> list[str]:
+    faults = []
+    on_cpu = not torch.cuda.is_available()
+    if config.precision == "fp16" and on_cpu:
+        faults.append("precision 'fp16' needs a GPU, none is found: use bf16 or fp32")
+    if config.offload_param != "none" and config.zero_stage != 3 and config.offload != "zero3":
+        faults.append(
+            f"offload_param {config.offload_param!r} needs zero_stage 3, it is {config.zero_stage}"
+        )
+    on_zero = config.zero_stage > 0 or config.offload == "zero3"
+    if config.offload_optimizer != "none" and not on_zero:
+        faults.append(f"offload_optimizer {config.offload_optimizer!r} needs zero_stage 1, 2 or 3")
+    if "nvme" in (config.offload_param, config.offload_optimizer):
+        faults += _nvme_faults(config)
+    return faults
+
+
+def _nvme_faults(config: RunConfig) -> list[str]:
+    faults = []
+    if config.zero_stage != 3 and config.offload != "zero3":
+        faults.append(f"offloading to nvme needs zero_stage 3, it is {config.zero_stage}")
+    if config.offload_param == "nvme" and config.precision == "fp32":
+        faults.append(
+            "offload_param 'nvme' needs precision bf16 or fp16, it is fp32: DeepSpeed keeps "
+            "weights on a disk in 16 bits"
+        )
+    if config.nvme_path is None or not Path(config.nvme_path).is_dir():
+        faults.append(f"nvme_path {config.nvme_path!r}: not a folder; offloading to nvme needs one")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        faults.append(
+            "offloading to nvme needs DeepSpeed's async_io op, which cannot be built here: it "
+            "takes a C++ compiler and libaio with its headers (Debian: libaio-dev)"
+        )
+    return faults

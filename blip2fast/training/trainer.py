@@ -1,0 +1,400 @@
+"""The training loop: a DeepSpeed engine over planned batches, with evaluation and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from blip2fast.checkpoints import trained as checkpointing
+from blip2fast.data.manifest import replace_file, write_json
+from blip2fast.optimisation import learning_rate
+from blip2fast.stage1.contrast import features, step_contrast
+from blip2fast.stage1.model import Blip2Stage1
+from blip2fast.stage2.model import Blip2Stage2
+from blip2fast.training import engine_state as optimizer_state
+from blip2fast.training.build import DTYPES, RunParts, build_run
+from blip2fast.training.config import RunConfig, config_values, save_config
+from blip2fast.training.engine import start_engine, start_processes
+from blip2fast.training.log import RunLog
+from blip2fast.training.placement import settle_offload
+from blip2fast.training.preflight import check_machine, prepare_kernels
+from blip2fast.training.validation import evaluate
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+class TrainingStep(nn.Module):
+    """What the engine wraps: the loss, and the other scalars without gradient.
+
+    DeepSpeed walks over everything that its module returns, so logits and features stay inside.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *, for_contrast: bool = False, **batch: Any) -> tuple[Any, ...]:
+        """Keyword arguments of the model to `(loss, scalars)`; `for_contrast`, of `features`."""
+        if for_contrast:
+            return features(cast(Blip2Stage1, self.model), **batch)
+        output = self.model(**batch)
+        scalars = {
+            name: value.detach().float()
+            for name, value in output.items()
+            if name.startswith(("loss", "accuracy")) and value is not None
+        }
+        return output.loss, scalars
+
+
+@dataclass
+class Progress:
+    """Sums of the scalars since the last log line; kept on the device, so no step waits.
+
+    Attributes:
+        count: micro-steps in the sums; after a resume some are of the run before.
+        timed: micro-steps since `since`.
+        since: the time of that line or of the resume, in seconds; pauses are added to it.
+    """
+
+    sums: dict[str, Tensor]
+    count: int = 0
+    timed: int = 0
+    since: float = 0.0
+
+    def add(self, scalars: Mapping[str, Tensor]) -> None:
+        """Add one micro-step."""
+        for name, value in scalars.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+        self.timed += 1
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that the next log line is that of an uninterrupted run."""
+        return {"sums": {n: v.cpu() for n, v in self.sums.items()}, "count": self.count}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from what `state` gave."""
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.count = state["count"]
+
+    def take(self, accumulation: int, samples_per_step: int) -> dict[str, float]:
+        """Means over micro-steps and processes, and the speed; starts anew.
+
+        Every process must call this.
+
+        Args:
+            accumulation: micro-steps of an optimizer step.
+            samples_per_step: of all processes.
+        """
+        names = sorted(self.sums)
+        means = torch.stack([self.sums[name] for name in names]) / self.count
+        if dist.get_world_size() > 1:
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        values = means.tolist()
+        now, steps = time.perf_counter(), self.timed / accumulation
+        metrics = dict(zip(names, values, strict=True))
+        metrics["seconds_per_step"] = (now - self.since) / steps
+        metrics["samples_per_second"] = steps * samples_per_step / (now - self.since)
+        self.sums, self.count, self.timed, self.since = {}, 0, 0, now
+        return metrics
+
+
+def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, float]:
+    """Run a whole training, from where `config.resume` finds it to the end.
+
+    Every process of the run calls this; a process group is started where there is none.
+
+    Args:
+        config: the run.
+        say: prints a line (first process only).
+
+    Returns:
+        The last evaluation's metrics, or without held-out data the last logged ones.
+
+    Raises:
+        ValueError: the run cannot start; see `blip2fast.training.preflight.check_machine`.
+    """
+    device = start_processes()
+    check_machine(config, dist.get_world_size())
+    prepare_kernels(config, say if dist.get_rank() == 0 else None)
+    machines = max(1, dist.get_world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    config = settle_offload(
+        config, dist.get_world_size(), machines, say if dist.get_rank() == 0 else None
+    )
+    parts = build_run(config, dist.get_rank(), dist.get_world_size())
+    return Trainer(config, parts, device, say).run()
+
+
+class Trainer:
+    """One run: its engine, and the step that it is at.
+
+    Args:
+        config: the run.
+        parts: what it trains with.
+        device: of this process.
+        say: prints a line; called on the first process only.
+    """
+
+    def __init__(
+        self, config: RunConfig, parts: RunParts, device: torch.device, say: Callable[[str], None]
+    ) -> None:
+        self.config, self.parts, self.device = config, parts, device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.say = say if self.rank == 0 else _silent
+        self.dtype = DTYPES[config.precision]
+        self.folder = Path(config.output_dir)
+        self.model = parts.model
+        self.step = 0
+        self.progress = Progress({})
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        if parts.image_encoder is not None:
+            parts.image_encoder.to(device)
+        self.engine = self._start()
+
+    def _start(self) -> DeepSpeedEngine:
+        """Build the engine, from the last checkpoint where the run resumes."""
+        found = checkpointing.last_checkpoint(self.folder / "checkpoints")
+        checkpoint = None
+        if self.config.resume and found is not None:
+            frozen = self.parts.description.frozen
+            checkpoint = checkpointing.read_checkpoint(found, self._identity(), frozen)
+            checkpointing.load_parameters(self.model, checkpoint.parameters, str(found))
+        self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        initial = {
+            n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad
+        }
+        engine, values = start_engine(TrainingStep(self.model), self.config)
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpointing.remove_unfinished(self.folder / "checkpoints")
+            replace_file(self.folder / "config.yaml", partial(save_config, self.config))
+            replace_file(self.folder / "deepspeed.json", write_json(values))
+        if checkpoint is None:
+            optimizer_state.restore(engine, self.model, initial)
+            # Each process draws its own dropout and negatives; the first as a run of one process.
+            torch.manual_seed(self.config.seed + self.rank)
+        else:
+            self.step = checkpoint.step
+            optimizer_state.restore(
+                engine, self.model, checkpoint.parameters, checkpoint.moments, self.step
+            )
+            self._restore_random(checkpoint)
+            self.say(f"resumed {checkpoint.path} at step {self.step}")
+        return engine
+
+    def _restore_random(self, checkpoint: checkpointing.Checkpoint) -> None:
+        if checkpoint.world_size == self.world_size:
+            kept = checkpoint.process(self.rank)
+            checkpointing.set_random_states(kept["random"])
+            self.progress.restore(kept["progress"], self.device)
+            return
+        self.say(
+            f"{checkpoint.path} is of {checkpoint.world_size} processes, this run has "
+            f"{self.world_size}: random states and the sums of the next log line start anew, the "
+            "rest continues"
+        )
+        torch.manual_seed(hash((self.config.seed, self.step, self.rank)))
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint and a resuming run must have in common."""
+        values = config_values(self.config)
+        names = ("stage", "seed", "model", "language_model", "data", "optim")
+        same = {name: values[name] for name in names}
+        for free in ("workers", "eval_records", "eval_features", "eval_images"):
+            same["data"].pop(free)
+        for name in ("batch_size", "accumulation"):
+            same["optim"].pop(name)
+        return {**same, "samples_per_step": self.parts.batches.plan.samples_per_step}
+
+    def run(self) -> dict[str, float]:
+        """Train to `optim.max_steps`; returns the last metrics."""
+        config, parts = self.config, self.parts
+        plan, trained = parts.batches.plan, len(checkpointing.trained_names(self.model))
+        self.say(
+            f"stage {config.stage}: {config.optim.max_steps} steps of {plan.samples_per_step} "
+            f"samples ({config.optim.max_steps / plan.steps_per_epoch:.1f} epochs of "
+            f"{plan.num_records}), {trained} trained tensors, {config.precision}, ZeRO "
+            f"{config.zero_stage}, {self.world_size} process(es) on {self.device.type}"
+        )
+        log = None
+        if self.rank == 0:
+            log = RunLog(self.folder, self.step, config.optim.max_steps, config.stage)
+            self.say = log.say
+        try:
+            metrics = self._steps(log)
+        finally:
+            if log is not None:
+                log.close()
+        self._save_model(self.folder)
+        return metrics
+
+    def _steps(self, log: RunLog | None) -> dict[str, float]:
+        config, last = self.config, self.config.optim.max_steps
+        batches = self._batches(self.step * config.optim.accumulation)
+        progress = self.progress
+        metrics = self._missing_evaluation(log)
+        progress.since = time.perf_counter()
+        self.engine.train()
+        while self.step < last:
+            rate = learning_rate(self.step, config.optim)
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = rate
+            for batch in self._micro_batches(batches):
+                loss, scalars = self.engine(**batch)
+                self.engine.backward(loss)
+                self.engine.step()
+                progress.add(scalars)
+            self.step += 1
+            if log is not None:
+                log.advance()
+            if self.step % config.log_every == 0 or self.step == last:
+                samples = self.parts.batches.plan.samples_per_step
+                metrics = progress.take(config.optim.accumulation, samples)
+                _check_finite(metrics, self.step)
+                if log is not None:
+                    log.write(self.step, {**metrics, "lr": rate})
+            paused = time.perf_counter()
+            if config.save_every and self.step % config.save_every == 0:
+                if log is not None:
+                    log.flush()
+                self._save_checkpoint()
+            if self._evaluates_now():
+                metrics = self.evaluate()
+                if log is not None:
+                    log.write(self.step, metrics)
+            progress.since += time.perf_counter() - paused
+        return metrics
+
+    def _micro_batches(self, batches: Iterator[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+        """The batches of an optimizer step; all at once where ITC compares all their pairs."""
+        of_step = islice(batches, self.config.optim.accumulation)
+        if not self.config.optim.grad_cache or not isinstance(self.model, Blip2Stage1):
+            return of_step
+        held = list(of_step)
+        shares = step_contrast(partial(self.engine, for_contrast=True), held, self.model.config)
+        return [{**batch, "contrast": share} for batch, share in zip(held, shares, strict=True)]
+
+    def _missing_evaluation(self, log: RunLog | None) -> dict[str, float]:
+        """The evaluation of the checkpoint resumed from, if the run was killed before it."""
+        missing = log is not None and self.step > 0 and not log.has_evaluation(self.step)
+        flag = torch.tensor([int(missing)], device=self.device)
+        dist.broadcast(flag, 0)
+        if not (flag.item() and self._evaluates_now()):
+            return {}
+        metrics = self.evaluate()
+        if log is not None:
+            log.write(self.step, metrics)
+        return metrics
+
+    def _evaluates_now(self) -> bool:
+        if self.parts.held_out is None:
+            return False
+        every = self.config.eval_every
+        return self.step == self.config.optim.max_steps or bool(every and self.step % every == 0)
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on the held-out data, named `eval_*`; every process must call this."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            metrics = evaluate(self._whole_model(), self.parts, self.config, self.tokens)
+        self.engine.train()
+        return {f"eval_{name}": value for name, value in metrics.items()}
+
+    def _whole_model(self) -> Blip2Stage1 | Blip2Stage2:
+        """The model, as it can be called outside the engine.
+
+        Under ZeRO-3 that is a copy of the trained part, because its own weights are whole inside
+        the engine's forward only; the language model stays spread and is fetched layer by layer.
+        """
+        if self.config.zero_stage < 3:
+            return self.model
+        whole: Blip2Stage1 | Blip2Stage2
+        if isinstance(self.model, Blip2Stage1):
+            whole = Blip2Stage1(self.model.config, losses=self.model.losses)
+        else:
+            whole = Blip2Stage2(self.model.config, self.model.language_model)
+        checkpointing.load_parameters(whole, self._parameters(), "this run")
+        for name, child in whole.named_children():
+            if name != "language_model":
+                child.to(self.device, self.dtype)
+        for parameter in whole.parameters(recurse=False):
+            parameter.data = parameter.data.to(self.device, self.dtype)
+        return whole
+
+    def tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch on this device, images as tokens [B, S, E] in the precision of the run.
+
+        Stage 1 packs its texts on the CPU, where their lengths are known without waiting.
+        """
+        kept = {"input_ids", "attention_mask"} if isinstance(self.model, Blip2Stage1) else set()
+        moved = {
+            name: value if name in kept else value.to(self.device, non_blocking=True)
+            for name, value in batch.items()
+        }
+        if "images" in moved:
+            if self.parts.image_encoder is None:
+                raise ValueError("the batch has images, but there is no image encoder")
+            moved["image_embeds"] = self.parts.image_encoder(moved.pop("images"))
+        moved["image_embeds"] = moved["image_embeds"].to(self.dtype)
+        return moved
+
+    def _batches(self, first: int) -> Iterator[dict[str, Tensor]]:
+        optim = self.config.optim
+        loader = DataLoader(
+            self.parts.batches,
+            batch_size=None,
+            sampler=range(first, optim.max_steps * optim.accumulation),
+            num_workers=self.config.data.workers,
+            pin_memory=self.device.type == "cuda",
+            # It draws a seed when it starts; from the global generator, a resume would shift it.
+            generator=torch.Generator(),
+        )
+        return (self.tokens(batch) for batch in loader)
+
+    def _save_checkpoint(self) -> None:
+        checkpointing.save_checkpoint(
+            self.folder / "checkpoints",
+            replace(self.parts.description, step=self.step),
+            self._parameters(),
+            optimizer_state.optimizer_moments(self.engine, self.model),
+            self._identity(),
+            {"progress": self.progress.state()},
+            self.config.keep_last,
+        )
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """The trained parameters, whole, fp32; scalars are scalars again."""
+        whole = optimizer_state.master_parameters(self.engine, self.model)
+        return {name: value.view(self.shapes[name]) for name, value in whole.items()}
+
+    def _save_model(self, folder: Path) -> None:
+        state = self._parameters()
+        if self.rank == 0:
+            checkpointing.save_model(folder, state, replace(self.parts.description, step=self.step))
+        dist.barrier()
+
+
+def _silent(_: str) -> None:
+    """Prints nothing: every process but the first."""
+
+
+def _check_finite(metrics: Mapping[str, float], step: int) -> None:
+    if not math.isfinite(metrics["loss"]):
+        raise FloatingPointError(
+            f"loss is {metrics['loss']} at step {step}: lower optim.lr, or use precision bf16 or "
+            "fp32 instead of fp16"
+        )

@@ -1,0 +1,186 @@
+"""Evaluation while training: held-out losses, retrieval (stage 1), captions or answers (stage 2).
+
+With several processes the losses are those of the whole batch, which is spread over them, and each
+writes captions or answers to its share of the images. Retrieval every process computes alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from blip2fast.data.batches import Batch, CaptionRecord, images_of, tokenize_captions
+from blip2fast.evaluation import retrieval
+from blip2fast.evaluation import stage2 as evaluation
+from blip2fast.stage1.model import Blip2Stage1
+from blip2fast.stage2.model import Blip2Stage2
+from blip2fast.stage2.text import Stage2Text
+from blip2fast.training.build import HeldOut, RunParts
+from blip2fast.training.config import RunConfig
+
+ToTokens = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def evaluate(
+    model: Blip2Stage1 | Blip2Stage2, parts: RunParts, config: RunConfig, to_tokens: ToTokens
+) -> dict[str, float]:
+    """Metrics of `model` on `parts.held_out`.
+
+    Args:
+        to_tokens: moves a batch to the device, images as tokens in the run's precision.
+
+    Returns:
+        Losses and accuracies; `i2t_r1`, `t2i_r1`, ... (stage 1); `exact`, the share of
+        generated captions that are one of their image's, or of right answers (stage 2, one image
+        a sample).
+
+    Raises:
+        ValueError: no held-out data, or less than a batch of them.
+    """
+    if parts.held_out is None:
+        raise ValueError("no held-out data: set data.eval_records")
+    reader = _Reader(parts.held_out, to_tokens)
+    if isinstance(model, Blip2Stage1):
+        return _stage1(model, parts, reader, config)
+    if parts.text is None:
+        raise ValueError("stage 2 needs its text preparation")
+    return _stage2(model, parts.text, reader, config)
+
+
+class _Reader:
+    """Images by number (the order of `held_out.keys()`), as tokens on the device."""
+
+    def __init__(self, held_out: HeldOut, to_tokens: ToTokens) -> None:
+        self.records, self._images, self._to_tokens = held_out.records, held_out.images, to_tokens
+        self.keys = held_out.keys()
+        self.number = {key: n for n, key in enumerate(self.keys)}
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        indices = numbers.cpu().numpy()
+        batch = self._images([self.keys[i] for i in indices], Batch(0, indices))
+        return self._to_tokens(batch)["image_embeds"]
+
+
+def _shards(count: int, global_batch: int) -> Iterator[Tensor]:
+    """This process's rows of each whole batch; what does not fill one is left out.
+
+    Raises:
+        ValueError: fewer than 2 rows for each process.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    size = min(global_batch, count) // world
+    if size < 1 or size * world < 2:
+        raise ValueError(f"{count} held-out samples are too few for {world} process(es)")
+    for start in range(0, count - size * world + 1, size * world):
+        yield torch.arange(start + rank * size, start + (rank + 1) * size)
+
+
+def _mean_over_processes(metrics: dict[str, float]) -> dict[str, float]:
+    if dist.get_world_size() == 1:
+        return metrics
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return dict(zip(metrics, (values / dist.get_world_size()).tolist(), strict=True))
+
+
+def _stage1(
+    model: Blip2Stage1, parts: RunParts, reader: _Reader, config: RunConfig
+) -> dict[str, float]:
+    records: list[CaptionRecord] = list(reader.records)
+    captions = [caption for record in records for caption in record.captions]
+    owner = [reader.number[record.image] for record in records for _ in record.captions]
+    tokens = tokenize_captions(parts.tokenizer, captions, config.data.max_txt_len)
+    texts = retrieval.Texts(tokens["input_ids"], tokens["attention_mask"], torch.tensor(owner))
+    first = torch.tensor([owner.index(n) for n in range(len(reader.keys))])
+    batches = (
+        evaluation.caption_batch(reader, texts, first[rows])
+        for rows in _shards(len(first), config.eval_batch_size)
+    )
+    results = _mean_over_processes(evaluation.held_out_losses(model, batches))
+    features = retrieval.encode_all(model, reader, len(reader.keys), texts, config.eval_batch_size)
+    similarity = retrieval.query_similarity(*features)
+    return results | retrieval.retrieval_recall(similarity, similarity, texts.image)
+
+
+def _stage2(
+    model: Blip2Stage2, text: Stage2Text, reader: _Reader, config: RunConfig
+) -> dict[str, float]:
+    records: list[Any] = list(reader.records)
+    on_questions = config.data.task == "vqa"
+    if config.data.task == "sequence":
+        return _sequences(model, text, reader, config)
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for rows in _shards(len(records), config.eval_batch_size):
+            chosen = [records[i] for i in rows.tolist()]
+            if on_questions:
+                tensors = text.train_batch([r.answer for r in chosen], [r.question for r in chosen])
+            else:
+                tensors = text.train_batch([r.captions[0] for r in chosen], indices=rows.tolist())
+            yield {"image_embeds": reader(_numbers(reader, chosen)), **tensors}
+
+    results = _mean_over_processes(evaluation.evaluate_stage2(model, batches()))
+    mine = _share(records, config)
+    written = evaluation.generate_texts(
+        model,
+        text,
+        reader,
+        _numbers(reader, mine),
+        [r.question for r in mine] if on_questions else None,
+        max_new_tokens=config.data.max_txt_len,
+        batch_size=config.eval_batch_size,
+    )
+    right = float(sum(map(_is_right, written, mine)))
+    if len(mine) < len(records):
+        right = dist.get_world_size() * _mean_over_processes({"right": right})["right"]
+    return results | {"exact": right / len(records)}
+
+
+def _sequences(
+    model: Blip2Stage2, text: Stage2Text, reader: _Reader, config: RunConfig
+) -> dict[str, float]:
+    """The loss alone: what several images have in common has no one right text."""
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for rows in _shards(len(reader.records), config.eval_batch_size):
+            chosen = [reader.records[i] for i in rows.tolist()]
+            tensors = text.train_batch(
+                [r.captions[0] for r in chosen],
+                [r.prompt for r in chosen],
+                indices=rows.tolist(),
+                image_counts=[len(r.images) for r in chosen],
+            )
+            yield {**tensors, "image_embeds": reader(_numbers(reader, chosen))}
+
+    return _mean_over_processes(evaluation.evaluate_stage2(model, batches()))
+
+
+def _share(records: list[Any], config: RunConfig) -> list[Any]:
+    """The records that this process writes for.
+
+    Under ZeRO-3 all: the processes fetch the language model's layers together, so none may stop
+    writing before another.
+    """
+    if config.zero_stage == 3 or len(records) < dist.get_world_size():
+        return records
+    return records[dist.get_rank() :: dist.get_world_size()]
+
+
+def _numbers(reader: _Reader, records: list[Any]) -> Tensor:
+    numbers = [reader.number[key] for record in records for key in images_of(record)]
+    return torch.tensor(numbers, dtype=torch.long)
+
+
+def _is_right(written: str, record: Any) -> bool:
+    """Whether the text is one of the record's, but for case and spaces."""
+    accepted = record.captions if isinstance(record, CaptionRecord) else (record.answer,)
+    return _plain(written) in {_plain(text) for text in accepted}
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())

@@ -1,0 +1,225 @@
+"""Padded attention problems on a CPU, forward and backward.
+
+Without dropout PyTorch's flash kernel; with it explicit weights, in pieces that stay in a cache.
+Shapes: m problems of L rows and M keys, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from blip2fast.kernels.philox import keep_mask
+
+Ints = NDArray[np.int64]
+
+# a call costs about 50 us, and a core does 20 GFLOP/s: measured, torch 2.13, one core
+WORTH_A_CALL_FLOP = 4e6
+# what one core gathers or converts at once
+CHUNK_ELEMENTS = 1 << 21
+# PyTorch's backward in 16 bits is slower than in fp32 up to this many keys, and less exact:
+# 16 x 12 heads of 64 x 64 took 70 ms in bf16, 21 in fp32 (torch 2.13, one core)
+WIDEN_BELOW_KEYS = 128
+# explicit weights held at once
+_PIECE_ELEMENTS = 1 << 19
+
+
+class Dropout(NamedTuple):
+    """Where a problem's dropout mask is in the numbering of the whole op.
+
+    Attributes:
+        philox: `[2]` int64, seed and offset.
+        p: Probability of dropping.
+        rows: `[m, L]` int64, the number of each row.
+        first_column: The number of key 0.
+    """
+
+    philox: Tensor
+    p: float
+    rows: Tensor
+    first_column: int = 0
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: Dropout | None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention in which every row sees something.
+
+    Args:
+        q: `[m, L, H, D]`, any strides with D contiguous, like `k` and `v`.
+        k, v: `[m, M, H, D]`.
+        bias: Added to the scores: 0 or -inf; broadcasts to `[m, H, L, M]`; or None.
+        scale: Factor of the scores.
+        dropout: The mask of the weights, or None.
+
+    Returns:
+        `(output [m, L, H, D], lse [m, L, H])`, in fp32 or wider where that is what was computed.
+    """
+    if dropout is not None:
+        q, k, v = _widen(q, k, v)
+        return _explicit(q, k, v, bias, scale, dropout)
+    bias = None if bias is None else bias.to(q.dtype)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, attn_mask=bias, scale=scale
+    )
+    return output.transpose(1, 2), lse.transpose(1, 2)
+
+
+def attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    dropout: Dropout | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attend`: `dout` and `out` `[m, L, H, D]`, `lse` `[m, L, H]`.
+
+    Returns:
+        `(dq [m, L, H, D], dk [m, M, H, D], dv [m, M, H, D])`.
+    """
+    if dropout is not None or k.shape[1] < WIDEN_BELOW_KEYS:
+        dout, q, k, v, out = _widen(dout, q, k, v, out)
+    if dropout is not None:
+        return _explicit_backward(dout, q, k, v, out, lse, bias, scale, dropout)
+    bias = None if bias is None else bias.to(q.dtype)
+    dout, q, k, v, out, lse = (x.transpose(1, 2) for x in (dout, q, k, v, out, lse))
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale
+    )
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _widen(*tensors: Tensor) -> list[Tensor]:
+    return [x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in tensors]
+
+
+def _pieces(m: int, L: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of problems and of rows with about `_PIECE_ELEMENTS` weights; a row has `width`."""
+    fit = max(1, _PIECE_ELEMENTS // max(width, 1))  # rows
+    problems, rows = max(1, fit // max(L, 1)), min(L, fit)
+    for first in range(0, m, problems):
+        for start in range(0, L, max(rows, 1)):
+            yield slice(first, first + problems), slice(start, start + rows)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """`[m, L, H, D]` to contiguous `[m * H, L, D]`."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _by_problem(x: Tensor, heads: int) -> Tensor:
+    """`[m * H, L, D]` to `[m, L, H, D]`."""
+    return x.unflatten(0, (-1, heads)).transpose(1, 2)
+
+
+def _weights_kept(dropout: Dropout, piece: tuple[slice, slice], heads: int, M: int) -> Tensor:
+    """`[m * H, L, M]` bool of a piece."""
+    rows = dropout.rows[piece][:, None, :]
+    head = torch.arange(heads)[:, None]
+    return keep_mask(dropout.philox, dropout.p, rows, head, M, dropout.first_column).flatten(0, 1)
+
+
+def _bias_of(bias: Tensor | None, piece: tuple[slice, slice]) -> Tensor | None:
+    if bias is None:
+        return None
+    problems, rows = piece
+    bias = bias[problems] if bias.shape[0] > 1 else bias
+    return bias[:, :, rows] if bias.shape[2] > 1 else bias
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, heads: int) -> Tensor:
+    """`[m * H, L, M]` from `q` and `k` `[m * H, ...]`."""
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    if bias is not None:
+        scores.unflatten(0, (-1, heads)).add_(bias)
+    return scores
+
+
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: Dropout
+) -> tuple[Tensor, Tensor]:
+    (m, L, H, D), M = q.shape, k.shape[1]
+    output, lse = q.new_empty(m, L, H, D), q.new_empty(m, L, H)
+    for piece in _pieces(m, L, H * M):
+        queries, keys, values = _by_head(q[piece]), _by_head(k[piece[0]]), _by_head(v[piece[0]])
+        weights = _scores(queries, keys, _bias_of(bias, piece), scale, H)
+        highest = weights.amax(-1, keepdim=True)
+        weights.sub_(highest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        weights.mul_(_weights_kept(dropout, piece, H, M))
+        mixed = torch.bmm(weights, values).div_(total * (1 - dropout.p))
+        output[piece] = _by_problem(mixed, H)
+        lse[piece] = _by_problem(total.log_().add_(highest), H)[..., 0]
+    return output, lse
+
+
+def _explicit_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    dropout: Dropout,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (m, L, H, D), M = q.shape, k.shape[1]
+    dq = q.new_empty(m, L, H, D)
+    dk, dv = k.new_zeros(m, M, H, D), k.new_zeros(m, M, H, D)
+    for piece in _pieces(m, L, H * M):
+        queries, keys, values = _by_head(q[piece]), _by_head(k[piece[0]]), _by_head(v[piece[0]])
+        d_output = _by_head(dout[piece])
+        weights = _scores(queries, keys, _bias_of(bias, piece), scale, H)
+        weights.sub_(_by_head(lse[piece][..., None])).exp_()
+        # d(softmax) needs sum_j weight_j * d_weight_j, which is dout . out
+        shared = (d_output * _by_head(out[piece])).sum(-1, keepdim=True)
+        d_output = d_output / (1 - dropout.p)
+        kept = weights * _weights_kept(dropout, piece, H, M)
+        dv[piece[0]] += _by_problem(torch.bmm(kept.transpose(1, 2), d_output), H)
+        d_scores = torch.bmm(d_output, values.transpose(1, 2)).mul_(kept)
+        d_scores.addcmul_(weights, shared, value=-1)
+        dq[piece] = _by_problem(torch.bmm(d_scores, keys).mul_(scale), H)
+        dk[piece[0]] += _by_problem(torch.bmm(d_scores.transpose(1, 2), queries).mul_(scale), H)
+    return dq, dk, dv
+
+
+def even_pieces(count: int, most: int) -> Iterator[slice]:
+    """Slices of `count` things, as few as hold at most `most` each, and about equally many."""
+    pieces = -(-count // max(1, most))
+    for piece in range(pieces):
+        yield slice(piece * count // pieces, (piece + 1) * count // pieces)
+
+
+def run_of(indices: Ints) -> slice | None:
+    """The slice that takes what `indices` do, where they are consecutive."""
+    flat = indices.ravel()
+    first, last = int(flat[0]), int(flat[-1])
+    if last - first == len(flat) - 1 and (flat[1:] - flat[:-1] == 1).all():
+        return slice(first, last + 1)
+    return None
+
+
+def pick(x: Tensor, indices: Ints) -> Tensor:
+    """`x[indices.ravel()]`, a view where they are consecutive."""
+    run = run_of(indices)
+    return x.index_select(0, torch.from_numpy(indices.ravel())) if run is None else x[run]
+
+
+def put(x: Tensor, indices: Ints, values: Tensor) -> None:
+    """`x[indices.ravel()] = values`, by one copy where they are consecutive."""
+    run = run_of(indices)
+    if run is None:
+        x[torch.from_numpy(indices.ravel())] = values.to(x.dtype)
+    else:
+        x[run] = values

@@ -1,0 +1,122 @@
+"""Self-attention of the backend `sdpa` on a CPU: the calls of a plan, and their results in order.
+
+Shapes: R rows of the token buffer, N query blocks, Q queries, H heads, D head width; m problems of
+L rows and M keys.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from blip2fast.kernels.qformer_attention.cpu.core import attend, attend_backward
+from blip2fast.kernels.qformer_attention.cpu.plan import (
+    BACKWARD_ELEMENTS,
+    FORWARD_ELEMENTS,
+    Plan,
+    plan_of,
+)
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, wide_dtype
+
+
+class _Collected:
+    """Results of all parts of a plan.
+
+    Args:
+        plan: Whose parts come in order.
+        like: Of the type of the results.
+        row: Shape of a row.
+    """
+
+    def __init__(self, plan: Plan, like: Tensor, row: tuple[int, ...]) -> None:
+        self._plan, self._like, self._row = plan, like, row
+        self._buffer: Tensor | None = None
+        self._end = 0
+
+    def add(self, result: Tensor) -> None:
+        """`[m, L, ...]` of the next part; of a part alone it is kept as it is."""
+        if len(self._plan.parts) == 1:
+            self._buffer = result.to(self._like.dtype).flatten(0, 1)
+        else:
+            self.room(*result.shape[:2]).copy_(result)
+
+    def room(self, m: int, L: int) -> Tensor:
+        """`[m, L, ...]` to write the next part to."""
+        if self._buffer is None:
+            self._buffer = self._like.new_empty(self._plan.rows(), *self._row)
+        start, self._end = self._end, self._end + m * L
+        return self._buffer[start : self._end].unflatten(0, (m, L))
+
+    def result(self) -> Tensor:
+        """`[R, ...]`."""
+        if self._buffer is None:
+            return self._like.new_empty(0, *self._row)
+        if self._plan.order is None:
+            return self._buffer.contiguous()
+        return self._buffer.index_select(0, self._plan.order)
+
+
+def self_forward(
+    qkv: Tensor, layout: AttentionLayout, scale: float, dropout_p: float, philox: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`(out [R, H, D], lse [R, H])` from `qkv` `[R, 3, H, D]`."""
+    H, D = qkv.shape[2:]
+    plan = plan_of(layout, H * D, FORWARD_ELEMENTS)
+    outputs = _Collected(plan, qkv, (H, D))
+    statistics = _Collected(plan, qkv.new_empty(0, dtype=wide_dtype(qkv.dtype)), (H,))
+    for part in plan.parts:
+        q, k, v = part.keys.take(qkv).unbind(2)
+        output, lse = attend(
+            q[:, -part.rows.shape[1] :], k, v, part.bias, scale, part.dropout(philox, dropout_p)
+        )
+        outputs.add(output)
+        statistics.add(lse)
+    return outputs.result(), statistics.result()
+
+
+def self_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: AttentionLayout,
+    scale: float,
+    dropout_p: float,
+    philox: Tensor | None,
+) -> Tensor:
+    """`dqkv [R, 3, H, D]`."""
+    H, D = qkv.shape[2:]
+    N, Q = layout.num_blocks, layout.num_queries
+    plan = plan_of(layout, H * D, BACKWARD_ELEMENTS)
+    collected = _Collected(plan, qkv, (3, H, D))
+    # what queries get from texts that only read them, added up before it is rounded
+    seen = None
+    for part in plan.parts:
+        m, L = part.rows.shape
+        q, k, v = part.keys.take(qkv).unbind(2)
+        d_output = part.rows.take(dout)
+        if part.padding is not None:
+            # padding has no gradient
+            d_output = d_output.masked_fill(part.padding[..., None, None], 0)
+        grads = attend_backward(
+            d_output,
+            q[:, -L:],
+            k,
+            v,
+            part.rows.take(out),
+            part.rows.take(lse),
+            part.bias,
+            scale,
+            part.dropout(philox, dropout_p),
+        )
+        room = collected.room(m, L)
+        for i, grad in enumerate(grads):
+            room[:, :, i].copy_(grad[:, -L:])
+        if part.seen_blocks is not None:
+            if seen is None:
+                seen = lse.new_zeros(N, Q, 2, H, D)
+            for i, grad in enumerate(grads[1:]):
+                seen[:, :, i].index_add_(0, part.seen_blocks, grad[:, :Q].to(seen.dtype))
+    dqkv = collected.result()
+    if seen is not None:
+        dqkv[: N * Q, 1:].add_(seen.flatten(0, 1))
+    return dqkv

@@ -1,0 +1,241 @@
+"""Evaluation and retrieval of stage 1 against brute-force computations written independently."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from blip2fast.evaluation.retrieval import (
+    Texts,
+    encode_all,
+    match_logits,
+    query_similarity,
+    rerank,
+    retrieval_recall,
+    swapped_match_accuracy,
+)
+from blip2fast.evaluation.stage2 import caption_batches, evaluate_stage1, held_out_losses
+
+NUM_IMAGES, J, Q, T, E, D = 7, 11, 3, 5, 6, 4
+
+
+class ToyStage1(nn.Module):
+    """The contract of Blip2Stage1 with features that a test can compute by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Linear(E, D)
+        self.word = nn.Embedding(50, D)
+        self.drop = nn.Dropout(0.5)
+        self.match_calls: list[int] = []
+
+    def encode_image(self, image_embeds):
+        states = self.drop(self.image(image_embeds[:, :Q]))
+        return nn.functional.normalize(states, dim=-1), states
+
+    def encode_text(self, input_ids, attention_mask):
+        words = self.word(input_ids) * attention_mask[..., None]
+        return nn.functional.normalize(words.sum(1), dim=-1)
+
+    def match(self, image_embeds, input_ids, attention_mask):
+        self.match_calls.append(len(input_ids))
+        yes = (self.image(image_embeds).sum(1) * self.encode_text(input_ids, attention_mask)).sum(1)
+        return torch.stack([-yes, yes], 1)
+
+    def forward(self, image_embeds, input_ids, attention_mask):
+        noise = torch.rand(())
+        mean = image_embeds.mean() + input_ids.float().mean()
+        return SimpleNamespace(loss=mean, loss_itm=noise, accuracy_itm=None, other=mean)
+
+
+@pytest.fixture
+def toy():
+    torch.manual_seed(0)
+    model = ToyStage1()
+    embeds = torch.randn(NUM_IMAGES, 4, E)
+    ids = torch.randint(1, 50, (J, T))
+    mask = (torch.arange(T) < torch.randint(2, T + 1, (J, 1))).long()
+    image = torch.tensor([0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 6])
+    return model, embeds, Texts(ids, mask, image)
+
+
+def brute_force_recall(score_i2t, score_t2i, owner, k):
+    i2t, t2i = [], []
+    for i in range(score_i2t.shape[0]):
+        own = [j for j, o in enumerate(owner) if o == i]
+        wrong = [score_i2t[i, j].item() for j, o in enumerate(owner) if o != i]
+        best = max(score_i2t[i, j].item() for j in own)
+        i2t.append(sum(w >= best for w in wrong) < k)
+    for j, i in enumerate(owner):
+        column = score_t2i[:, j].tolist()
+        t2i.append(sum(s >= column[i] for n, s in enumerate(column) if n != i) < k)
+    return sum(i2t) / len(i2t), sum(t2i) / len(t2i)
+
+
+def test_similarity_and_recall_against_loops(toy):
+    model, embeds, texts = toy
+    model.train()
+    image_features, text_features = encode_all(
+        model, embeds.__getitem__, NUM_IMAGES, texts, batch_size=3
+    )
+    assert model.training, "the caller's mode must come back"
+    similarity = query_similarity(image_features, text_features, batch_size=2)
+    for i in range(NUM_IMAGES):
+        for j in range(J):
+            expected = max((image_features[i, q] * text_features[j]).sum().item() for q in range(Q))
+            assert similarity[i, j].item() == pytest.approx(expected, abs=1e-6)
+    recall = retrieval_recall(similarity, similarity, texts.image, ks=(1, 2, 5))
+    for k in (1, 2, 5):
+        i2t, t2i = brute_force_recall(similarity, similarity, texts.image.tolist(), k)
+        assert recall[f"i2t_r{k}"] == pytest.approx(i2t)
+        assert recall[f"t2i_r{k}"] == pytest.approx(t2i)
+    assert 0 < recall["t2i_r2"] < 1, "the case must be able to tell good from bad"
+
+
+def test_features_do_not_depend_on_batching(toy):
+    model, embeds, texts = toy
+    one = encode_all(model, embeds.__getitem__, NUM_IMAGES, texts, batch_size=1)
+    all_at_once = encode_all(model, embeds.__getitem__, NUM_IMAGES, texts, batch_size=100)
+    for a, b in zip(one, all_at_once, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_constant_or_broken_scores_are_not_perfect_retrieval(value):
+    scores = torch.full((20, 20), value)
+    recall = retrieval_recall(scores, scores, torch.arange(20))
+    assert set(recall.values()) == {0.0}
+
+
+def test_recall_skips_images_without_text():
+    scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    recall = retrieval_recall(scores, scores, torch.tensor([0, 1]), ks=(1,))
+    assert recall == {"i2t_r1": 1.0, "t2i_r1": 1.0}
+
+
+def test_recall_refuses_disagreeing_shapes():
+    with pytest.raises(ValueError, match=r"\(2, 3\), \(2, 3\) and \(2,\)"):
+        retrieval_recall(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2))
+
+
+@pytest.mark.parametrize("k", [1, 3, 100])
+def test_rerank_against_loops(toy, k):
+    model, embeds, texts = toy
+    features = encode_all(model, embeds.__getitem__, NUM_IMAGES, texts)
+    similarity = query_similarity(*features)
+    score_i2t, score_t2i = rerank(model, embeds.__getitem__, texts, similarity, k, batch_size=4)
+
+    def matched(i, j):
+        with torch.no_grad():
+            logits = model.eval().match(
+                embeds[i : i + 1], texts.input_ids[j : j + 1], texts.attention_mask[j : j + 1]
+            )[0]
+        return (similarity[i, j] + logits[1]).item()
+
+    for i in range(NUM_IMAGES):
+        order = sorted(range(J), key=lambda j: -similarity[i, j].item())
+        expected = sorted(order[:k], key=lambda j: -matched(i, j)) + order[k:]
+        assert score_i2t[i].argsort(descending=True).tolist() == expected
+    for j in range(J):
+        order = sorted(range(NUM_IMAGES), key=lambda i: -similarity[i, j].item())
+        expected = sorted(order[:k], key=lambda i: -matched(i, j)) + order[k:]
+        assert score_t2i[:, j].argsort(descending=True).tolist() == expected
+
+
+def test_rerank_matches_each_pair_once(toy):
+    model, embeds, texts = toy
+    similarity = torch.zeros(NUM_IMAGES, J)
+    rerank(model, embeds.__getitem__, texts, similarity, k=max(NUM_IMAGES, J))
+    assert sum(model.match_calls) == NUM_IMAGES * J
+
+
+def test_rerank_refuses_no_candidates(toy):
+    model, embeds, texts = toy
+    with pytest.raises(ValueError, match="k=0"):
+        rerank(model, embeds.__getitem__, texts, torch.zeros(NUM_IMAGES, J), k=0)
+
+
+def test_swapped_match_accuracy_against_loops(toy):
+    model, embeds, texts = toy
+    torch.manual_seed(1)
+    swapped = Texts(torch.randint(1, 50, (J, T)), texts.attention_mask, texts.image)
+    result = swapped_match_accuracy(model, embeds.__getitem__, texts, swapped, batch_size=3)
+    true_right = wrong_right = ranked = 0
+    for j in range(J):
+        i = texts.image[j : j + 1]
+        a, b = (
+            model.match(embeds[i], t.input_ids[j : j + 1], t.attention_mask[j : j + 1])[0]
+            for t in (texts, swapped)
+        )
+        true_right += int(a[1] > a[0])
+        wrong_right += int(b[1] <= b[0])
+        ranked += int(a[1] - a[0] > b[1] - b[0])
+    assert result["itm_true"] == pytest.approx(true_right / J)
+    assert result["itm_swapped"] == pytest.approx(wrong_right / J)
+    assert result["itm_accuracy"] == pytest.approx((true_right + wrong_right) / (2 * J))
+    assert result["itm_ranked"] == pytest.approx(ranked / J)
+
+
+def test_swapped_texts_must_be_of_the_same_images(toy):
+    model, embeds, texts = toy
+    other = Texts(texts.input_ids, texts.attention_mask, texts.image.flip(0))
+    with pytest.raises(ValueError, match="image by image"):
+        swapped_match_accuracy(model, embeds.__getitem__, texts, other)
+
+
+def test_held_out_losses_are_row_weighted_reproducible_and_leave_the_random_state(toy):
+    model, embeds, texts = toy
+    batches = list(caption_batches(embeds.__getitem__, texts, batch_size=5))
+    assert [b["input_ids"].shape[0] for b in batches] == [5, 2]
+    torch.manual_seed(3)
+    expected_next = torch.rand(())
+    torch.manual_seed(3)
+    first = held_out_losses(model, batches)
+    assert torch.rand(()) == expected_next
+    second = held_out_losses(model, batches)
+    assert first == second
+    assert set(first) == {"loss", "loss_itm"}
+    means = [(b["image_embeds"].mean() + b["input_ids"].float().mean()).item() for b in batches]
+    assert first["loss"] == pytest.approx((5 * means[0] + 2 * means[1]) / 7, rel=1e-5)
+
+
+def test_caption_batches_take_one_text_per_image_and_no_batch_of_one(toy):
+    _, embeds, texts = toy
+    batches = list(caption_batches(embeds.__getitem__, texts, batch_size=6))
+    assert [len(b["input_ids"]) for b in batches] == [6]
+    expected = texts.input_ids[[0, 2, 3, 4, 7, 8]]
+    assert torch.equal(batches[0]["input_ids"], expected)
+    assert torch.equal(batches[0]["image_embeds"], embeds[:6])
+
+
+def test_losses_refuse_no_batch(toy):
+    with pytest.raises(ValueError, match="at least one batch"):
+        held_out_losses(toy[0], [])
+
+
+def test_evaluate_stage1_reports_what_was_asked(toy):
+    model, embeds, texts = toy
+    plain = evaluate_stage1(model, embeds.__getitem__, NUM_IMAGES, texts, batch_size=4)
+    assert {"loss", "t2i_r1", "i2t_r10"} <= set(plain)
+    assert not any(name.startswith(("rerank", "itm")) for name in plain)
+    full = evaluate_stage1(
+        model, embeds.__getitem__, NUM_IMAGES, texts, swapped=texts, rerank_k=2, batch_size=4
+    )
+    assert full["itm_accuracy"] == pytest.approx(0.5), "the same texts cannot be told apart"
+    similarity = query_similarity(*encode_all(model, embeds.__getitem__, NUM_IMAGES, texts))
+    scores = rerank(model, embeds.__getitem__, texts, similarity, 2)
+    assert full["rerank_t2i_r1"] == retrieval_recall(*scores, texts.image)["t2i_r1"]
+
+
+def test_texts_refuse_wrong_shapes():
+    with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
+        Texts(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2))
+    with pytest.raises(ValueError, match="each of the 2 texts"):
+        Texts(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
+
+
+def test_match_scores_of_no_pairs(toy):
+    model, embeds, texts = toy
+    none = torch.empty(0, dtype=torch.long)
+    assert match_logits(model, embeds.__getitem__, texts, (none, none)).shape == (0, 2)

@@ -1,0 +1,343 @@
+"""patch and unpatch: the same function, the same parameters, and the way back."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from qformer_holders import (
+    HOLDERS,
+    assert_near,
+    assert_same_run,
+    build,
+    run_with_gradients,
+    spread_parameters,
+    tensors_in,
+)
+from torch import nn
+from transformers import (
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2QFormerModel,
+    InstructBlipQFormerConfig,
+    InstructBlipQFormerModel,
+)
+
+from blip2fast.qformer.layers import QFormerLayer
+from blip2fast.qformer.model import QFormer
+from blip2fast.qformer.patching import patch, unpatch
+
+TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+RETRIEVAL = "Blip2ForImageTextRetrieval, match"
+INSTRUCT = "InstructBlipForConditionalGeneration"
+
+
+def qformers(model: nn.Module) -> list[nn.Module]:
+    """Every Q-Former in a model, whoever's."""
+    return [m for m in model.modules() if type(m).__name__.endswith(("QFormer", "QFormerModel"))]
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["fp64", "fp32"])
+def test_outputs_and_gradients_unchanged(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    model, inputs = build(name, dtype)
+    expected = run_with_gradients(model, inputs)
+    assert patch(model) is model
+    assert qformers(model)
+    assert all(isinstance(qformer, QFormer) for qformer in qformers(model))
+    assert_same_run(expected, run_with_gradients(model, inputs), tolerance)
+    unpatch(model)
+    assert_same_run(expected, run_with_gradients(model, inputs), 0.0)
+
+
+@pytest.mark.parametrize("name", [RETRIEVAL, INSTRUCT, "GraniteSpeechForConditionalGeneration"])
+def test_dropout_draws_the_same_numbers_in_training(name: str) -> None:
+    model, inputs = build(name, torch.float64)
+    model.train()
+    torch.manual_seed(5)
+    expected = run_with_gradients(model, inputs)
+    patch(model)
+    torch.manual_seed(5)
+    assert_same_run(expected, run_with_gradients(model, inputs), 1e-10)
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_parameters_are_the_same_objects_under_the_same_names(name: str) -> None:
+    model, _ = build(name)
+    parameters, keys = list(model.named_parameters()), list(model.state_dict())
+    modules = dict(model.named_modules())
+    patch(model)
+    assert list(model.state_dict()) == keys
+    for (old_name, old), (new_name, new) in zip(parameters, model.named_parameters(), strict=True):
+        assert old_name == new_name
+        assert old is new
+    unpatch(model)
+    assert list(model.state_dict()) == keys
+    restored = dict(model.named_modules())
+    assert restored.keys() == modules.keys()
+    assert all(restored[key] is modules[key] for key in modules)
+
+
+def test_optimizer_built_before_trains_the_patched_model() -> None:
+    plain, inputs = build(RETRIEVAL)
+    patched = copy.deepcopy(plain)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (plain, patched)]
+    patch(patched)
+    for model, optimizer in zip((plain, patched), optimizers, strict=True):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(**inputs).logits_per_image.square().sum().backward()
+            optimizer.step()
+    before, _ = build(RETRIEVAL)
+    unpatch(patched)
+    for (name, want), got, old in zip(
+        plain.named_parameters(), patched.parameters(), before.parameters(), strict=True
+    ):
+        assert_near(want.detach(), got.detach(), 1e-4, name)
+        if name.startswith("qformer") and name.endswith("dense.weight") and "query" in name:
+            assert not torch.equal(got, old), name
+
+
+@pytest.mark.parametrize("name", ["Blip2Model", "Blip2TextModelWithProjection", INSTRUCT])
+def test_recorded_outputs_through_the_outer_model(name: str) -> None:
+    model, inputs = build(name, torch.float64)
+    model.set_attn_implementation("eager")
+    inputs |= {"output_attentions": True, "output_hidden_states": True}
+    plain = tensors_in(model(**inputs))
+    unrecorded = len(tensors_in(model(**inputs | {"output_attentions": False})))
+    assert len(plain) > unrecorded
+    # recording hooks sit on the modules by now: they must neither be lost nor doubled
+    for change in (patch, unpatch, patch):
+        change(model)
+        got = tensors_in(model(**inputs))
+        assert len(got) == len(plain)
+        for index, (a, b) in enumerate(zip(plain, got, strict=True)):
+            assert_near(a, b, 1e-10, f"output {index} after {change.__name__}")
+
+
+def test_recording_may_start_while_patched() -> None:
+    model, inputs = build("Blip2Model", torch.float64)
+    model.set_attn_implementation("eager")
+    inputs |= {"output_attentions": True}
+    patch(model)
+    first = tensors_in(model(**inputs).qformer_outputs.to_tuple())
+    unpatch(model)
+    second = tensors_in(model(**inputs).qformer_outputs.to_tuple())
+    assert len(first) == len(second) > 2
+    for a, b in zip(first, second, strict=True):
+        assert_near(a, b, 1e-10, "recorded")
+
+
+def test_generation_gives_the_same_tokens() -> None:
+    model, inputs = build("Blip2ForConditionalGeneration")
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    got = patch(model).generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert torch.equal(expected, got)
+
+
+def test_saved_while_patched_loads_in_transformers(tmp_path: Path) -> None:
+    model, inputs = build("Blip2ForConditionalGeneration")
+    expected = model(**inputs).logits
+    patch(model).save_pretrained(tmp_path)
+    loaded = Blip2ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert type(loaded.qformer) is Blip2QFormerModel
+    assert torch.equal(loaded(**inputs).logits, expected)
+
+
+def test_mode_precision_and_checkpointing_follow_both_ways() -> None:
+    model, inputs = build(INSTRUCT)
+    original = model.qformer
+    model.gradient_checkpointing_enable()
+    model.train()
+    original.encoder.layer[1].eval()
+    patch(model)
+    layers = model.qformer.encoder.layer
+    assert [layer.training for layer in layers] == [True, False, True]
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert model.qformer.is_gradient_checkpointing
+    run_with_gradients(model, inputs)
+
+    model.gradient_checkpointing_disable()
+    model.eval().double()
+    unpatch(model)
+    assert model.qformer is original
+    assert original.dtype == torch.float64
+    assert not any(module.training for module in original.modules())
+    assert not original.is_gradient_checkpointing
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    assert model(**inputs).logits.dtype == torch.float64
+
+
+def test_buffers_of_the_original_follow_the_device() -> None:
+    model, _ = build(INSTRUCT)
+    patch(model).to("meta")
+    unpatch(model)
+    assert type(model.qformer) is InstructBlipQFormerModel
+    assert model.qformer.embeddings.position_ids.device.type == "meta"
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    model, inputs = build(RETRIEVAL, torch.float64)
+    model.train()
+    calls: list[int] = []
+    patch(model).qformer.encoder.layer[2].output_query.register_forward_hook(
+        lambda *_: calls.append(1)
+    )
+    torch.manual_seed(0)
+    expected = run_with_gradients(model, inputs)
+    assert len(calls) == 1
+    model.qformer.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(0)
+    assert_same_run(expected, run_with_gradients(model, inputs), 1e-12)
+    assert len(calls) == 3
+
+
+def test_hooks_move_over_and_their_handles_still_remove_them() -> None:
+    model, inputs = build("Blip2VisionModelWithProjection")
+    seen: list[str] = []
+
+    def note(name: str):  # type: ignore[no-untyped-def]
+        return lambda *_: seen.append(name)
+
+    handles = [
+        model.qformer.register_forward_hook(note("root")),
+        model.qformer.encoder.layer[0].register_forward_hook(note("layer")),
+        model.qformer.encoder.layer[0].attention.attention.query.register_forward_pre_hook(
+            note("leaf")
+        ),
+    ]
+    patch(model)(**inputs)
+    assert sorted(seen) == ["layer", "leaf", "root"]
+    for handle in handles:
+        handle.remove()
+    late = model.qformer.register_forward_hook(note("late"))
+    seen.clear()
+    unpatch(model)(**inputs)
+    assert seen == ["late"]
+    late.remove()
+    model(**inputs)
+    assert seen == ["late"]
+
+
+class Scaled(nn.Module):
+    """Stands for an adapter that takes a projection's place."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * 1.5
+
+
+def test_a_leaf_replaced_before_or_while_patched_is_kept() -> None:
+    model, inputs = build("Blip2VisionModelWithProjection", torch.float64)
+    first = model.qformer.encoder.layer[0].attention.attention
+    first.value = Scaled(first.value)
+    expected = model(**inputs).image_embeds
+    patch(model)
+    assert_near(expected, model(**inputs).image_embeds, 1e-10, "before")
+    last = model.qformer.encoder.layer[2].output_query
+    last.dense = Scaled(last.dense)
+    expected = model(**inputs).image_embeds
+    unpatch(model)
+    assert isinstance(model.qformer.encoder.layer[2].output_query.dense, Scaled)
+    assert_near(expected, model(**inputs).image_embeds, 1e-10, "while")
+
+
+def test_assigned_weights_reach_the_original() -> None:
+    model, inputs = build("Blip2VisionModelWithProjection")
+    other, _ = build("Blip2VisionModelWithProjection")
+    spread_parameters(other, seed=9)
+    patch(model).load_state_dict(other.state_dict(), assign=True)
+    unpatch(model)
+    assert torch.equal(model(**inputs).image_embeds, other(**inputs).image_embeds)
+
+
+def test_one_qformer_in_two_places_stays_one() -> None:
+    config, width = tiny_config(), 24
+    shared = Blip2QFormerModel(config)
+    model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared, nn.Linear(width, 2)])})
+    patch(model)
+    assert isinstance(model["a"], QFormer)
+    assert model["a"] is model["b"][0]
+    unpatch(model)
+    assert model["a"] is model["b"][0] is shared
+
+
+def test_a_bare_qformer_is_returned_in_its_new_form() -> None:
+    original = Blip2QFormerModel(tiny_config()).eval()
+    inputs = {"query_embeds": torch.randn(2, 4, 16), "encoder_hidden_states": torch.randn(2, 5, 24)}
+    qformer = patch(original)
+    assert isinstance(qformer, QFormer)
+    assert_near(original(**inputs)[0], qformer(**inputs)[0], 1e-5, "bare")
+    assert unpatch(qformer) is original
+
+
+def test_copies_of_a_patched_model_are_independent() -> None:
+    model, inputs = build("Blip2VisionModelWithProjection")
+    twin = copy.deepcopy(patch(model))
+    spread_parameters(twin, seed=4)
+    changed = twin(**inputs).image_embeds
+    unpatch(twin)
+    assert type(twin.qformer) is Blip2QFormerModel
+    assert_near(changed, twin(**inputs).image_embeds, 1e-5, "copy")
+    assert isinstance(model.qformer, QFormer)
+    assert not torch.allclose(changed, model(**inputs).image_embeds, atol=1e-3)
+
+
+def tiny_config() -> Blip2QFormerConfig:
+    return Blip2QFormerConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=20,
+        encoder_hidden_size=24,
+    )
+
+
+def test_patch_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match=r"Linear holds no transformers Q-Former \(Blip2QFormer"):
+        patch(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="QFormer holds no transformers Q-Former"):
+        patch(QFormer(tiny_config()))
+    model = nn.ModuleDict({"q": Blip2QFormerModel(tiny_config())})
+    with pytest.raises(ValueError, match="ModuleDict is not patched: there is nothing to undo"):
+        unpatch(model)
+    patch(model)
+    with pytest.raises(ValueError, match=r"ModuleDict is patched already: call unpatch"):
+        patch(model)
+
+
+def test_patch_refuses_subclasses_device_maps_and_other_attention() -> None:
+    class Mine(Blip2QFormerModel):
+        pass
+
+    with pytest.raises(ValueError, match="Mine is a subclass"):
+        patch(nn.ModuleList([Mine(tiny_config())]))
+
+    dispatched = Blip2QFormerModel(tiny_config())
+    layer = dispatched.encoder.layer[1]
+    layer.forward = layer.forward
+    model = nn.ModuleList([Blip2QFormerModel(tiny_config()), dispatched])
+    with pytest.raises(ValueError, match=r"forward of Blip2QFormerModel.encoder.layer.1 was repl"):
+        patch(model)
+    assert type(model[0]) is Blip2QFormerModel
+
+    flexible = InstructBlipQFormerModel(
+        InstructBlipQFormerConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    flexible.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match=r"attn_implementation='flex_attention'.*set_attn_impl"):
+        patch(nn.ModuleList([flexible]))
+
+
+def test_unpatch_refuses_foreign_modules_in_the_tree() -> None:
+    model = nn.ModuleList([Blip2QFormerModel(tiny_config())])
+    layer = patch(model)[0].encoder.layer[0]
+    assert isinstance(layer, QFormerLayer)
+    layer.adapter = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"differ in the modules \['adapter'\]"):
+        unpatch(model)
+    del layer.adapter
+    unpatch(model)

@@ -1,0 +1,228 @@
+"""Result files, the tables and plots made of them, and the check that these are up to date."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import ablations
+import report
+import roofline
+import tables
+import training_tables
+from results import ResultFile, merge, newest, reduce, slug
+
+
+def raw(name: str, date: str, times: dict[str, float], device: str = "AMD EPYC") -> dict[str, Any]:
+    """A benchmark as pytest-benchmark writes it."""
+    contenders: dict[str, Any] = {
+        who: {
+            "median_s": time,
+            "q1_s": time,
+            "q3_s": time,
+            "rounds": 5,
+            "peak_bytes": 2_000_000,
+            "timed_by": "wall clock",
+            "flops_per_s": 1e9 / time,
+            "bytes_per_s": 1e6 / time,
+            "of_floor": 1e-3 / time,
+        }
+        for who, time in times.items()
+    }
+    contenders["xformers"] = {"does_not_run": "device=cpu"}
+    conditions = {"device": device, "processor": "AMD EPYC", "cores": 2, "threads": 2, "cuda": None}
+    conditions |= {"python": "3.12", "versions": {"torch": "2.13"}, "commit": "0123456789"}
+    conditions |= {"command": "pytest x", "date": date, "dtype": "bfloat16"}
+    info = {
+        "conditions": conditions,
+        "contenders": contenders,
+        "work": {"flops": 1e9, "bytes": 1e6, "floor_s": 1e-3, "bound": "compute"},
+        "ceilings": {"flops_per_s": 1e12, "bytes_per_s": 1e10, "source": "measured"},
+    }
+    full = f"benchmarks/bench_itc.py::bench_{name}"
+    return {"name": f"bench_{name}", "fullname": full, "extra_info": info, "stats": {}}
+
+
+def result(*benchmarks: dict[str, Any]) -> ResultFile:
+    (file,) = reduce({"benchmarks": list(benchmarks)})
+    return file
+
+
+def test_reduced_results_keep_conditions_and_contenders() -> None:
+    file = result(raw("itc[a]", "2026-01-02", {"blip2fast cuda": 0.002, "torch": 0.004}))
+    assert file.path.name == "2026-01-02_itc_amd-epyc.json"
+    assert file.runs[0]["commit"] == "0123456789"
+    assert "dtype" not in file.runs[0]
+    assert file.cells["itc[a]"]["dtype"] == "bfloat16"
+    assert set(file.cells["itc[a]"]["contenders"]) == {"blip2fast cuda", "torch", "xformers"}
+    assert slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
+    unrelated = {"name": "x", "fullname": "benchmarks/bench_x.py::x", "extra_info": {}}
+    assert reduce({"benchmarks": [unrelated]}) == []
+
+
+def test_a_later_run_of_a_day_replaces_its_cells_alone(tmp_path: Path) -> None:
+    times = {"blip2fast cuda": 0.002, "torch": 0.004}
+    old = result(raw("itc[a]", "2026-01-02", times), raw("itc[b]", "2026-01-02", times))
+    again = raw("itc[b]", "2026-01-02", {"blip2fast cuda": 0.003})
+    again["extra_info"]["conditions"]["commit"] = "fedcba"
+    path = old.write(tmp_path)
+    assert result(again).write(tmp_path) == path
+    held = ResultFile.read(path)
+    assert [held.runs[held.cells[n]["run"]]["commit"] for n in ("itc[a]", "itc[b]")] == [
+        "0123456789",
+        "fedcba",
+    ]
+    assert held.cells["itc[b]"]["contenders"]["blip2fast cuda"]["median_s"] == 0.003
+    assert len(merge(result(again), result(again)).runs) == 1
+
+
+def test_tables_take_the_newest_of_each_machine(tmp_path: Path) -> None:
+    for date in ("2026-01-02", "2025-12-31"):
+        result(raw("itc[a]", date, {"blip2fast cuda": 1.0})).write(tmp_path)
+    other = raw("itc[a]", "2025-01-01", {"blip2fast cuda": 1.0}, device="NVIDIA H200")
+    other["extra_info"]["conditions"]["cuda"] = "13.0"
+    result(other).write(tmp_path)
+    (tmp_path / "2027-01-01_demo.json").write_text("{}")
+    found = [(file.machine, file.date) for file in newest(tmp_path.glob("*"), "itc")]
+    assert found == [("h200", "2025-01-01"), ("amd-epyc", "2026-01-02")]
+    with pytest.raises(ValueError, match="DATE_SUITE_MACHINE"):
+        ResultFile.read(tmp_path / "2027-01-01_demo.json")
+
+
+def test_tables_show_where_ours_is_slower_and_who_does_not_run() -> None:
+    ours = {"blip2fast auto": 0.0015, "blip2fast cuda": 0.002, "blip2fast reference": 0.0001}
+    text = tables.suite_table(
+        result(
+            raw("itc[won]", "2026-01-02", ours | {"torch": 0.004, "LAVIS": 0.4}),
+            raw("itc[lost]", "2026-01-02", ours | {"torch": 0.001}),
+        )
+    )
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if "itc[" in line[:20]}
+    assert "cuda 2.00 ms" in lines["itc[won]"], "neither auto nor the reference is the best of ours"
+    assert "| 2.00 | 2.67 |" in lines["itc[won]"], "against the best rival, and auto against it"
+    assert "50 %" in lines["itc[won]"]
+    assert "LAVIS 400 ms" in lines["itc[won]"]
+    assert "Slower than the best rival in 1 of 2: `itc[lost]` 0.50." in text
+    assert "xformers (2 rows): device=cpu" in text
+    assert "commit 01234567" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12.34, "12.3 s"), (0.001, "1.00 ms"), (23.4e-6, "23.4 µs"), (5e-8, "0.0500 µs")],
+)
+def test_seconds_have_three_digits(value: float, text: str) -> None:
+    assert tables.seconds(value) == text
+
+
+def test_short_table_names_what_failed() -> None:
+    benchmark = raw("itc[a]", "2026-01-02", {"blip2fast cuda": 0.002, "torch": 0.003})
+    benchmark["extra_info"]["contenders"]["blip2fast triton"] = {"failed": "wrong: 1e9"}
+    text = tables.short_table([result(benchmark)])
+    assert "itc itc[a]" in text
+    assert "1.50" in text
+    assert "blip2fast triton: wrong: 1e9" in text
+
+
+def test_short_table_says_what_a_profiled_step_went_to() -> None:
+    benchmark = raw("shares", "2026-01-02", {})
+    shares = {"gemm": 0.614, "attention": 0.2, "gaps": 0.186}
+    benchmark["extra_info"]["contenders"] = {"blip2fast": {"shares": shares}}
+    line = tables.short_table([result(benchmark)]).splitlines()[-1]
+    assert line == "itc shares: blip2fast: gemm 61 %, attention 20 %, gaps 19 %"
+
+
+def test_check_finds_a_stale_page_and_a_stale_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("# x\n<!-- itc: generated by report.py -->\nold\n<!-- /itc -->\nend\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "PAGES", (page,))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(roofline, "DOCS", tmp_path / "docs")
+    result(raw("itc[a]", "2026-01-02", {"blip2fast cuda": 0.002})).write(tmp_path)
+    plot = "docs/roofline_amd-epyc.svg"
+    assert report.check() == ["README.md", plot]
+    report.write()
+    assert report.check() == []
+    assert page.read_text().startswith("# x\n")
+    assert page.read_text().endswith("<!-- /itc -->\nend\n")
+    result(raw("itc[a]", "2026-01-02", {"blip2fast cuda": 0.001})).write(tmp_path)
+    assert report.check() == ["README.md", plot]
+
+
+def test_a_rate_stands_beside_its_time() -> None:
+    captions = raw("caption[a]", "2026-01-02", {"blip2fast": 2.0, "transformers": 4.0})
+    captions["extra_info"]["contenders"]["blip2fast"]["images_per_s"] = 4.0
+    table = tables.suite_table(result(captions))
+    assert "blip2fast 2.00 s (2.00 s to 2.00 s): 4 images/s" in table
+    assert table.count("images/s") == 1
+
+
+def test_ablations_are_means_with_standard_errors_and_paired_differences() -> None:
+    def seed(offset: float) -> dict[str, Any]:
+        stage2 = {"caption_exact": 0.5 + offset, "vqa_read": 0.75, "loss": 0.25}
+        stage1 = dict.fromkeys(("t2i_r1", "i2t_r1", "rerank_t2i_r1", "rerank_i2t_r1"), 0.5)
+        alone = stage2 | {"caption_exact": 0.25 + offset}
+        return {
+            "steps": 30,
+            "after_stage1": stage2,
+            "alone_equal_steps": alone,
+            "alone_equal_compute": stage2,
+            "stage1": stage1,
+            "itc_itm": stage1 | {"t2i_r1": 0.5 + offset},
+            "itc_itm_itg": stage1 | {"t2i_r1": 0.5},
+        }
+
+    conditions = {
+        "schedule": {"stage1": 11, "stage2": 12, "finetune": 3},
+        "held_out_scenes": 1000,
+        "batch": 64,
+        "versions": {"torch": "2.13"},
+        "commit": "0123456789",
+    }
+    text = training_tables.ablation_tables(
+        {
+            "conditions": conditions,
+            "seeds": [
+                seed(0.0),
+                seed(0.02),
+                {k: v for k, v in seed(0.01).items() if k not in ablations.STAGE2_RUNS},
+            ],
+        }
+    )
+    # two values 0 and 2 %: mean 1, standard error 1
+    assert "(12 steps) | 51.0 ± 1.0 | 75.0 ± 0.0 | 0.250 ± 0.000 |" in text
+    assert "| *difference, equal steps* | 25.0 ± 0.0 | 0.0 ± 0.0 | 0.000 ± 0.000 |" in text
+    assert "| *difference by ITG* | -1.0 ± 0.6 |" in text
+    assert text.startswith("| 2 seeds |")
+    assert "| 3 seeds |" in text
+
+
+def test_precision_differences_are_in_standard_errors() -> None:
+    def runs(*values: float) -> list[dict[str, float]]:
+        return [{"loss": value, "eval_t2i_r1": 0.5 + value / 10} for value in values]
+
+    conditions = {"steps": 9, "batch": 64, "device": "x", "torch": "2", "commit": "0123"}
+    text = training_tables.precision_table(
+        {
+            "conditions": conditions,
+            "runs": {"fp32": runs(1.0, 3.0), "bf16": runs(2.0, 4.0)},
+        }
+    )
+    # means 2 and 3, each with a standard error of 1: 1 / sqrt(2)
+    assert "| loss | 2.000 ± 1.000 | 3.000 ± 1.000 | +0.7 |" in text
+    assert "| eval_t2i_r1 | 70.0 ± 10.0 | 80.0 ± 10.0 | +0.7 |" in text
+
+
+def test_headlines_name_both_and_leave_out_what_was_not_run() -> None:
+    times = {"blip2fast auto": 0.5, "torch matmul, amax": 1.0, "torch": 0.1}
+    file = result(raw("itc[n1680_cpu-fp32-train]", "2026-01-02", times))
+    lines = tables.headlines({"itc": file}).splitlines()
+    assert len(lines) == 3
+    assert "500 ms | 2 MB | torch matmul, amax | 1.00 s | 2 MB | 2.00 |" in lines[2]
