@@ -47,7 +47,7 @@ from blip2fast.evaluation.stage2 import (
 from blip2fast.scenes import is_exact
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
-from blip2fast.training.config import config_values, load_config
+from blip2fast.training.config_files import config_values, load_config
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 BATCH = 64

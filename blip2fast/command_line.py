@@ -118,7 +118,7 @@ def _positive(text: str) -> int:
 
 
 def _plan(given: argparse.Namespace) -> str:
-    from blip2fast.training.config import load_config
+    from blip2fast.training.config_files import load_config
     from blip2fast.training.memory_plan import GIB, Memory, machine_memory, plan_memory
 
     memory = machine_memory()
@@ -180,10 +180,11 @@ def _storage_loss(given: argparse.Namespace) -> str:
     from dataclasses import replace
 
     from blip2fast.offload.blocks import find_blocks
-    from blip2fast.offload.quantised import Storage, loss_difference
+    from blip2fast.offload.quantised import Storage
+    from blip2fast.offload.storage_loss import loss_difference
     from blip2fast.stage2.model import Blip2Stage2
     from blip2fast.training.build import build_run
-    from blip2fast.training.config import load_config
+    from blip2fast.training.config_files import load_config
 
     config = load_config(given.config, given.set)
     if config.stage != 2:

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     import transformers
 
-    from blip2fast.training.config import load_config
+    from blip2fast.training.config_files import load_config
     from blip2fast.training.trainer import train
 
     transformers.logging.set_verbosity_error()

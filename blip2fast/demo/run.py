@@ -35,7 +35,7 @@ from blip2fast.demo.settings import (
 from blip2fast.demo.table import check_gates, render
 from blip2fast.demo.training import TrainingRun, train
 from blip2fast.scenes.world import Source
-from blip2fast.training.config import config_values, load_config
+from blip2fast.training.config_files import config_values, load_config
 
 PACKAGES = ("blip2fast", "torch", "transformers", "deepspeed", "numpy")
 TITLES = {

@@ -27,7 +27,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from blip2fast.training.config import RunConfig, config_values, load_config
+from blip2fast.training.config import RunConfig
+from blip2fast.training.config_files import config_values, load_config
 
 LAUNCHER_PORT = 29500  # DeepSpeed's default
 TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"

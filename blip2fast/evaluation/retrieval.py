@@ -12,13 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from blip2fast.stage1.model import Blip2Stage1
+from blip2fast.stage1.model import Blip2Stage1
 
 ImageReader = Callable[[Tensor], Tensor]
 RECALL_KS = (1, 5, 10)

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from blip2fast.evaluation.retrieval import (
     ImageReader,
@@ -30,13 +31,9 @@ from blip2fast.evaluation.retrieval import (
     retrieval_recall,
     swapped_match_accuracy,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from blip2fast.stage1.model import Blip2Stage1
-    from blip2fast.stage2.model import Blip2Stage2
-    from blip2fast.stage2.text import Stage2Text
+from blip2fast.stage1.model import Blip2Stage1
+from blip2fast.stage2.model import Blip2Stage2
+from blip2fast.stage2.text import Stage2Text
 
 
 @contextmanager

@@ -30,7 +30,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _RUNS, _RUN = 8, 32
-_MARK = "_frozen_identity"  # attribute of a model whose weights are kept in another form
+# attributes: the identity noted of a model; on a module whose weights are stored in 8 or 4 bits
+_MARK, _ENCODED = "_frozen_identity", "_weights_encoded"
 # What a configuration says beside the function that the model computes.
 _NO_MATTER = {
     *("_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype"),
@@ -184,12 +185,19 @@ def note_identity(model: nn.Module, identity: FrozenIdentity | None = None) -> N
     vars(model)[_MARK] = identity or identify_model(model)
 
 
+def mark_encoded(module: nn.Module, encoded: bool = True) -> None:
+    """Note that a module's state dict gives its weights as decoded, not as they were loaded."""
+    if encoded:
+        vars(module)[_ENCODED] = True
+    else:
+        vars(module).pop(_ENCODED, None)
+
+
 def has_own_values(model: nn.Module) -> bool:
     """Whether the state dict of a model has its weights as they were loaded."""
-    streams = (vars(module).get("_block_stream") for module in model.modules())
-    return not any(p.device.type == "meta" or hasattr(p, "ds_id") for p in model.parameters()) and (
-        all(stream is None or stream.storage == "as_is" for stream in streams)
-    )
+    if any(p.device.type == "meta" or hasattr(p, "ds_id") for p in model.parameters()):
+        return False
+    return not any(_ENCODED in vars(module) for module in model.modules())
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

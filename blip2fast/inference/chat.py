@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 import torch
 
 from blip2fast.inference.inputs import EncodedImages, Images, Options
-from blip2fast.inference.writer import Pictures
-from blip2fast.stage2 import language_model as stage2_llm
-
-if TYPE_CHECKING:
-    from blip2fast.inference.model import Blip2
+from blip2fast.inference.writer import Pictures, Writer
+from blip2fast.stage2.language_model import is_encoder_decoder, position_limit
 
 CHAT: Options = {"num_beams": 5, "length_penalty": 1.0, "max_new_tokens": 30}
 
@@ -30,11 +27,13 @@ class Chat:
         left_out: how many of the oldest turns the last question had no room for.
     """
 
-    def __init__(self, blip2: Blip2, seen: EncodedImages, template: str, options: Options) -> None:
+    def __init__(
+        self, writer: Writer, seen: EncodedImages, template: str, options: Options
+    ) -> None:
         self.history: list[tuple[str, str]] = []
         self.left_out = 0
-        self._blip2, self._template, self._options = blip2, template, options
-        self._marker = blip2._parts.marker
+        self._writer, self._template, self._options = writer, template, options
+        self._marker = writer.parts.marker
         self._first = len(seen)  # images in front, which are never left out
         self._states = seen.states
 
@@ -57,7 +56,7 @@ class Chat:
             raise ValueError(f"the question {question!r} is empty; leave it out")
         states = self._states
         if images is not None:
-            more = self._blip2.encode(images).states
+            more = self._writer.encode(images).states
             states = torch.cat([states, more])
             if self._marker not in question:
                 question = self._marker * len(more) + question
@@ -65,8 +64,8 @@ class Chat:
         text = self._fitting(question, merged.get("max_new_tokens", CHAT["max_new_tokens"]))
         gone = sum(asked.count(self._marker) for asked, _ in self.history[: self.left_out])
         kept = torch.cat([states[: self._first], states[self._first + gone :]])
-        pictures = Pictures(self._blip2._parts, EncodedImages(kept, one=False))
-        (answer,) = self._blip2._write(pictures, [range(len(kept))], [text], CHAT, merged)
+        pictures = Pictures(self._writer.parts, EncodedImages(kept, one=False))
+        (answer,) = self._writer.write(pictures, [range(len(kept))], [text], CHAT, merged)
         self.history.append((question, answer))
         self._states = states
         return answer
@@ -81,10 +80,10 @@ class Chat:
 
     def _fitting(self, question: str, new_tokens: int) -> str:
         """The prompt with as many of the latest turns as there are positions for."""
-        language_model = self._blip2.model.language_model
-        limit = stage2_llm.position_limit(language_model)
+        language_model = self._writer.parts.model.language_model
+        limit = position_limit(language_model)
         self.left_out = 0
-        if limit is not None and not stage2_llm.is_encoder_decoder(language_model):
+        if limit is not None and not is_encoder_decoder(language_model):
             while self.left_out < len(self.history) and (
                 self._length(question) + new_tokens > limit
             ):
@@ -94,4 +93,4 @@ class Chat:
     def _length(self, question: str) -> int:
         """Positions of soft prompts and text."""
         text = self._marker * self._first + self.prompt(question, self.left_out)
-        return int(self._blip2._parts.text.prompt_batch([text])["input_ids"].shape[1])
+        return int(self._writer.parts.text.prompt_batch([text])["input_ids"].shape[1])

@@ -23,9 +23,9 @@ from blip2fast.frozen.image_encoders import load_image_encoder
 from blip2fast.frozen.images import transform_for
 from blip2fast.inference.inputs import Transform
 from blip2fast.offload.loading import load_streamed
-from blip2fast.offload.streaming import stream_blocks
+from blip2fast.offload.streaming import stream_blocks, stream_of
 from blip2fast.run_texts import qformer_tokenizer
-from blip2fast.stage2 import language_model as stage2_llm
+from blip2fast.stage2.language_model import is_encoder_decoder
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
 
@@ -71,7 +71,7 @@ def prompts_of_run(model: Blip2Stage2) -> Prompts:
     A decoder-only model that was trained without a prompt writes its captions without one; an
     encoder, or a Q-Former that reads text, gets the paper's: it has always read something.
     """
-    own, encoder_decoder = model.config.prompt, stage2_llm.is_encoder_decoder(model.language_model)
+    own, encoder_decoder = model.config.prompt, is_encoder_decoder(model.language_model)
     paper = paper_prompts(encoder_decoder, model.config.text_conditioned)
     begun = paper.caption if encoder_decoder or model.config.text_conditioned else ""
     if "{}" in own:
@@ -237,7 +237,7 @@ def _transformers(path: str, dtype: torch.dtype, device: torch.device, offload: 
     ends = model.language_model.generation_config.eos_token_id
     end_ids = [text.end_token_id] if ends is None else ends if isinstance(ends, list) else [ends]
     text.end_token_id = end_ids[0]
-    encoder_decoder = stage2_llm.is_encoder_decoder(model.language_model)
+    encoder_decoder = is_encoder_decoder(model.language_model)
     prompts = paper_prompts(encoder_decoder, model.config.text_conditioned)
     return Parts(model, text, prompts, transform, "", end_ids)
 
@@ -245,7 +245,7 @@ def _transformers(path: str, dtype: torch.dtype, device: torch.device, offload: 
 def _text(model: Blip2Stage2, tokenizer: Any, qformer_tokenizer: Any) -> Stage2Text:
     return Stage2Text(
         tokenizer,
-        stage2_llm.is_encoder_decoder(model.language_model),
+        is_encoder_decoder(model.language_model),
         end_text=model.config.end_text,
         max_txt_len=NO_LIMIT,
         image_marker=model.config.image_marker or MARKER,
@@ -266,4 +266,4 @@ def _place(model: Blip2Stage2, dtype: torch.dtype, device: torch.device) -> None
 
 def is_streamed(model: Blip2Stage2) -> bool:
     """Whether the language model's blocks are in host memory and come when they are needed."""
-    return any(vars(m).get("_block_stream") is not None for m in model.language_model.modules())
+    return any(stream_of(module) is not None for module in model.language_model.modules())

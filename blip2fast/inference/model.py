@@ -13,8 +13,6 @@ Shapes: B images, Q queries, S image tokens, E image token width, L language mod
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Unpack
 
@@ -28,11 +26,10 @@ from blip2fast.inference.inputs import (
     Images,
     Options,
     Questions,
-    generate_settings,
     questions_by_image,
 )
 from blip2fast.inference.loading import Offload, Parts, is_streamed, load_parts
-from blip2fast.inference.writer import Pictures
+from blip2fast.inference.writer import Pictures, Writer
 
 Texts = str | list[str] | list[list[str]] | list[str | list[str]]
 
@@ -54,7 +51,7 @@ class Blip2:
     def __init__(self, parts: Parts) -> None:
         self.model = parts.model
         self.prompts = parts.prompts
-        self._parts = parts
+        self._parts, self._writer = parts, Writer(parts)
 
     @classmethod
     def from_pretrained(
@@ -89,7 +86,7 @@ class Blip2:
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self.model.query_tokens.device
+        return self._writer.device
 
     def to(self, device: torch.device | str) -> Blip2:
         """Move it to a device.
@@ -105,7 +102,6 @@ class Blip2:
         self.model.to(torch.device(device))
         return self
 
-    @torch.no_grad()
     def encode(
         self,
         images: Images | None = None,
@@ -127,14 +123,7 @@ class Blip2:
         Raises:
             ValueError: no image, one that cannot be read, or no known image encoder.
         """
-        pictures = Pictures(self._parts, images, image_embeds)
-        rows = range(pictures.count)
-        _check_batch_size(batch_size)
-        parts = [
-            pictures.read(rows[start : start + batch_size])
-            for start in range(0, pictures.count, batch_size)
-        ]
-        return EncodedImages(torch.cat(parts), pictures.one)
+        return self._writer.encode(images, image_embeds=image_embeds, batch_size=batch_size)
 
     def caption(
         self,
@@ -169,7 +158,7 @@ class Blip2:
         pictures = Pictures(self._parts, images, image_embeds)
         rows = [[row] for row in range(pictures.count)]
         texts = [self._parts.marker + prompt] * len(rows)
-        written = self._write(pictures, rows, texts, CAPTION, options, num_captions)
+        written = self._writer.write(pictures, rows, texts, CAPTION, options, num_captions)
         if num_captions == 1:
             return written[0] if pictures.one else written
         nested = [
@@ -208,7 +197,7 @@ class Blip2:
         rows = [[row] for row, each in enumerate(asked) for _ in each]
         template = self._parts.marker + template
         texts = [template.replace("{}", question) for each in asked for question in each]
-        written = iter(self._write(pictures, rows, texts, ANSWER, options))
+        written = iter(self._writer.write(pictures, rows, texts, ANSWER, options))
         answers = [[next(written) for _ in each] for each in asked]
         found = [each[0] if single else each for each, single in zip(answers, alone, strict=True)]
         return found[0] if pictures.one else found
@@ -232,59 +221,11 @@ class Blip2:
             ValueError: as in `encode`.
         """
         seen = self.encode(images, image_embeds=image_embeds)
-        return Chat(self, seen, self._question_template(prompt, self.prompts.chat), options)
+        template = self._question_template(prompt, self.prompts.chat)
+        return Chat(self._writer, seen, template, options)
 
     def _question_template(self, given: str | None, own: str) -> str:
         template = own if given is None else given
         if "{}" not in template:
             raise ValueError(f"the prompt {template!r} has no {{}} for the question; add one")
         return template
-
-    def _write(
-        self,
-        pictures: Pictures,
-        rows: Sequence[Sequence[int]],
-        texts: Sequence[str],
-        defaults: Options,
-        options: Options,
-        per_text: int = 1,
-    ) -> list[str]:
-        """Continue each text, which has a marker for each image of its row."""
-        settings = generate_settings(defaults, options, per_text)
-        settings |= {
-            "eos_token_id": self._parts.end_ids,
-            "pad_token_id": self._parts.text.pad_token_id,
-        }
-        size = options.get("batch_size", BATCH_SIZE)
-        _check_batch_size(size)
-        form = "image_embeds" if self.model.config.text_conditioned else "prompts"
-        written: list[str] = []
-        with _seeded(options.get("seed"), self.device):
-            for start in range(0, len(rows), size):
-                some = rows[start : start + size]
-                batch = self._parts.text.prompt_batch(
-                    texts[start : start + size], image_counts=[len(each) for each in some]
-                )
-                tokens = self.model.generate(
-                    **{form: pictures.read([row for each in some for row in each])},
-                    **{name: value.to(self.device) for name, value in batch.items()},
-                    **settings,
-                )
-                written += self._parts.text.decode(tokens)
-        return written
-
-
-def _check_batch_size(size: int) -> None:
-    if size < 1:
-        raise ValueError(f"batch_size is {size}; expected at least 1")
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draws from a seed inside, and PyTorch's generators as they were outside."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

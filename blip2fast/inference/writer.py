@@ -1,4 +1,4 @@
-"""Images in any form to what the language model is given of them, each image read once.
+"""What reads images and continues texts for `Blip2` and `Chat`; each image is read once.
 
 Shapes: B images, Q queries, S image tokens, E image token width, L language model width.
 """
@@ -6,11 +6,22 @@ Shapes: B images, Q queries, S image tokens, E image token width, L language mod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from blip2fast.inference.inputs import EncodedImages, Images, OneImage, as_list, to_pixels
+from blip2fast.evaluation.stage2 import seeded
+from blip2fast.inference.inputs import (
+    BATCH_SIZE,
+    EncodedImages,
+    Images,
+    OneImage,
+    Options,
+    as_list,
+    generate_settings,
+    to_pixels,
+)
 from blip2fast.inference.loading import Parts
 from blip2fast.stage1 import inputs as stage1_inputs
 
@@ -96,3 +107,81 @@ class Pictures:
         if len(shapes) > 1:
             raise ValueError(f"images of different sizes after their transform: {sorted(shapes)}")
         return torch.stack(pixels)
+
+
+class Writer:
+    """Reads images and lets the language model continue texts about them.
+
+    Args:
+        parts: the model with its text preparation, prompts and image transform.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.parts.model.query_tokens.device
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Images | None = None,
+        *,
+        image_embeds: Tensor | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> EncodedImages:
+        """Read images: see `Blip2.encode`."""
+        pictures = Pictures(self.parts, images, image_embeds)
+        rows = range(pictures.count)
+        _check_batch_size(batch_size)
+        read = [
+            pictures.read(rows[start : start + batch_size])
+            for start in range(0, pictures.count, batch_size)
+        ]
+        return EncodedImages(torch.cat(read), pictures.one)
+
+    def write(
+        self,
+        pictures: Pictures,
+        rows: Sequence[Sequence[int]],
+        texts: Sequence[str],
+        defaults: Options,
+        options: Options,
+        per_text: int = 1,
+    ) -> list[str]:
+        """Continue each text, which has a marker for each image of its row.
+
+        Args:
+            pictures: the images.
+            rows: of the images, for each text.
+            texts: what the language model reads.
+            defaults, options, per_text: as in `generate_settings`.
+        """
+        settings = generate_settings(defaults, options, per_text)
+        text, model = self.parts.text, self.parts.model
+        settings |= {"eos_token_id": self.parts.end_ids, "pad_token_id": text.pad_token_id}
+        size = options.get("batch_size", BATCH_SIZE)
+        _check_batch_size(size)
+        form = "image_embeds" if model.config.text_conditioned else "prompts"
+        seed = options.get("seed")
+        written: list[str] = []
+        with nullcontext() if seed is None else seeded(seed, self.device):
+            for start in range(0, len(rows), size):
+                some = rows[start : start + size]
+                batch = text.prompt_batch(
+                    texts[start : start + size], image_counts=[len(each) for each in some]
+                )
+                tokens = model.generate(
+                    **{form: pictures.read([row for each in some for row in each])},
+                    **{name: value.to(self.device) for name, value in batch.items()},
+                    **settings,
+                )
+                written += text.decode(tokens)
+        return written
+
+
+def _check_batch_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"batch_size is {size}; expected at least 1")

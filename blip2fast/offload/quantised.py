@@ -10,10 +10,7 @@ one copy moves, which is why no quantisation library's own weight classes are us
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,94 +77,3 @@ def is_encoded(module: nn.Module, name: str, parameter: Tensor) -> bool:
 
 def _scale(largest: Tensor, levels: int) -> Tensor:
     return torch.where(largest > 0, largest / levels, 1.0)
-
-
-@dataclass(frozen=True)
-class StorageLoss:
-    """What storing the frozen weights in fewer bits does to a loss.
-
-    Attributes:
-        as_is, stored: mean loss over the batches, with the weights as they are and as decoded.
-    """
-
-    storage: str
-    as_is: float
-    stored: float
-
-    @property
-    def difference(self) -> float:
-        return self.stored - self.as_is
-
-    def __str__(self) -> str:
-        return (
-            f"{self.storage}: loss {self.stored:.4f}, {self.difference:+.4f} against "
-            f"{self.as_is:.4f} with the weights as they are"
-        )
-
-
-@torch.no_grad()
-def loss_difference(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    storage: Storage,
-    blocks: Iterable[nn.Module] | None = None,
-) -> StorageLoss:
-    """The loss of a model whose frozen blocks are stored in 8 or 4 bits, beside its loss now.
-
-    One block at a time is decoded, so a second copy of the model is never held.
-
-    Args:
-        model: called with a batch, gives `.loss`: a language model, or a `Blip2Stage2`.
-        batches: keyword arguments of the model, at least one.
-        storage: int8 or int4.
-        blocks: by default the blocks that `stream_blocks` finds in the model.
-
-    Raises:
-        ValueError: as_is, an unknown storage, or no batches.
-    """
-    if storage not in ("int8", "int4"):
-        raise ValueError(f"storage {storage!r}: expected int8 or int4, whose loss can differ")
-    kept = list(batches)
-    if not kept:
-        raise ValueError("batches: none given, so there is no loss to compare")
-    as_is = _mean_loss(model, kept)
-    with as_stored(model, storage, blocks):
-        stored = _mean_loss(model, kept)
-    return StorageLoss(storage, as_is, stored)
-
-
-def _mean_loss(model: nn.Module, batches: list[Mapping[str, Any]]) -> float:
-    return float(torch.stack([model(**batch).loss.double() for batch in batches]).mean())
-
-
-@contextmanager
-def as_stored(
-    model: nn.Module, storage: Storage, blocks: Iterable[nn.Module] | None = None
-) -> Iterator[None]:
-    """Let every block compute with its weights encoded and decoded, and keep them as they are."""
-    from blip2fast.offload.blocks import find_blocks
-
-    originals: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
-
-    def before(block: nn.Module, _: Any) -> None:
-        originals[id(block)] = kept = []
-        for module in block.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if is_encoded(module, name, parameter):
-                    kept.append((parameter, parameter.data))
-                    decoded = torch.empty_like(parameter.data)
-                    parameter.data = decode(storage, encode(storage, parameter.data), decoded)
-
-    def after(block: nn.Module, *_: Any) -> None:
-        for parameter, original in originals.pop(id(block)):
-            parameter.data = original
-
-    handles = []
-    for block in find_blocks(model) if blocks is None else blocks:
-        handles.append(block.register_forward_pre_hook(before))
-        handles.append(block.register_forward_hook(after, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2fast.frozen.identity import note_identity
+from blip2fast.frozen.identity import mark_encoded, note_identity
 from blip2fast.offload.blocks import BlockLayout, find_blocks, lay_out, own_parameters
 from blip2fast.offload.copying import Copier, Slot, copier_for, host_buffer
 from blip2fast.offload.quantised import Storage
@@ -117,6 +117,12 @@ def stream_blocks(
     return stream
 
 
+def stream_of(module: nn.Module) -> BlockStream | None:
+    """The stream that a block belongs to; None where it is not streamed."""
+    stream: BlockStream | None = vars(module).get(_MARK)
+    return stream
+
+
 class BlockStream:
     """The blocks of a model, streamed; made by `stream_blocks`.
 
@@ -164,6 +170,7 @@ class BlockStream:
             forward = block.module.forward
             block.module.forward = partial(self._run, index, forward)
             vars(block.module)[_MARK] = self
+            mark_encoded(block.module, storage != "as_is")
             self._handles += [
                 block.module.register_state_dict_post_hook(partial(self._add_weights, index)),
                 block.module.register_load_state_dict_pre_hook(partial(self._take_weights, index)),
@@ -216,6 +223,7 @@ class BlockStream:
                     module.register_parameter(attribute, parameter)
             block.host = torch.empty(0, dtype=torch.uint8)
             del block.module.forward, vars(block.module)[_MARK]
+            mark_encoded(block.module, False)
         self._slots, self._scratch = [], torch.empty(0, dtype=torch.uint8)
 
     @contextmanager
@@ -345,7 +353,7 @@ class BlockStream:
 def _refuse_unsuitable(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     for module in modules:
         name = type(module).__name__
-        if _MARK in vars(module):
+        if stream_of(module) is not None:
             raise ValueError(f"{name}: is streamed already; undo that stream first")
         if "forward" in vars(module):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The first pass of a stage-1 step, and ITC over more pairs than one pass has memory for.
+"""ITC over more pairs than one pass has memory for.
 
 A contrastive loss needs all its pairs at once, but its encoders do not: features of every
 micro-batch first, without gradient; the loss of all and its gradients with respect to features;
@@ -11,76 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blip2fast.kernels.philox import philox_state
 from blip2fast.ops.itc.loss import itc_loss_and_grads
-from blip2fast.packed_pass import Dropout
-from blip2fast.qformer.packed import PackedQFormer
-from blip2fast.stage1 import inputs as stage1_inputs
-from blip2fast.stage1 import losses
 from blip2fast.stage1.config import Stage1Config
-from blip2fast.stage1.passes import PackedTexts, contrast_pass
 
-if TYPE_CHECKING:
-    from blip2fast.stage1.model import Blip2Stage1
-
-# keyword arguments of `features` to `(image features, text features, temperature)`
+# `Blip2Stage1.features`, or the same through an engine: `(image features, text features,
+# temperature)` of a dropout seed `philox=` and the keyword arguments of a batch
 Encode = Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class FirstPass:
-    """What ITC and ITG read.
-
-    Attributes:
-        query_output: `[B, Q, C]`.
-        image_features, text_features: `[B, Q, D]` and `[B, D]`, normalised.
-        itg_states: `[T_itg, C]`, rows that predict a word; empty without ITG.
-        labels: `[T_itg]`, those words.
-    """
-
-    query_output: Tensor
-    image_features: Tensor
-    text_features: Tensor
-    itg_states: Tensor
-    labels: Tensor
-
-
-def first_pass(
-    model: Blip2Stage1,
-    packed: PackedQFormer,
-    keys_values: list[Tensor | None],
-    texts: PackedTexts,
-    visible: Tensor | None,
-    philox: Tensor,
-    with_itg: bool,
-) -> FirstPass:
-    """Images and texts, each alone, and the texts again behind their images.
-
-    A row's dropout depends on its place, and ITG's rows are the last: without them the features
-    are the same.
-    """
-    B = texts.count
-    bos = model.config.bos_token_id if with_itg else None
-    contrast = contrast_pass(texts, model.config.num_query_tokens, bos, visible)
-    query_output, text_states = packed(
-        model.query_tokens[0],
-        model.embeddings(contrast.ids, contrast.positions),
-        keys_values,
-        contrast.packed,
-        Dropout.of(model.qformer, philox, 0),
-    )
-    return FirstPass(
-        query_output,
-        losses.unit(model.vision_projection(query_output)),
-        losses.unit(model.text_projection(text_states[:B])),
-        text_states[B:],
-        contrast.labels,
-    )
 
 
 def products(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
@@ -91,42 +33,6 @@ def products(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
         device: Where they are computed. A CPU has no use for fp16.
     """
     return torch.float16 if dtype.itemsize == 2 and device.type == "cuda" else None
-
-
-@torch.no_grad()
-def features(
-    model: Blip2Stage1,
-    philox: Tensor,
-    image_embeds: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    image_ids: Tensor | None = None,
-    *,
-    image_attention_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `Blip2Stage1.forward` compares in ITC, without gradient.
-
-    Args:
-        model: In training mode, with the dropout of `philox`.
-        philox: `[2]`, as in `StepContrast`.
-        image_embeds, input_ids, attention_mask, image_ids: As in `Blip2Stage1.forward`, like the
-            rest.
-
-    Returns:
-        Image features `[B, Q, D]`, text features `[B, D]`, rounded as `products` says, and the
-        temperature, a scalar.
-    """
-    image_embeds = model.image_tokens(image_embeds)
-    texts = model.packed_texts(input_ids, attention_mask, cu_seqlens)
-    stage1_inputs.check_pairs(image_embeds, texts)
-    visible = stage1_inputs.check_image_mask(image_embeds, image_attention_mask)
-    packed = PackedQFormer(model.qformer, model.computing_dtype(image_embeds.device))
-    keys_values = packed.image_keys_values(image_embeds, model.ln_vision)
-    found = first_pass(model, packed, keys_values, texts, visible, philox, with_itg=False)
-    kind = products(packed.dtype, image_embeds.device) or found.image_features.dtype
-    image, text = found.image_features.to(kind), found.text_features.to(kind)
-    return image, text, model.temp.detach().reshape(()).clone()
 
 
 @dataclass(frozen=True)
@@ -182,7 +88,7 @@ def step_contrast(
     with all the pairs.
 
     Args:
-        encode: `features` of the model, as a function of the other arguments.
+        encode: `Blip2Stage1.features` of the model.
         batches: Keyword arguments of `Blip2Stage1.forward`, image tokens given.
         config: Of the model.
 

@@ -14,24 +14,39 @@ import torch
 from torch import Tensor, nn
 
 from blip2fast.kernels.philox import philox_state, with_offset
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
+from blip2fast.masks import MaskKind, qformer_mask
 from blip2fast.ops import itc_loss, lm_cross_entropy
-from blip2fast.ops.collectives import rank
 from blip2fast.ops.dispatch import describe_choices
-from blip2fast.packed_pass import Dropout
+from blip2fast.packed_pass import PackedPass
 from blip2fast.qformer.checks import check_state
 from blip2fast.qformer.fused_linear import describe
 from blip2fast.qformer.model import QFormer
-from blip2fast.qformer.packed import PackedQFormer
-from blip2fast.stage1 import contrast as stage1_contrast
-from blip2fast.stage1 import inputs as stage1_inputs
 from blip2fast.stage1 import lavis, losses
 from blip2fast.stage1.config import LOSSES, Stage1Config, Stage1Output, check_losses
-from blip2fast.stage1.contrast import StepContrast, first_pass
-from blip2fast.stage1.generation import generate, padded_logits
+from blip2fast.stage1.contrast import StepContrast, products
+from blip2fast.stage1.generation import generate
+from blip2fast.stage1.inputs import (
+    check_gathered,
+    check_image_mask,
+    check_negatives,
+    check_new_tokens,
+    check_pairs,
+    check_ranks_agree,
+    check_some_negative,
+    check_training_batch,
+    image_tokens,
+    packed_texts,
+    sizes_of_ranks,
+)
 from blip2fast.stage1.modules import LMHead, TextEmbeddings, copy_text_ffn_to_queries
-from blip2fast.stage1.negatives import NegativeExchange
-from blip2fast.stage1.passes import PackedTexts, images_of_pairs, matching_pass
-from blip2fast.stage1_matching import encode_image, encode_text, match, match_logits
+from blip2fast.stage1.passes import (
+    PackedTexts,
+    Reader,
+    first_pass,
+    matching_pass,
+    second_pass,
+)
 
 # beyond every offset of a dropout mask: negatives and masks share a step's seed
 _NEGATIVES_OFFSET = 2**31
@@ -185,20 +200,21 @@ class Blip2Stage1(nn.Module):
         """
         image_embeds = self.image_tokens(image_embeds, images)
         texts = self.packed_texts(input_ids, attention_mask, cu_seqlens)
-        stage1_inputs.check_pairs(image_embeds, texts)
-        stage1_inputs.check_training_batch(texts, image_ids)
-        visible = stage1_inputs.check_image_mask(image_embeds, image_attention_mask)
-        sizes = stage1_inputs.sizes_of_ranks(image_embeds, texts, image_ids, visible)
+        check_pairs(image_embeds, texts)
+        check_training_batch(texts, image_ids)
+        visible = check_image_mask(image_embeds, image_attention_mask)
+        sizes = sizes_of_ranks(image_embeds, texts, image_ids, visible)
         philox = philox_state(device=image_embeds.device) if contrast is None else contrast.philox
 
-        packed = PackedQFormer(self.qformer, self.computing_dtype(image_embeds.device))
-        keys_values = packed.image_keys_values(image_embeds, self.ln_vision)
-        self._image_form = packed.image_form
+        reader = self._reader()
+        read = reader.images(image_embeds, visible)
+        self._image_form = reader.packed.image_form
         with_itg = "itg" in self.losses
-        first = first_pass(self, packed, keys_values, texts, visible, philox, with_itg)
+        bos = self.config.bos_token_id if with_itg else None
+        first = first_pass(reader, read, texts, philox, bos)
+        features = self._image_features(first.queries), self._text_features(first.cls)
         # a device has the first pass to do while its host waits, and no collective has begun
-        longest = stage1_inputs.check_ranks_agree(sizes)
-        features = first.image_features, first.text_features
+        longest = check_ranks_agree(sizes)
         # beside the contrast of a whole step, that of this batch is there for negatives alone
         with torch.set_grad_enabled(torch.is_grad_enabled() and contrast is None):
             itc = itc_loss(
@@ -209,32 +225,34 @@ class Blip2Stage1(nn.Module):
                 grad_mode=self.config.grad_mode,
                 negatives="sample" if negatives is None else "none",
                 philox=with_offset(philox, _NEGATIVES_OFFSET),
-                products=stage1_contrast.products(packed.dtype, image_embeds.device),
+                products=products(reader.packed.dtype, image_embeds.device),
             )
         if negatives is None:
-            stage1_inputs.check_some_negative(itc.without_negative, image_ids)
+            check_some_negative(itc.without_negative, image_ids)
             negatives = itc.negative_image, itc.negative_text
         else:
-            negatives = stage1_inputs.check_negatives(negatives, texts.count)
+            negatives = check_negatives(negatives, texts.count)
         loss_itc = itc.loss if contrast is None else contrast.loss_of(*features, self.temp)
         found = {"loss": loss_itc, "loss_itc": loss_itc}
         if "itm" in self.losses:
-            found["itm_logits"] = self._matching_logits(
-                packed, image_embeds, keys_values, texts, visible, negatives, longest, philox
+            pad = self.config.pad_token_id
+            pairs = second_pass(
+                reader, read, texts, negatives, philox, longest=longest, pad_token_id=pad
             )
+            found["itm_logits"] = self._matching_logits(pairs)
             found["loss_itm"], found["accuracy_itm"] = losses.itm_loss(
                 found["itm_logits"], negatives
             )
             found["loss"] = found["loss"] + found["loss_itm"]
         if with_itg:
             found["loss_itg"], found["accuracy_itg"] = self._generation_loss(
-                first.itg_states, first.labels
+                first.itg, first.labels
             )
             found["loss"] = found["loss"] + found["loss_itg"]
         output = Stage1Output(
-            image_features=first.image_features,
-            text_features=first.text_features,
-            query_output=first.query_output,
+            image_features=features[0],
+            text_features=features[1],
+            query_output=first.queries,
             accuracy_i2t=(contrast or itc).accuracy_i2t,
             accuracy_t2i=(contrast or itc).accuracy_t2i,
             negative_image=negatives[0],
@@ -244,7 +262,7 @@ class Blip2Stage1(nn.Module):
         length = attention_mask.shape[1] if attention_mask is not None else texts.longest
         return output.when_asked(
             lambda: losses.itc_logits(*features, self.temp, self.config.grad_mode),
-            lambda: padded_logits(self, image_embeds, texts, length, visible),
+            lambda: self._padded_logits(image_embeds, texts, length, visible),
         )
 
     def encode_image(
@@ -261,7 +279,19 @@ class Blip2Stage1(nn.Module):
         Returns:
             `(image_features [B, Q, D], query_output [B, Q, C])`; the features are normalised.
         """
-        return encode_image(self, image_embeds, image_attention_mask)
+        image_embeds = self.image_tokens(image_embeds)
+        visible = check_image_mask(image_embeds, image_attention_mask)
+        layout = AttentionLayout.build(
+            len(image_embeds), self.config.num_query_tokens, device=image_embeds.device
+        )
+        reader = self._reader()
+        read = reader.images(image_embeds, visible)
+        states, _ = reader.run(
+            PackedPass(layout, image_mask=visible),
+            keys_values=read.keys_values,
+            philox=philox_state(device=image_embeds.device),
+        )
+        return self._image_features(states), states
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Features of texts that saw no image: the projected [CLS] state, normalised.
@@ -273,7 +303,15 @@ class Blip2Stage1(nn.Module):
         Returns:
             `[B, D]`.
         """
-        return encode_text(self, input_ids, attention_mask)
+        texts = self.packed_texts(input_ids, attention_mask)
+        device = texts.ids.device
+        layout = AttentionLayout.build(0, 0, texts.lengths, MaskKind.UNIMODAL, device=device)
+        _, states = self._reader().run(
+            PackedPass(layout, kept_text=texts.cu_seqlens[:-1]),
+            (texts.ids, texts.positions),
+            philox=philox_state(device=device),
+        )
+        return self._text_features(states)
 
     def match(
         self,
@@ -293,9 +331,24 @@ class Blip2Stage1(nn.Module):
             image_index: `[B]`, the image of each text, where `image_embeds` `[images, S, E]` holds
                 each image once: its keys and values then serve all its texts. Default: image i.
         """
-        return match(
-            self, image_embeds, input_ids, attention_mask, image_attention_mask, image_index
+        image_embeds = self.image_tokens(image_embeds)
+        texts = self.packed_texts(input_ids, attention_mask)
+        index = None
+        if image_index is None:
+            check_pairs(image_embeds, texts)
+        else:
+            index = KVIndex.build(image_index.to(image_embeds.device), len(image_embeds))
+        visible = check_image_mask(image_embeds, image_attention_mask)
+        pairs = matching_pass(texts, None, self.config.num_query_tokens, index, visible)
+        reader = self._reader()
+        read = reader.images(image_embeds, visible)
+        states, _ = reader.run(
+            pairs.packed,
+            (pairs.ids, pairs.positions),
+            read.keys_values,
+            philox_state(device=image_embeds.device),
         )
+        return self._matching_logits(states)
 
     @torch.no_grad()
     def generate(
@@ -319,13 +372,73 @@ class Blip2Stage1(nn.Module):
         Raises:
             ValueError: `max_new_tokens` is below 1 or over the position table.
         """
-        return generate(self, image_embeds, eos_token_id, max_new_tokens, image_attention_mask)
+        check_new_tokens(max_new_tokens, self.config.max_position_embeddings)
+        image_embeds = self.image_tokens(image_embeds)
+        visible = check_image_mask(image_embeds, image_attention_mask)
+        reader = self._reader()
+        return generate(
+            reader,
+            self.lm_head,
+            self.embeddings.word_embeddings.weight,
+            self.config,
+            reader.images(image_embeds, visible),
+            eos_token_id,
+            max_new_tokens,
+        )
 
-    def computing_dtype(self, device: torch.device) -> torch.dtype:
-        """The precision of products: autocast's where it is on, else the parameters'."""
-        if torch.is_autocast_enabled(device.type):
-            return torch.get_autocast_dtype(device.type)
-        return self.query_tokens.dtype
+    @torch.no_grad()
+    def features(
+        self,
+        philox: Tensor,
+        image_embeds: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        *,
+        image_attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` compares in ITC, without gradient, for `step_contrast`.
+
+        In training mode it has the dropout of `philox`.
+
+        Args:
+            philox: `[2]`, as in `StepContrast`.
+            image_embeds, input_ids, attention_mask, image_ids: As in `forward`, like the rest.
+
+        Returns:
+            Image features `[B, Q, D]`, text features `[B, D]`, rounded as `contrast.products` says,
+            and the temperature, a scalar.
+        """
+        image_embeds = self.image_tokens(image_embeds)
+        texts = self.packed_texts(input_ids, attention_mask, cu_seqlens)
+        check_pairs(image_embeds, texts)
+        visible = check_image_mask(image_embeds, image_attention_mask)
+        reader = self._reader()
+        first = first_pass(reader, reader.images(image_embeds, visible), texts, philox)
+        image, text = self._image_features(first.queries), self._text_features(first.cls)
+        kind = products(reader.packed.dtype, image_embeds.device) or image.dtype
+        return image.to(kind), text.to(kind), self.temp.detach().reshape(()).clone()
+
+    def _reader(self) -> Reader:
+        """The weights of a step, read once; products in autocast's precision where it is on."""
+        check_gathered(self.query_tokens)
+        dtype, device = self.query_tokens.dtype, self.query_tokens.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return Reader(self.qformer, self.query_tokens, self.embeddings, self.ln_vision, dtype)
+
+    def _image_features(self, states: Tensor) -> Tensor:
+        """ITC features `[B, Q, D]` of query states `[B, Q, C]`."""
+        return losses.unit(self.vision_projection(states))
+
+    def _text_features(self, states: Tensor) -> Tensor:
+        """ITC features `[B, D]` of [CLS] states `[B, C]`."""
+        return losses.unit(self.text_projection(states))
+
+    def _matching_logits(self, states: Tensor) -> Tensor:
+        """ITM logits of query states `[N, Q, C]`; the mean over queries goes through the head."""
+        return losses.wide(self.itm_head(losses.wide(states).mean(1).to(states.dtype)))
 
     def _generation_loss(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """ITG's loss and accuracy from the rows that predict a word, `[K, C]`."""
@@ -340,44 +453,31 @@ class Blip2Stage1(nn.Module):
         )
         return loss, right / max(len(labels), 1)
 
-    def _matching_logits(
-        self,
-        packed: PackedQFormer,
-        image_embeds: Tensor,
-        keys_values: list[Tensor | None],
-        texts: PackedTexts,
-        visible: Tensor | None,
-        negatives: tuple[Tensor, Tensor],
-        longest: int,
-        philox: Tensor,
+    def _padded_logits(
+        self, image_embeds: Tensor, texts: PackedTexts, length: int, visible: Tensor | None
     ) -> Tensor:
-        """ITM logits `[3B, 2]`: own pairs, then with a negative image, then a negative text."""
-        B, device = texts.count, image_embeds.device
-        # a row without a negative (-1) stands beside itself, and the loss leaves it out
-        own = torch.arange(B, device=device) + rank() * B
-        images, chosen = NegativeExchange.several(
-            [torch.where(index < 0, own, index.long()) for index in negatives], B
-        )
-        words, lengths = texts.padded(longest, self.config.pad_token_id)
-        words, lengths = chosen.rows(words), chosen.rows(lengths)
-        keys_values, visible, index = images_of_pairs(
-            packed, image_embeds, self.ln_vision, keys_values, visible, images
-        )
-        pairs = matching_pass(texts, (words, lengths), self.config.num_query_tokens, index, visible)
-        states, _ = packed(
-            self.query_tokens[0],
-            self.embeddings(pairs.ids, pairs.positions),
-            keys_values,
-            pairs.packed,
-            Dropout.of(self.qformer, philox, 1),
-        )
-        return match_logits(self, states)
+        """ITG's word scores `[B, length, V]`, those of padding included."""
+        B, Q = texts.count, self.config.num_query_tokens
+        ids, lengths = texts.padded(length, self.config.pad_token_id)
+        ids = torch.cat([torch.full_like(ids[:, :1], self.config.bos_token_id), ids[:, 1:]], 1)
+        real = torch.arange(length, device=ids.device) < lengths[:, None]
+        text = self.embeddings(ids)
+        queries = self.query_tokens.expand(B, -1, -1).to(text.dtype)
+        states = self.qformer(
+            query_embeds=torch.cat([queries, text], dim=1),
+            query_length=Q,
+            attention_mask=qformer_mask(MaskKind.MULTIMODAL_CAUSAL, Q, real),
+            encoder_hidden_states=self.ln_vision(image_embeds.to(self.ln_vision.weight.dtype)),
+            encoder_attention_mask=visible,
+        ).last_hidden_state
+        logits: Tensor = self.lm_head(states[:, Q:], self.embeddings.word_embeddings.weight)
+        return logits
 
     def image_tokens(self, image_embeds: Tensor | None, images: Tensor | None = None) -> Tensor:
         """`[B, S, E]` tokens, given or computed by the image encoder, checked."""
         width = self.config.encoder_hidden_size
-        tokens = stage1_inputs.image_tokens(image_embeds, images, self.image_encoder, width)
-        stage1_inputs.check_gathered(self.query_tokens)
+        tokens = image_tokens(image_embeds, images, self.image_encoder, width)
+        check_gathered(self.query_tokens)
         return tokens
 
     def packed_texts(
@@ -387,7 +487,7 @@ class Blip2Stage1(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> PackedTexts:
         """The texts of `forward` without padding, checked, on the model's device."""
-        texts = stage1_inputs.packed_texts(
+        texts = packed_texts(
             input_ids,
             attention_mask,
             cu_seqlens,

@@ -1,4 +1,4 @@
-"""The two token buffers of a stage-1 step: which texts, which images, which masks.
+"""The two passes of a stage-1 step over token buffers: which texts, which images, which masks.
 
 Pass 1 holds each image's queries once, each text twice: alone under the unimodal mask (ITC), and,
 without its last token, which predicts nothing, under the multimodal causal mask (ITG). The queries
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 from blip2fast.masks import MaskKind
-from blip2fast.packed_pass import PackedPass
+from blip2fast.ops.collectives import rank
+from blip2fast.packed_pass import Dropout, PackedPass
+from blip2fast.qformer.model import QFormer
 from blip2fast.qformer.packed import PackedQFormer
+from blip2fast.stage1.modules import TextEmbeddings
 from blip2fast.stage1.negatives import NegativeExchange
 from blip2fast.stage1.texts import pack_text
 
@@ -83,6 +86,82 @@ class PackedTexts:
 
 
 @dataclass(frozen=True)
+class Images:
+    """The images of a pass.
+
+    Attributes:
+        tokens: `[B, S, E]`, the frozen encoder's, before `ln_vision`.
+        mask: `[B, S]` bool, true where a token is real; None: everywhere.
+        keys_values: Each layer's `[B, S, 2, H, D]`; None where it has no cross-attention.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None
+    keys_values: list[Tensor | None]
+
+
+class Reader:
+    """The Q-Former of stage 1 over token buffers, its weights read once for all passes of a step.
+
+    Args:
+        qformer: Whose weights are read.
+        query_tokens: `[1, Q, C]`, the learned queries.
+        embeddings: Of words and positions.
+        ln_vision: Normalises image tokens.
+        dtype: The computing precision.
+
+    Attributes:
+        packed: The Q-Former's packed form.
+        num_queries: Q.
+    """
+
+    def __init__(
+        self,
+        qformer: QFormer,
+        query_tokens: Tensor,
+        embeddings: TextEmbeddings,
+        ln_vision: nn.LayerNorm,
+        dtype: torch.dtype,
+    ) -> None:
+        self.packed = PackedQFormer(qformer, dtype)
+        self.num_queries = query_tokens.shape[1]
+        self._qformer, self._queries = qformer, query_tokens[0]
+        self._embeddings, self._ln_vision = embeddings, ln_vision
+
+    def images(self, tokens: Tensor, mask: Tensor | None = None) -> Images:
+        """Image tokens with their keys and values, computed once for all passes.
+
+        Args:
+            tokens: `[B, S, E]`, before `ln_vision`.
+            mask: `[B, S]` bool, true where a token is real.
+        """
+        return Images(tokens, mask, self.packed.image_keys_values(tokens, self._ln_vision))
+
+    def run(
+        self,
+        packed: PackedPass,
+        words: tuple[Tensor, Tensor] | None = None,
+        keys_values: list[Tensor | None] | None = None,
+        philox: Tensor | None = None,
+        number: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """The query states `[N, Q, C]` and text states `[K, C]` of a pass.
+
+        Args:
+            packed: What the pass sees.
+            words: Token ids and positions of all text rows, `[T]` each; None: no text.
+            keys_values: Of `Images`, or joined from several; None: no image.
+            philox: `[2]`, the step's dropout seed; None: no dropout.
+            number: Of the pass in its step, so that each draws its own dropout masks.
+        """
+        text = self._queries.new_empty(0, self._queries.shape[1])
+        if words is not None:
+            text = self._embeddings(*words)
+        dropout = None if philox is None else Dropout.of(self._qformer, philox, number)
+        return self.packed(self._queries, text, keys_values or [], packed, dropout)
+
+
+@dataclass(frozen=True)
 class Contrast:
     """Pass 1: its words, what it sees, and what the last layer's text rows predict.
 
@@ -139,6 +218,49 @@ def contrast_pass(
         ),
         labels=texts.ids[rows + 1],
     )
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """States of pass 1, which ITC and ITG read.
+
+    Attributes:
+        queries: `[B, Q, C]`.
+        cls: `[B, C]`, the [CLS] state of each text.
+        itg: `[T_itg, C]`, rows that predict a word; empty without ITG.
+        labels: `[T_itg]`, those words.
+    """
+
+    queries: Tensor
+    cls: Tensor
+    itg: Tensor
+    labels: Tensor
+
+
+def first_pass(
+    reader: Reader,
+    images: Images,
+    texts: PackedTexts,
+    philox: Tensor,
+    bos_token_id: int | None = None,
+) -> FirstPass:
+    """Images and texts, each alone, and the texts again behind their images.
+
+    A row's dropout depends on its place, and ITG's rows are the last: without them the states of
+    ITC are the same.
+
+    Args:
+        reader: The Q-Former.
+        images: One to each text.
+        texts: One to each image.
+        philox: `[2]`, the step's dropout seed.
+        bos_token_id: As in `contrast_pass`.
+    """
+    B = texts.count
+    contrast = contrast_pass(texts, reader.num_queries, bos_token_id, images.mask)
+    words = contrast.ids, contrast.positions
+    queries, text = reader.run(contrast.packed, words, images.keys_values, philox)
+    return FirstPass(queries, text[:B], text[B:], contrast.labels)
 
 
 @dataclass(frozen=True)
@@ -209,40 +331,70 @@ def matching_pass(
     return Pairs(all_ids, torch.cat(positions), packed)
 
 
+def second_pass(
+    reader: Reader,
+    images: Images,
+    texts: PackedTexts,
+    negatives: tuple[Tensor, Tensor],
+    philox: Tensor,
+    *,
+    longest: int,
+    pad_token_id: int,
+) -> Tensor:
+    """Query states `[3B, Q, C]` of the pairs of ITM.
+
+    The pairs are (own image, own text), (negative image, own text), (own image, negative text).
+
+    Args:
+        reader: The Q-Former.
+        images: One to each text.
+        texts: One to each image.
+        negatives: Negative image and text of each pair, `[B]` int64 each, into the batch of all
+            ranks; -1 where there is none.
+        philox: `[2]`, the step's dropout seed.
+        longest: The longest T of all ranks.
+        pad_token_id: Pads the texts that travel between ranks.
+    """
+    B, device = texts.count, images.tokens.device
+    # a row without a negative (-1) stands beside itself, and the loss leaves it out
+    own = torch.arange(B, device=device) + rank() * B
+    wanted, chosen = NegativeExchange.several(
+        [torch.where(index < 0, own, index.long()) for index in negatives], B
+    )
+    words, lengths = texts.padded(longest, pad_token_id)
+    words, lengths = chosen.rows(words), chosen.rows(lengths)
+    keys_values, mask, index = images_of_pairs(reader, images, wanted)
+    pairs = matching_pass(texts, (words, lengths), reader.num_queries, index, mask)
+    states, _ = reader.run(pairs.packed, (pairs.ids, pairs.positions), keys_values, philox, 1)
+    return states
+
+
 def images_of_pairs(
-    packed: PackedQFormer,
-    image_embeds: Tensor,
-    ln_vision: nn.LayerNorm,
-    keys_values: list[Tensor | None],
-    image_mask: Tensor | None,
-    wanted: NegativeExchange,
+    reader: Reader, images: Images, wanted: NegativeExchange
 ) -> tuple[list[Tensor | None], Tensor | None, KVIndex]:
     """The images of the 3B pairs: this rank's, and of the others' only the sampled negatives.
 
     Args:
-        packed: Projects what arrives from other ranks.
-        image_embeds: `[B, S, E]`, this rank's.
-        ln_vision: Normalises image tokens.
-        keys_values: Each layer's `[B, S, 2, H, D]` of this rank's images.
-        image_mask: `[B, S]` bool of this rank's images, or None.
+        reader: Projects what arrives from other ranks.
+        images: This rank's.
         wanted: The negative image of each pair.
 
     Returns:
         Keys and values, mask and the image of each pair, in the order of `matching_pass`.
     """
-    B = len(image_embeds)
-    own = torch.arange(B, device=image_embeds.device)
+    keys_values, mask = images.keys_values, images.mask
+    B = len(images.tokens)
+    own = torch.arange(B, device=images.tokens.device)
     if wanted.ranks == 1:
-        return keys_values, image_mask, KVIndex.build(torch.cat([own, wanted.index, own]), B)
-    others = packed.image_keys_values(wanted.rows(image_embeds), ln_vision)
+        return keys_values, mask, KVIndex.build(torch.cat([own, wanted.index, own]), B)
+    others = reader.images(wanted.rows(images.tokens))
     joined = [
         None if mine is None or theirs is None else torch.cat([mine, theirs])
-        for mine, theirs in zip(keys_values, others, strict=True)
+        for mine, theirs in zip(keys_values, others.keys_values, strict=True)
     ]
-    if image_mask is not None:
-        theirs_real = wanted.rows(image_mask.to(torch.uint8)).bool()
-        image_mask = torch.cat([image_mask, theirs_real])
-    return joined, image_mask, KVIndex.build(torch.cat([own, own + B, own]), 2 * B)
+    if mask is not None:
+        mask = torch.cat([mask, wanted.rows(mask.to(torch.uint8)).bool()])
+    return joined, mask, KVIndex.build(torch.cat([own, own + B, own]), 2 * B)
 
 
 def _rows_of(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:

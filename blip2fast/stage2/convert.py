@@ -1,7 +1,8 @@
-"""Stage 2 from stage 1, and to and from transformers' BLIP-2 and (text-conditioned) InstructBLIP.
+"""Trained parameters and sizes of stage 2 from stage 1, and from and to transformers.
 
-The parameter names are transformers', but for `ln_vision`: there it is inside the vision model, as
-`vision_model.post_layernorm`.
+transformers has the model as BLIP-2 and, where the Q-Former is text-conditioned, as InstructBLIP.
+The parameter names are transformers' but for `ln_vision`, which is `vision_model.post_layernorm`
+there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +29,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from blip2fast.qformer.checks import check_state
-from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.config import Stage2Config
-
-if TYPE_CHECKING:
-    from blip2fast.stage2.model import Blip2Stage2
-
 
 TransformersModel: TypeAlias = Blip2ForConditionalGeneration | InstructBlipForConditionalGeneration
 VisionModel: TypeAlias = Blip2VisionModel | InstructBlipVisionModel
@@ -63,7 +58,9 @@ class VisionTokens(nn.Module):
         return self.vision_model.encoder(inputs_embeds=hidden).last_hidden_state
 
 
-def from_stage1(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def trained_from_stage1(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """What a stage-1 state has of the tensors `wanted`, under stage 2's names."""
     found = {}
     for name in wanted:
@@ -74,32 +71,6 @@ def from_stage1(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
         if source in state:
             found[name] = state[source]
     return found
-
-
-def start_from_stage1(
-    kind: type[Blip2Stage2],
-    stage1: Blip2Stage1 | Mapping[str, Tensor],
-    language_model: PreTrainedModel,
-    config: Stage2Config | None,
-    image_encoder: nn.Module | None,
-) -> Blip2Stage2:
-    """See `Blip2Stage2.from_stage1`."""
-    if isinstance(stage1, Blip2Stage1):
-        config = config or Stage2Config.from_stage1(stage1.config)
-        image_encoder = image_encoder or stage1.image_encoder
-        stage1 = stage1.state_dict()
-    elif config is None:
-        raise ValueError("a stage-1 state dict does not tell all sizes; pass config=...")
-    model = kind(config, language_model, image_encoder)
-    wanted = {
-        name: value
-        for name, value in model.trainable_state_dict().items()
-        if not name.startswith("language_projection.")
-    }
-    state = from_stage1(stage1, wanted)
-    check_state("stage-1 state", state, wanted)
-    model.load_state_dict(state, strict=False)
-    return model
 
 
 def config_from_transformers(config: Blip2Config | InstructBlipConfig) -> Stage2Config:
@@ -123,21 +94,6 @@ def config_from_transformers(config: Blip2Config | InstructBlipConfig) -> Stage2
         ln_vision_eps=config.vision_config.layer_norm_eps,
         text_conditioned=instructed,
     )
-
-
-def from_transformers(kind: type[Blip2Stage2], model: TransformersModel) -> Blip2Stage2:
-    """See `Blip2Stage2.from_transformers`."""
-    stage2 = kind(
-        config_from_transformers(model.config),
-        model.language_model,
-        VisionTokens(model.vision_model),
-    )
-    trained = trained_from_transformers(model)
-    for name in ("ln_vision", "qformer", "language_projection"):
-        stage2.get_submodule(name).to(first_tensor(trained, name))
-    stage2.query_tokens.data = stage2.query_tokens.data.to(trained["query_tokens"])
-    stage2.load_trainable_state_dict(trained)
-    return stage2
 
 
 def trained_from_transformers(model: TransformersModel) -> dict[str, Tensor]:
@@ -167,46 +123,63 @@ def first_tensor(trained: Mapping[str, Tensor], part: str) -> Tensor:
     return next(value for name, value in trained.items() if name.startswith(f"{part}."))
 
 
-def to_transformers(
-    model: Blip2Stage2, image_token_id: int, vision_model: VisionModel | None
+def transformers_model(
+    config: Stage2Config,
+    language_model: PreTrainedModel,
+    vision_model: VisionModel,
+    trained: Mapping[str, Tensor],
+    image_token_id: int,
 ) -> TransformersModel:
-    """See `Blip2Stage2.to_transformers`."""
-    if vision_model is None and isinstance(model.image_encoder, VisionTokens):
-        vision_model = model.image_encoder.vision_model
-    if vision_model is None:
-        raise ValueError(
-            "transformers' BLIP-2 holds its vision model; pass vision_model=Blip2VisionModel"
-        )
-    config = _transformers_config(model, image_token_id, vision_model)
-    instructed = model.config.text_conditioned
+    """transformers' BLIP-2 or InstructBLIP of these parts.
+
+    Args:
+        config: Sizes.
+        language_model: Shared, not copied.
+        vision_model: Copied, its last norm replaced by the trained one.
+        trained: Of `Blip2Stage2.trainable_state_dict`, copied.
+        image_token_id: As in `Blip2Stage2.to_transformers`.
+
+    Raises:
+        ValueError: as `Blip2Stage2.to_transformers`.
+    """
+    trained = trained_to_transformers(trained)
+    projection = trained["language_projection.weight"]
+    whole_config = _transformers_config(
+        config, language_model.config, vision_model, len(projection), image_token_id
+    )
+    instructed = config.text_conditioned
     # the submodules are replaced below; on meta, no second language model is ever allocated
     with torch.device("meta"):
         whole: TransformersModel = (
-            InstructBlipForConditionalGeneration(config)
+            InstructBlipForConditionalGeneration(whole_config)
             if instructed
-            else Blip2ForConditionalGeneration(config)
+            else Blip2ForConditionalGeneration(whole_config)
         )
-    trained = trained_to_transformers(model.trainable_state_dict())
     vision = InstructBlipVisionModel if instructed else Blip2VisionModel
-    whole.vision_model = vision(config.vision_config)
+    whole.vision_model = vision(whole_config.vision_config)
     whole.vision_model.load_state_dict(vision_model.state_dict())
-    whole.vision_model.post_layernorm.eps = model.config.ln_vision_eps
+    whole.vision_model.post_layernorm.eps = config.ln_vision_eps
     qformer = InstructBlipQFormerModel if instructed else Blip2QFormerModel
-    whole.qformer = qformer(config.qformer_config)
-    whole.language_projection = nn.Linear(*model.language_projection.weight.shape[::-1])
+    whole.qformer = qformer(whole_config.qformer_config)
+    whole.language_projection = nn.Linear(*projection.shape[::-1])
     whole.query_tokens = nn.Parameter(trained["query_tokens"].clone())
     for name in ("qformer", "language_projection"):
         whole.get_submodule(name).to(first_tensor(trained, name))
     whole.vision_model.to(next(vision_model.parameters()))
-    whole.language_model = model.language_model
+    whole.language_model = language_model
     whole.load_state_dict(trained, strict=False)
     return whole.eval()
 
 
 def _transformers_config(
-    model: Blip2Stage2, image_token_id: int, vision_model: VisionModel
+    sizes: Stage2Config, text: Any, vision_model: VisionModel, width: int, image_token_id: int
 ) -> Blip2Config | InstructBlipConfig:
-    sizes, text = model.config, model.language_model.config
+    """transformers' configuration of the whole model.
+
+    Args:
+        text: The language model's configuration.
+        width: Of the language model's embeddings.
+    """
     if sizes.llm_activation is not None:
         text = copy.deepcopy(text)
         text.dense_act_fn = sizes.llm_activation
@@ -215,7 +188,6 @@ def _transformers_config(
             f"vision_model has width {vision_model.config.hidden_size}, this model reads tokens "
             f"of width {sizes.encoder_hidden_size} (encoder_hidden_size)"
         )
-    width = model.language_projection.out_features
     if text.hidden_size != width:
         raise ValueError(
             f"the language model embeds in {width} and has hidden_size {text.hidden_size}; "

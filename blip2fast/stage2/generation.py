@@ -11,23 +11,20 @@ width.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from blip2fast.stage2 import language_model as stage2_llm
-from blip2fast.stage2 import sequence as stage2_sequence
-
-if TYPE_CHECKING:
-    from blip2fast.stage2.model import Blip2Stage2
+from blip2fast.stage2.language_model import check_positions, is_encoder_decoder
+from blip2fast.stage2.sequence import empty_text, padded_on, read_sequence
 
 
 @torch.no_grad()
 def write(
-    model: Blip2Stage2,
+    language_model: PreTrainedModel,
     prompts: Tensor,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
@@ -38,7 +35,7 @@ def write(
     """What `Blip2Stage2.generate` does after the images: see there.
 
     Args:
-        model: the model.
+        language_model: the frozen model.
         prompts: [B, Q, L] soft prompts, or [N, Q, L] with `image_counts`.
         input_ids, attention_mask: [B, T], padded on either side.
         image_counts: [B], images of each row, which stand in `input_ids`; None: one, in front.
@@ -50,29 +47,21 @@ def write(
             raise ValueError(f"{name}={generate_kwargs[name]}: give {other} instead")
     if "generation_config" not in generate_kwargs:
         generate_kwargs.setdefault("max_new_tokens", 30)
-    encoder_decoder = stage2_llm.is_encoder_decoder(model.language_model)
+    encoder_decoder = is_encoder_decoder(language_model)
     if input_ids is None:
         if image_counts is not None:
             raise ValueError("image_counts: images in a text need input_ids that hold their places")
-        input_ids = stage2_sequence.empty_text(model.language_model, prompts)
-    embeds, mask = stage2_sequence.read_sequence(
-        model.language_model, prompts, input_ids, attention_mask, image_counts
-    )
+        input_ids = empty_text(language_model, prompts)
+    embeds, mask = read_sequence(language_model, prompts, input_ids, attention_mask, image_counts)
     if attention_mask is not None:
-        embeds, mask = stage2_sequence.padded_on(
-            "right" if encoder_decoder else "left", embeds, mask
-        )
+        embeds, mask = padded_on("right" if encoder_decoder else "left", embeds, mask)
     if not encoder_decoder:
         new = generate_kwargs.get("max_new_tokens", 0)
-        stage2_llm.check_positions(
-            model.language_model, prompts_and_text=embeds.shape[1], new_tokens=new
-        )
-        cache = _common_cache(model.language_model, embeds, mask, generate_kwargs)
+        check_positions(language_model, prompts_and_text=embeds.shape[1], new_tokens=new)
+        cache = _common_cache(language_model, embeds, mask, generate_kwargs)
         if cache is not None:
             generate_kwargs["past_key_values"] = cache
-    written = model.language_model.generate(
-        inputs_embeds=embeds, attention_mask=mask, **generate_kwargs
-    )
+    written = language_model.generate(inputs_embeds=embeds, attention_mask=mask, **generate_kwargs)
     if not encoder_decoder:
         return written
     given = generate_kwargs.get("decoder_input_ids")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,10 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from blip2fast.offload.streaming import stream_of
 from blip2fast.stage1.inputs import describe
-from blip2fast.stage2 import packing as stage2_packing
-from blip2fast.stage2.token_rows import IGNORED
+from blip2fast.stage2.packing import ROW_LENGTH, pack
+from blip2fast.stage2.token_rows import IGNORED, IMAGE_PLACE
 
 
 @torch.no_grad()
@@ -82,7 +84,7 @@ def recompute_layers(language_model: PreTrainedModel) -> None:
             "train without it"
         )
     for layer in layers:
-        stream = vars(layer).get("_block_stream")
+        stream = stream_of(layer)
         if stream is not None:
             stream.recompute = True  # it calls the layer, so it recomputes it
         elif "forward" not in vars(layer):
@@ -221,6 +223,83 @@ def refuse_decoder_inputs(language_model: PreTrainedModel, *inputs: Tensor | Non
         )
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What a language model is trained to write.
+
+    Attributes:
+        labels: [B, T] beside the text of a decoder-only model, [B, T'] of a decoder; -100 where
+            the loss ignores them. None: the text itself, of a decoder-only model.
+        decoder_input_ids, decoder_attention_mask: [B, T'], of an encoder-decoder only.
+    """
+
+    labels: Tensor | None = None
+    decoder_input_ids: Tensor | None = None
+    decoder_attention_mask: Tensor | None = None
+
+
+def text_loss(
+    language_model: PreTrainedModel,
+    sequence: tuple[Tensor, Tensor],
+    input_ids: Tensor,
+    targets: Targets,
+    *,
+    in_place: bool = False,
+    return_logits: bool = False,
+    without_padding: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The loss of texts after soft prompts, decoder-only or encoder-decoder.
+
+    Args:
+        language_model: The frozen model.
+        sequence: Embeddings and mask of soft prompts and text, as of `sequence.read_sequence`.
+        input_ids: [B, T], the text.
+        targets: What is to be written.
+        in_place: Whether images stand in `input_ids`.
+        return_logits: Also give the logits of all positions.
+        without_padding: Let samples share rows (decoder-only).
+
+    Returns:
+        The loss (none of an encoder-decoder without labels), and logits where asked for.
+    """
+    embeds, mask = sequence
+    labels = targets.labels
+    if is_encoder_decoder(language_model):
+        return decoder_loss(
+            language_model,
+            {"inputs_embeds": embeds, "attention_mask": mask},
+            labels,
+            targets.decoder_input_ids,
+            targets.decoder_attention_mask,
+            return_logits,
+        )
+    refuse_decoder_inputs(language_model, targets.decoder_input_ids, targets.decoder_attention_mask)
+    if labels is None:
+        labels = default_labels(input_ids, mask, in_place)
+    if in_place:
+        labels = predictable(labels)
+    return continuation_loss(
+        language_model, embeds, mask, labels, input_ids.shape[1], return_logits, without_padding
+    )
+
+
+def default_labels(input_ids: Tensor, mask: Tensor, in_place: bool) -> Tensor:
+    """The text tokens [B, T] themselves; padding and soft prompts are ignored.
+
+    Args:
+        input_ids: [B, T], the text.
+        mask: Of the sequence, [B, Q + T] or (in place) [B, T].
+        in_place: Whether the images stand in `input_ids`.
+    """
+    labels = input_ids.masked_fill(mask[:, -input_ids.shape[1] :] == 0, IGNORED)
+    return labels.masked_fill(input_ids == IMAGE_PLACE, IGNORED) if in_place else labels
+
+
+def predictable(labels: Tensor) -> Tensor:
+    """Labels [B, T] without the first column, which no position stands before."""
+    return torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, 1:]], dim=1)
+
+
 def continuation_loss(
     language_model: PreTrainedModel,
     embeds: Tensor,
@@ -250,7 +329,7 @@ def continuation_loss(
     packed = None
     if without_padding and not return_logits:
         width = int(language_model.config.hidden_size)
-        packed = stage2_packing.pack(mask, width, stage2_packing.ROW_LENGTH)
+        packed = pack(mask, width, ROW_LENGTH)
     if packed is not None:
         rows = packed.rows(rows)
         inputs = packed.inputs(embeds, language_model.config._attn_implementation)

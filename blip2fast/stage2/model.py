@@ -19,15 +19,33 @@ from transformers import PreTrainedModel
 from blip2fast.ops.dispatch import describe_choices
 from blip2fast.qformer.checks import check_state
 from blip2fast.qformer.model import QFormer
-from blip2fast.stage1 import inputs as stage1_inputs
+from blip2fast.stage1.inputs import check_gathered, check_image_mask, describe, image_tokens
 from blip2fast.stage1.model import Blip2Stage1
-from blip2fast.stage2 import convert as stage2_convert
-from blip2fast.stage2 import generation as stage2_generation
-from blip2fast.stage2 import language_model as stage2_llm
-from blip2fast.stage2 import packing as stage2_packing
-from blip2fast.stage2 import sequence as stage2_sequence
 from blip2fast.stage2.config import Stage2Config, Stage2Output
-from blip2fast.stage2.convert import TransformersModel, VisionModel
+from blip2fast.stage2.convert import (
+    TransformersModel,
+    VisionModel,
+    VisionTokens,
+    config_from_transformers,
+    first_tensor,
+    trained_from_stage1,
+    trained_from_transformers,
+    transformers_model,
+)
+from blip2fast.stage2.generation import write
+from blip2fast.stage2.language_model import (
+    Targets,
+    embedding_width,
+    freeze,
+    is_encoder_decoder,
+    match_embedding_scale,
+    recompute_layers,
+    text_loss,
+    use_activation,
+    without_dropout,
+)
+from blip2fast.stage2.packing import LEAST_SAVING, check_packable, not_packable_reasons
+from blip2fast.stage2.sequence import check_counts, instruction, read_sequence
 from blip2fast.stage2.text import Stage2Text
 
 __all__ = ["Blip2Stage2", "Stage2Config", "Stage2Output"]
@@ -64,7 +82,7 @@ class Blip2Stage2(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        width = stage2_llm.embedding_width(language_model)
+        width = embedding_width(language_model)
         self.ln_vision = nn.LayerNorm(config.encoder_hidden_size, eps=config.ln_vision_eps)
         self.query_tokens = nn.Parameter(
             torch.empty(1, config.num_query_tokens, config.hidden_size)
@@ -73,16 +91,16 @@ class Blip2Stage2(nn.Module):
         self.qformer = QFormer(config.qformer_config())
         self.language_projection = nn.Linear(config.hidden_size, width)
         if config.match_embedding_scale:
-            stage2_llm.match_embedding_scale(self.language_projection, language_model)
+            match_embedding_scale(self.language_projection, language_model)
         if config.pack_padding:
-            stage2_packing.check_packable(language_model)
+            check_packable(language_model)
         self.language_model = language_model
         self.image_encoder = image_encoder
-        stage2_llm.freeze(language_model)
+        freeze(language_model)
         if config.llm_activation is not None:
-            stage2_llm.use_activation(language_model, config.llm_activation)
+            use_activation(language_model, config.llm_activation)
         if image_encoder is not None:
-            stage2_llm.freeze(image_encoder)
+            freeze(image_encoder)
         self.train()
 
     @classmethod
@@ -105,7 +123,20 @@ class Blip2Stage2(nn.Module):
         Raises:
             ValueError: no config for a state dict; a tensor that is missing or of another shape.
         """
-        return stage2_convert.start_from_stage1(cls, stage1, language_model, config, image_encoder)
+        if isinstance(stage1, Blip2Stage1):
+            config = config or Stage2Config.from_stage1(stage1.config)
+            image_encoder = image_encoder or stage1.image_encoder
+            stage1 = stage1.state_dict()
+        elif config is None:
+            raise ValueError("a stage-1 state dict does not tell all sizes; pass config=...")
+        model = cls(config, language_model, image_encoder)
+        wanted = {
+            name: value
+            for name, value in model.trainable_state_dict().items()
+            if not name.startswith("language_projection.")
+        }
+        model._load("stage-1 state", trained_from_stage1(stage1, wanted), wanted)
+        return model
 
     @classmethod
     def from_transformers(cls, model: TransformersModel) -> Blip2Stage2:
@@ -119,7 +150,17 @@ class Blip2Stage2(nn.Module):
             ValueError: a Q-Former this class does not build (BLIP-2's with text input, another
                 activation).
         """
-        return stage2_convert.from_transformers(cls, model)
+        stage2 = cls(
+            config_from_transformers(model.config),
+            model.language_model,
+            VisionTokens(model.vision_model),
+        )
+        trained = trained_from_transformers(model)
+        for name in ("ln_vision", "qformer", "language_projection"):
+            stage2.get_submodule(name).to(first_tensor(trained, name))
+        stage2.query_tokens.data = stage2.query_tokens.data.to(trained["query_tokens"])
+        stage2.load_trainable_state_dict(trained)
+        return stage2
 
     def to_transformers(
         self, image_token_id: int, vision_model: VisionModel | None = None
@@ -139,7 +180,16 @@ class Blip2Stage2(nn.Module):
             ValueError: no vision model, one of another width, or a language model whose embedding
                 width is not its hidden size, which transformers' BLIP-2 cannot express.
         """
-        return stage2_convert.to_transformers(self, image_token_id, vision_model)
+        if vision_model is None and isinstance(self.image_encoder, VisionTokens):
+            vision_model = self.image_encoder.vision_model
+        if vision_model is None:
+            raise ValueError(
+                "transformers' BLIP-2 holds its vision model; pass vision_model=Blip2VisionModel"
+            )
+        trained = self.trainable_state_dict()
+        return transformers_model(
+            self.config, self.language_model, vision_model, trained, image_token_id
+        )
 
     def train(self, mode: bool = True) -> Blip2Stage2:
         """Set training mode; the frozen parts stay in evaluation mode, but for `llm_dropout`."""
@@ -150,7 +200,18 @@ class Blip2Stage2(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        how = stage2_packing.describe(self.config, self.language_model)
+        config = self.config
+        if config.pack_padding:
+            padding = f"padding removed where that saves {LEAST_SAVING:.0%}: samples share rows"
+        else:
+            reasons = not_packable_reasons(self.language_model)
+            padding = f"padding kept: {'; '.join(reasons) if reasons else 'pack_padding is off'}"
+        dropout = "as it was trained" if config.llm_dropout else "none"
+        how = (
+            f"num_query_tokens={config.num_query_tokens}, "
+            f"text_conditioned={config.text_conditioned}, language model: dropout {dropout}, "
+            f"{padding}"
+        )
         return "\n".join([how, *describe_choices()])
 
     def gradient_checkpointing_enable(self) -> None:
@@ -159,7 +220,7 @@ class Blip2Stage2(nn.Module):
         Raises:
             ValueError: a language model whose layers cannot be recomputed.
         """
-        stage2_llm.recompute_layers(self.language_model)
+        recompute_layers(self.language_model)
         self.qformer.recompute_layers()
 
     def text(self, tokenizer: Any, seed: int = 0, qformer_tokenizer: Any = None) -> Stage2Text:
@@ -174,7 +235,7 @@ class Blip2Stage2(nn.Module):
             raise ValueError(f"qformer_tokenizer: text_conditioned is {wanted}, got {given}")
         return Stage2Text(
             tokenizer,
-            stage2_llm.is_encoder_decoder(self.language_model),
+            is_encoder_decoder(self.language_model),
             prompt=self.config.prompt,
             end_text=self.config.end_text,
             max_txt_len=self.config.max_txt_len,
@@ -234,8 +295,7 @@ class Blip2Stage2(nn.Module):
         """
         if input_ids is None:
             raise ValueError("input_ids: expected [B, T] text tokens, got none")
-        prompts, query_output = stage2_sequence.encode_images(
-            self,
+        prompts, query_output = self._encode_images(
             image_counts,
             image_embeds,
             images=images,
@@ -243,36 +303,15 @@ class Blip2Stage2(nn.Module):
             qformer_input_ids=qformer_input_ids,
             qformer_attention_mask=qformer_attention_mask,
         )
-        in_place = image_counts is not None
-        embeds, mask = stage2_sequence.read_sequence(
-            self.language_model, prompts, input_ids, attention_mask, image_counts
+        loss, logits = text_loss(
+            self.language_model,
+            read_sequence(self.language_model, prompts, input_ids, attention_mask, image_counts),
+            input_ids,
+            Targets(labels, decoder_input_ids, decoder_attention_mask),
+            in_place=image_counts is not None,
+            return_logits=return_logits,
+            without_padding=self.config.pack_padding,
         )
-        if stage2_llm.is_encoder_decoder(self.language_model):
-            loss, logits = stage2_llm.decoder_loss(
-                self.language_model,
-                {"inputs_embeds": embeds, "attention_mask": mask},
-                labels,
-                decoder_input_ids,
-                decoder_attention_mask,
-                return_logits,
-            )
-        else:
-            stage2_llm.refuse_decoder_inputs(
-                self.language_model, decoder_input_ids, decoder_attention_mask
-            )
-            if labels is None:
-                labels = stage2_sequence.default_labels(input_ids, mask, in_place)
-            if in_place:
-                labels = stage2_sequence.predictable(labels)
-            loss, logits = stage2_llm.continuation_loss(
-                self.language_model,
-                embeds,
-                mask,
-                labels,
-                input_ids.shape[1],
-                return_logits,
-                self.config.pack_padding,
-            )
         return Stage2Output(loss=loss, logits=logits, query_output=query_output, prompts=prompts)
 
     def encode_image(
@@ -293,22 +332,59 @@ class Blip2Stage2(nn.Module):
         Returns:
             `(prompts [B, Q, L], query_output [B, Q, C])`.
         """
-        stage1_inputs.check_gathered(self.query_tokens)
-        tokens = stage1_inputs.image_tokens(
+        check_gathered(self.query_tokens)
+        tokens = image_tokens(
             image_embeds, images, self.image_encoder, self.config.encoder_hidden_size
         )
         states = self.qformer(
             query_embeds=self.query_tokens.expand(tokens.shape[0], -1, -1),
             encoder_hidden_states=self.ln_vision(tokens.to(self.ln_vision.weight.dtype)),
-            encoder_attention_mask=stage1_inputs.check_image_mask(tokens, image_attention_mask),
-            **stage2_sequence.instruction(
-                self.config, len(tokens), qformer_input_ids, qformer_attention_mask
-            ),
+            encoder_attention_mask=check_image_mask(tokens, image_attention_mask),
+            **instruction(self.config, len(tokens), qformer_input_ids, qformer_attention_mask),
         ).last_hidden_state
         query_output = states[:, : self.config.num_query_tokens]
         # the Q-Former may be kept in another precision than the projection
         prompts = self.language_projection(query_output.to(self.language_projection.weight.dtype))
         return prompts, query_output
+
+    def _encode_images(
+        self, image_counts: Tensor | None, image_embeds: Tensor | None, **inputs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`encode_image` of a batch; with `image_counts` of the flat list of its images.
+
+        An instruction is a sample's, so it is repeated for each of its images. Where no sample has
+        an image, the Q-Former reads a blank one, of which nothing is kept: every parameter then has
+        a gradient, of zero, on every process.
+
+        Args:
+            image_counts: [B], or None: one image a sample.
+            image_embeds, inputs: Of `encode_image`.
+
+        Raises:
+            ValueError: numbers of images, samples and instructions that do not agree.
+        """
+        if image_counts is None:
+            return self.encode_image(image_embeds, **inputs)
+        images = image_embeds if inputs["images"] is None else inputs["images"]
+        N = 0 if images is None else len(images)
+        check_counts(image_counts, len(image_counts), N)
+        for name in ("qformer_input_ids", "qformer_attention_mask"):
+            rows = inputs[name]
+            if rows is None:
+                continue
+            if len(rows) != len(image_counts):
+                raise ValueError(
+                    f"{name}: expected one instruction for each of {len(image_counts)} samples, "
+                    f"got {describe(rows)}"
+                )
+            repeated = rows.repeat_interleave(image_counts, dim=0, output_size=N)
+            inputs[name] = repeated if N else rows[:1]
+        if N:
+            return self.encode_image(image_embeds, **inputs)
+        inputs |= {"images": None, "image_attention_mask": None}
+        blank = self.query_tokens.new_zeros(1, 1, self.config.encoder_hidden_size)
+        prompts, query_output = self.encode_image(blank, **inputs)
+        return prompts[:0], query_output[:0]
 
     @torch.no_grad()
     def generate(
@@ -350,8 +426,7 @@ class Blip2Stage2(nn.Module):
                 soft prompts for some models and not for others.
         """
         if prompts is None:
-            prompts, _ = stage2_sequence.encode_images(
-                self,
+            prompts, _ = self._encode_images(
                 image_counts,
                 image_embeds,
                 images=images,
@@ -361,9 +436,9 @@ class Blip2Stage2(nn.Module):
             )
         elif image_embeds is not None or images is not None:
             raise ValueError("give images, image_embeds or their prompts, not two of them")
-        with stage2_llm.without_dropout(self.language_model):
-            return stage2_generation.write(
-                self,
+        with without_dropout(self.language_model):
+            return write(
+                self.language_model,
                 prompts,
                 input_ids,
                 attention_mask,

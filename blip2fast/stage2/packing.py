@@ -25,8 +25,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blip2fast.stage2.config import Stage2Config
-
 # A packed row's length at most, but for unevenness: the mask has its square for each row.
 ROW_LENGTH = 512
 # Packing is left out where it saves less of all work: on a CPU core (OPT, width 512, 4 blocks,
@@ -68,20 +66,6 @@ def check_packable(language_model: PreTrainedModel) -> None:
             f"pack_padding: {type(language_model).__name__} needs its padding: "
             f"{'; '.join(reasons)}. Set pack_padding=False"
         )
-
-
-def describe(config: Stage2Config, language_model: PreTrainedModel) -> str:
-    """How a stage-2 model treats its language model; for its `extra_repr`."""
-    if config.pack_padding:
-        padding = f"padding removed where that saves {LEAST_SAVING:.0%}: samples share rows"
-    else:
-        reasons = not_packable_reasons(language_model)
-        padding = f"padding kept: {'; '.join(reasons) if reasons else 'pack_padding is off'}"
-    dropout = "as it was trained" if config.llm_dropout else "none"
-    return (
-        f"num_query_tokens={config.num_query_tokens}, text_conditioned={config.text_conditioned}, "
-        f"language model: dropout {dropout}, {padding}"
-    )
 
 
 @dataclass(frozen=True)

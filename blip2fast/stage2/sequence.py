@@ -15,19 +15,14 @@ Shapes: B samples, N images of all samples, Q queries, T tokens, L language mode
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from blip2fast.stage1.inputs import describe, is_float
-from blip2fast.stage2 import language_model as stage2_llm
 from blip2fast.stage2.config import Stage2Config
-from blip2fast.stage2.token_rows import IGNORED, IMAGE_PLACE
-
-if TYPE_CHECKING:
-    from blip2fast.stage2.model import Blip2Stage2
+from blip2fast.stage2.language_model import check_positions, check_text
+from blip2fast.stage2.token_rows import IMAGE_PLACE
 
 
 def read_sequence(
@@ -56,8 +51,8 @@ def read_sequence(
     if image_counts is not None:
         return _in_place(language_model, prompts, input_ids, attention_mask, image_counts)
     B, Q, _ = prompts.shape
-    stage2_llm.check_text(language_model, "input_ids", input_ids, attention_mask, B)
-    stage2_llm.check_positions(language_model, soft_prompts=Q, text_tokens=input_ids.shape[1])
+    check_text(language_model, "input_ids", input_ids, attention_mask, B)
+    check_positions(language_model, soft_prompts=Q, text_tokens=input_ids.shape[1])
     text = language_model.get_input_embeddings()(input_ids)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -78,10 +73,10 @@ def _in_place(
     is_place = input_ids == IMAGE_PLACE
     _check_places(is_place, image_counts, prompts.shape[1])
     ids = input_ids.masked_fill(is_place, 0)
-    stage2_llm.check_text(language_model, "input_ids", ids, attention_mask, B)
+    check_text(language_model, "input_ids", ids, attention_mask, B)
     # every row has `length` columns; the parts are those of its fullest one
     length, most = ids.shape[1], int(is_place.sum(1).max()) if ids.numel() else 0
-    stage2_llm.check_positions(language_model, soft_prompts=most, text_tokens=length - most)
+    check_positions(language_model, soft_prompts=most, text_tokens=length - most)
     text = language_model.get_input_embeddings()(ids)
     embeds = text.masked_scatter(is_place.unsqueeze(-1), prompts.to(text.dtype))
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
@@ -117,64 +112,6 @@ def _check_places(is_place: Tensor, image_counts: Tensor, Q: int) -> None:
             f"input_ids: text {row} has {found} places for soft prompts = {found / Q:g} image "
             f"markers of {Q} queries, but image_counts[{row}] is {count}; one marker an image"
         )
-
-
-def default_labels(input_ids: Tensor, mask: Tensor, in_place: bool) -> Tensor:
-    """The text tokens [B, T] themselves; padding and soft prompts are ignored.
-
-    Args:
-        input_ids: as in `read_sequence`.
-        mask: its mask, of [B, Q + T] or (in place) [B, T].
-        in_place: whether the images stand in `input_ids`.
-    """
-    labels = input_ids.masked_fill(mask[:, -input_ids.shape[1] :] == 0, IGNORED)
-    return labels.masked_fill(input_ids == IMAGE_PLACE, IGNORED) if in_place else labels
-
-
-def predictable(labels: Tensor) -> Tensor:
-    """Labels [B, T] without the first column, which no position stands before."""
-    return torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, 1:]], dim=1)
-
-
-def encode_images(
-    model: Blip2Stage2, image_counts: Tensor | None, image_embeds: Tensor | None, **inputs: Any
-) -> tuple[Tensor, Tensor]:
-    """`model.encode_image` of a batch; with `image_counts` of the flat list of its images.
-
-    An instruction is a sample's, so it is repeated for each of its images. Where no sample has an
-    image, the Q-Former reads a blank one, of which nothing is kept: every parameter then has a
-    gradient, of zero, on every process.
-
-    Args:
-        model: the stage-2 model.
-        image_counts: [B], or None: one image a sample.
-        image_embeds, inputs: of `encode_image`.
-
-    Raises:
-        ValueError: numbers of images, samples and instructions that do not agree.
-    """
-    if image_counts is None:
-        return model.encode_image(image_embeds, **inputs)
-    images = image_embeds if inputs["images"] is None else inputs["images"]
-    N = 0 if images is None else len(images)
-    check_counts(image_counts, len(image_counts), N)
-    for name in ("qformer_input_ids", "qformer_attention_mask"):
-        rows = inputs[name]
-        if rows is None:
-            continue
-        if len(rows) != len(image_counts):
-            raise ValueError(
-                f"{name}: expected one instruction for each of {len(image_counts)} samples, got "
-                f"{describe(rows)}"
-            )
-        repeated = rows.repeat_interleave(image_counts, dim=0, output_size=N)
-        inputs[name] = repeated if N else rows[:1]
-    if N:
-        return model.encode_image(image_embeds, **inputs)
-    inputs |= {"images": None, "image_attention_mask": None}
-    blank = model.query_tokens.new_zeros(1, 1, model.config.encoder_hidden_size)
-    prompts, query_output = model.encode_image(blank, **inputs)
-    return prompts[:0], query_output[:0]
 
 
 def instruction(

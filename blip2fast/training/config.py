@@ -1,34 +1,20 @@
-"""The configuration of a training run: typed, checked, one yaml file.
-
-    config = load_config("configs/scenes_stage1.yaml", ["optim.lr=3e-4", "zero_stage=2"])
-
-A key that is not known or not of its type is refused, and the nearest known key is named. Whether
-the run can start on this machine is the business of `blip2fast.training.preflight`.
-"""
+"""The configuration of a training run: its sections, with the type and range of every key."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
-import re
-import types
-import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 
-from blip2fast.offload.choices import OffloadChoice, StreamStorage
 from blip2fast.ops.dispatch import Kernels
 from blip2fast.stage1.config import LOSSES, LossName
-from blip2fast.training.config_faults import contradictions
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "cpu", "nvme"]
+# where the frozen language model is; see `RunConfig.offload`
+OffloadChoice = Literal["none", "stream", "zero3", "auto"]
+StreamStorage = Literal["as_is", "int8", "int4"]
 
 _STRICT = ConfigDict(extra="forbid")
 _Count = Annotated[int, Field(ge=1)]
@@ -218,125 +204,3 @@ class RunConfig:
     keep_last: _Count = 2
     log_every: _Count = 50
     resume: bool = False
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe yaml in which `1e-4` is a number (yaml 1.1 wants `1.0e-4`)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read and check a configuration.
-
-    Args:
-        path: a yaml file.
-        overrides: `section.key=value`, values as in yaml; later ones win.
-
-    Raises:
-        ValueError: the file is not there or not yaml; a key is unknown, missing or ill-typed; or
-            keys contradict one another. Every fault is listed.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no configuration at {path}: not a file")
-    values = _parse(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected keys and values, got {type(values).__name__}")
-    for override in overrides:
-        _override(values, override)
-    return parse_config(values, str(path))
-
-
-def parse_config(values: Mapping[str, Any], source: str = "configuration") -> RunConfig:
-    """Check nested keys and values; `source` is named in errors. See `load_config`."""
-    try:
-        # Through JSON: strict about types, while a list may be a tuple, as in yaml.
-        config = TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str), strict=True)
-    except ValidationError as error:
-        faults = "\n  ".join(_explain(fault) for fault in error.errors())
-        raise ValueError(f"{source}:\n  {faults}") from None
-    faults = "\n  ".join(contradictions(config))
-    if faults:
-        raise ValueError(f"{source}:\n  {faults}")
-    return config
-
-
-def config_values(config: RunConfig) -> dict[str, Any]:
-    """The configuration as nested plain values, every default filled in."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return values
-
-
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write `config`, every default filled in, so that `load_config` reads it back."""
-    path.write_text(yaml.safe_dump(config_values(config), sort_keys=False), encoding="utf-8")
-
-
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source}: not yaml: {error}") from None
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    if not equals or not name.strip():
-        raise ValueError(f"--set {override!r}: expected key=value, such as optim.lr=1e-4")
-    *sections, key = name.strip().split(".")
-    place = values
-    for section in sections:
-        inner = place.get(section)
-        if inner is None:
-            inner = place[section] = {}
-        if not isinstance(inner, dict):
-            raise ValueError(f"--set {override!r}: {section} holds {inner!r}, not keys")
-        place = inner
-    place[key] = _parse(text, f"--set {override!r}")
-
-
-def known_keys(section: type = RunConfig, prefix: str = "") -> list[str]:
-    """Every key of the configuration with its sections, such as `optim.lr`."""
-    names: list[str] = []
-    hints = typing.get_type_hints(section)
-    for each in dataclasses.fields(section):
-        hint = hints[each.name]
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        inner = next((o for o in options if dataclasses.is_dataclass(o)), None)
-        name = f"{prefix}{each.name}"
-        names.append(name)
-        if isinstance(inner, type):
-            names += known_keys(inner, f"{name}.")
-    return names
-
-
-def nearest_key(name: str) -> str:
-    """The known key most like `name`, by spelling and initials; its section counts less."""
-    last = name.rpartition(".")[2]
-    initials = "".join(part[:1] for part in last.split("_"))
-
-    def likeness(candidate: str) -> float:
-        word = candidate.rpartition(".")[2]
-        if word in (last, initials):
-            return 2 + difflib.SequenceMatcher(None, name, candidate).ratio()
-        return sum(
-            difflib.SequenceMatcher(None, *p).ratio() for p in ((name, candidate), (last, word))
-        )
-
-    return max(known_keys(), key=likeness)
-
-
-def _explain(fault: Any) -> str:
-    # Tuple positions are numbers; the names of union members are of no use to a reader.
-    where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{where}: no such key; the nearest is {nearest_key(where)}"
-    if fault["type"] in ("missing", "missing_argument"):
-        return f"{where}: missing"
-    return f"{where}: {fault['msg']}, got {fault['input']!r}"

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from blip2fast.offload.choices import offload_faults
 from blip2fast.stage1.config import LOSSES
-
-if TYPE_CHECKING:
-    from blip2fast.training.config import RunConfig
+from blip2fast.training.config import RunConfig
 
 
 def contradictions(config: RunConfig) -> list[str]:
@@ -81,4 +76,34 @@ def _stage_faults(config: RunConfig) -> list[str]:
             faults.append("language_model.prompt has a {} for questions, but data.task is caption")
         if config.data.task == "sequence" and prompt and "{}" not in prompt:
             faults.append("language_model.prompt has no {} for the records' prompts (data.task)")
+    return faults
+
+
+def offload_faults(config: RunConfig) -> list[str]:
+    """Settings that cannot hold together with `config.offload`, whatever the machine."""
+    faults: list[str] = []
+    offload = config.offload
+    if offload != "none" and config.stage == 1:
+        faults.append(f"offload {offload!r} is for stage 2's language model, but stage is 1")
+    if offload in ("stream", "auto"):
+        if config.zero_stage == 3:
+            faults.append(
+                f"offload {offload!r} needs zero_stage 0, 1 or 2, it is 3: streamed blocks are "
+                "whole in every process (offload: zero3 spreads them)"
+            )
+        if config.offload_param != "none":
+            faults.append(
+                f"offload {offload!r} decides where the language model is: remove offload_param "
+                f"{config.offload_param!r}"
+            )
+    if offload == "zero3" and config.zero_stage in (1, 2):
+        faults.append(
+            f"offload 'zero3' stands for zero_stage 3, but zero_stage is {config.zero_stage}: "
+            "leave it out"
+        )
+    if offload in ("none", "zero3"):
+        for name, default in (("stream_storage", "as_is"), ("stream_buffers", 2)):
+            value = getattr(config, name)
+            if value != default:
+                faults.append(f"{name} {value!r} belongs to offload: stream, it is {offload!r}")
     return faults

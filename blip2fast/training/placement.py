@@ -1,15 +1,20 @@
-"""From `offload` in a run's configuration to a language model in its place."""
+"""Where the frozen language model of a run is: decided, and loaded to there.
+
+none: as `zero_stage` and `offload_param` say. stream: blocks on the host, streamed to the device.
+zero3: DeepSpeed ZeRO-3 with its parameters on the host. auto: the first of these that fits.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from blip2fast.frozen.language_models import load_language_model
-from blip2fast.offload.choices import with_offload
 from blip2fast.offload.loading import empty_language_model, load_partitioned, load_streamed
 from blip2fast.offload.zero3_linear import keep_no_inputs
 from blip2fast.training.config import RunConfig
@@ -53,6 +58,23 @@ def settle_offload(
     settled = with_offload(config, chosen.offload)
     settled.gradient_checkpointing = chosen.gradient_checkpointing
     return settled
+
+
+def with_offload(config: RunConfig, offload: Literal["none", "stream", "zero3"]) -> RunConfig:
+    """The run with the language model in one place, and the DeepSpeed settings that this means."""
+    if offload == "zero3":
+        param = "cpu" if config.offload_param == "none" else config.offload_param
+        return replace(
+            config,
+            offload="zero3",
+            zero_stage=3,
+            offload_param=param,
+            stream_storage="as_is",
+            stream_buffers=2,
+        )
+    if offload == "none":
+        return replace(config, offload="none", stream_storage="as_is", stream_buffers=2)
+    return replace(config, offload="stream")
 
 
 def _least_memory() -> Memory:

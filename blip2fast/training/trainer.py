@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader
 from blip2fast.checkpoints import trained as checkpointing
 from blip2fast.data.manifest import replace_file, write_json
 from blip2fast.optimisation import learning_rate
-from blip2fast.stage1.contrast import features, step_contrast
+from blip2fast.stage1.contrast import step_contrast
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.training import engine_state as optimizer_state
 from blip2fast.training.build import DTYPES, RunParts, build_run
-from blip2fast.training.config import RunConfig, config_values, save_config
+from blip2fast.training.config import RunConfig
+from blip2fast.training.config_files import config_values, save_config
 from blip2fast.training.engine import start_engine, start_processes
 from blip2fast.training.log import RunLog
 from blip2fast.training.placement import settle_offload
@@ -49,7 +50,7 @@ class TrainingStep(nn.Module):
     def forward(self, *, for_contrast: bool = False, **batch: Any) -> tuple[Any, ...]:
         """Keyword arguments of the model to `(loss, scalars)`; `for_contrast`, of `features`."""
         if for_contrast:
-            return features(cast(Blip2Stage1, self.model), **batch)
+            return cast(Blip2Stage1, self.model).features(**batch)
         output = self.model(**batch)
         scalars = {
             name: value.detach().float()

@@ -21,7 +21,7 @@ from blip2fast.demo.settings import TRAINING_RUNS, DemoSettings, Places
 from blip2fast.demo.table import COLUMNS, FLOORS, render
 from blip2fast.demo.training import MetricsTail, TrainingRun, launcher, needed, train
 from blip2fast.stage1.model import Blip2Stage1, Stage1Config
-from blip2fast.training.config import load_config
+from blip2fast.training.config_files import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -181,7 +181,7 @@ def test_the_demo_passes_the_paths_that_its_configurations_name(source, run, mon
 LAUNCHED = """
 import sys, time
 from pathlib import Path
-from blip2fast.training.config import load_config
+from blip2fast.training.config_files import load_config
 fails_at, words = int(sys.argv[1]), sys.argv[3:]
 starts = [i for i, word in enumerate(words) if word == "--config"] + [len(words)]
 for number, (start, end) in enumerate(zip(starts, starts[1:])):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from blip2fast.kernels.philox import philox_state
 from blip2fast.ops import itc_loss
 from blip2fast.stage1 import contrast as stage1_contrast
 from blip2fast.stage1 import model as stage1
-from blip2fast.stage1.contrast import features, step_contrast
+from blip2fast.stage1.contrast import step_contrast
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.training.log import read_metrics
 from blip2fast.training.trainer import train
@@ -43,7 +42,7 @@ def cached_gradients(
 ) -> tuple[dict[str, Tensor], list[Any]]:
     """Gradients of the mean of the batches' losses, and their outputs."""
     model.zero_grad()
-    contrasts = step_contrast(partial(features, model), batches, model.config)
+    contrasts = step_contrast(model.features, batches, model.config)
     outputs = []
     for batch, contrast in zip(batches, contrasts, strict=True):
         output = model(**batch, contrast=contrast)
@@ -135,7 +134,7 @@ def test_with_dropout_and_the_other_losses(
 
 def test_batches_that_do_not_fit_are_refused() -> None:
     model = Blip2Stage1(SMALL).double()
-    encode = partial(features, model)
+    encode = model.features
     with pytest.raises(ValueError, match="batches: expected one or more, got none"):
         step_contrast(encode, [], SMALL)
     first, second, third = step_batches(image_ids=False)

@@ -17,7 +17,7 @@ from blip2fast.checkpoints.trained import load_trained
 from blip2fast.stage2.language_model import use_activation
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.training.build import build_run
-from blip2fast.training.config import load_config
+from blip2fast.training.config_files import load_config
 from blip2fast.training.memory_plan import GIB, Memory, plan_memory
 from blip2fast.training.trainer import train
 

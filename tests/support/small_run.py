@@ -21,7 +21,8 @@ from transformers import (
 
 from blip2fast.data.batches import CaptionRecord, QuestionRecord, write_records
 from blip2fast.data.feature_cache import FeatureCache
-from blip2fast.training.config import RunConfig, parse_config
+from blip2fast.training.config import RunConfig
+from blip2fast.training.config_files import parse_config
 
 COLOURS = ("red", "blue", "green", "black")
 THINGS = ("ring", "star", "cross", "disc")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from blip2fast.training.config import (
+from blip2fast.training.config_files import (
     config_values,
     known_keys,
     load_config,

@@ -26,18 +26,18 @@ from transformers import (
 
 from blip2fast import command_line
 from blip2fast.offload import stream_blocks
-from blip2fast.offload.choices import with_offload
 from blip2fast.stage2.config import Stage2Config
 from blip2fast.training import measuring
 from blip2fast.training.build import build_run
-from blip2fast.training.config import RunConfig, parse_config
+from blip2fast.training.config import RunConfig
+from blip2fast.training.config_files import parse_config
 from blip2fast.training.measuring import (
     measure_image_encoder,
     measure_language_model,
     measure_trained,
 )
 from blip2fast.training.memory_plan import GIB, Memory, plan_memory
-from blip2fast.training.placement import settle_offload
+from blip2fast.training.placement import settle_offload, with_offload
 from blip2fast.training.preflight import check_machine
 
 OPT = {"num_attention_heads": 32, "num_hidden_layers": 32}

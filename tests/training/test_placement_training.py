@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 from small_run import be_one_of_two, config, distance, free_port, write_world
 
-from blip2fast.offload.streaming import BlockStream
+from blip2fast.offload.streaming import BlockStream, stream_of
 from blip2fast.training import placement as settle
 from blip2fast.training.build import build_run
 from blip2fast.training.log import read_metrics
@@ -101,7 +101,7 @@ def test_a_run_resumes_with_its_language_model_elsewhere(world: Path, tmp_path: 
 def test_the_streamed_language_model_is_in_the_parts(world: Path, tmp_path: Path) -> None:
     parts = build_run(config(world, tmp_path, 2, offload="stream"), 0, 1)
     blocks = parts.model.language_model.model.decoder.layers
-    assert all(isinstance(vars(block)["_block_stream"], BlockStream) for block in blocks)
+    assert all(isinstance(stream_of(block), BlockStream) for block in blocks)
     assert [list(block.parameters()) for block in blocks] == [[], []]
     # the trained part starts as it does with the language model loaded by transformers
     plain = build_run(config(world, tmp_path, 2), 0, 1)

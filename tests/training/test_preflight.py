@@ -14,7 +14,7 @@ from small_run import config, write_world
 from blip2fast.ops import dispatch, kernels_set_to
 from blip2fast.ops.records import Key, Record
 from blip2fast.training import preflight
-from blip2fast.training.config import load_config
+from blip2fast.training.config_files import load_config
 from blip2fast.training.preflight import check_machine, check_pretrained, check_weights
 
 NO_GPU = "torch.cuda.is_available"

@@ -20,7 +20,8 @@ from blip2fast.packed_layer import PackedLayer
 from blip2fast.qformer.layers import QFormerAttention
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
-from blip2fast.training.config import RunConfig, load_config
+from blip2fast.training.config import RunConfig
+from blip2fast.training.config_files import load_config
 from blip2fast.training.log import read_metrics
 from blip2fast.training.trainer import train
 
