@@ -32,18 +32,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
-from blip2fast.checkpoints.trained import load_language_model, load_trained
+from blip2fast.checkpoints.trained import load_trained
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.demo.data import cache_features, load_split, write_texts
 from blip2fast.demo.measure import EvalSet, Reader
 from blip2fast.demo.run import machine
 from blip2fast.demo.settings import REPOSITORY, DemoSettings, Places
-from blip2fast.evaluation.stage2 import (
-    evaluate_stage1,
-    evaluate_stage2,
-    exact_match,
-    generate_texts,
-)
+from blip2fast.evaluation.stage1 import evaluate_stage1
+from blip2fast.evaluation.stage2 import evaluate_stage2, exact_match, generate_texts
+from blip2fast.frozen.language_models import load_language_model
 from blip2fast.scenes import is_exact
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2

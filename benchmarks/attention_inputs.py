@@ -15,8 +15,7 @@ from comparing import Work
 from shapes import BI, CAUSAL, UNI, CrossShape, SelfShape
 from torch import Tensor
 
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
-from blip2fast.masks import MaskKind
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
 
 # output first, then the gradients, where there are any
 Results = list[Tensor]

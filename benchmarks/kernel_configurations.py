@@ -38,8 +38,7 @@ from blip2fast.kernels.qformer_attention.config import CrossTiles, Tiles
 from blip2fast.kernels.qformer_attention.cross_backward import cross_backward
 from blip2fast.kernels.qformer_attention.cross_forward import cross_forward
 from blip2fast.kernels.qformer_attention.forward import self_forward
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
-from blip2fast.masks import MaskKind
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
 
 Device = torch.device | str
 Inputs = dict[str, Any]

@@ -16,7 +16,7 @@ import torch
 from transformers import Blip2VisionConfig, OPTConfig, T5Config
 
 from blip2fast import Stage1Config, Stage2Config
-from blip2fast.masks import MaskKind
+from blip2fast.kernels.qformer_attention.layout import MaskKind
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 Where = Literal["test", "cpu", "cuda"]

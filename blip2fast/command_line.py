@@ -4,6 +4,7 @@ blip2fast plan --config configs/vitg_opt6.7b_stage2.yaml --processes 8 --device-
 blip2fast storage-loss --config configs/scenes_stage2.yaml --storage int4 --batches 8
 blip2fast caption --model runs/scenes/stage2 one.png two.png
 blip2fast check-kernels
+blip2fast cache-features --images DIR --records FILE --encoder PATH --out DIR
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exits with one line of text on bad input."""
     parser = argparse.ArgumentParser(
-        prog="blip2fast", description="Plan and use stage-2 runs of BLIP-2."
+        prog="blip2fast", description="Plan and use runs of BLIP-2, and cache their image features."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser(
@@ -45,13 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loss.add_argument("--batches", type=_positive, default=4)
     _add_caption(commands)
     _add_check_kernels(commands)
+    _add_cache_features(commands)
     given = parser.parse_args(arguments)
-
     run = {
         "plan": _plan,
         "storage-loss": _storage_loss,
         "caption": _caption,
         "check-kernels": _check_kernels,
+        "cache-features": _cache_features,
     }[given.command]
 
     import transformers
@@ -95,6 +97,26 @@ def _add_check_kernels(commands: argparse._SubParsersAction[argparse.ArgumentPar
     check.add_argument("--again", action="store_true", help="check all, whatever is known")
     check.add_argument("--jobs", type=_positive, help="processes that compile; by default up to 8")
     check.add_argument("--out", metavar="FILE", help="write what is known as JSON, too")
+
+
+def _add_cache_features(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    cache = commands.add_parser(
+        "cache-features",
+        help="compute a feature cache from a folder of images",
+        description="Encode the images that the records name, in sorted order, each once. An "
+        "interrupted run continues where it stopped when the same command is given again.",
+    )
+    cache.add_argument("--images", required=True, metavar="DIR", help="folder of image files")
+    cache.add_argument(
+        "--records", required=True, metavar="FILE", help="JSON lines that name the images"
+    )
+    cache.add_argument(
+        "--encoder", required=True, metavar="PATH", help="folder or hub name of a vision model"
+    )
+    cache.add_argument("--out", required=True, metavar="DIR", help="folder of the cache")
+    cache.add_argument("--layer", type=_positive, help="blocks to run; default: BLIP-2's choice")
+    cache.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="bfloat16")
+    cache.add_argument("--batch-size", type=_positive, default=32)
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -174,6 +196,32 @@ def _caption(given: argparse.Namespace) -> str:
         )
     pairs = zip(given.images, texts, strict=True)
     return "\n".join(f"{path}\t{text}" for path, text in pairs)
+
+
+def _cache_features(given: argparse.Namespace) -> str:
+    import torch
+
+    from blip2fast.data.caching import cache_images
+    from blip2fast.data.records import image_keys
+    from blip2fast.frozen.image_encoders import load_image_encoder
+
+    keys = image_keys(given.records)
+    on_gpu = torch.cuda.is_available()
+    compute = torch.bfloat16 if on_gpu else torch.float32
+    encoder = load_image_encoder(given.encoder, given.layer, compute)
+    cache = cache_images(
+        given.images,
+        keys,
+        encoder.to("cuda" if on_gpu else "cpu"),
+        given.out,
+        name=given.encoder,
+        dtype=given.dtype,
+        batch_size=given.batch_size,
+    )
+    return (
+        f"{cache.path}: {cache.num_images} images of {cache.num_tokens} tokens x {cache.width}, "
+        f"{cache.dtype}, relative error {cache.relative_error:.2g}"
+    )
 
 
 def _storage_loss(given: argparse.Namespace) -> str:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from blip2fast.data import manifest
 from blip2fast.data.manifest import MANIFEST, DamagedError
@@ -14,21 +20,7 @@ OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step in `folder`; half-written ones do not count."""
-    return max(_checkpoints(folder), key=_step_of, default=None)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete what killed runs left half-written, or half-deleted, among the checkpoints."""
-    for path in folder.glob("*.partial"):
-        shutil.rmtree(path)
-
-
-def keep_newest(folder: Path, count: int) -> None:
-    """Delete the checkpoints in `folder` but the `count` of the highest steps."""
-    for path in sorted(_checkpoints(folder), key=_step_of)[:-count]:
-        # Renamed first: a kill while deleting must not leave half a checkpoint under its name.
-        shutil.rmtree(path.rename(path.with_name(path.name + ".old.partial")))
-    remove_unfinished(folder)
+    return max(checkpoints_in(folder), key=step_of, default=None)
 
 
 def find_file(folder: Path, name: str) -> Path:
@@ -48,20 +40,22 @@ def find_file(folder: Path, name: str) -> Path:
         raise ValueError(f"{error}. {_remedy(folder)}") from error
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder."""
     return [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name states."""
     return int(checkpoint.name[5:])
 
 
 def _remedy(damaged: Path) -> str:
     """What to use instead of a damaged model or checkpoint."""
     inside = damaged.name.startswith("step-") and damaged.name[5:].isdigit()
-    others = _checkpoints(damaged.parent if inside else damaged / "checkpoints")
-    for path in sorted(others, key=_step_of, reverse=True):
-        if (inside and _step_of(path) >= _step_of(damaged)) or not _is_whole(path):
+    others = checkpoints_in(damaged.parent if inside else damaged / "checkpoints")
+    for path in sorted(others, key=step_of, reverse=True):
+        if (inside and step_of(path) >= step_of(damaged)) or not _is_whole(path):
             continue
         if inside:
             return f"The checkpoint before it is whole: delete {damaged} to resume from {path}"
@@ -77,3 +71,22 @@ def _is_whole(folder: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+def read_json(folder: Path, name: str) -> Any:
+    """A JSON file of a trained model or checkpoint, if it is as it was written."""
+    return json.loads(find_file(folder, name).read_text(encoding="utf-8"))
+
+
+def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a file, if it is as it was written; on the CPU."""
+    path = find_file(folder, name)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from error
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

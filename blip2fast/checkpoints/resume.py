@@ -1,13 +1,171 @@
-"""The random states of a process, saved and restored."""
+"""Checkpoints of a run: everything that it needs to go on as if it had not stopped.
+
+A checkpoint is a trained model (`blip2fast.checkpoints.trained`) and what only its run needs: the
+optimiser's moments, and each process's random states and sums for the log.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blip2fast.checkpoints.files import (
+    OPTIMIZER,
+    STATE,
+    checkpoints_in,
+    find_file,
+    load_tensors,
+    on_cpu,
+    read_json,
+    step_of,
+)
+from blip2fast.checkpoints.trained import (
+    Description,
+    check_frozen,
+    model_files,
+    read_description,
+    read_parameters,
+)
+from blip2fast.data import manifest
+from blip2fast.data.manifest import write_json, write_through
+from blip2fast.frozen.identity import FrozenIdentity, flat
+
+
+def save_checkpoint(
+    folder: Path,
+    description: Description,
+    parameters: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    run: Mapping[str, Any],
+    process: Mapping[str, Any],
+    keep_last: int,
+) -> Path:
+    """Write `folder/step-<step>`; every process calls this, the first one writes the tensors.
+
+    Args:
+        folder: the run's checkpoints.
+        description, parameters: as for `save_model`.
+        moments: AdamW's, `exp_avg/<name>` and `exp_avg_sq/<name>`.
+        run: what `state.json` says besides the step; compared when resuming.
+        process: what this process keeps besides its random states; tensors and plain values.
+        keep_last: older checkpoints beyond this many are deleted.
+
+    Raises:
+        ValueError: there is a checkpoint of this step.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    final = folder / f"step-{description.step:08d}"
+    partial = manifest.aside(final)
+    if final.exists():
+        raise ValueError(f"{final} is there already; delete it, or resume from it")
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    kept = {"random": random_states(), **process}
+    write_through(partial / _process_file(rank), lambda path: torch.save(kept, path))
+    dist.barrier()
+    if rank == 0:
+        state = {"step": description.step, "world_size": world, "run": run}
+        files = {
+            **model_files(parameters, description),
+            OPTIMIZER: lambda path: save_file(on_cpu(moments), path),
+            STATE: write_json(state),
+        }
+        for name, write in files.items():
+            write_through(partial / name, write)
+        manifest.seal(partial, [*files, *(_process_file(each) for each in range(world))])
+        manifest.rename_folder(partial, final)
+        keep_newest(folder, keep_last)
+    dist.barrier()
+    return final
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back; see `read_checkpoint`."""
+
+    path: Path
+    step: int
+    world_size: int
+    parameters: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+    def process(self, rank: int) -> dict[str, Any]:
+        """What process `rank` kept, and its random states as `random`."""
+        file = find_file(self.path, _process_file(rank))
+        kept: dict[str, Any] = torch.load(file, weights_only=True)
+        return kept
+
+
+def read_checkpoint(
+    path: Path, run: Mapping[str, Any], frozen: Mapping[str, FrozenIdentity]
+) -> Checkpoint:
+    """Read a checkpoint that a run of configuration `run` wrote.
+
+    Args:
+        path: its folder.
+        run: as `save_checkpoint` was given it.
+        frozen: the frozen models of the resuming run, as in `Description`.
+
+    Raises:
+        ValueError: a file that is missing or not as it was written; or written by a run of another
+            configuration or with other frozen models; what differs is named with both values.
+    """
+    state = read_json(path, STATE)
+    there = dict(flat(state["run"]))
+    here = dict(flat(json.loads(json.dumps(run))))
+    differing = [
+        f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted({*there, *here})
+        if there.get(key) != here.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} was written by another run and cannot be resumed: {'; '.join(differing)}. Set "
+            "the same values, or start a new output_dir with init_from"
+        )
+    description = read_description(path)
+    for part, identity in frozen.items():
+        remedy = "Resume with the one it was trained with, or start a new output_dir with init_from"
+        check_frozen(description, part, identity, str(path), remedy)
+    return Checkpoint(
+        path,
+        state["step"],
+        state["world_size"],
+        read_parameters(path),
+        load_tensors(path, OPTIMIZER),
+    )
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what killed runs left half-written, or half-deleted, among the checkpoints."""
+    for path in folder.glob("*.partial"):
+        shutil.rmtree(path)
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Delete the checkpoints in `folder` but the `count` of the highest steps."""
+    for path in sorted(checkpoints_in(folder), key=step_of)[:-count]:
+        # Renamed first: a kill while deleting must not leave half a checkpoint under its name.
+        shutil.rmtree(path.rename(path.with_name(path.name + ".old.partial")))
+    remove_unfinished(folder)
+
+
+def _process_file(rank: int) -> str:
+    return f"process_{rank:05d}.pt"
 
 
 def random_states() -> dict[str, Any]:

@@ -16,33 +16,25 @@ compared with the manifest first.
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blip2fast.checkpoints.files import (
     DESCRIPTION,
     MODEL,
-    OPTIMIZER,
-    STATE,
-    find_file,
-    keep_newest,
-    last_checkpoint,
-    remove_unfinished,
+    load_tensors,
+    on_cpu,
+    read_json,
 )
-from blip2fast.checkpoints.resume import random_states, set_random_states
 from blip2fast.data import manifest
-from blip2fast.data.manifest import MANIFEST, write_json, write_through
-from blip2fast.frozen.identity import FrozenIdentity, flat, identify_model, refuse_other
+from blip2fast.data.manifest import MANIFEST, write_json
+from blip2fast.frozen.identity import FrozenIdentity, identify_model, refuse_other
 from blip2fast.frozen.language_models import load_language_model
 from blip2fast.offload.loading import source_identity
 from blip2fast.qformer.checks import check_state
@@ -50,26 +42,6 @@ from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.config import Stage2Config
 from blip2fast.stage2.model import Blip2Stage2
-
-__all__ = [
-    "Checkpoint",
-    "Description",
-    "check_frozen",
-    "is_trained",
-    "last_checkpoint",
-    "load_language_model",
-    "load_parameters",
-    "load_trained",
-    "random_states",
-    "read_checkpoint",
-    "read_description",
-    "read_parameters",
-    "remove_unfinished",
-    "save_checkpoint",
-    "save_model",
-    "set_random_states",
-    "trained_names",
-]
 
 _PARTS = {"language_model": "language model", "image_encoder": "image encoder"}
 
@@ -112,7 +84,7 @@ def save_model(folder: Path, state: Mapping[str, Tensor], description: Descripti
 
     Whenever this is killed, the older model or the new one is there, never a mixture.
     """
-    manifest.replace_files(folder, _model_files(state, description))
+    manifest.replace_files(folder, model_files(state, description))
 
 
 def is_trained(path: str | Path) -> bool:
@@ -126,7 +98,7 @@ def read_description(path: str | Path) -> Description:
     Raises:
         ValueError: not there, of an earlier format, or not as it was written.
     """
-    values = _read_json(Path(path), DESCRIPTION)
+    values = read_json(Path(path), DESCRIPTION)
     identities = {part: FrozenIdentity(**v) for part, v in values.pop("frozen").items()}
     return Description(**values, frozen=identities)
 
@@ -137,7 +109,7 @@ def read_parameters(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: as `read_description`.
     """
-    return _load_tensors(Path(path), MODEL)
+    return load_tensors(Path(path), MODEL)
 
 
 def load_trained(
@@ -226,138 +198,9 @@ def load_parameters(model: nn.Module, state: Mapping[str, Tensor], source: str) 
             parameter.copy_(state[name])
 
 
-def save_checkpoint(
-    folder: Path,
-    description: Description,
-    parameters: Mapping[str, Tensor],
-    moments: Mapping[str, Tensor],
-    run: Mapping[str, Any],
-    process: Mapping[str, Any],
-    keep_last: int,
-) -> Path:
-    """Write `folder/step-<step>`; every process calls this, the first one writes the tensors.
-
-    Args:
-        folder: the run's checkpoints.
-        description, parameters: as for `save_model`.
-        moments: AdamW's, `exp_avg/<name>` and `exp_avg_sq/<name>`.
-        run: what `state.json` says besides the step; compared when resuming.
-        process: what this process keeps besides its random states; tensors and plain values.
-        keep_last: older checkpoints beyond this many are deleted.
-
-    Raises:
-        ValueError: there is a checkpoint of this step.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    final = folder / f"step-{description.step:08d}"
-    partial = manifest.aside(final)
-    if final.exists():
-        raise ValueError(f"{final} is there already; delete it, or resume from it")
-    dist.barrier()
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    kept = {"random": random_states(), **process}
-    write_through(partial / _process_file(rank), lambda path: torch.save(kept, path))
-    dist.barrier()
-    if rank == 0:
-        state = {"step": description.step, "world_size": world, "run": run}
-        files = {
-            **_model_files(parameters, description),
-            OPTIMIZER: lambda path: save_file(_on_cpu(moments), path),
-            STATE: write_json(state),
-        }
-        for name, write in files.items():
-            write_through(partial / name, write)
-        manifest.seal(partial, [*files, *(_process_file(each) for each in range(world))])
-        manifest.rename_folder(partial, final)
-        keep_newest(folder, keep_last)
-    dist.barrier()
-    return final
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint read back; see `read_checkpoint`."""
-
-    path: Path
-    step: int
-    world_size: int
-    parameters: dict[str, Tensor]
-    moments: dict[str, Tensor]
-
-    def process(self, rank: int) -> dict[str, Any]:
-        """What process `rank` kept, and its random states as `random`."""
-        file = find_file(self.path, _process_file(rank))
-        kept: dict[str, Any] = torch.load(file, weights_only=True)
-        return kept
-
-
-def read_checkpoint(
-    path: Path, run: Mapping[str, Any], frozen: Mapping[str, FrozenIdentity]
-) -> Checkpoint:
-    """Read a checkpoint that a run of configuration `run` wrote.
-
-    Args:
-        path: its folder.
-        run: as `save_checkpoint` was given it.
-        frozen: the frozen models of the resuming run, as in `Description`.
-
-    Raises:
-        ValueError: a file that is missing or not as it was written; or written by a run of another
-            configuration or with other frozen models; what differs is named with both values.
-    """
-    state = _read_json(path, STATE)
-    there = dict(flat(state["run"]))
-    here = dict(flat(json.loads(json.dumps(run))))
-    differing = [
-        f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted({*there, *here})
-        if there.get(key) != here.get(key)
-    ]
-    if differing:
-        raise ValueError(
-            f"{path} was written by another run and cannot be resumed: {'; '.join(differing)}. Set "
-            "the same values, or start a new output_dir with init_from"
-        )
-    description = read_description(path)
-    for part, identity in frozen.items():
-        remedy = "Resume with the one it was trained with, or start a new output_dir with init_from"
-        check_frozen(description, part, identity, str(path), remedy)
-    return Checkpoint(
-        path,
-        state["step"],
-        state["world_size"],
-        read_parameters(path),
-        _load_tensors(path, OPTIMIZER),
-    )
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _model_files(
-    state: Mapping[str, Tensor], description: Description
-) -> dict[str, manifest.Write]:
+def model_files(state: Mapping[str, Tensor], description: Description) -> dict[str, manifest.Write]:
+    """What writes each file of a trained model."""
     return {
-        MODEL: lambda path: save_file(_on_cpu(state), path),
+        MODEL: lambda path: save_file(on_cpu(state), path),
         DESCRIPTION: write_json(dataclasses.asdict(description)),
     }
-
-
-def _process_file(rank: int) -> str:
-    return f"process_{rank:05d}.pt"
-
-
-def _read_json(folder: Path, name: str) -> Any:
-    return json.loads(find_file(folder, name).read_text(encoding="utf-8"))
-
-
-def _load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    path = find_file(folder, name)
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from error

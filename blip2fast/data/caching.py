@@ -1,24 +1,15 @@
-"""Compute a feature cache from a folder of images.
-
-    python -m blip2fast.data.caching --images DIR --records FILE --encoder PATH --out DIR
-
-The images that the records name are read in sorted order, each once. An interrupted run goes on
-where it stopped when the same command is given again.
-"""
+"""Compute a feature cache from a folder of images (`blip2fast cache-features`)."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from blip2fast.data.batches import image_keys
 from blip2fast.data.feature_cache import CacheDtype, FeatureCache
-from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
+from blip2fast.frozen.image_encoders import FrozenImageEncoder
 from blip2fast.frozen.images import read_image, transform_for
 
 
@@ -61,42 +52,3 @@ def cache_images(
             bar.update(len(rows))
     writer.close()
     return FeatureCache(out)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m blip2fast.data.caching", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--images", required=True, help="folder of image files")
-    parser.add_argument("--records", required=True, help="JSON lines that name the images")
-    parser.add_argument("--encoder", required=True, help="folder or hub name of a vision model")
-    parser.add_argument("--out", required=True, help="folder of the cache")
-    parser.add_argument("--layer", type=int, help="blocks to run; by default BLIP-2's choice")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="bfloat16")
-    parser.add_argument("--batch-size", type=int, default=32)
-    given = parser.parse_args(arguments)
-    try:
-        keys = image_keys(given.records)
-        on_gpu = torch.cuda.is_available()
-        compute = torch.bfloat16 if on_gpu else torch.float32
-        encoder = load_image_encoder(given.encoder, given.layer, compute)
-        cache = cache_images(
-            given.images,
-            keys,
-            encoder.to("cuda" if on_gpu else "cpu"),
-            given.out,
-            name=given.encoder,
-            dtype=given.dtype,
-            batch_size=given.batch_size,
-        )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(
-        f"{cache.path}: {cache.num_images} images of {cache.num_tokens} tokens x {cache.width}, "
-        f"{cache.dtype}, relative error {cache.relative_error:.2g}"
-    )
-
-
-if __name__ == "__main__":
-    main()

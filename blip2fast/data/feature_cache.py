@@ -71,7 +71,7 @@ class FeatureCache:
             hint = (
                 f"; {_partial(self.path)} is a half-written one: finish or delete it"
                 if _partial(self.path).exists()
-                else "; build it with `python -m blip2fast.data.caching`"
+                else "; build it with `blip2fast cache-features`"
             )
             raise ValueError(f"no feature cache at {self.path}{hint}")
         stated = _read_json(manifest_path)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from blip2fast.demo.measure import EvalSet, tokenize
 from blip2fast.evaluation.retrieval import evaluating
-from blip2fast.masks import MaskKind, qformer_mask
+from blip2fast.kernels.qformer_attention.layout import MaskKind
+from blip2fast.qformer.masks import qformer_mask
 from blip2fast.scenes import Scene, captions
 from blip2fast.stage1.model import Blip2Stage1
 

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.demo.table import SECTIONS
 from blip2fast.evaluation.retrieval import ImageReader, Texts
+from blip2fast.evaluation.stage1 import evaluate_stage1
 from blip2fast.evaluation.stage2 import (
     accuracy_by_type,
     continue_texts,
-    evaluate_stage1,
     evaluate_stage2,
     exact_match,
     generate_texts,

@@ -9,14 +9,15 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from blip2fast.checkpoints.trained import load_language_model, load_trained
-from blip2fast.data.batches import read_questions
+from blip2fast.checkpoints.trained import load_trained
 from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.data.records import read_questions
 from blip2fast.demo import attention, measure, plots
 from blip2fast.demo.data import load_split
 from blip2fast.demo.measure import EvalSet, Reader, Rows
 from blip2fast.demo.settings import TRAINING_RUNS, DemoSettings, Places
 from blip2fast.demo.training import progress_bar
+from blip2fast.frozen.language_models import load_language_model
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
 

@@ -11,126 +11,22 @@ Paper (arXiv 2301.12597): sections 3.1, 3.2, 4.1 (zero-shot VQA), 4.4 (retrieval
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from blip2fast.evaluation.retrieval import (
     ImageReader,
-    Texts,
     chunks,
-    encode_all,
     evaluating,
-    query_similarity,
-    rerank,
-    retrieval_recall,
-    swapped_match_accuracy,
 )
-from blip2fast.stage1.model import Blip2Stage1
+from blip2fast.evaluation.stage1 import held_out_losses
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random state from `seed` inside; the state outside is as if nothing had happened."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def held_out_losses(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], seed: int = 0
-) -> dict[str, float]:
-    """Mean of every scalar `loss*` and `accuracy*` that the model returns, weighted by rows.
-
-    Stage 1 samples its negatives; they are drawn from `seed` here, and the caller's random state
-    is left as it was, so evaluation neither varies nor disturbs training.
-
-    Args:
-        batches: keyword arguments of the model's forward.
-
-    Raises:
-        ValueError: when there is no batch.
-    """
-    totals: dict[str, float] = {}
-    count = 0
-    with evaluating(model) as device, seeded(seed, device):
-        for batch in batches:
-            output = model(**{name: value.to(device) for name, value in batch.items()})
-            rows = len(next(iter(batch.values())))
-            count += rows
-            for name, value in vars(output).items():
-                if name.startswith(("loss", "accuracy")) and isinstance(value, Tensor):
-                    totals[name] = totals.get(name, 0.0) + rows * value.item()
-    if count == 0:
-        raise ValueError("held-out losses need at least one batch, got none")
-    return {name: total / count for name, total in totals.items()}
-
-
-def caption_batch(images: ImageReader, texts: Texts, numbers: Tensor) -> dict[str, Tensor]:
-    """The arguments of a stage-1 forward pass for the texts of these numbers and their images."""
-    return {
-        "image_embeds": images(texts.image[numbers]),
-        "input_ids": texts.input_ids[numbers],
-        "attention_mask": texts.attention_mask[numbers],
-    }
-
-
-def caption_batches(
-    images: ImageReader, texts: Texts, batch_size: int
-) -> Iterator[dict[str, Tensor]]:
-    """Batches of one text per image, for `held_out_losses` of stage 1.
-
-    Only the first text of each image is taken, so that no image stands twice in a batch as its
-    own false negative; a last batch of one, which has no negatives, is left out.
-    """
-    first = {i: j for j, i in reversed(list(enumerate(texts.image.tolist())))}
-    for numbers in torch.tensor(sorted(first.values())).split(batch_size):
-        if len(numbers) > 1:
-            yield caption_batch(images, texts, numbers)
-
-
-def evaluate_stage1(
-    model: Blip2Stage1,
-    images: ImageReader,
-    num_images: int,
-    texts: Texts,
-    *,
-    swapped: Texts | None = None,
-    rerank_k: int = 0,
-    batch_size: int = 64,
-) -> dict[str, float]:
-    """Losses, retrieval both ways and, where asked, re-ranked retrieval and ITM accuracy.
-
-    Args:
-        model: a `Blip2Stage1`.
-        images: reader of the frozen encoder's tokens.
-        num_images: I; images are numbered 0..I-1.
-        texts: the captions, several per image allowed.
-        swapped: wrong counterparts of `texts`, one each; None leaves ITM accuracy out.
-        rerank_k: candidates that ITM re-ranks (128 in the paper); 0 leaves re-ranking out.
-        batch_size: images, texts or pairs at a time.
-
-    Returns:
-        `loss, loss_itc, loss_itm, loss_itg, accuracy_*`, `{i2t,t2i}_r{1,5,10}`,
-        `rerank_{i2t,t2i}_r{1,5,10}`, `itm_accuracy` and its parts.
-    """
-    results = held_out_losses(model, caption_batches(images, texts, batch_size))
-    similarity = query_similarity(*encode_all(model, images, num_images, texts, batch_size))
-    results |= retrieval_recall(similarity, similarity, texts.image)
-    if rerank_k:
-        scores = rerank(model, images, texts, similarity, rerank_k, batch_size)
-        reranked = retrieval_recall(*scores, texts.image)
-        results |= {f"rerank_{name}": value for name, value in reranked.items()}
-    if swapped is not None:
-        results |= swapped_match_accuracy(model, images, texts, swapped, batch_size)
-    return results
 
 
 def evaluate_stage2(

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
+
 
 def not_there(what: str, name: object, why: Exception | str = "") -> str:
     """What to say of a model or tokenizer that could not be read.
@@ -15,3 +21,31 @@ def not_there(what: str, name: object, why: Exception | str = "") -> str:
         f"{what} {str(name)!r}: not there: give a local folder or a hub name that can be reached"
     )
     return f"{message} ({str(why).splitlines()[0]})" if str(why) else message
+
+
+def check_pretrained(key: str, name: str) -> str | None:
+    """Why the transformers model or tokenizer `name` cannot be loaded; None if it can be.
+
+    A folder is looked into; any other name is asked of the hub or its local cache.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if any((folder / f).is_file() for f in ("config.json", "tokenizer_config.json")):
+            return None
+        return not_there(key, name, "the folder has no config.json")
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        return not_there(key, name)
+    try:
+        cached_file(name, "config.json")
+    except (OSError, ValueError) as error:
+        return not_there(key, name, error)
+    return None
+
+
+def check_weights(key: str, name: str) -> str | None:
+    """As `check_pretrained`, and a local folder must hold weights."""
+    folder = Path(name).expanduser()
+    fault = check_pretrained(key, name)
+    if fault is None and folder.is_dir() and not any(any(folder.glob(w)) for w in _WEIGHTS):
+        return f"{key} {name!r}: a config but no weights ({', '.join(_WEIGHTS)}) in this folder"
+    return fault

@@ -18,13 +18,21 @@ from transformers import (
     PreTrainedModel,
 )
 
-from blip2fast.checkpoints import trained as checkpointing
+from blip2fast.checkpoints.files import last_checkpoint
+from blip2fast.checkpoints.trained import (
+    Description,
+    check_frozen,
+    is_trained,
+    load_trained,
+    read_description,
+)
+from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.image_encoders import load_image_encoder
 from blip2fast.frozen.images import transform_for
+from blip2fast.frozen.language_models import load_language_model
 from blip2fast.inference.inputs import Transform
 from blip2fast.offload.loading import load_streamed
 from blip2fast.offload.streaming import stream_blocks, stream_of
-from blip2fast.run_texts import qformer_tokenizer
 from blip2fast.stage2.language_model import is_encoder_decoder
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
@@ -116,10 +124,10 @@ def load_parts(
     """See `Blip2.from_pretrained`."""
     if offload not in ("none", "stream"):
         raise ValueError(f"offload={offload!r}: expected 'none' or 'stream'")
-    if checkpointing.is_trained(path):
+    if is_trained(path):
         return _trained(path, dtype, device, offload, language_model, image_encoder)
     if (Path(path) / "checkpoints").is_dir():
-        last = checkpointing.last_checkpoint(Path(path) / "checkpoints")
+        last = last_checkpoint(Path(path) / "checkpoints")
         raise ValueError(f"{path} is a run that has not ended; give a checkpoint of it, {last}")
     for name, value in (("language_model", language_model), ("image_encoder", image_encoder)):
         if value is not None:
@@ -138,7 +146,7 @@ def _trained(
     language_model: str | None,
     image_encoder: str | None,
 ) -> Parts:
-    description = checkpointing.read_description(path)
+    description = read_description(path)
     name = language_model or description.language_model
     if description.stage != 2 or name is None:
         raise ValueError(
@@ -149,8 +157,8 @@ def _trained(
     if offload == "stream":
         frozen, _ = load_streamed(name, dtype, device)
     else:
-        frozen = checkpointing.load_language_model(name, dtype)
-    model = checkpointing.load_trained(path, frozen)
+        frozen = load_language_model(name, dtype)
+    model = load_trained(path, frozen)
     if not isinstance(model, Blip2Stage2):
         raise ValueError(f"{path}: expected a model of stage 2")
     transform, missing = _add_encoder(model, image_encoder, description, path, dtype)
@@ -164,7 +172,7 @@ def _trained(
 def _add_encoder(
     model: Blip2Stage2,
     given: str | None,
-    description: checkpointing.Description,
+    description: Description,
     path: str,
     dtype: torch.dtype,
 ) -> tuple[Transform | None, str]:
@@ -192,7 +200,7 @@ def _add_encoder(
             f"image encoder {given or name!r} gives tokens of width {encoder.width}, this model "
             f"was trained on {model.config.encoder_hidden_size} (of {known!r})"
         )
-    checkpointing.check_frozen(
+    check_frozen(
         description,
         "image_encoder",
         encoder.identity,

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from blip2fast.evaluation.stage2 import seeded
+from blip2fast.evaluation.stage1 import seeded
 from blip2fast.inference.inputs import (
     BATCH_SIZE,
     EncodedImages,
@@ -23,7 +23,7 @@ from blip2fast.inference.inputs import (
     to_pixels,
 )
 from blip2fast.inference.loading import Parts
-from blip2fast.stage1 import inputs as stage1_inputs
+from blip2fast.qformer.checks import image_tokens
 
 
 class Pictures:
@@ -90,7 +90,7 @@ class Pictures:
             inputs = {"images": self._pixels(rows).to(device, model.query_tokens.dtype)}
         if not model.config.text_conditioned:
             return model.encode_image(**inputs)[0]
-        return stage1_inputs.image_tokens(
+        return image_tokens(
             inputs.get("image_embeds"),
             inputs.get("images"),
             model.image_encoder,

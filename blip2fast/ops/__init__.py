@@ -1,6 +1,7 @@
 """The fused ops, one file each: check, choose a backend, register with PyTorch."""
 
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
+from blip2fast.kernels.philox import philox_state
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
 from blip2fast.ops.bias_gelu import bias_gelu
 from blip2fast.ops.dispatch import kernels_set_to, set_kernels
 from blip2fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
@@ -12,6 +13,7 @@ from blip2fast.ops.qformer_attention.attention import qformer_attention, qformer
 __all__ = [
     "AttentionLayout",
     "KVIndex",
+    "MaskKind",
     "bias_gelu",
     "check_kernels",
     "dropout_add_layer_norm",
@@ -19,6 +21,7 @@ __all__ = [
     "kernel_records",
     "kernels_set_to",
     "lm_cross_entropy",
+    "philox_state",
     "qformer_attention",
     "qformer_cross_attention",
     "set_kernels",

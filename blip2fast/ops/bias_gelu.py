@@ -10,14 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip2fast.kernels.bias_gelu import reference
-from blip2fast.kernels.qformer_attention.layout import wide_dtype
-from blip2fast.ops.checks import (
-    AS_DEFINED,
-    check_like,
-    check_rows,
-    triton_reasons,
-)
-from blip2fast.ops.dispatch import Backend, KernelCheck, choose
+from blip2fast.kernels.precision import wide_dtype
+from blip2fast.ops.checks import check_like, check_rows
+from blip2fast.ops.dispatch import AS_DEFINED, Backend, KernelCheck, choose, triton_reasons
 from blip2fast.ops.kernel_kinds import device_of, gelu_kind
 
 

@@ -1,31 +1,24 @@
-"""What the ops between the large products have in common: checks, and reasons of backends."""
+"""Checks of what callers hand to the ops, with the values in the message."""
 
 from __future__ import annotations
-
-import os
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from blip2fast.kernels.philox import threshold
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_WIDTH = 8192
-HAS_TRITON = find_spec("triton") is not None
-# Triton's own switch: its kernels then run on the CPU, slowly, to be checked
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-AS_DEFINED = "it is the definition, in several passes: force it with impl='reference'"
 
 
-def triton_reasons(device: str, dtypes: tuple[torch.dtype, ...]) -> list[str]:
-    """Why a Triton kernel cannot run on data of these types."""
-    reasons = []
-    if device != "cuda" and not INTERPRETED:
-        reasons.append(f"tensors on {device}: needs a CUDA device")
-    if torch.float64 in dtypes:
-        reasons.append("float64: only float16, bfloat16 and float32")
-    if not HAS_TRITON:
-        reasons.append("triton is not installed: pip install triton")
-    return reasons
+def is_float(x: Tensor) -> bool:
+    """Whether a tensor cannot hold indices."""
+    return x.is_floating_point() or x.dtype == torch.bool
+
+
+def describe(x: Tensor) -> str:
+    """Shape, dtype and device of a tensor, for messages."""
+    return f"{tuple(x.shape)}, {x.dtype}, {x.device}"
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -46,5 +39,25 @@ def check_like(name: str, x: Tensor | None, shape: tuple[int, ...], like: Tensor
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
     if x.dtype not in FLOATS:
         raise ValueError(f"{name}: expected fp16, bf16, fp32 or fp64, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device} like the data, got {x.device}")
+
+
+def check_dropout(dropout_p: float, philox: Tensor | None, like: Tensor) -> None:
+    """Raise `ValueError` where dropout is not fully described."""
+    threshold(dropout_p)
+    if dropout_p > 0 and philox is None:
+        raise ValueError(
+            f"dropout_p={dropout_p} needs philox, the seed and offset of its mask: "
+            "ops.philox_state(seed, offset, device)"
+        )
+    if philox is not None:
+        if philox.shape != (2,) or philox.dtype != torch.int64:
+            raise ValueError(f"philox: expected [2] int64, seed and offset, got {describe(philox)}")
+        check_device("philox", philox, like)
+
+
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    """Raise `ValueError` unless x is where the data is."""
     if x.device != like.device:
         raise ValueError(f"{name}: expected on {like.device} like the data, got {x.device}")

@@ -8,9 +8,11 @@ be passed over; a name forces one. There is no silent fallback.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
@@ -20,6 +22,10 @@ from blip2fast.ops import kernel_checks
 Call = TypeVar("Call")
 Kernels = Literal["never", "check", "trust"]
 
+HAS_TRITON = find_spec("triton") is not None
+# Triton's own switch: its kernels then run on the CPU, slowly, to be checked
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+AS_DEFINED = "it is the definition, in several passes: force it with impl='reference'"
 KERNELS_OFF = "kernels are switched off (kernels='never'): force it with impl={name!r}"
 INTERPRETED_ONLY = "Triton's interpreter runs its kernels, slowly: force it with impl={name!r}"
 NO_DEVICE = "there is no CUDA device to check its kernels on: force it with impl={name!r}"
@@ -81,6 +87,18 @@ class KernelCheck(Generic[Call]):
     kind: Callable[[Call], str]
     device: Callable[[Call], str]
     source: str
+
+
+def triton_reasons(device: str, dtypes: tuple[torch.dtype, ...]) -> list[str]:
+    """Why a Triton kernel cannot run on data of these types."""
+    reasons = []
+    if device != "cuda" and not INTERPRETED:
+        reasons.append(f"tensors on {device}: needs a CUDA device")
+    if torch.float64 in dtypes:
+        reasons.append("float64: only float16, bfloat16 and float32")
+    if not HAS_TRITON:
+        reasons.append("triton is not installed: pip install triton")
+    return reasons
 
 
 @dataclass(frozen=True)

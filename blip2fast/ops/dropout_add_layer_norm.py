@@ -13,18 +13,10 @@ import torch
 from torch import Tensor
 
 from blip2fast.kernels.dropout_add_layer_norm import pytorch, reference
-from blip2fast.kernels.qformer_attention.layout import wide_dtype
-from blip2fast.ops.checks import (
-    AS_DEFINED,
-    FLOATS,
-    MAX_WIDTH,
-    check_like,
-    check_rows,
-    triton_reasons,
-)
-from blip2fast.ops.dispatch import Backend, KernelCheck, choose
+from blip2fast.kernels.precision import wide_dtype
+from blip2fast.ops.checks import FLOATS, MAX_WIDTH, check_dropout, check_like, check_rows
+from blip2fast.ops.dispatch import AS_DEFINED, Backend, KernelCheck, choose, triton_reasons
 from blip2fast.ops.kernel_kinds import device_of, norm_kind
-from blip2fast.ops.qformer_attention.checks import check_dropout
 
 
 class DropoutAddLayerNormCall(NamedTuple):

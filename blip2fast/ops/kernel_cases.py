@@ -21,8 +21,7 @@ from blip2fast.kernels.dropout_add_layer_norm import reference as norm_reference
 from blip2fast.kernels.itc import noise
 from blip2fast.kernels.philox import philox_state
 from blip2fast.kernels.qformer_attention import reference as attention_reference
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
-from blip2fast.masks import MaskKind
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
 from blip2fast.ops.bias_gelu import bias_gelu
 from blip2fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from blip2fast.ops.itc.loss import itc_loss

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from blip2fast.kernels.lm_cross_entropy import chunked as _lm_chunks
-from blip2fast.kernels.qformer_attention.layout import wide_dtype
-from blip2fast.ops.checks import AS_DEFINED, check_like, check_rows
-from blip2fast.ops.dispatch import Backend, choose
+from blip2fast.kernels.lm_cross_entropy import chunked
+from blip2fast.kernels.lm_cross_entropy.reference import reference
+from blip2fast.kernels.precision import wide_dtype
+from blip2fast.ops.checks import check_like, check_rows
+from blip2fast.ops.dispatch import AS_DEFINED, Backend, choose
 
 
 @dataclass(frozen=True)
@@ -92,33 +92,12 @@ def lm_cross_entropy(
             labels,
             label_smoothing,
             ignore_index,
-            _lm_chunks.DEFAULT_BYTES[device == "cpu"] if chunk_bytes is None else chunk_bytes,
+            chunked.DEFAULT_BYTES[device == "cpu"] if chunk_bytes is None else chunk_bytes,
             learning and hidden.requires_grad,
             learning and weight.requires_grad,
             learning and bias is not None and bias.requires_grad,
         )
     return loss, correct
-
-
-def reference(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    label_smoothing: float = 0.1,
-    ignore_index: int = -100,
-) -> tuple[Tensor, Tensor]:
-    """The same as defined, all logits at once; arguments and result as in `lm_cross_entropy`."""
-    dtype = hidden.dtype
-    logits = F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
-    logits = logits.to(wide_dtype(logits.dtype))
-    loss = F.cross_entropy(
-        logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing
-    )
-    with torch.no_grad():
-        counts = labels != ignore_index
-        of_label = logits.gather(1, labels.where(counts, 0)[:, None])
-        return loss, ((of_label >= logits.amax(1, keepdim=True))[:, 0] & counts).sum()
 
 
 def _check(
@@ -177,7 +156,7 @@ def _forward(
                 f"labels: expected 0 to {weight.shape[0] - 1} or ignore_index={ignore_index}, got "
                 f"{labels[wrong][:8].tolist()}"
             )
-    return _lm_chunks.forward(hidden, weight, bias, labels, label_smoothing, ignore_index, *options)
+    return chunked.forward(hidden, weight, bias, labels, label_smoothing, ignore_index, *options)
 
 
 @torch.library.register_fake("blip2fast::lm_cross_entropy")
@@ -194,7 +173,7 @@ def _forward_fake(
     needs_bias: bool,
 ) -> tuple[Tensor, ...]:
     wide = wide_dtype(hidden.dtype)
-    weight_dtype = _lm_chunks.weight_grad_dtype(hidden.dtype, weight.dtype)
+    weight_dtype = chunked.weight_grad_dtype(hidden.dtype, weight.dtype)
     return (
         hidden.new_empty((), dtype=wide),
         labels.new_empty(()),
@@ -216,7 +195,7 @@ def _backward(
     bias_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     dtypes = (dhidden.dtype, weight_dtype, bias_dtype)
-    return _lm_chunks.backward(dloss, count, (dhidden, dweight, dbias), dtypes)
+    return chunked.backward(dloss, count, (dhidden, dweight, dbias), dtypes)
 
 
 @torch.library.register_fake("blip2fast::lm_cross_entropy_grad")

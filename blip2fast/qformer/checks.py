@@ -1,10 +1,13 @@
-"""One check for every state dict that comes from outside."""
+"""Checks of what the Q-Former of either stage is given: images, masks and state dicts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from blip2fast.ops.checks import describe
 
 
 def check_state(what: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -31,3 +34,54 @@ def check_state(what: str, state: Mapping[str, Tensor], wanted: Mapping[str, Ten
             f"{what} does not fit the model's sizes: {'; '.join(wrong[:5])}{more}. "
             "Build the model with the config that the weights were trained with"
         )
+
+
+def image_tokens(
+    image_embeds: Tensor | None, images: Tensor | None, encoder: nn.Module | None, width: int
+) -> Tensor:
+    """`[B, S, E]` tokens, given or computed by the encoder."""
+    if (image_embeds is None) == (images is None):
+        given = "neither" if image_embeds is None else "both"
+        raise ValueError(f"expected either image_embeds or images, got {given}")
+    if images is not None:
+        if encoder is None:
+            raise ValueError(
+                f"images: got {describe(images)}, but the model has no image encoder; build it "
+                "with image_encoder=..., or pass image_embeds"
+            )
+        if images.shape[0] == 0:
+            raise ValueError(f"images: the batch is empty, got {describe(images)}")
+        trained = any(p.requires_grad for p in encoder.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            image_embeds = encoder(images)
+    if image_embeds is None or image_embeds.dim() != 3 or image_embeds.shape[2] != width:
+        got = "none" if image_embeds is None else describe(image_embeds)
+        raise ValueError(
+            f"image_embeds: expected [B, S, {width}] (encoder_hidden_size={width}), got {got}"
+        )
+    if image_embeds.shape[0] == 0 or image_embeds.shape[1] == 0:
+        raise ValueError(f"image_embeds: the batch is empty, got {describe(image_embeds)}")
+    return image_embeds
+
+
+def check_gathered(query_tokens: Tensor) -> None:
+    """Refuse parameters that DeepSpeed ZeRO-3 has partitioned.
+
+    Raises:
+        RuntimeError: they are; says how to gather them.
+    """
+    if query_tokens.dim() != 3:
+        raise RuntimeError(
+            "the parameters are partitioned (DeepSpeed ZeRO-3); outside the engine's forward, "
+            "gather them: with deepspeed.zero.GatheredParameters(list(model.parameters()))"
+        )
+
+
+def check_image_mask(image_embeds: Tensor, image_attention_mask: Tensor | None) -> Tensor | None:
+    """The mask `[B, S]` as booleans, if it fits the tokens."""
+    if image_attention_mask is not None and image_attention_mask.shape != image_embeds.shape[:2]:
+        raise ValueError(
+            f"image_attention_mask: expected [B, S] = {list(image_embeds.shape[:2])}, got "
+            f"{describe(image_attention_mask)}"
+        )
+    return None if image_attention_mask is None else image_attention_mask.bool()

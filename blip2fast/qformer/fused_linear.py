@@ -54,7 +54,7 @@ TRAINED = "ln_vision not folded: the image tokens need a gradient"
 CALLED = "ln_vision not folded: layers of keys or values are called"
 
 
-def describe(root: nn.Module, image_form: str) -> str:
+def describe_fusion(root: nn.Module, image_form: str) -> str:
     """What is fused, what is called instead, and what the last pass over images did; for a `repr`.
 
     Args:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from blip2fast.kernels.qformer_attention.layout import MaskKind
+
 
 def prepare_mask(
     mask: Tensor | None,
@@ -122,3 +124,39 @@ def pad_ragged(states: list[Tensor] | tuple[Tensor, ...], width: int) -> tuple[T
             )
     lengths = torch.tensor([len(item) for item in states], device=states[0].device)
     return pad_sequence(list(states), batch_first=True), lengths
+
+
+def qformer_mask(kind: MaskKind, num_queries: int, text_mask: Tensor) -> Tensor:
+    """Self-attention mask over Q query rows followed by T text rows.
+
+    Args:
+        kind: One of the three masks that `MaskKind` draws.
+        num_queries: Q, the number of query rows; 0 for text alone.
+        text_mask: `[B, T]`, nonzero where a text token is real.
+
+    Returns:
+        `[B, Q+T, Q+T]` bool, true where the row may attend to the column.
+
+    Raises:
+        ValueError: `text_mask` is not two-dimensional or `num_queries` is negative.
+    """
+    if text_mask.dim() != 2:
+        raise ValueError(f"text_mask: expected [B, T], got shape {tuple(text_mask.shape)}")
+    if num_queries < 0:
+        raise ValueError(f"num_queries: expected 0 or more, got {num_queries}")
+    B, T = text_mask.shape
+    Q, L = num_queries, num_queries + T
+    device = text_mask.device
+    text_rows = torch.arange(L, device=device) >= Q
+
+    if kind is MaskKind.BIDIRECTIONAL:
+        visible = torch.ones(L, L, dtype=torch.bool, device=device)
+    elif kind is MaskKind.UNIMODAL:
+        visible = text_rows[:, None] == text_rows[None, :]
+    else:
+        # queries are all before the text, so "not later" shows every query to every text row
+        not_later = torch.ones(L, L, dtype=torch.bool, device=device).tril()
+        visible = torch.where(text_rows[:, None], not_later, ~text_rows[None, :])
+
+    real = torch.cat([text_mask.new_ones(B, Q).bool(), text_mask.bool()], dim=1)
+    return visible[None] & real[:, None, :]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout
-from blip2fast.masks import MaskKind
-from blip2fast.packed_pass import PackedPass
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, MaskKind
+from blip2fast.qformer.packed import PackedPass
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.modules import LMHead
 from blip2fast.stage1.passes import Images, Reader

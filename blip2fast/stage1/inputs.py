@@ -6,49 +6,11 @@ Checks that would make a GPU wait for the host look at CPU tensors only.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from blip2fast.ops.checks import describe, is_float
 from blip2fast.ops.collectives import HostCopy, gather_detached, rank, world_size
-from blip2fast.stage1.passes import PackedTexts
-from blip2fast.stage1.texts import check_packed
-
-
-def is_float(x: Tensor) -> bool:
-    """Whether a tensor cannot hold indices."""
-    return x.is_floating_point() or x.dtype == torch.bool
-
-
-def describe(x: Tensor) -> str:
-    """Shape, dtype and device of a tensor, for messages."""
-    return f"{tuple(x.shape)}, {x.dtype}, {x.device}"
-
-
-def image_tokens(
-    image_embeds: Tensor | None, images: Tensor | None, encoder: nn.Module | None, width: int
-) -> Tensor:
-    """`[B, S, E]` tokens, given or computed by the encoder."""
-    if (image_embeds is None) == (images is None):
-        given = "neither" if image_embeds is None else "both"
-        raise ValueError(f"expected either image_embeds or images, got {given}")
-    if images is not None:
-        if encoder is None:
-            raise ValueError(
-                f"images: got {describe(images)}, but the model has no image encoder; build it "
-                "with image_encoder=..., or pass image_embeds"
-            )
-        if images.shape[0] == 0:
-            raise ValueError(f"images: the batch is empty, got {describe(images)}")
-        trained = any(p.requires_grad for p in encoder.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            image_embeds = encoder(images)
-    if image_embeds is None or image_embeds.dim() != 3 or image_embeds.shape[2] != width:
-        got = "none" if image_embeds is None else describe(image_embeds)
-        raise ValueError(
-            f"image_embeds: expected [B, S, {width}] (encoder_hidden_size={width}), got {got}"
-        )
-    if image_embeds.shape[0] == 0 or image_embeds.shape[1] == 0:
-        raise ValueError(f"image_embeds: the batch is empty, got {describe(image_embeds)}")
-    return image_embeds
+from blip2fast.stage1.texts import PackedTexts, check_packed
 
 
 def packed_texts(
@@ -189,29 +151,6 @@ def check_ranks_agree(sizes: HostCopy) -> int:
                 "everywhere"
             )
     return int(max(ranks[-1]))
-
-
-def check_gathered(query_tokens: Tensor) -> None:
-    """Refuse parameters that DeepSpeed ZeRO-3 has partitioned.
-
-    Raises:
-        RuntimeError: they are; says how to gather them.
-    """
-    if query_tokens.dim() != 3:
-        raise RuntimeError(
-            "the parameters are partitioned (DeepSpeed ZeRO-3); outside the engine's forward, "
-            "gather them: with deepspeed.zero.GatheredParameters(list(model.parameters()))"
-        )
-
-
-def check_image_mask(image_embeds: Tensor, image_attention_mask: Tensor | None) -> Tensor | None:
-    """The mask `[B, S]` as booleans, if it fits the tokens."""
-    if image_attention_mask is not None and image_attention_mask.shape != image_embeds.shape[:2]:
-        raise ValueError(
-            f"image_attention_mask: expected [B, S] = {list(image_embeds.shape[:2])}, got "
-            f"{describe(image_attention_mask)}"
-        )
-    return None if image_attention_mask is None else image_attention_mask.bool()
 
 
 def check_negatives(negatives: tuple[Tensor, Tensor], batch: int) -> tuple[Tensor, Tensor]:

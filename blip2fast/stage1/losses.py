@@ -10,12 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip2fast.kernels.precision import wide
 from blip2fast.ops.collectives import GradMode, gather_detached, gather_with_grad, rank
-
-
-def wide(x: Tensor) -> Tensor:
-    """The tensor in fp32, or as it is in fp64: what statistics and losses are computed in."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def unit(x: Tensor) -> Tensor:

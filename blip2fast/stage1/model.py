@@ -14,39 +14,32 @@ import torch
 from torch import Tensor, nn
 
 from blip2fast.kernels.philox import philox_state, with_offset
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
-from blip2fast.masks import MaskKind, qformer_mask
+from blip2fast.kernels.precision import wide
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
 from blip2fast.ops import itc_loss, lm_cross_entropy
 from blip2fast.ops.dispatch import describe_choices
-from blip2fast.packed_pass import PackedPass
-from blip2fast.qformer.checks import check_state
-from blip2fast.qformer.fused_linear import describe
+from blip2fast.qformer.checks import check_gathered, check_image_mask, check_state, image_tokens
+from blip2fast.qformer.fused_linear import describe_fusion
+from blip2fast.qformer.masks import qformer_mask
 from blip2fast.qformer.model import QFormer
+from blip2fast.qformer.packed import PackedPass
 from blip2fast.stage1 import lavis, losses
 from blip2fast.stage1.config import LOSSES, Stage1Config, Stage1Output, check_losses
 from blip2fast.stage1.contrast import StepContrast, products
 from blip2fast.stage1.generation import generate
 from blip2fast.stage1.inputs import (
-    check_gathered,
-    check_image_mask,
     check_negatives,
     check_new_tokens,
     check_pairs,
     check_ranks_agree,
     check_some_negative,
     check_training_batch,
-    image_tokens,
     packed_texts,
     sizes_of_ranks,
 )
 from blip2fast.stage1.modules import LMHead, TextEmbeddings, copy_text_ffn_to_queries
-from blip2fast.stage1.passes import (
-    PackedTexts,
-    Reader,
-    first_pass,
-    matching_pass,
-    second_pass,
-)
+from blip2fast.stage1.passes import Reader, first_pass, matching_pass, second_pass
+from blip2fast.stage1.texts import PackedTexts
 
 # beyond every offset of a dropout mask: negatives and masks share a step's seed
 _NEGATIVES_OFFSET = 2**31
@@ -156,7 +149,7 @@ class Blip2Stage1(nn.Module):
         self.qformer.recompute_layers()
 
     def extra_repr(self) -> str:
-        how = describe(self.qformer, self._image_form)
+        how = describe_fusion(self.qformer, self._image_form)
         sizes = f"num_query_tokens={self.config.num_query_tokens}, losses={self.losses}"
         return "\n".join([f"{sizes}, {how}", *describe_choices()])
 
@@ -438,7 +431,7 @@ class Blip2Stage1(nn.Module):
 
     def _matching_logits(self, states: Tensor) -> Tensor:
         """ITM logits of query states `[N, Q, C]`; the mean over queries goes through the head."""
-        return losses.wide(self.itm_head(losses.wide(states).mean(1).to(states.dtype)))
+        return wide(self.itm_head(wide(states).mean(1).to(states.dtype)))
 
     def _generation_loss(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """ITG's loss and accuracy from the rows that predict a word, `[K, C]`."""

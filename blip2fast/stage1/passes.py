@@ -10,79 +10,18 @@ Shapes: B pairs on this rank, T tokens of a text at most, T_total of all texts, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
-from blip2fast.masks import MaskKind
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
 from blip2fast.ops.collectives import rank
-from blip2fast.packed_pass import Dropout, PackedPass
 from blip2fast.qformer.model import QFormer
-from blip2fast.qformer.packed import PackedQFormer
+from blip2fast.qformer.packed import Dropout, PackedPass, PackedQFormer
 from blip2fast.stage1.modules import TextEmbeddings
 from blip2fast.stage1.negatives import NegativeExchange
-from blip2fast.stage1.texts import pack_text
-
-
-@dataclass(frozen=True)
-class PackedTexts:
-    """B texts end to end.
-
-    Attributes:
-        ids: `[T_total]` int64, each text as [CLS] words [SEP].
-        positions: `[T_total]` int64, each token's place in its text.
-        cu_seqlens: `[B+1]` int64, where each text starts, on the device of `ids`.
-        lengths: `[B]` int32 on the CPU, so that sizes are known without waiting for a device.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    cu_seqlens: Tensor
-    lengths: Tensor
-
-    @classmethod
-    def of(cls, input_ids: Tensor, lengths: Tensor) -> PackedTexts:
-        """From packed ids `[T_total]` and the texts' lengths `[B]` on the CPU."""
-        lengths = lengths.to(torch.int32)
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(input_ids.device)
-        row = torch.arange(len(input_ids), device=input_ids.device)
-        text = torch.searchsorted(cu_seqlens[1:], row, right=True)
-        return cls(input_ids, row - cu_seqlens[text], cu_seqlens, lengths)
-
-    @classmethod
-    def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> PackedTexts:
-        """From padded ids and mask, `[B, T]` each; on an accelerator the host waits for them."""
-        ids, cu_seqlens = pack_text(input_ids, attention_mask)
-        return cls.of(ids, cu_seqlens.cpu().diff())
-
-    def to(self, device: torch.device) -> PackedTexts:
-        """The same texts on a device; the lengths stay on the CPU."""
-        if self.ids.device == device:
-            return self
-        ids, positions, cu_seqlens = (
-            x.to(device, non_blocking=True) for x in (self.ids, self.positions, self.cu_seqlens)
-        )
-        return replace(self, ids=ids, positions=positions, cu_seqlens=cu_seqlens)
-
-    @property
-    def count(self) -> int:
-        """B, number of texts."""
-        return len(self.lengths)
-
-    @property
-    def longest(self) -> int:
-        """T, tokens of the longest text."""
-        return int(self.lengths.max())
-
-    def padded(self, length: int, pad_token_id: int) -> tuple[Tensor, Tensor]:
-        """`(ids [B, length], lengths [B])` on the device; `length` is `longest` or more."""
-        column = torch.arange(length, device=self.ids.device)
-        lengths = self.cu_seqlens.diff()
-        rows = (self.cu_seqlens[:-1, None] + column).clamp(max=len(self.ids) - 1)
-        real = column < lengths[:, None]
-        return self.ids[rows].masked_fill(~real, pad_token_id), lengths
+from blip2fast.stage1.texts import PackedTexts
 
 
 @dataclass(frozen=True)

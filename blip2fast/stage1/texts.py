@@ -6,6 +6,8 @@ attention kernels.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -66,3 +68,62 @@ def check_packed(packed_ids: Tensor, cu_seqlens: Tensor) -> None:
             f"cu_seqlens: expected offsets rising from 0 to {len(packed_ids)}, the number of "
             f"packed tokens, got {bounds[:8]}{'...' if len(bounds) > 8 else ''}"
         )
+
+
+@dataclass(frozen=True)
+class PackedTexts:
+    """B texts end to end.
+
+    Attributes:
+        ids: `[T_total]` int64, each text as [CLS] words [SEP].
+        positions: `[T_total]` int64, each token's place in its text.
+        cu_seqlens: `[B+1]` int64, where each text starts, on the device of `ids`.
+        lengths: `[B]` int32 on the CPU, so that sizes are known without waiting for a device.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, input_ids: Tensor, lengths: Tensor) -> PackedTexts:
+        """From packed ids `[T_total]` and the texts' lengths `[B]` on the CPU."""
+        lengths = lengths.to(torch.int32)
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(input_ids.device)
+        row = torch.arange(len(input_ids), device=input_ids.device)
+        text = torch.searchsorted(cu_seqlens[1:], row, right=True)
+        return cls(input_ids, row - cu_seqlens[text], cu_seqlens, lengths)
+
+    @classmethod
+    def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> PackedTexts:
+        """From padded ids and mask, `[B, T]` each; on an accelerator the host waits for them."""
+        ids, cu_seqlens = pack_text(input_ids, attention_mask)
+        return cls.of(ids, cu_seqlens.cpu().diff())
+
+    def to(self, device: torch.device) -> PackedTexts:
+        """The same texts on a device; the lengths stay on the CPU."""
+        if self.ids.device == device:
+            return self
+        ids, positions, cu_seqlens = (
+            x.to(device, non_blocking=True) for x in (self.ids, self.positions, self.cu_seqlens)
+        )
+        return replace(self, ids=ids, positions=positions, cu_seqlens=cu_seqlens)
+
+    @property
+    def count(self) -> int:
+        """B, number of texts."""
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """T, tokens of the longest text."""
+        return int(self.lengths.max())
+
+    def padded(self, length: int, pad_token_id: int) -> tuple[Tensor, Tensor]:
+        """`(ids [B, length], lengths [B])` on the device; `length` is `longest` or more."""
+        column = torch.arange(length, device=self.ids.device)
+        lengths = self.cu_seqlens.diff()
+        rows = (self.cu_seqlens[:-1, None] + column).clamp(max=len(self.ids) - 1)
+        real = column < lengths[:, None]
+        return self.ids[rows].masked_fill(~real, pad_token_id), lengths

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blip2fast.offload.streaming import stream_of
-from blip2fast.stage1.inputs import describe
+from blip2fast.ops.checks import describe
 from blip2fast.stage2.packing import ROW_LENGTH, pack
 from blip2fast.stage2.token_rows import IGNORED, IMAGE_PLACE
 

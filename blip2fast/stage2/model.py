@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blip2fast.ops.checks import describe
 from blip2fast.ops.dispatch import describe_choices
-from blip2fast.qformer.checks import check_state
+from blip2fast.qformer.checks import check_gathered, check_image_mask, check_state, image_tokens
 from blip2fast.qformer.model import QFormer
-from blip2fast.stage1.inputs import check_gathered, check_image_mask, describe, image_tokens
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.config import Stage2Config, Stage2Output
 from blip2fast.stage2.convert import (

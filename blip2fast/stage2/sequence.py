@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blip2fast.stage1.inputs import describe, is_float
+from blip2fast.ops.checks import describe, is_float
 from blip2fast.stage2.config import Stage2Config
 from blip2fast.stage2.language_model import check_positions, check_text
 from blip2fast.stage2.token_rows import IMAGE_PLACE

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer
 
-from blip2fast.checkpoints import trained as checkpointing
-from blip2fast.checkpoints.trained import Description
-from blip2fast.data.batches import IMAGE_MARKER, Batch, BatchPlan, PlannedBatches, images_of
+from blip2fast.checkpoints.trained import (
+    Description,
+    check_frozen,
+    load_parameters,
+    read_description,
+    read_parameters,
+)
+from blip2fast.data.batches import BatchPlan, PlannedBatches
 from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.data.images import CachedImages, FileImages, Images
+from blip2fast.data.records import IMAGE_MARKER, READERS, images_of
+from blip2fast.data.texts import AnswerTargets, CaptionTargets, SequenceTargets, Stage1TextMaker
+from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.identity import FrozenIdentity, identify_model
 from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
-from blip2fast.frozen.images import ImageTransform, read_image, transform_for
+from blip2fast.frozen.images import transform_for
 from blip2fast.offload.loading import source_identity
-from blip2fast.run_texts import (
-    READERS,
-    check_positions,
-    qformer_tokenizer,
-    qformer_words,
-    text_maker,
-)
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage1.pretrained import initialise_from_bert
@@ -39,51 +39,6 @@ from blip2fast.training.placement import load_frozen
 
 Records = Sequence[Any]  # CaptionRecord, or QuestionRecord for vqa
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class CachedImages:
-    """Images as the tokens of a feature cache."""
-
-    cache: FeatureCache
-
-    def __call__(self, keys: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-        """`{"image_embeds": [B, S, E]}`."""
-        return {"image_embeds": self.cache.read([self.cache.row(key) for key in keys])}
-
-    def check(self, keys: set[str]) -> None:
-        """Refuse keys that are not there, before training starts."""
-        for key in keys:
-            self.cache.row(key)
-
-
-@dataclass
-class FileImages:
-    """Images as pixels from a folder; augmentation is drawn from (seed, epoch, sample) alone."""
-
-    folder: Path
-    transform: ImageTransform
-    seed: int
-
-    def __call__(self, keys: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-        """`{"images": [B, 3, h, w]}`; tokens of no image, where there are no keys."""
-        if not keys:
-            return {"image_embeds": torch.empty(0, 1, 1)}
-        pixels = []
-        for key, index in zip(keys, batch.indices.tolist(), strict=True):
-            # A fourth number keeps these draws apart from the split points'.
-            draws = np.random.default_rng([self.seed, batch.epoch, index, 2])
-            pixels.append(self.transform(read_image(self.folder, key), draws))
-        return {"images": torch.stack(pixels)}
-
-    def check(self, keys: set[str]) -> None:
-        """Refuse keys that are not there, before training starts."""
-        for key in keys:
-            if not (self.folder / key).is_file():
-                raise ValueError(f"image {key!r}: no such file in {self.folder}")
-
-
-Images = CachedImages | FileImages
 
 
 @dataclass
@@ -232,7 +187,7 @@ def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str
 def _model(
     config: RunConfig, source: _ImageSource
 ) -> tuple[Blip2Stage1 | Blip2Stage2, Any, Description]:
-    start = None if config.init_from is None else checkpointing.read_description(config.init_from)
+    start = None if config.init_from is None else read_description(config.init_from)
     if start is not None:
         if start.stage > config.stage:
             raise ValueError(
@@ -264,7 +219,7 @@ def _refuse_other_tokens(config: RunConfig, start: Description, source: _ImageSo
     remedy = "Cache the images with that encoder, or set allow_other_frozen: true"
     if "image_encoder" in start.frozen and source.identity is not None:
         where = f"init_from {config.init_from!r}"
-        checkpointing.check_frozen(start, "image_encoder", source.identity, where, remedy)
+        check_frozen(start, "image_encoder", source.identity, where, remedy)
     elif source.encoder_id and start.image_encoder and source.encoder_id != start.image_encoder:
         raise ValueError(
             f"init_from {config.init_from!r} was trained on tokens of {start.image_encoder!r}, "
@@ -280,8 +235,8 @@ def _stage1(
     check_positions(config, size.max_position_embeddings)
     model = Blip2Stage1(size, losses=config.optim.losses)
     if start is not None:
-        state = checkpointing.read_parameters(str(config.init_from))
-        checkpointing.load_parameters(model, state, f"init_from {config.init_from!r}")
+        state = read_parameters(str(config.init_from))
+        load_parameters(model, state, f"init_from {config.init_from!r}")
     elif config.model.bert is not None:
         initialise_from_bert(model, config.model.bert)
     return model, tokenizer
@@ -316,13 +271,13 @@ def _stage2(
     tokenizer = AutoTokenizer.from_pretrained(config.language_model.path)
     if start is None:
         return Blip2Stage2(size, language_model), tokenizer, identity
-    state = checkpointing.read_parameters(str(config.init_from))
+    state = read_parameters(str(config.init_from))
     if not _same_language_model(config, start, identity):
         # its projection, if it has one, speaks to another model
         model = Blip2Stage2.from_stage1(state, language_model, size)
     else:
         model = Blip2Stage2(size, language_model)
-        checkpointing.load_parameters(model, state, f"init_from {config.init_from!r}")
+        load_parameters(model, state, f"init_from {config.init_from!r}")
     return model, tokenizer, identity
 
 
@@ -339,7 +294,59 @@ def _same_language_model(
     if not config.allow_other_frozen:
         remedy = "Give that one, or set allow_other_frozen: true for a new projection"
         where = f"init_from {config.init_from!r}"
-        checkpointing.check_frozen(start, "language_model", identity, where, remedy)
+        check_frozen(start, "language_model", identity, where, remedy)
         return True
     there = start.frozen.get("language_model")
     return there is not None and not there.differences(identity)
+
+
+def qformer_words(config: RunConfig, sizes: Mapping[str, Any]) -> tuple[Any, dict[str, int]]:
+    """The Q-Former's tokenizer, and the sizes that follow from it.
+
+    Args:
+        sizes: of the model to start from, which must have the same words.
+
+    Raises:
+        ValueError: it has other ones, or there is no tokenizer.
+    """
+    if config.model.tokenizer is None:
+        raise ValueError(
+            f"init_from {config.init_from!r} has a Q-Former that reads text: set model.tokenizer "
+            "and model.text_conditioned: true"
+        )
+    tokenizer = qformer_tokenizer(str(config.model.tokenizer))
+    words = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for name, value in words.items():
+        if sizes.get(name, value) != value:
+            raise ValueError(
+                f"init_from {config.init_from!r} has {name} {sizes[name]}, the tokenizer "
+                f"{config.model.tokenizer!r} has {value}"
+            )
+    return tokenizer, words
+
+
+def check_positions(config: RunConfig, positions: int) -> None:
+    """Refuse texts that may be longer than the Q-Former's position table."""
+    if config.data.max_txt_len > positions:
+        raise ValueError(
+            f"data.max_txt_len {config.data.max_txt_len} is longer than the position table, "
+            f"model.max_position_embeddings {positions}"
+        )
+
+
+def text_maker(
+    config: RunConfig, tokenizer: Any, text: Stage2Text | None, records: Sequence[Any]
+) -> Any:
+    """What makes the texts of a batch: of stage 1, or of a stage-2 task."""
+    if text is None:
+        numbers = {key: n for n, key in enumerate(dict.fromkeys(r.image for r in records))}
+        return Stage1TextMaker(tokenizer, config.data.max_txt_len, numbers, config.seed)
+    if config.data.task == "sequence":
+        return SequenceTargets(text, config.seed)
+    return (
+        CaptionTargets(text, config.seed) if config.data.task == "caption" else AnswerTargets(text)
+    )

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -132,3 +137,57 @@ def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
     text = "".join(json.dumps(values) + "\n" for values in kept)
     replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     return kept
+
+
+@dataclass
+class Progress:
+    """Sums of the scalars since the last log line; kept on the device, so no step waits.
+
+    Attributes:
+        count: micro-steps in the sums; after a resume some are of the run before.
+        timed: micro-steps since `since`.
+        since: the time of that line or of the resume, in seconds; pauses are added to it.
+    """
+
+    sums: dict[str, Tensor]
+    count: int = 0
+    timed: int = 0
+    since: float = 0.0
+
+    def add(self, scalars: Mapping[str, Tensor]) -> None:
+        """Add one micro-step."""
+        for name, value in scalars.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+        self.timed += 1
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that the next log line is that of an uninterrupted run."""
+        return {"sums": {n: v.cpu() for n, v in self.sums.items()}, "count": self.count}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from what `state` gave."""
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.count = state["count"]
+
+    def take(self, accumulation: int, samples_per_step: int) -> dict[str, float]:
+        """Means over micro-steps and processes, and the speed; starts anew.
+
+        Every process must call this.
+
+        Args:
+            accumulation: micro-steps of an optimizer step.
+            samples_per_step: of all processes.
+        """
+        names = sorted(self.sums)
+        means = torch.stack([self.sums[name] for name in names]) / self.count
+        if dist.get_world_size() > 1:
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        values = means.tolist()
+        now, steps = time.perf_counter(), self.timed / accumulation
+        metrics = dict(zip(names, values, strict=True))
+        metrics["seconds_per_step"] = (now - self.since) / steps
+        metrics["samples_per_second"] = steps * samples_per_step / (now - self.since)
+        self.sums, self.count, self.timed, self.since = {}, 0, 0, now
+        return metrics

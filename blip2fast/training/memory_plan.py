@@ -19,7 +19,7 @@ from typing import Any, Literal
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from blip2fast.checkpoints import trained as checkpointing
+from blip2fast.checkpoints.trained import is_trained, read_description
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.offload.quantised import Storage
 from blip2fast.stage2.config import Stage2Config
@@ -329,8 +329,8 @@ def _trained_config(config: RunConfig, width: int | None, notes: list[str]) -> S
     """Sizes of the trained part: the model section's, else those of `init_from`, else BLIP-2's."""
     known = {field.name for field in dataclasses.fields(Stage2Config)}
     sizes: dict[str, Any] = {}
-    if config.init_from is not None and checkpointing.is_trained(config.init_from):
-        start = checkpointing.read_description(config.init_from).sizes
+    if config.init_from is not None and is_trained(config.init_from):
+        start = read_description(config.init_from).sizes
         sizes |= {name: value for name, value in start.items() if name in known}
     elif config.init_from is not None:
         notes.append(f"init_from {config.init_from!r} is not there yet: BLIP-2's sizes assumed")

@@ -13,15 +13,13 @@ import torch
 from transformers import AutoConfig
 
 from blip2fast.checkpoints.trained import is_trained
-from blip2fast.frozen.hub import not_there
+from blip2fast.frozen.hub import check_pretrained, check_weights
 from blip2fast.frozen.language_models import quantised_fault
 from blip2fast.ops import check_kernels, set_kernels
 from blip2fast.ops.kernel_calls import BLIP2, Sizes
 from blip2fast.ops.kernel_kinds import DTYPES
 from blip2fast.ops.records import Record
 from blip2fast.training.config import RunConfig
-
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
 
 
 def check_machine(config: RunConfig, world_size: int = 1) -> None:
@@ -76,36 +74,6 @@ def prepare_kernels(config: RunConfig, say: Callable[[str], None] | None = None)
     return records
 
 
-def check_pretrained(key: str, name: str) -> str | None:
-    """Why the transformers model or tokenizer `name` cannot be loaded; None if it can be.
-
-    A folder is looked into; any other name is asked of the hub or its local cache.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if any((folder / f).is_file() for f in ("config.json", "tokenizer_config.json")):
-            return None
-        return not_there(key, name, "the folder has no config.json")
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        return not_there(key, name)
-    from transformers.utils import cached_file
-
-    try:
-        cached_file(name, "config.json")
-    except (OSError, ValueError) as error:
-        return not_there(key, name, error)
-    return None
-
-
-def check_weights(key: str, name: str) -> str | None:
-    """As `check_pretrained`, and a local folder must hold weights."""
-    folder = Path(name).expanduser()
-    fault = check_pretrained(key, name)
-    if fault is None and folder.is_dir() and not any(any(folder.glob(w)) for w in _WEIGHTS):
-        return f"{key} {name!r}: a config but no weights ({', '.join(_WEIGHTS)}) in this folder"
-    return fault
-
-
 def _path_faults(config: RunConfig) -> list[str]:
     data = config.data
     faults = [
@@ -114,8 +82,7 @@ def _path_faults(config: RunConfig) -> list[str]:
         if (value := getattr(data, name)) is not None and not Path(value).is_file()
     ]
     faults += [
-        f"data.{name} {value!r}: no feature cache; build it with `python -m blip2fast."
-        "cache_features`"
+        f"data.{name} {value!r}: no feature cache; build it with `blip2fast cache-features`"
         for name in ("features", "eval_features")
         if (value := getattr(data, name)) is not None and not Path(value, "manifest.json").is_file()
     ]

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,18 +17,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from blip2fast.checkpoints import trained as checkpointing
+from blip2fast.checkpoints.files import last_checkpoint
+from blip2fast.checkpoints.resume import (
+    Checkpoint,
+    read_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+    set_random_states,
+)
+from blip2fast.checkpoints.trained import load_parameters, save_model, trained_names
 from blip2fast.data.manifest import replace_file, write_json
-from blip2fast.optimisation import learning_rate
 from blip2fast.stage1.contrast import step_contrast
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
-from blip2fast.training import engine_state as optimizer_state
 from blip2fast.training.build import DTYPES, RunParts, build_run
 from blip2fast.training.config import RunConfig
 from blip2fast.training.config_files import config_values, save_config
-from blip2fast.training.engine import start_engine, start_processes
-from blip2fast.training.log import RunLog
+from blip2fast.training.engine import learning_rate, start_engine, start_processes
+from blip2fast.training.engine_state import master_parameters, optimizer_moments, restore
+from blip2fast.training.log import Progress, RunLog
 from blip2fast.training.placement import settle_offload
 from blip2fast.training.preflight import check_machine, prepare_kernels
 from blip2fast.training.validation import evaluate
@@ -58,60 +65,6 @@ class TrainingStep(nn.Module):
             if name.startswith(("loss", "accuracy")) and value is not None
         }
         return output.loss, scalars
-
-
-@dataclass
-class Progress:
-    """Sums of the scalars since the last log line; kept on the device, so no step waits.
-
-    Attributes:
-        count: micro-steps in the sums; after a resume some are of the run before.
-        timed: micro-steps since `since`.
-        since: the time of that line or of the resume, in seconds; pauses are added to it.
-    """
-
-    sums: dict[str, Tensor]
-    count: int = 0
-    timed: int = 0
-    since: float = 0.0
-
-    def add(self, scalars: Mapping[str, Tensor]) -> None:
-        """Add one micro-step."""
-        for name, value in scalars.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
-        self.timed += 1
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that the next log line is that of an uninterrupted run."""
-        return {"sums": {n: v.cpu() for n, v in self.sums.items()}, "count": self.count}
-
-    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from what `state` gave."""
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.count = state["count"]
-
-    def take(self, accumulation: int, samples_per_step: int) -> dict[str, float]:
-        """Means over micro-steps and processes, and the speed; starts anew.
-
-        Every process must call this.
-
-        Args:
-            accumulation: micro-steps of an optimizer step.
-            samples_per_step: of all processes.
-        """
-        names = sorted(self.sums)
-        means = torch.stack([self.sums[name] for name in names]) / self.count
-        if dist.get_world_size() > 1:
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
-        values = means.tolist()
-        now, steps = time.perf_counter(), self.timed / accumulation
-        metrics = dict(zip(names, values, strict=True))
-        metrics["seconds_per_step"] = (now - self.since) / steps
-        metrics["samples_per_second"] = steps * samples_per_step / (now - self.since)
-        self.sums, self.count, self.timed, self.since = {}, 0, 0, now
-        return metrics
 
 
 def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, float]:
@@ -169,12 +122,12 @@ class Trainer:
 
     def _start(self) -> DeepSpeedEngine:
         """Build the engine, from the last checkpoint where the run resumes."""
-        found = checkpointing.last_checkpoint(self.folder / "checkpoints")
+        found = last_checkpoint(self.folder / "checkpoints")
         checkpoint = None
         if self.config.resume and found is not None:
             frozen = self.parts.description.frozen
-            checkpoint = checkpointing.read_checkpoint(found, self._identity(), frozen)
-            checkpointing.load_parameters(self.model, checkpoint.parameters, str(found))
+            checkpoint = read_checkpoint(found, self._identity(), frozen)
+            load_parameters(self.model, checkpoint.parameters, str(found))
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         initial = {
             n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad
@@ -182,26 +135,24 @@ class Trainer:
         engine, values = start_engine(TrainingStep(self.model), self.config)
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            checkpointing.remove_unfinished(self.folder / "checkpoints")
+            remove_unfinished(self.folder / "checkpoints")
             replace_file(self.folder / "config.yaml", partial(save_config, self.config))
             replace_file(self.folder / "deepspeed.json", write_json(values))
         if checkpoint is None:
-            optimizer_state.restore(engine, self.model, initial)
+            restore(engine, self.model, initial)
             # Each process draws its own dropout and negatives; the first as a run of one process.
             torch.manual_seed(self.config.seed + self.rank)
         else:
             self.step = checkpoint.step
-            optimizer_state.restore(
-                engine, self.model, checkpoint.parameters, checkpoint.moments, self.step
-            )
+            restore(engine, self.model, checkpoint.parameters, checkpoint.moments, self.step)
             self._restore_random(checkpoint)
             self.say(f"resumed {checkpoint.path} at step {self.step}")
         return engine
 
-    def _restore_random(self, checkpoint: checkpointing.Checkpoint) -> None:
+    def _restore_random(self, checkpoint: Checkpoint) -> None:
         if checkpoint.world_size == self.world_size:
             kept = checkpoint.process(self.rank)
-            checkpointing.set_random_states(kept["random"])
+            set_random_states(kept["random"])
             self.progress.restore(kept["progress"], self.device)
             return
         self.say(
@@ -225,7 +176,7 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Train to `optim.max_steps`; returns the last metrics."""
         config, parts = self.config, self.parts
-        plan, trained = parts.batches.plan, len(checkpointing.trained_names(self.model))
+        plan, trained = parts.batches.plan, len(trained_names(self.model))
         self.say(
             f"stage {config.stage}: {config.optim.max_steps} steps of {plan.samples_per_step} "
             f"samples ({config.optim.max_steps / plan.steps_per_epoch:.1f} epochs of "
@@ -328,7 +279,7 @@ class Trainer:
             whole = Blip2Stage1(self.model.config, losses=self.model.losses)
         else:
             whole = Blip2Stage2(self.model.config, self.model.language_model)
-        checkpointing.load_parameters(whole, self._parameters(), "this run")
+        load_parameters(whole, self._parameters(), "this run")
         for name, child in whole.named_children():
             if name != "language_model":
                 child.to(self.device, self.dtype)
@@ -367,11 +318,11 @@ class Trainer:
         return (self.tokens(batch) for batch in loader)
 
     def _save_checkpoint(self) -> None:
-        checkpointing.save_checkpoint(
+        save_checkpoint(
             self.folder / "checkpoints",
             replace(self.parts.description, step=self.step),
             self._parameters(),
-            optimizer_state.optimizer_moments(self.engine, self.model),
+            optimizer_moments(self.engine, self.model),
             self._identity(),
             {"progress": self.progress.state()},
             self.config.keep_last,
@@ -379,13 +330,13 @@ class Trainer:
 
     def _parameters(self) -> dict[str, Tensor]:
         """The trained parameters, whole, fp32; scalars are scalars again."""
-        whole = optimizer_state.master_parameters(self.engine, self.model)
+        whole = master_parameters(self.engine, self.model)
         return {name: value.view(self.shapes[name]) for name, value in whole.items()}
 
     def _save_model(self, folder: Path) -> None:
         state = self._parameters()
         if self.rank == 0:
-            checkpointing.save_model(folder, state, replace(self.parts.description, step=self.step))
+            save_model(folder, state, replace(self.parts.description, step=self.step))
         dist.barrier()
 
 

@@ -13,9 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from blip2fast.data.batches import Batch, CaptionRecord, images_of, tokenize_captions
-from blip2fast.evaluation import retrieval
-from blip2fast.evaluation import stage2 as evaluation
+from blip2fast.data.batches import Batch
+from blip2fast.data.records import CaptionRecord, images_of
+from blip2fast.data.texts import tokenize_captions
+from blip2fast.evaluation.retrieval import Texts, encode_all, query_similarity, retrieval_recall
+from blip2fast.evaluation.stage1 import caption_batch, held_out_losses
+from blip2fast.evaluation.stage2 import evaluate_stage2, generate_texts
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
@@ -95,16 +98,16 @@ def _stage1(
     captions = [caption for record in records for caption in record.captions]
     owner = [reader.number[record.image] for record in records for _ in record.captions]
     tokens = tokenize_captions(parts.tokenizer, captions, config.data.max_txt_len)
-    texts = retrieval.Texts(tokens["input_ids"], tokens["attention_mask"], torch.tensor(owner))
+    texts = Texts(tokens["input_ids"], tokens["attention_mask"], torch.tensor(owner))
     first = torch.tensor([owner.index(n) for n in range(len(reader.keys))])
     batches = (
-        evaluation.caption_batch(reader, texts, first[rows])
+        caption_batch(reader, texts, first[rows])
         for rows in _shards(len(first), config.eval_batch_size)
     )
-    results = _mean_over_processes(evaluation.held_out_losses(model, batches))
-    features = retrieval.encode_all(model, reader, len(reader.keys), texts, config.eval_batch_size)
-    similarity = retrieval.query_similarity(*features)
-    return results | retrieval.retrieval_recall(similarity, similarity, texts.image)
+    results = _mean_over_processes(held_out_losses(model, batches))
+    features = encode_all(model, reader, len(reader.keys), texts, config.eval_batch_size)
+    similarity = query_similarity(*features)
+    return results | retrieval_recall(similarity, similarity, texts.image)
 
 
 def _stage2(
@@ -124,9 +127,9 @@ def _stage2(
                 tensors = text.train_batch([r.captions[0] for r in chosen], indices=rows.tolist())
             yield {"image_embeds": reader(_numbers(reader, chosen)), **tensors}
 
-    results = _mean_over_processes(evaluation.evaluate_stage2(model, batches()))
+    results = _mean_over_processes(evaluate_stage2(model, batches()))
     mine = _share(records, config)
-    written = evaluation.generate_texts(
+    written = generate_texts(
         model,
         text,
         reader,
@@ -157,7 +160,7 @@ def _sequences(
             )
             yield {**tensors, "image_embeds": reader(_numbers(reader, chosen))}
 
-    return _mean_over_processes(evaluation.evaluate_stage2(model, batches()))
+    return _mean_over_processes(evaluate_stage2(model, batches()))
 
 
 def _share(records: list[Any], config: RunConfig) -> list[Any]:

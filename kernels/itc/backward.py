@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blip2fast.kernels.itc.config import TritonConfig, backward_config
-from blip2fast.kernels.itc.forward import capability, dense_width, precision, shares
+from blip2fast.kernels.itc.forward import precision, shares
 from blip2fast.kernels.itc.interface import Pairs, Weights
 from blip2fast.kernels.itc.tiles import (
     is_positive,
@@ -21,7 +21,7 @@ from blip2fast.kernels.itc.tiles import (
     load_texts,
     similarity_tile,
 )
-from blip2fast.kernels.launch import FP_FUSION
+from blip2fast.kernels.launch import FP_FUSION, capability, dense_width
 
 
 @triton.jit

@@ -10,14 +10,8 @@ from torch import Tensor
 
 from blip2fast.kernels.itc import noise, statistics
 from blip2fast.kernels.itc.config import ChunkedConfig, chunked_config
-from blip2fast.kernels.itc.interface import (
-    Options,
-    Pairs,
-    Sweep,
-    Weights,
-    index_dtype,
-    wide_dtype,
-)
+from blip2fast.kernels.itc.interface import Options, Pairs, Sweep, Weights, index_dtype
+from blip2fast.kernels.precision import wide_dtype
 
 # a tile's images, texts and best queries, the gradients for image and text -> their gradients
 AddUp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -30,7 +30,7 @@ from blip2fast.kernels.itc.tiles import (
     pair_noise,
     similarity_tile,
 )
-from blip2fast.kernels.launch import FP_FUSION
+from blip2fast.kernels.launch import FP_FUSION, capability, dense_width
 
 
 @triton.jit
@@ -195,14 +195,6 @@ def shares(M: int, N: int, config: TritonConfig) -> tuple[int, int]:
     return triton.cdiv(blocks, per_share), per_share
 
 
-def capability(device: torch.device) -> int:
-    """The GPU's compute capability times 10; under Triton's interpreter that of an H100."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def precision(dtype: torch.dtype) -> str:
     """How fp32 features are multiplied: as PyTorch does by default."""
     return "ieee" if dtype == torch.float32 else "tf32"
@@ -272,11 +264,6 @@ def sweep(
     if not has_ids:
         _hand_over_diagonal(by_image[0], by_text[0], pairs.first_row)
     return Sweep(by_image[0], by_text[0], by_image[1], by_text[1], sim, arg)
-
-
-def dense_width(x: Tensor) -> Tensor:
-    """The features with neighbours in memory along D: the kernels take any other stride."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _hand_over_diagonal(rows: Tensor, columns: Tensor, first: int) -> None:

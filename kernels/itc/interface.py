@@ -99,11 +99,6 @@ class Weights(NamedTuple):
     weight: Tensor
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64: what statistics are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def index_dtype(Q: int) -> torch.dtype:
     """The smallest type that holds a query index."""
     return torch.uint8 if Q <= 256 else torch.int16

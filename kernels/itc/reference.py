@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 from blip2fast.kernels.itc import noise, statistics
-from blip2fast.kernels.itc.interface import (
-    Options,
-    Pairs,
-    Sweep,
-    Weights,
-    index_dtype,
-    wide_dtype,
-)
+from blip2fast.kernels.itc.interface import Options, Pairs, Sweep, Weights, index_dtype
+from blip2fast.kernels.precision import wide_dtype
 
 
 def similarity(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blip2fast.kernels.launch import capability
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout
 
 # the least that a matrix product takes
@@ -86,14 +87,6 @@ class Largest:
     num_warps: int
     num_stages: int = 2
     keys_owned: bool = False
-
-
-def capability(device: torch.device) -> int:
-    """The GPU's compute capability times 10; that of an H100 where there is none."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def _has_shared_operands(device: torch.device) -> bool:

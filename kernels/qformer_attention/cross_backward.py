@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from blip2fast.kernels.launch import dense_width
 from blip2fast.kernels.qformer_attention.config import (
     CrossTiles,
     cross_backward_tiles,
@@ -20,7 +21,6 @@ from blip2fast.kernels.qformer_attention.config import (
 )
 from blip2fast.kernels.qformer_attention.cross_forward import (
     chunks,
-    dense_width,
     key_strides,
     query_strides,
     unpack,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip2fast.kernels.launch import FP_FUSION
+from blip2fast.kernels.launch import FP_FUSION, dense_width
 from blip2fast.kernels.qformer_attention.config import (
     COMBINE_ROWS,
     CrossTiles,
@@ -305,11 +305,6 @@ def unpack(index: KVIndex | None, key_mask: Tensor | None) -> tuple[Tensor | Non
     """
     uses = (None, None, None) if index is None else (index.index, index.order, index.offsets)
     return (*uses, None if key_mask is None else key_mask.to(torch.int32).contiguous())
-
-
-def dense_width(x: Tensor) -> Tensor:
-    """The data with D contiguous: the kernels take any other stride."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def query_strides(q: Tensor, N: int) -> tuple[int, int, int]:

@@ -12,13 +12,34 @@ nothing in them makes the host wait.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from blip2fast.masks import MaskKind
+
+class MaskKind(enum.Enum):
+    """Which tokens see which in the Q-Former's self-attention (arXiv 2301.12597, Figure 2).
+
+    Rows are what attends, columns are what is attended to; `#` is visible, `.` is not::
+
+        UNIMODAL (ITC)        BIDIRECTIONAL (ITM)   MULTIMODAL_CAUSAL (ITG)
+              Q Q t t t             Q Q t t t             Q Q t t t
+            Q # # . . .           Q # # # # #           Q # # . . .
+            Q # # . . .           Q # # # # #           Q # # . . .
+            t . . # # #           t # # # # #           t # # # . .
+            t . . # # #           t # # # # #           t # # # # .
+            t . . # # #           t # # # # #           t # # # # #
+
+    Padding columns are never visible.
+    """
+
+    UNIMODAL = "unimodal"
+    BIDIRECTIONAL = "bidirectional"
+    MULTIMODAL_CAUSAL = "multimodal_causal"
+
 
 KIND_CODES = {MaskKind.UNIMODAL: 0, MaskKind.BIDIRECTIONAL: 1, MaskKind.MULTIMODAL_CAUSAL: 2}
 
@@ -209,11 +230,6 @@ def _check_blocks(codes: Tensor, blocks: Tensor, num_blocks: int) -> None:
             "blocks: a block's queries see one BIDIRECTIONAL text at most; several texts share "
             f"blocks {bidirectional.tolist()[:8]}: give each pair a block of its own"
         )
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which scores are computed for data of type `dtype`, and that of an lse."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 for _container in (AttentionLayout, KVIndex):

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip2fast.kernels.qformer_attention.layout import KIND_CODES, AttentionLayout
-from blip2fast.masks import MaskKind
+from blip2fast.kernels.qformer_attention.layout import KIND_CODES, AttentionLayout, MaskKind
 
 
 def self_attention(qkv: Tensor, layout: AttentionLayout, scale: float) -> Tensor:

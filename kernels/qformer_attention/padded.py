@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip2fast.kernels.philox import keep_mask
-from blip2fast.kernels.qformer_attention.layout import KIND_CODES, AttentionLayout, wide_dtype
-from blip2fast.masks import MaskKind
+from blip2fast.kernels.precision import wide_dtype
+from blip2fast.kernels.qformer_attention.layout import KIND_CODES, AttentionLayout, MaskKind
 
 
 def self_attention(

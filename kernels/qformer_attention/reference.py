@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from blip2fast.kernels.philox import keep_mask
-from blip2fast.kernels.qformer_attention.layout import KIND_CODES, AttentionLayout
-from blip2fast.masks import MaskKind
+from blip2fast.kernels.precision import wide
+from blip2fast.kernels.qformer_attention.layout import KIND_CODES, AttentionLayout, MaskKind
 
 
 def visible_pairs(layout: AttentionLayout) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def qformer_attention(
     Returns:
         `(output [R, H, D], lse [R, H])`; the lse in fp32, or fp64.
     """
-    q, k, v = _wide(qkv).permute(1, 2, 0, 3)  # each [H, R, D]
+    q, k, v = wide(qkv).permute(1, 2, 0, 3)  # each [H, R, D]
     visible, _ = visible_pairs(layout)
     keep = None
     if dropout_p > 0 and philox is not None:
@@ -144,8 +144,8 @@ def qformer_cross_attention(
         `(output [N, Q, H, D], lse [N, Q, H])`.
     """
     image = torch.arange(len(kv), device=kv.device) if kv_index is None else kv_index.long()
-    k, v = _wide(kv)[image].permute(2, 0, 3, 1, 4)  # each [N, H, S, D]
-    queries = _wide(q).transpose(1, 2) * scale  # [N or 1, H, Q, D]
+    k, v = wide(kv)[image].permute(2, 0, 3, 1, 4)  # each [N, H, S, D]
+    queries = wide(q).transpose(1, 2) * scale  # [N or 1, H, Q, D]
     visible = None if key_mask is None else key_mask[image][:, None, None, :]
     keep = None
     if dropout_p > 0 and philox is not None:
@@ -153,7 +153,3 @@ def qformer_cross_attention(
         keep = cross_attention_keep(len(image), rows, heads, keys, philox, dropout_p)
     output, lse, _ = attend(queries, k, v, visible, keep, dropout_p)
     return output.transpose(1, 2).to(q.dtype), lse.transpose(1, 2)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

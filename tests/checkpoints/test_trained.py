@@ -14,7 +14,14 @@ import pytest
 import torch
 from small_run import config, weights, write_world
 
-from blip2fast.checkpoints import trained as checkpointing
+from blip2fast.checkpoints.resume import Checkpoint
+from blip2fast.checkpoints.trained import (
+    load_trained,
+    read_description,
+    read_parameters,
+    save_model,
+    trained_names,
+)
 from blip2fast.data import manifest
 from blip2fast.training.trainer import train
 
@@ -133,20 +140,20 @@ def test_a_damaged_model_of_a_run_names_its_checkpoint(run: Path) -> None:
         _change(run / file)
         message = rf"{file} has the SHA-256 .*The checkpoint {last} is whole: use it"
         with pytest.raises(ValueError, match=message):
-            checkpointing.load_trained(run)
+            load_trained(run)
         (run / file).write_bytes(copy)
     shutil.rmtree(run / "checkpoints")
     _cut(run / "model.safetensors")
     with pytest.raises(ValueError, match=r"Put back a copy, or train again$"):
-        checkpointing.load_trained(run)
+        load_trained(run)
     with pytest.raises(ValueError, match=r"no trained model at .*nowhere: manifest.json is"):
-        checkpointing.load_trained(run / "nowhere")
+        load_trained(run / "nowhere")
 
 
 def test_files_that_the_manifest_does_not_name_are_not_read(run: Path) -> None:
     folder = run / "checkpoints" / LAST
     shutil.copy(folder / "process_00000.pt", folder / "process_00001.pt")
-    checkpoint = checkpointing.Checkpoint(folder, 6, 2, {}, {})
+    checkpoint = Checkpoint(folder, 6, 2, {}, {})
     assert checkpoint.process(0)["progress"]["count"] == 0
     with pytest.raises(ValueError, match=r"process_00001.pt is not among the files of .*manifest"):
         checkpoint.process(1)
@@ -168,18 +175,18 @@ def test_a_model_whose_files_were_not_renamed_yet_is_read(
     expected = weights(run)
     for name in ("model.safetensors", "model.json"):
         (run / name).rename(run / f"{name}.partial")
-    found = checkpointing.read_parameters(run)
+    found = read_parameters(run)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     settings = {"init_from": str(run), "optim": {"max_steps": 1, "warmup_steps": 0}}
     train(config(world, tmp_path / "next", 2, **settings), say=_quiet)
-    checkpointing.save_model(run, found, checkpointing.read_description(run))
+    save_model(run, found, read_description(run))
     manifest.check(run)
     assert not list(run.glob("*.partial"))
 
 
 def test_only_what_is_trained_is_saved(finished: Path) -> None:
-    model = checkpointing.load_trained(finished)
-    trained = set(checkpointing.trained_names(model))
+    model = load_trained(finished)
+    trained = set(trained_names(model))
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen
     assert all(name.startswith("language_model.") for name in frozen)

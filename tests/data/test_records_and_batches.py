@@ -14,24 +14,19 @@ from hypothesis import strategies as st
 from small_run import word_tokenizer, write_world
 from torch.utils.data import DataLoader
 
-from blip2fast.data.batches import (
-    AnswerTargets,
-    Batch,
-    BatchPlan,
+from blip2fast.data.batches import Batch, BatchPlan, PlannedBatches
+from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.data.images import CachedImages
+from blip2fast.data.records import (
     CaptionRecord,
-    CaptionTargets,
-    PlannedBatches,
     QuestionRecord,
-    Stage1TextMaker,
-    drawn_captions,
     image_keys,
     read_captions,
     read_questions,
     write_records,
 )
-from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.data.texts import AnswerTargets, CaptionTargets, Stage1TextMaker, drawn_captions
 from blip2fast.stage2.text import Stage2Text
-from blip2fast.training.build import CachedImages
 
 CAPTIONS = [
     CaptionRecord("a.png", ("a red ring", "it is red")),

@@ -9,26 +9,23 @@ from small_run import word_tokenizer, write_world
 from stage2_models import Q, opt_config, stage2_config
 from transformers import OPTForCausalLM
 
-from blip2fast.data.batches import (
-    AnswerTargets,
-    Batch,
-    BatchPlan,
+from blip2fast.data.batches import Batch, BatchPlan, PlannedBatches
+from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.data.images import CachedImages
+from blip2fast.data.records import (
     CaptionRecord,
-    PlannedBatches,
     QuestionRecord,
     SequenceRecord,
-    SequenceTargets,
     image_keys,
     images_of,
     read_captions,
     read_sequences,
     write_records,
 )
-from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.data.texts import AnswerTargets, SequenceTargets
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
 from blip2fast.stage2.token_rows import IMAGE_PLACE
-from blip2fast.training.build import CachedImages
 
 RECORDS = [
     SequenceRecord(("a", "b"), ("a red ring",), "<image> a disc <image>"),

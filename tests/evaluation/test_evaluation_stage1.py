@@ -15,7 +15,7 @@ from blip2fast.evaluation.retrieval import (
     retrieval_recall,
     swapped_match_accuracy,
 )
-from blip2fast.evaluation.stage2 import caption_batches, evaluate_stage1, held_out_losses
+from blip2fast.evaluation.stage1 import caption_batches, evaluate_stage1, held_out_losses
 
 NUM_IMAGES, J, Q, T, E, D = 7, 11, 3, 5, 6, 4
 

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from blip2fast.checkpoints import trained as checkpointing
+from blip2fast.checkpoints.trained import load_trained
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.frozen import language_models
 from blip2fast.frozen.identity import (
@@ -213,12 +214,12 @@ def test_loading_before_another_language_model_is_refused(
     message = rf"{finished} was trained with the language model {_both(world)}"
     message += r"ther one: other weights. Give the one.*or pass check=False"
     with pytest.raises(ValueError, match=message):
-        checkpointing.load_trained(finished, other)
+        load_trained(finished, other)
     same = language_models.load_language_model(str(world / "opt"), torch.bfloat16)
     for model in (
-        checkpointing.load_trained(finished),
-        checkpointing.load_trained(finished, same),
-        checkpointing.load_trained(finished, other, check=False),
+        load_trained(finished),
+        load_trained(finished, same),
+        load_trained(finished, other, check=False),
     ):
         loaded = dict(model.named_parameters())
         assert all(torch.equal(loaded[n], value) for n, value in weights(finished).items())
@@ -238,7 +239,7 @@ def test_a_language_model_that_changed_on_disk_is_refused_before_it_is_loaded(
 
     monkeypatch.setattr(checkpointing, "load_language_model", load)
     with pytest.raises(ValueError, match=r"is another one: other weights. Put back the one it was"):
-        checkpointing.load_trained(tmp_path / "run")
+        load_trained(tmp_path / "run")
     resume = config(world, tmp_path / "run", 2, save_every=1, resume=True, **section, **SHORT)
     with pytest.raises(ValueError, match=r"other weights. Resume with the one .* with init_from"):
         train(resume, say=_quiet)

@@ -28,9 +28,10 @@ from transformers import (
     ViTModel,
 )
 
-from blip2fast.data.batches import CaptionRecord, read_captions, write_records
-from blip2fast.data.caching import cache_images, main
+from blip2fast.command_line import main
+from blip2fast.data.caching import cache_images
 from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.data.records import CaptionRecord, read_captions, write_records
 from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
 from blip2fast.frozen.images import CLIP_MEAN, CLIP_STD, ImageTransform, read_image, transform_for
 from blip2fast.stage1.config import Stage1Config
@@ -257,7 +258,16 @@ def _arguments(photos: Path, out: Path) -> list[str]:
 def test_the_cache_command_writes_the_encoders_tokens(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([*_arguments(photos, tmp_path / "cache"), "--dtype", "float32", "--batch-size", "3"])
+    main(
+        [
+            "cache-features",
+            *_arguments(photos, tmp_path / "cache"),
+            "--dtype",
+            "float32",
+            "--batch-size",
+            "3",
+        ]
+    )
     assert "8 images of 5 tokens x 12, float32, relative error 0" in capsys.readouterr().out
     cache = FeatureCache(tmp_path / "cache")
     assert cache.encoder_id == f"{photos / 'vit'}, block 3"
@@ -266,7 +276,7 @@ def test_the_cache_command_writes_the_encoders_tokens(
         image = ImageTransform(SIZE)(read_image(photos / "images", key))
         torch.testing.assert_close(cache.read([cache.row(key)]), encoder(image[None]))
     with pytest.raises(SystemExit, match=r"error: .*cache exists; delete it"):
-        main(_arguments(photos, tmp_path / "cache"))
+        main(["cache-features", *_arguments(photos, tmp_path / "cache")])
 
 
 def test_an_interrupted_cache_is_finished_and_not_computed_again(

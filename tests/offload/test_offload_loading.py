@@ -25,7 +25,8 @@ from transformers import (
 
 from blip2fast.offload import loading
 from blip2fast.offload import tensor_files as tensor_files_module
-from blip2fast.offload.loading import load_streamed, tensor_files
+from blip2fast.offload.loading import load_streamed
+from blip2fast.offload.tensor_files import tensor_files
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

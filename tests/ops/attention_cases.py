@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from blip2fast.kernels.philox import philox_state
 from blip2fast.kernels.qformer_attention import reference
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
-from blip2fast.masks import MaskKind
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
 
 U, B, C = MaskKind.UNIMODAL, MaskKind.BIDIRECTIONAL, MaskKind.MULTIMODAL_CAUSAL
 

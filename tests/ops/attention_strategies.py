@@ -5,7 +5,7 @@ from __future__ import annotations
 from attention_cases import CrossCase, SelfCase
 from hypothesis import strategies as st
 
-from blip2fast.masks import MaskKind
+from blip2fast.kernels.qformer_attention.layout import MaskKind
 
 
 @st.composite

@@ -31,7 +31,7 @@ from triton_cases import run_interpreted, starts_interpreter
 
 from blip2fast.kernels.qformer_attention import padded as _attention_padded
 from blip2fast.ops import qformer_attention, qformer_cross_attention
-from blip2fast.ops.checks import INTERPRETED
+from blip2fast.ops.dispatch import INTERPRETED
 
 Function = Callable[..., Tensor]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

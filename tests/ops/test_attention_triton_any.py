@@ -20,7 +20,7 @@ from torch import Tensor
 from triton_cases import run_interpreted, starts_interpreter
 
 from blip2fast.ops import qformer_attention, qformer_cross_attention
-from blip2fast.ops.checks import INTERPRETED
+from blip2fast.ops.dispatch import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

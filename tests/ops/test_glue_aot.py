@@ -16,7 +16,7 @@ from blip2fast.kernels.dropout_add_layer_norm import backward as norm_backward
 from blip2fast.kernels.dropout_add_layer_norm import forward as norm_forward
 from blip2fast.kernels.dropout_add_layer_norm.config import rows_config
 from blip2fast.kernels.philox import threshold
-from blip2fast.ops.checks import INTERPRETED
+from blip2fast.ops.dispatch import INTERPRETED
 
 pytestmark = [
     pytest.mark.slow,

@@ -18,7 +18,7 @@ from blip2fast.kernels.itc.config import (
     forward_config,
     shared_limit_bytes,
 )
-from blip2fast.ops.checks import INTERPRETED
+from blip2fast.ops.dispatch import INTERPRETED
 
 pytestmark = [
     pytest.mark.slow,

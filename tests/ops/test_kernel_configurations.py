@@ -35,7 +35,7 @@ from kernel_configurations import (
 )
 
 from blip2fast.kernels.qformer_attention import reference
-from blip2fast.ops.checks import INTERPRETED
+from blip2fast.ops.dispatch import INTERPRETED
 
 HALF = torch.float16
 # tiles of 64 keys and one token more, images with 2 to 5 readers, heads that two go through

@@ -11,8 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton_cases import run_interpreted, starts_interpreter
 
 from blip2fast.kernels.bias_gelu import reference
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout
-from blip2fast.masks import MaskKind
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, MaskKind
 from blip2fast.ops import (
     bias_gelu,
     dispatch,
@@ -24,8 +23,7 @@ from blip2fast.ops import (
     qformer_attention,
     qformer_cross_attention,
 )
-from blip2fast.ops.checks import HAS_TRITON, INTERPRETED
-from blip2fast.ops.dispatch import Backend
+from blip2fast.ops.dispatch import HAS_TRITON, INTERPRETED, Backend
 from blip2fast.ops.kernel_calls import Sizes, check_kernels, kernel_records, usual_calls
 from blip2fast.ops.kernel_checks import Checks, use_checks
 from blip2fast.ops.records import Record

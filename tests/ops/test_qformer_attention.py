@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from blip2fast.kernels.philox import philox_state
 from blip2fast.kernels.qformer_attention import padded as _attention_padded
 from blip2fast.kernels.qformer_attention import reference
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
-from blip2fast.masks import MaskKind, qformer_mask
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
 from blip2fast.ops import qformer_attention, qformer_cross_attention
+from blip2fast.qformer.masks import qformer_mask
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 # the accelerators' path of `sdpa`, on the CPU

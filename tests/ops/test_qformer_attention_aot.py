@@ -19,9 +19,8 @@ from blip2fast.kernels.qformer_attention.backward import self_backward
 from blip2fast.kernels.qformer_attention.cross_backward import cross_backward
 from blip2fast.kernels.qformer_attention.cross_forward import cross_forward
 from blip2fast.kernels.qformer_attention.forward import self_forward
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
-from blip2fast.masks import MaskKind
-from blip2fast.ops.checks import INTERPRETED
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
+from blip2fast.ops.dispatch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted, not compiled")
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}

@@ -26,8 +26,7 @@ from blip2fast.kernels.qformer_attention import memory_efficient as _attention_x
 from blip2fast.kernels.qformer_attention.cpu import cross_attention as _attention_cpu_cross
 from blip2fast.kernels.qformer_attention.cpu import plan as _attention_cpu_plan
 from blip2fast.kernels.qformer_attention.cpu.core import pick
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
-from blip2fast.masks import MaskKind
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
 from blip2fast.ops import qformer_attention, qformer_cross_attention
 from blip2fast.ops.qformer_attention.operators import unpack_index, unpack_layout
 

@@ -24,7 +24,7 @@ from blip2fast.kernels.qformer_attention import config, reference
 from blip2fast.kernels.qformer_attention.cross_backward import cross_backward
 from blip2fast.kernels.qformer_attention.cross_forward import cross_forward
 from blip2fast.kernels.qformer_attention.layout import KVIndex
-from blip2fast.ops.checks import INTERPRETED
+from blip2fast.ops.dispatch import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

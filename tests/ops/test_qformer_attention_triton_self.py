@@ -22,9 +22,8 @@ from blip2fast.kernels.philox import philox_state
 from blip2fast.kernels.qformer_attention import config, reference
 from blip2fast.kernels.qformer_attention.backward import self_backward
 from blip2fast.kernels.qformer_attention.forward import self_forward
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout
-from blip2fast.masks import MaskKind
-from blip2fast.ops.checks import INTERPRETED
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, MaskKind
+from blip2fast.ops.dispatch import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 UNI, BI, CAUSAL = MaskKind.UNIMODAL, MaskKind.BIDIRECTIONAL, MaskKind.MULTIMODAL_CAUSAL

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blip2fast.masks import MaskKind, qformer_mask
+from blip2fast.kernels.qformer_attention.layout import MaskKind
+from blip2fast.qformer.masks import qformer_mask
 from blip2fast.stage1.model import Blip2Stage1
 
 

@@ -27,7 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from blip2fast.offload.loading import load_language_model
+from blip2fast.frozen.language_models import load_language_model
 from blip2fast.stage2 import language_model as stage2_llm
 from blip2fast.stage2.model import Blip2Stage2
 

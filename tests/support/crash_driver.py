@@ -31,8 +31,9 @@ import deepspeed  # noqa: F401 (imported before the processes fork)
 import torch
 from small_run import config
 
-from blip2fast.checkpoints import trained as checkpointing
-from blip2fast.checkpoints.trained import Description
+from blip2fast.checkpoints import resume, trained
+from blip2fast.checkpoints.trained import Description, read_description, read_parameters, save_model
+from blip2fast.training import trainer
 from blip2fast.training.trainer import TrainingStep, train
 
 STEPS = 6
@@ -76,7 +77,8 @@ class DiesWhileWriting:
         sys.addaudithook(self._audit)
         self._flush = os.fsync
         os.fsync = self._fsync
-        checkpointing.save_file = self._half(checkpointing.save_file, 1)
+        for module in (resume, trained):
+            module.save_file = self._half(module.save_file, 1)
         torch.save = self._half(torch.save, 1)
         Path.write_text = self._half(Path.write_text, 0)  # type: ignore[method-assign]
 
@@ -189,7 +191,7 @@ class Scenarios:
             raise RuntimeError(f"{folder}: killed by something else")
 
     def killed_while_writing(self, name: str, function: str, call: int, every: int) -> list[int]:
-        """Kill at every n-th change of files during one call of a function of `checkpointing`.
+        """Kill at every n-th change of files during one call of a function that the trainer calls.
 
         Returns:
             At which; under moment 0 is the run that was not killed.
@@ -201,7 +203,7 @@ class Scenarios:
 
             def work(folder: Path = folder, moment: int = moment, counted: Path = counted) -> None:
                 killer = DiesWhileWriting(folder, moment)
-                killer.during(checkpointing, function, call)
+                killer.during(trainer, function, call)
                 self.train(folder, 2, RUN)
                 counted.write_text(str(killer.count))
 
@@ -266,7 +268,7 @@ class Scenarios:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             if dies is not None and dies[0] == rank:
                 killer = DiesWhileWriting(folder, dies[1])
-                killer.during(checkpointing, "save_checkpoint", 2)
+                killer.during(trainer, "save_checkpoint", 2)
             self.train(folder, 2, RUN, zero_stage=2, optim={"batch_size": 2}, **more)
 
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -289,7 +291,7 @@ class Scenarios:
             writer.moment, writer.count, writer.armed = moment, 0, True
             tensors = {"weight": torch.full((64,), float(step))}
             try:
-                checkpointing.save_model(folder, tensors, Description(1, {}, step=step))
+                save_model(folder, tensors, Description(1, {}, step=step))
             except Stopped:
                 return True
             finally:
@@ -298,8 +300,8 @@ class Scenarios:
 
         def there() -> tuple[int, Any]:
             try:
-                step = checkpointing.read_description(folder).step
-                return step, checkpointing.read_parameters(folder)["weight"].mean().item()
+                step = read_description(folder).step
+                return step, read_parameters(folder)["weight"].mean().item()
             except ValueError as error:
                 return 0, str(error)
 

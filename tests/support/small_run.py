@@ -19,8 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from blip2fast.data.batches import CaptionRecord, QuestionRecord, write_records
 from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.data.records import CaptionRecord, QuestionRecord, write_records
 from blip2fast.training.config import RunConfig
 from blip2fast.training.config_files import parse_config
 

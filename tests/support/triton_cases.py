@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2fast.ops.checks import HAS_TRITON, INTERPRETED
+from blip2fast.ops.dispatch import HAS_TRITON, INTERPRETED
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -11,11 +11,10 @@ import torch
 from small_run import config
 from torch import nn
 
-from blip2fast.optimisation import adamw, learning_rate, parameter_groups
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.training.config import OptimSection
-from blip2fast.training.engine import deepspeed_config
+from blip2fast.training.engine import adamw, deepspeed_config, learning_rate, parameter_groups
 
 OPTIM = OptimSection(max_steps=110, batch_size=1, lr=1.0, min_lr=0.2, warmup_steps=10)
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers.utils
 from small_run import config, write_world
 
+from blip2fast.frozen.hub import check_pretrained, check_weights
 from blip2fast.ops import dispatch, kernels_set_to
 from blip2fast.ops.records import Key, Record
 from blip2fast.training import preflight
 from blip2fast.training.config_files import load_config
-from blip2fast.training.preflight import check_machine, check_pretrained, check_weights
+from blip2fast.training.preflight import check_machine
 
 NO_GPU = "torch.cuda.is_available"
 
@@ -30,7 +30,7 @@ def unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str, file: str) -> str:
         raise OSError(f"{name} cannot be reached\nand more lines")
 
-    monkeypatch.setattr(transformers.utils, "cached_file", refuse)
+    monkeypatch.setattr("blip2fast.frozen.hub.cached_file", refuse)
     monkeypatch.setattr(NO_GPU, lambda: False)
 
 

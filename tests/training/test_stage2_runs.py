@@ -8,9 +8,11 @@ import pytest
 import torch
 from small_run import config, distance, weights, write_world
 
-from blip2fast.data.batches import Batch, SequenceRecord, read_captions, write_records
+from blip2fast.data.batches import Batch
+from blip2fast.data.images import FileImages
+from blip2fast.data.records import SequenceRecord, read_captions, write_records
 from blip2fast.stage2.config import Stage2Config
-from blip2fast.training.build import FileImages, build_run
+from blip2fast.training.build import build_run
 from blip2fast.training.config_files import parse_config
 from blip2fast.training.log import read_metrics
 from blip2fast.training.measuring import measure_trained

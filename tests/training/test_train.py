@@ -15,9 +15,10 @@ from small_run import config, distance, weights, write_world
 from transformers import BertConfig, BertForMaskedLM
 from transformers.models.opt.modeling_opt import OPTAttention
 
-from blip2fast.checkpoints import trained as checkpointing
-from blip2fast.packed_layer import PackedLayer
+from blip2fast.checkpoints.files import last_checkpoint
+from blip2fast.checkpoints.trained import load_trained, read_description, save_model
 from blip2fast.qformer.layers import QFormerAttention
+from blip2fast.qformer.packed import PackedLayer
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.training.config import RunConfig
@@ -132,7 +133,7 @@ def _interrupted_copy(whole: Path, copy: Path, step: int) -> Path:
     partial = copy / "checkpoints" / "step-00000005.partial"
     partial.mkdir()
     (partial / "model.json").write_text("{")
-    assert checkpointing.last_checkpoint(copy / "checkpoints").name == f"step-{step:08d}"
+    assert last_checkpoint(copy / "checkpoints").name == f"step-{step:08d}"
     return copy
 
 
@@ -269,17 +270,17 @@ def test_outputs(finished: Callable[..., Path], world: Path) -> None:
     assert {"loss_itc", "loss_itm", "loss_itg", "lr", "seconds_per_step"} <= lines[0].keys()
     assert {"eval_t2i_r1", "eval_i2t_r5", "eval_accuracy_itm", "eval_loss"} <= lines[-1].keys()
     assert list((folder / "tensorboard").glob("events.*"))
-    description = checkpointing.read_description(folder)
+    description = read_description(folder)
     assert (description.stage, description.step, description.image_encoder) == (1, 6, "codes")
 
 
 def test_load_trained_gives_the_trained_model(finished: Callable[..., Path], world: Path) -> None:
-    stage1 = checkpointing.load_trained(finished(1))
+    stage1 = load_trained(finished(1))
     assert isinstance(stage1, Blip2Stage1)
     assert not stage1.training
     assert torch.equal(stage1.temp, weights(finished(1))["temp"])
     assert stage1.temp.shape == ()
-    stage2 = checkpointing.load_trained(finished(2))
+    stage2 = load_trained(finished(2))
     assert isinstance(stage2, Blip2Stage2)
     for name, value in weights(finished(2)).items():
         assert torch.equal(dict(stage2.named_parameters())[name], value)
@@ -307,13 +308,13 @@ def test_a_cut_or_reshaped_checkpoint_is_refused(
     shutil.copytree(finished(1), broken)
     state = weights(broken)
     state["itm_head.weight"] = torch.zeros(2, 17)
-    checkpointing.save_model(broken, state, checkpointing.read_description(broken))
+    save_model(broken, state, read_description(broken))
     with pytest.raises(ValueError, match=r"itm_head.weight: expected \(2, 16\), got \(2, 17\)"):
-        checkpointing.load_trained(broken)
+        load_trained(broken)
     whole = (finished(1) / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"broken/model.safetensors has .* it is cut short"):
-        checkpointing.load_trained(broken)
+        load_trained(broken)
     _refused(config(world, tmp_path / "c", 1, init_from=str(broken)), "it is cut short")
 
 
@@ -342,8 +343,8 @@ def test_features_of_another_encoder_are_refused(
 ) -> None:
     copy = tmp_path / "start"
     shutil.copytree(finished(1), copy)
-    other = replace(checkpointing.read_description(copy), image_encoder="another")
-    checkpointing.save_model(copy, weights(copy), other)
+    other = replace(read_description(copy), image_encoder="another")
+    save_model(copy, weights(copy), other)
     run = config(world, tmp_path / "out", 2, init_from=str(copy))
     _refused(run, "trained on tokens of 'another', the data are of 'codes'")
 

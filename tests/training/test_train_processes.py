@@ -16,7 +16,6 @@ import yaml
 from small_run import be_one_of_two, config, distance, free_port, values, write_world
 
 from blip2fast import train as train_script
-from blip2fast.evaluation import stage2 as evaluation
 from blip2fast.kernels.philox import philox_state
 from blip2fast.stage1 import model as stage1
 from blip2fast.training import validation as held_out
@@ -87,7 +86,7 @@ def _evaluate_with_known_captions(world: Path, output: Path, zero_stage: int) ->
         return [records[i].captions[0] if i in (0, 2, 5) else "no" for i in numbers.tolist()]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "generate_texts", write)
+        patch.setattr(held_out, "generate_texts", write)
         results = held_out.evaluate(parts.model, parts, settings, lambda batch: batch)
     output.with_suffix(".json").write_text(json.dumps([asked, results["exact"]]))
 

@@ -24,8 +24,8 @@ from blip2fast.kernels.itc.interface import (
     SUM,
     UNIFORM_INDEX,
     index_dtype,
-    wide_dtype,
 )
+from blip2fast.kernels.precision import wide_dtype
 from blip2fast.ops._cuda_needs import capability_of
 from blip2fast.ops.collectives import (
     GradMode,

@@ -22,11 +22,10 @@ from blip2fast.kernels.itc.interface import (
     Weights,
     index_dtype,
     statistics_shape,
-    wide_dtype,
 )
+from blip2fast.kernels.precision import wide_dtype
 from blip2fast.ops._cuda_needs import gpu_reasons, readable
-from blip2fast.ops.checks import HAS_TRITON, INTERPRETED
-from blip2fast.ops.dispatch import Backend, KernelCheck
+from blip2fast.ops.dispatch import HAS_TRITON, INTERPRETED, Backend, KernelCheck
 from blip2fast.ops.kernel_kinds import device_of, itc_kind
 
 WHY_NO_CUDA = why_not("itc_sweep")

@@ -19,14 +19,10 @@ from blip2fast.kernels.qformer_attention.cpu import self_attention as _attention
 from blip2fast.kernels.qformer_attention.cpu.core import WIDEN_BELOW_KEYS
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 from blip2fast.ops._cuda_needs import capability_of
+from blip2fast.ops.checks import check_dropout
 from blip2fast.ops.dispatch import choose
 from blip2fast.ops.qformer_attention.backends import BACKENDS, AttentionCall
-from blip2fast.ops.qformer_attention.checks import (
-    build_index,
-    check_cross,
-    check_dropout,
-    check_self,
-)
+from blip2fast.ops.qformer_attention.checks import build_index, check_cross, check_self
 from blip2fast.ops.qformer_attention.operators import unpack_index, unpack_layout
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blip2fast.kernels.philox import threshold
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from blip2fast.ops.checks import FLOATS, check_device, describe
 
 
 def check_self(qkv: Tensor, layout: AttentionLayout) -> None:
@@ -22,7 +20,7 @@ def check_self(qkv: Tensor, layout: AttentionLayout) -> None:
             f"{layout.num_queries} queries, then {layout.num_text_rows} text rows), got "
             f"{qkv.shape[0]}: build the layout from the same token buffer"
         )
-    _check_device("layout", layout.kinds, qkv)
+    check_device("layout", layout.kinds, qkv)
 
 
 def check_cross(
@@ -43,11 +41,11 @@ def check_cross(
     _check_float("q", q)
     if kv.dtype != q.dtype:
         raise ValueError(f"kv: expected {q.dtype} like q, got {kv.dtype}: convert one of them")
-    _check_device("kv", kv, q)
+    check_device("kv", kv, q)
     B, S = kv.shape[:2]
     blocks = B
     if index is not None:
-        _check_device("kv_index", index.index, q)
+        check_device("kv_index", index.index, q)
         if index.offsets.shape != (B + 1,):
             raise ValueError(
                 f"kv_index: built for {index.offsets.shape[0] - 1} images, kv has {B}: "
@@ -65,32 +63,16 @@ def check_cross(
         raise ValueError("key_lengths and key_mask both say which keys are real: pass one")
     if key_lengths is not None:
         if key_lengths.shape != (B,) or key_lengths.is_floating_point():
-            raise ValueError(f"key_lengths: expected {B} integers, got {_describe(key_lengths)}")
-        _check_device("key_lengths", key_lengths, q)
+            raise ValueError(f"key_lengths: expected {B} integers, got {describe(key_lengths)}")
+        check_device("key_lengths", key_lengths, q)
     if key_mask is not None:
         if key_mask.shape != (B, S) or key_mask.dtype != torch.bool:
             raise ValueError(
                 f"key_mask: expected bool {[B, S]}, true where an image token is real, got "
-                f"{_describe(key_mask)}"
+                f"{describe(key_mask)}"
             )
-        _check_device("key_mask", key_mask, q)
+        check_device("key_mask", key_mask, q)
     return blocks
-
-
-def check_dropout(dropout_p: float, philox: Tensor | None, like: Tensor) -> None:
-    """Raise `ValueError` where dropout is not fully described."""
-    threshold(dropout_p)
-    if dropout_p > 0 and philox is None:
-        raise ValueError(
-            f"dropout_p={dropout_p} needs philox, the seed and offset of its mask: "
-            "ops.philox.philox_state(seed, offset, device)"
-        )
-    if philox is not None:
-        if philox.shape != (2,) or philox.dtype != torch.int64:
-            raise ValueError(
-                f"philox: expected [2] int64, seed and offset, got {_describe(philox)}"
-            )
-        _check_device("philox", philox, like)
 
 
 def build_index(kv_index: KVIndex | Tensor | None, kv: Tensor) -> KVIndex | None:
@@ -98,21 +80,12 @@ def build_index(kv_index: KVIndex | Tensor | None, kv: Tensor) -> KVIndex | None
     if kv_index is None or isinstance(kv_index, KVIndex):
         return kv_index
     if kv_index.is_floating_point() or kv_index.dtype == torch.bool:
-        raise ValueError(f"kv_index: expected integers, got {_describe(kv_index)}")
+        raise ValueError(f"kv_index: expected integers, got {describe(kv_index)}")
     return KVIndex.build(kv_index, kv.shape[0])
 
 
-def _describe(x: Tensor) -> str:
-    return f"{x.dtype} {list(x.shape)}"
-
-
 def _check_float(name: str, x: Tensor) -> None:
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise ValueError(f"{name}: expected fp16, bf16, fp32 or fp64, got {x.dtype}")
     if 0 in x.shape[2:]:
         raise ValueError(f"{name}: expected heads and head width above 0, got {list(x.shape)}")
-
-
-def _check_device(name: str, x: Tensor, like: Tensor) -> None:
-    if x.device != like.device:
-        raise ValueError(f"{name}: expected on {like.device} like the data, got {x.device}")

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip2fast.kernels.precision import wide_dtype
 from blip2fast.kernels.qformer_attention import cuda as _attention_cuda
 from blip2fast.kernels.qformer_attention.cpu import cross_attention as _attention_cpu_cross
 from blip2fast.kernels.qformer_attention.cpu import self_attention as _attention_cpu
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, wide_dtype
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 
 _LAYOUT = (
     "Tensor cu_seqlens, Tensor kinds, Tensor blocks, Tensor block_text, Tensor order, "

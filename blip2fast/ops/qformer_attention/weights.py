@@ -9,14 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blip2fast.kernels.precision import wide_dtype
 from blip2fast.kernels.qformer_attention import reference
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, wide_dtype
-from blip2fast.ops.qformer_attention.checks import (
-    build_index,
-    check_cross,
-    check_dropout,
-    check_self,
-)
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
+from blip2fast.ops.checks import check_dropout
+from blip2fast.ops.qformer_attention.checks import build_index, check_cross, check_self
 
 
 def attention_weights(

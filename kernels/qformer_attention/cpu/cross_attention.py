@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip2fast.kernels.precision import wide_dtype
 from blip2fast.kernels.qformer_attention.cpu.core import (
     CHUNK_ELEMENTS,
     WIDEN_BELOW_KEYS,
@@ -28,7 +29,7 @@ from blip2fast.kernels.qformer_attention.cpu.core import (
     put,
     run_of,
 )
-from blip2fast.kernels.qformer_attention.layout import KVIndex, wide_dtype
+from blip2fast.kernels.qformer_attention.layout import KVIndex
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from blip2fast.kernels.qformer_attention.cpu.core import (
     even_pieces,
     run_of,
 )
-from blip2fast.kernels.qformer_attention.layout import KIND_CODES, AttentionLayout
-from blip2fast.masks import MaskKind
+from blip2fast.kernels.qformer_attention.layout import KIND_CODES, AttentionLayout, MaskKind
 
 _MAX_BUCKETS = 8
 # what one core gathers at once; a backward pass, which has four times as much at hand, took a tenth

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from blip2fast.kernels.precision import wide_dtype
 from blip2fast.kernels.qformer_attention.cpu.core import attend, attend_backward
 from blip2fast.kernels.qformer_attention.cpu.plan import (
     BACKWARD_ELEMENTS,
@@ -15,7 +16,7 @@ from blip2fast.kernels.qformer_attention.cpu.plan import (
     Plan,
     plan_of,
 )
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, wide_dtype
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout
 
 
 class _Collected:

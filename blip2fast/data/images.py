@@ -1,0 +1,60 @@
+"""The images of a batch: tokens of a feature cache, or pixels of files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip2fast.data.batches import Batch
+from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.frozen.images import ImageTransform, read_image
+
+
+@dataclass
+class CachedImages:
+    """Images as the tokens of a feature cache."""
+
+    cache: FeatureCache
+
+    def __call__(self, keys: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+        """`{"image_embeds": [B, S, E]}`."""
+        return {"image_embeds": self.cache.read([self.cache.row(key) for key in keys])}
+
+    def check(self, keys: set[str]) -> None:
+        """Refuse keys that are not there, before training starts."""
+        for key in keys:
+            self.cache.row(key)
+
+
+@dataclass
+class FileImages:
+    """Images as pixels from a folder; augmentation is drawn from (seed, epoch, sample) alone."""
+
+    folder: Path
+    transform: ImageTransform
+    seed: int
+
+    def __call__(self, keys: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+        """`{"images": [B, 3, h, w]}`; tokens of no image, where there are no keys."""
+        if not keys:
+            return {"image_embeds": torch.empty(0, 1, 1)}
+        pixels = []
+        for key, index in zip(keys, batch.indices.tolist(), strict=True):
+            # A fourth number keeps these draws apart from the split points'.
+            draws = np.random.default_rng([self.seed, batch.epoch, index, 2])
+            pixels.append(self.transform(read_image(self.folder, key), draws))
+        return {"images": torch.stack(pixels)}
+
+    def check(self, keys: set[str]) -> None:
+        """Refuse keys that are not there, before training starts."""
+        for key in keys:
+            if not (self.folder / key).is_file():
+                raise ValueError(f"image {key!r}: no such file in {self.folder}")
+
+
+Images = CachedImages | FileImages

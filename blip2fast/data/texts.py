@@ -1,0 +1,117 @@
+"""The texts of a batch: captions drawn for it, and the tensors that a model is trained on.
+
+Legend: B samples per process and step, T text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from blip2fast.data.batches import Batch
+from blip2fast.data.records import CaptionRecord, QuestionRecord, SequenceRecord
+from blip2fast.stage2.text import Stage2Text
+
+
+@lru_cache(maxsize=2)
+def _caption_draws(seed: int, epoch: int, count: int) -> npt.NDArray[np.float64]:
+    # A third number keeps these draws apart from the permutation's.
+    return np.random.default_rng([seed, epoch, 1]).random(count)
+
+
+def drawn_captions(
+    records: Sequence[CaptionRecord | SequenceRecord], batch: Batch, seed: int
+) -> list[str]:
+    """One caption per sample of `batch`, drawn from (seed, epoch, sample number) alone."""
+    draws = _caption_draws(seed, batch.epoch, len(records))[batch.indices]
+    chosen = [records[i].captions for i in batch.indices]
+    return [c[int(draw * len(c))] for c, draw in zip(chosen, draws, strict=True)]
+
+
+@dataclass
+class Stage1TextMaker:
+    """Stage 1: token ids `[CLS] w1 .. wn [SEP]` of one drawn caption, and the image's number.
+
+    Records of the same image carry the same `image_ids` entry, so that ITC counts their captions
+    as positives of each other and ITM draws none of them as a negative.
+
+    Args:
+        tokenizer: a transformers tokenizer, with a padding token.
+        max_txt_len: texts are cut to this many tokens.
+        image_number: number of each image key.
+        seed: of the caption choice.
+    """
+
+    tokenizer: Any
+    max_txt_len: int
+    image_number: dict[str, int]
+    seed: int
+
+    def __call__(self, records: Sequence[CaptionRecord], batch: Batch) -> dict[str, Tensor]:
+        tokens = tokenize_captions(
+            self.tokenizer, drawn_captions(records, batch, self.seed), self.max_txt_len
+        )
+        numbers = [self.image_number[records[i].image] for i in batch.indices]
+        return {**tokens, "image_ids": torch.tensor(numbers)}
+
+
+def tokenize_captions(
+    tokenizer: Any, captions: Sequence[str], max_txt_len: int
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` [B, T], padded to the longest and cut to max_txt_len."""
+    tokens = tokenizer(
+        list(captions),
+        padding="longest",
+        truncation=True,
+        max_length=max_txt_len,
+        return_tensors="pt",
+    )
+    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+@dataclass
+class CaptionTargets:
+    """Stage 2 on captions: one drawn caption per sample, as the language model's targets."""
+
+    text: Stage2Text
+    seed: int
+
+    def __call__(self, records: Sequence[CaptionRecord], batch: Batch) -> dict[str, Tensor]:
+        captions = drawn_captions(records, batch, self.seed)
+        return self.text.train_batch(captions, indices=batch.indices.tolist(), epoch=batch.epoch)
+
+
+@dataclass
+class AnswerTargets:
+    """Stage 2 on questions: the answer as target, the question in the prompt."""
+
+    text: Stage2Text
+
+    def __call__(self, records: Sequence[QuestionRecord], batch: Batch) -> dict[str, Tensor]:
+        chosen = [records[i] for i in batch.indices]
+        return self.text.train_batch([r.answer for r in chosen], [r.question for r in chosen])
+
+
+@dataclass
+class SequenceTargets:
+    """Stage 2 on several images a sample: one drawn caption each, after the record's prompt."""
+
+    text: Stage2Text
+    seed: int
+
+    def __call__(self, records: Sequence[SequenceRecord], batch: Batch) -> dict[str, Tensor]:
+        chosen = [records[i] for i in batch.indices]
+        return self.text.train_batch(
+            drawn_captions(records, batch, self.seed),
+            [r.prompt for r in chosen],
+            indices=batch.indices.tolist(),
+            epoch=batch.epoch,
+            image_counts=[len(r.images) for r in chosen],
+        )

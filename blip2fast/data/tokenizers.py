@@ -1,0 +1,31 @@
+"""The tokenizer of a Q-Former that reads text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from blip2fast.frozen.hub import not_there
+
+
+def qformer_tokenizer(name: str) -> Any:
+    """The Q-Former's tokenizer, with [DEC] as its bos token (paper, section 3.2).
+
+    Raises:
+        ValueError: not there, or one that does not write [CLS] words [SEP] with padding.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(not_there("model.tokenizer", name, error)) from error
+    if tokenizer.bos_token is None:
+        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    ids = tokenizer("a")["input_ids"]
+    ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    if None in ends or (ids[0], ids[-1]) != ends or tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"model.tokenizer {name!r} turns 'a' into {ids}; the Q-Former needs [CLS] words [SEP] "
+            f"and a padding token (cls {ends[0]}, sep {ends[1]}, pad {tokenizer.pad_token_id})"
+        )
+    return tokenizer
