@@ -57,11 +57,11 @@ def with_absorption(forward: Callable[[Tensor], Tensor], absorb: bool) -> Callab
     """The forward pass with one form of cross-attention, whatever the rule says."""
 
     def forced(tokens: Tensor) -> Tensor:
-        rule, absorption.pays = absorption.pays, lambda *_: absorb
+        rule, absorption.is_cheaper = absorption.is_cheaper, lambda *_: absorb
         try:
             return forward(tokens)
         finally:
-            absorption.pays = rule
+            absorption.is_cheaper = rule
 
     return forced
 

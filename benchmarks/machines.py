@@ -87,8 +87,8 @@ def _product_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     forms: list[Any] = [lambda: torch.mm(a, b, out=out)]
-    if onednn_linear.takes(a, b):
-        forms.append(lambda: onednn_linear.product(a, b))
+    if onednn_linear.is_supported(a, b):
+        forms.append(lambda: onednn_linear.onednn_product(a, b))
     return 2 * side**3 / min(_best(form, device) for form in forms)
 
 

@@ -99,7 +99,7 @@ def _permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
 
 # (image keys, batch) -> the image part of a batch: {"image_embeds": [B, S, E]} or {"images": ...};
 # where records have several images the sample numbers repeat, one for each key
-ImageReader = Callable[[Sequence[str], Batch], dict[str, Tensor]]
+BatchImages = Callable[[Sequence[str], Batch], dict[str, Tensor]]
 
 
 class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
@@ -116,7 +116,7 @@ class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
         self,
         records: Sequence[Record],
         plan: BatchPlan,
-        read_images: ImageReader,
+        read_images: BatchImages,
         make_text: Callable[[Sequence[Record], Batch], dict[str, Tensor]],
     ) -> None:
         self.records: Sequence[Record] = records

@@ -36,7 +36,7 @@ def drawn_captions(
 
 
 @dataclass
-class Stage1TextMaker:
+class Stage1Texts:
     """Stage 1: token ids `[CLS] w1 .. wn [SEP]` of one drawn caption, and the image's number.
 
     Records of the same image carry the same `image_ids` entry, so that ITC counts their captions
@@ -77,7 +77,7 @@ def tokenize_captions(
 
 
 @dataclass
-class CaptionTargets:
+class CaptionTexts:
     """Stage 2 on captions: one drawn caption per sample, as the language model's targets."""
 
     text: Stage2Text
@@ -89,7 +89,7 @@ class CaptionTargets:
 
 
 @dataclass
-class AnswerTargets:
+class AnswerTexts:
     """Stage 2 on questions: the answer as target, the question in the prompt."""
 
     text: Stage2Text
@@ -100,7 +100,7 @@ class AnswerTargets:
 
 
 @dataclass
-class SequenceTargets:
+class SequenceTexts:
     """Stage 2 on several images a sample: one drawn caption each, after the record's prompt."""
 
     text: Stage2Text

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.demo.table import SECTIONS
-from blip2fast.evaluation.retrieval import ImageReader, Texts
+from blip2fast.evaluation.retrieval import ImageReader, TokenizedTexts
 from blip2fast.evaluation.stage1 import evaluate_stage1
 from blip2fast.evaluation.stage2 import (
     accuracy_by_type,
@@ -55,8 +55,8 @@ class EvalSet:
     tokenizer: PreTrainedTokenizerBase
     images: ImageReader
     caption_texts: list[str]
-    captions: Texts
-    swapped: Texts
+    captions: TokenizedTexts
+    swapped: TokenizedTexts
     questions: list[dict[str, str]]
     asked_of: Tensor
 
@@ -101,10 +101,10 @@ class EvalSet:
         return [q["question"] for q in self.questions]
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Texts:
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> TokenizedTexts:
     """One text per image, in order, for the Q-Former."""
     tokens = tokenizer(list(texts), return_tensors="pt", padding=True)
-    return Texts(tokens["input_ids"], tokens["attention_mask"], torch.arange(len(texts)))
+    return TokenizedTexts(tokens["input_ids"], tokens["attention_mask"], torch.arange(len(texts)))
 
 
 def stage1_rows(

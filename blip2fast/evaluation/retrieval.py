@@ -23,7 +23,7 @@ RECALL_KS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
-class Texts:
+class TokenizedTexts:
     """Tokenised texts, and the number of the image that each describes.
 
     Args:
@@ -73,7 +73,11 @@ def chunks(count: int, batch_size: int) -> Iterator[Tensor]:
 
 
 def encode_all(
-    model: Blip2Stage1, images: ImageReader, num_images: int, texts: Texts, batch_size: int = 64
+    model: Blip2Stage1,
+    images: ImageReader,
+    num_images: int,
+    texts: TokenizedTexts,
+    batch_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """ITC features of all images and texts, on the CPU.
 
@@ -94,13 +98,6 @@ def encode_all(
             for rows in chunks(len(texts), batch_size)
         ]
     return torch.cat(image_features), torch.cat(text_features)
-
-
-def query_similarity(image_features: Tensor, text_features: Tensor, batch_size: int = 64) -> Tensor:
-    """`max_q <image[i, q], text[j]>`: [I, Q, D], [J, D] -> [I, J] (paper section 3.1)."""
-    return torch.cat(
-        [(part @ text_features.T).amax(1) for part in image_features.split(batch_size)]
-    )
 
 
 def retrieval_recall(
@@ -142,7 +139,7 @@ def retrieval_recall(
 def match_logits(
     model: Blip2Stage1,
     images: ImageReader,
-    texts: Texts,
+    texts: TokenizedTexts,
     pairs: tuple[Tensor, Tensor],
     batch_size: int = 64,
 ) -> Tensor:
@@ -171,7 +168,7 @@ def match_logits(
 def rerank(
     model: Blip2Stage1,
     images: ImageReader,
-    texts: Texts,
+    texts: TokenizedTexts,
     similarity: Tensor,
     k: int,
     batch_size: int = 64,
@@ -212,7 +209,11 @@ def rerank(
 
 
 def swapped_match_accuracy(
-    model: Blip2Stage1, images: ImageReader, texts: Texts, swapped: Texts, batch_size: int = 64
+    model: Blip2Stage1,
+    images: ImageReader,
+    texts: TokenizedTexts,
+    swapped: TokenizedTexts,
+    batch_size: int = 64,
 ) -> dict[str, float]:
     """ITM on true texts against the same texts with one attribute swapped.
 

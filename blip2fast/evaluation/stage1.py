@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from blip2fast.evaluation.retrieval import (
     ImageReader,
-    Texts,
+    TokenizedTexts,
     encode_all,
     evaluating,
-    query_similarity,
     rerank,
     retrieval_recall,
     swapped_match_accuracy,
 )
+from blip2fast.stage1.losses import max_query_similarity
 from blip2fast.stage1.model import Blip2Stage1
 
 
@@ -58,7 +58,7 @@ def held_out_losses(
     return {name: total / count for name, total in totals.items()}
 
 
-def caption_batch(images: ImageReader, texts: Texts, numbers: Tensor) -> dict[str, Tensor]:
+def caption_batch(images: ImageReader, texts: TokenizedTexts, numbers: Tensor) -> dict[str, Tensor]:
     """The arguments of a stage-1 forward pass for the texts of these numbers and their images."""
     return {
         "image_embeds": images(texts.image[numbers]),
@@ -68,7 +68,7 @@ def caption_batch(images: ImageReader, texts: Texts, numbers: Tensor) -> dict[st
 
 
 def caption_batches(
-    images: ImageReader, texts: Texts, batch_size: int
+    images: ImageReader, texts: TokenizedTexts, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of one text per image, for `held_out_losses` of stage 1.
 
@@ -85,9 +85,9 @@ def evaluate_stage1(
     model: Blip2Stage1,
     images: ImageReader,
     num_images: int,
-    texts: Texts,
+    texts: TokenizedTexts,
     *,
-    swapped: Texts | None = None,
+    swapped: TokenizedTexts | None = None,
     rerank_k: int = 0,
     batch_size: int = 64,
 ) -> dict[str, float]:
@@ -107,7 +107,9 @@ def evaluate_stage1(
         `rerank_{i2t,t2i}_r{1,5,10}`, `itm_accuracy` and its parts.
     """
     results = held_out_losses(model, caption_batches(images, texts, batch_size))
-    similarity = query_similarity(*encode_all(model, images, num_images, texts, batch_size))
+    similarity = max_query_similarity(
+        *encode_all(model, images, num_images, texts, batch_size), batch_size=batch_size
+    )
     results |= retrieval_recall(similarity, similarity, texts.image)
     if rerank_k:
         scores = rerank(model, images, texts, similarity, rerank_k, batch_size)

@@ -6,11 +6,11 @@ from typing import Unpack
 
 import torch
 
-from blip2fast.inference.inputs import EncodedImages, Images, Options
+from blip2fast.inference.inputs import EncodedImages, GenerationOptions, Images
 from blip2fast.inference.writer import Pictures, Writer
 from blip2fast.stage2.language_model import is_encoder_decoder, position_limit
 
-CHAT: Options = {"num_beams": 5, "length_penalty": 1.0, "max_new_tokens": 30}
+CHAT: GenerationOptions = {"num_beams": 5, "length_penalty": 1.0, "max_new_tokens": 30}
 
 
 class Chat:
@@ -28,7 +28,7 @@ class Chat:
     """
 
     def __init__(
-        self, writer: Writer, seen: EncodedImages, template: str, options: Options
+        self, writer: Writer, seen: EncodedImages, template: str, options: GenerationOptions
     ) -> None:
         self.history: list[tuple[str, str]] = []
         self.left_out = 0
@@ -38,7 +38,7 @@ class Chat:
         self._states = seen.states
 
     def __call__(
-        self, question: str, images: Images | None = None, **options: Unpack[Options]
+        self, question: str, images: Images | None = None, **options: Unpack[GenerationOptions]
     ) -> str:
         """Ask, and remember the answer.
 
@@ -60,7 +60,7 @@ class Chat:
             states = torch.cat([states, more])
             if self._marker not in question:
                 question = self._marker * len(more) + question
-        merged: Options = {**self._options, **options}
+        merged: GenerationOptions = {**self._options, **options}
         text = self._fitting(question, merged.get("max_new_tokens", CHAT["max_new_tokens"]))
         gone = sum(asked.count(self._marker) for asked, _ in self.history[: self.left_out])
         kept = torch.cat([states[: self._first], states[self._first + gone :]])

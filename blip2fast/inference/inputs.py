@@ -39,7 +39,7 @@ class EncodedImages:
 Images = OneImage | Sequence[OneImage] | EncodedImages
 
 
-class Options(TypedDict, total=False):
+class GenerationOptions(TypedDict, total=False):
     """How texts are written; anything else goes to `transformers`' `generate` as it is.
 
     Attributes:
@@ -69,7 +69,9 @@ class Options(TypedDict, total=False):
 BATCH_SIZE = 32
 
 
-def generate_settings(defaults: Options, options: Options, per_text: int = 1) -> dict[str, Any]:
+def generate_settings(
+    defaults: GenerationOptions, options: GenerationOptions, per_text: int = 1
+) -> dict[str, Any]:
     """Arguments of `generate` from defaults and what the caller set.
 
     Args:

@@ -37,7 +37,7 @@ from blip2fast.stage2.language_model import is_encoder_decoder
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
 
-Offload = Literal["none", "stream"]
+Residence = Literal["none", "stream"]
 # the position table bounds a prompt, not a number of the configuration
 NO_LIMIT = 1_000_000
 MARKER = "<image>"
@@ -88,7 +88,7 @@ def prompts_of_run(model: Blip2Stage2) -> Prompts:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Loaded:
     """What `Blip2` is made of.
 
     Attributes:
@@ -117,10 +117,10 @@ def load_parts(
     path: str,
     dtype: torch.dtype,
     device: torch.device,
-    offload: Offload,
+    offload: Residence,
     language_model: str | None,
     image_encoder: str | None,
-) -> Parts:
+) -> Loaded:
     """See `Blip2.from_pretrained`."""
     if offload not in ("none", "stream"):
         raise ValueError(f"offload={offload!r}: expected 'none' or 'stream'")
@@ -142,10 +142,10 @@ def _trained(
     path: str,
     dtype: torch.dtype,
     device: torch.device,
-    offload: Offload,
+    offload: Residence,
     language_model: str | None,
     image_encoder: str | None,
-) -> Parts:
+) -> Loaded:
     description = read_description(path)
     name = language_model or description.language_model
     if description.stage != 2 or name is None:
@@ -166,7 +166,7 @@ def _trained(
     reads = model.config.text_conditioned
     words = qformer_tokenizer(str(description.tokenizer)) if reads else None
     text = _text(model, AutoTokenizer.from_pretrained(name), words)
-    return Parts(model, text, prompts_of_run(model), transform, missing, [text.end_token_id])
+    return Loaded(model, text, prompts_of_run(model), transform, missing, [text.end_token_id])
 
 
 def _add_encoder(
@@ -211,7 +211,9 @@ def _add_encoder(
     return transform_for(given or name, encoder.image_size), ""
 
 
-def _transformers(path: str, dtype: torch.dtype, device: torch.device, offload: Offload) -> Parts:
+def _transformers(
+    path: str, dtype: torch.dtype, device: torch.device, offload: Residence
+) -> Loaded:
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind not in _KINDS:
@@ -247,7 +249,7 @@ def _transformers(path: str, dtype: torch.dtype, device: torch.device, offload: 
     text.end_token_id = end_ids[0]
     encoder_decoder = is_encoder_decoder(model.language_model)
     prompts = paper_prompts(encoder_decoder, model.config.text_conditioned)
-    return Parts(model, text, prompts, transform, "", end_ids)
+    return Loaded(model, text, prompts, transform, "", end_ids)
 
 
 def _text(model: Blip2Stage2, tokenizer: Any, qformer_tokenizer: Any) -> Stage2Text:

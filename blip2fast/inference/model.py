@@ -23,18 +23,18 @@ from blip2fast.inference.chat import Chat
 from blip2fast.inference.inputs import (
     BATCH_SIZE,
     EncodedImages,
+    GenerationOptions,
     Images,
-    Options,
     Questions,
     questions_by_image,
 )
-from blip2fast.inference.loading import Offload, Parts, is_streamed, load_parts
+from blip2fast.inference.loading import Loaded, Residence, is_streamed, load_parts
 from blip2fast.inference.writer import Pictures, Writer
 
 Texts = str | list[str] | list[list[str]] | list[str | list[str]]
 
-CAPTION: Options = {"num_beams": 5, "length_penalty": 1.0, "max_new_tokens": 30}
-ANSWER: Options = {"num_beams": 5, "length_penalty": -1.0, "max_new_tokens": 10}
+CAPTION: GenerationOptions = {"num_beams": 5, "length_penalty": 1.0, "max_new_tokens": 30}
+ANSWER: GenerationOptions = {"num_beams": 5, "length_penalty": -1.0, "max_new_tokens": 10}
 
 
 class Blip2:
@@ -48,7 +48,7 @@ class Blip2:
         prompts: templates of captions, questions and conversations.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Loaded) -> None:
         self.model = parts.model
         self.prompts = parts.prompts
         self._parts, self._writer = parts, Writer(parts)
@@ -60,7 +60,7 @@ class Blip2:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        offload: Offload = "none",
+        offload: Residence = "none",
         language_model: str | None = None,
         image_encoder: str | None = None,
     ) -> Blip2:
@@ -132,7 +132,7 @@ class Blip2:
         image_embeds: Tensor | None = None,
         prompt: str | None = None,
         num_captions: int = 1,
-        **options: Unpack[Options],
+        **options: Unpack[GenerationOptions],
     ) -> Texts:
         """Describe images.
 
@@ -140,7 +140,8 @@ class Blip2:
             images, image_embeds: as in `encode`.
             prompt: what the captions begin with, not repeated in them; None: `prompts.caption`.
             num_captions: texts an image.
-            options: see `Options`; by default 5 beams, length penalty 1, at most 30 tokens.
+            options: see `GenerationOptions`; by default 5 beams, length penalty 1, at most 30
+                tokens.
 
         Returns:
             A caption, or a list of them for a list of images; with `num_captions` above 1 a list
@@ -173,7 +174,7 @@ class Blip2:
         *,
         image_embeds: Tensor | None = None,
         prompt: str | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[GenerationOptions],
     ) -> Texts:
         """Answer questions about images; an image is read once for all its questions.
 
@@ -182,7 +183,8 @@ class Blip2:
             questions: one for all images; or for a list of images a list with an item for each,
                 a question or a list of questions; or for one image a list of questions.
             prompt: template with `{}` for the question; None: `prompts.question`.
-            options: see `Options`; by default 5 beams, length penalty -1, at most 10 tokens.
+            options: see `GenerationOptions`; by default 5 beams, length penalty -1, at most 10
+                tokens.
 
         Returns:
             An answer in the place of each question: of one image an answer or a list of them, of
@@ -208,14 +210,15 @@ class Blip2:
         *,
         image_embeds: Tensor | None = None,
         prompt: str | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[GenerationOptions],
     ) -> Chat:
         """Begin a conversation about images, which are read here and never again.
 
         Args:
             images, image_embeds: one image or several, as in `encode`; they stand in front.
             prompt: template of a question; None: `prompts.chat`.
-            options: see `Options`; by default 5 beams, length penalty 1, at most 30 tokens.
+            options: see `GenerationOptions`; by default 5 beams, length penalty 1, at most 30
+                tokens.
 
         Raises:
             ValueError: as in `encode`.

@@ -15,14 +15,14 @@ from blip2fast.evaluation.stage1 import seeded
 from blip2fast.inference.inputs import (
     BATCH_SIZE,
     EncodedImages,
+    GenerationOptions,
     Images,
     OneImage,
-    Options,
     as_list,
     generate_settings,
     to_pixels,
 )
-from blip2fast.inference.loading import Parts
+from blip2fast.inference.loading import Loaded
 from blip2fast.qformer.checks import image_tokens
 
 
@@ -42,7 +42,7 @@ class Pictures:
     """
 
     def __init__(
-        self, parts: Parts, images: Images | None, image_embeds: Tensor | None = None
+        self, parts: Loaded, images: Images | None, image_embeds: Tensor | None = None
     ) -> None:
         self._parts = parts
         self._known: dict[int, Tensor] = {}
@@ -116,7 +116,7 @@ class Writer:
         parts: the model with its text preparation, prompts and image transform.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Loaded) -> None:
         self.parts = parts
 
     @property
@@ -147,8 +147,8 @@ class Writer:
         pictures: Pictures,
         rows: Sequence[Sequence[int]],
         texts: Sequence[str],
-        defaults: Options,
-        options: Options,
+        defaults: GenerationOptions,
+        options: GenerationOptions,
         per_text: int = 1,
     ) -> list[str]:
         """Continue each text, which has a marker for each image of its row.

@@ -12,7 +12,14 @@ from torch import Tensor
 from blip2fast.kernels.bias_gelu import reference
 from blip2fast.kernels.precision import wide_dtype
 from blip2fast.ops.checks import check_like, check_rows
-from blip2fast.ops.dispatch import AS_DEFINED, Backend, KernelCheck, choose, triton_reasons
+from blip2fast.ops.dispatch import (
+    AS_DEFINED,
+    Backend,
+    KernelCheck,
+    choose,
+    no_reasons,
+    triton_reasons,
+)
 from blip2fast.ops.kernel_kinds import device_of, gelu_kind
 
 
@@ -26,18 +33,18 @@ class BiasGeluCall(NamedTuple):
 
 
 def _triton_reasons(call: BiasGeluCall) -> list[str]:
-    return triton_reasons(call.device, (call.dtype,))
+    return triton_reasons(call.device, call.dtype)
 
 
 BACKENDS: tuple[Backend[BiasGeluCall], ...] = (
     Backend(
         "triton",
         _triton_reasons,
-        lambda call: [],
+        no_reasons,
         KernelCheck("bias_gelu", gelu_kind, device_of, "blip2fast.ops.kernel_cases:gelu_problem"),
     ),
-    Backend("pytorch", lambda call: [], lambda call: []),
-    Backend("reference", lambda call: [], lambda call: [AS_DEFINED]),
+    Backend("pytorch", no_reasons, no_reasons),
+    Backend("reference", no_reasons, lambda call: [AS_DEFINED]),
 )
 
 

@@ -22,10 +22,12 @@ from blip2fast.ops import kernel_checks
 Call = TypeVar("Call")
 Kernels = Literal["never", "check", "trust"]
 
+HALVES = (torch.float16, torch.bfloat16)
 HAS_TRITON = find_spec("triton") is not None
 # Triton's own switch: its kernels then run on the CPU, slowly, to be checked
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 AS_DEFINED = "it is the definition, in several passes: force it with impl='reference'"
+ALL_PAIRS = "it is the definition, with every pair in memory: force it with impl='reference'"
 KERNELS_OFF = "kernels are switched off (kernels='never'): force it with impl={name!r}"
 INTERPRETED_ONLY = "Triton's interpreter runs its kernels, slowly: force it with impl={name!r}"
 NO_DEVICE = "there is no CUDA device to check its kernels on: force it with impl={name!r}"
@@ -89,13 +91,41 @@ class KernelCheck(Generic[Call]):
     source: str
 
 
-def triton_reasons(device: str, dtypes: tuple[torch.dtype, ...]) -> list[str]:
-    """Why a Triton kernel cannot run on data of these types."""
+def no_reasons(call: object) -> list[str]:
+    """Of a backend that runs every call."""
+    return []
+
+
+def cuda_reasons(dtype: torch.dtype, missing: str) -> list[str]:
+    """Why a kernel written in CUDA cannot run on data of this type.
+
+    Args:
+        dtype: Of the data.
+        missing: Why the extension lacks the kernel; empty where it has it.
+    """
+    reasons = []
+    if dtype not in HALVES:
+        reasons.append(f"{dtype}: only float16 and bfloat16")
+    if missing:
+        reasons.append(missing)
+    return reasons
+
+
+def triton_reasons(device: str, *dtypes: torch.dtype, what: str = "tensors") -> list[str]:
+    """Why a Triton kernel cannot run on data of these types.
+
+    Args:
+        device, dtypes: Of the data.
+        what: The data, for the message.
+    """
     reasons = []
     if device != "cuda" and not INTERPRETED:
-        reasons.append(f"tensors on {device}: needs a CUDA device")
-    if torch.float64 in dtypes:
-        reasons.append("float64: only float16, bfloat16 and float32")
+        reasons.append(f"{what} on {device}: needs a CUDA device")
+    reasons += [
+        f"{dtype}: only float16, bfloat16 and float32"
+        for dtype in dict.fromkeys(dtypes)
+        if dtype not in (*HALVES, torch.float32)
+    ]
     if not HAS_TRITON:
         reasons.append("triton is not installed: pip install triton")
     return reasons

@@ -15,7 +15,14 @@ from torch import Tensor
 from blip2fast.kernels.dropout_add_layer_norm import pytorch, reference
 from blip2fast.kernels.precision import wide_dtype
 from blip2fast.ops.checks import FLOATS, MAX_WIDTH, check_dropout, check_like, check_rows
-from blip2fast.ops.dispatch import AS_DEFINED, Backend, KernelCheck, choose, triton_reasons
+from blip2fast.ops.dispatch import (
+    AS_DEFINED,
+    Backend,
+    KernelCheck,
+    choose,
+    no_reasons,
+    triton_reasons,
+)
 from blip2fast.ops.kernel_kinds import device_of, norm_kind
 
 
@@ -31,7 +38,7 @@ class DropoutAddLayerNormCall(NamedTuple):
 
 
 def _triton_reasons(call: DropoutAddLayerNormCall) -> list[str]:
-    reasons = triton_reasons(call.device, call.dtypes)
+    reasons = triton_reasons(call.device, *call.dtypes)
     if call.width > MAX_WIDTH:
         reasons.append(f"width {call.width}: at most {MAX_WIDTH}")
     return reasons
@@ -41,7 +48,7 @@ BACKENDS: tuple[Backend[DropoutAddLayerNormCall], ...] = (
     Backend(
         "triton",
         _triton_reasons,
-        lambda call: [],
+        no_reasons,
         KernelCheck(
             "dropout_add_layer_norm",
             norm_kind,
@@ -49,8 +56,8 @@ BACKENDS: tuple[Backend[DropoutAddLayerNormCall], ...] = (
             "blip2fast.ops.kernel_cases:norm_problem",
         ),
     ),
-    Backend("pytorch", lambda call: [], lambda call: []),
-    Backend("reference", lambda call: [], lambda call: [AS_DEFINED]),
+    Backend("pytorch", no_reasons, no_reasons),
+    Backend("reference", no_reasons, lambda call: [AS_DEFINED]),
 )
 
 

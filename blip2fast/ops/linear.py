@@ -23,8 +23,8 @@ _WORTH_FLOPS = 5e8
 _OPERATOR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product` computes this: fp32 on a CPU, nothing empty, nothing that transforms it."""
+def is_supported(x: Tensor, weight: Tensor) -> bool:
+    """Whether `onednn_product` can compute this: fp32 on a CPU, not empty, not transformed."""
     return (
         x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -39,7 +39,9 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+def onednn_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False
+) -> Tensor:
     """`x @ weight.T + bias` and perhaps the exact GELU; has no gradient.
 
     Args:
@@ -60,7 +62,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(_padded(x), weight, bias)[: len(x)]
+        return onednn_product(_padded(x), weight, bias)[: len(x)]
 
     @staticmethod
     @once_differentiable
@@ -68,8 +70,8 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = _padded(dy)
         return (
-            product(rows, weight.t())[: len(x)] if ctx.needs_input_grad[0] else None,
-            product(rows.t(), _padded(x).t()) if ctx.needs_input_grad[1] else None,
+            onednn_product(rows, weight.t())[: len(x)] if ctx.needs_input_grad[0] else None,
+            onednn_product(rows.t(), _padded(x).t()) if ctx.needs_input_grad[1] else None,
             dy.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
@@ -91,7 +93,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         `[..., N]`.
     """
-    if 2 * x.numel() * len(weight) < _WORTH_FLOPS or not takes(x, weight):
+    if 2 * x.numel() * len(weight) < _WORTH_FLOPS or not is_supported(x, weight):
         return F.linear(x, weight, bias)
     y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], len(weight))

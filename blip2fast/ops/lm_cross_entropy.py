@@ -18,7 +18,7 @@ from blip2fast.kernels.lm_cross_entropy import chunked
 from blip2fast.kernels.lm_cross_entropy.reference import reference
 from blip2fast.kernels.precision import wide_dtype
 from blip2fast.ops.checks import check_like, check_rows
-from blip2fast.ops.dispatch import AS_DEFINED, Backend, choose
+from blip2fast.ops.dispatch import AS_DEFINED, Backend, choose, no_reasons
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class LMCrossEntropyCall:
 
 
 BACKENDS: tuple[Backend[LMCrossEntropyCall], ...] = (
-    Backend("chunked", lambda call: [], lambda call: []),
-    Backend("reference", lambda call: [], lambda call: [AS_DEFINED]),
+    Backend("chunked", no_reasons, no_reasons),
+    Backend("reference", no_reasons, lambda call: [AS_DEFINED]),
 )
 
 

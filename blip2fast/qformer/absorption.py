@@ -24,7 +24,7 @@ _FEWER_OPERATIONS = 0.6
 _FEWER_OPERATIONS_CPU_BF16 = 0.65
 
 
-def pays(
+def is_cheaper(
     query: Tensor, tokens: Tensor, heads: int, key: nn.Module, value: nn.Module, weights: bool
 ) -> bool:
     """Whether absorption is the quicker form of a call.

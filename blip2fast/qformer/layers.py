@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN, GELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from blip2fast.ops.linear import product, takes
+from blip2fast.ops.linear import is_supported, onednn_product
 from blip2fast.qformer import absorption
 from blip2fast.qformer.fused_linear import is_plain
 
@@ -40,9 +40,9 @@ def linear(
         (gelu or activation is None)
         and not torch.is_grad_enabled()
         and is_plain(layer)
-        and takes(x, layer.weight)
+        and is_supported(x, layer.weight)
     ):
-        return product(x, layer.weight, layer.bias, gelu)
+        return onednn_product(x, layer.weight, layer.bias, gelu)
     y: Tensor = layer(x)
     return y if activation is None else activation(y)
 
@@ -135,7 +135,7 @@ class QFormerMultiHeadAttention(nn.Module):
         explicit = output_attentions or self.config._attn_implementation == "eager"
         query = linear(self.query, hidden_states)
         heads = self.config.num_attention_heads
-        if self.is_cross_attention and absorption.pays(
+        if self.is_cross_attention and absorption.is_cheaper(
             query, attended_states, heads, self.key, self.value, explicit
         ):
             output = absorption.absorbed_attention(

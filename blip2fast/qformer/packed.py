@@ -53,7 +53,7 @@ class PackedPass:
 
 
 @dataclass(frozen=True)
-class Dropout:
+class PassDropout:
     """The dropout of one pass: its two probabilities and a mask's seed for each place.
 
     Attributes:
@@ -66,7 +66,7 @@ class Dropout:
     philox: Tensor
 
     @classmethod
-    def of(cls, qformer: QFormer, philox: Tensor, number: int) -> Dropout | None:
+    def of(cls, qformer: QFormer, philox: Tensor, number: int) -> PassDropout | None:
         """The dropout of pass `number` of a step, or None where the Q-Former drops nothing.
 
         Args:
@@ -147,7 +147,7 @@ class PackedLayer:
         keys_values: Tensor | None,
         packed: PackedPass,
         blocks: int,
-        dropout: Dropout | None,
+        dropout: PassDropout | None,
     ) -> States:
         """`[R, C]` to `[R, C]`, or fewer text rows where the pass keeps some.
 
@@ -310,7 +310,7 @@ class PackedQFormer:
         text: Tensor,
         keys_values: list[Tensor | None],
         packed: PackedPass,
-        dropout: Dropout | None = None,
+        dropout: PassDropout | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run all layers.
 
@@ -349,7 +349,7 @@ class PackedQFormer:
         queries, text = x.rows[: N * Q], x.rows[N * Q :]
         return queries.view(N, Q, queries.shape[1]), text
 
-    def _embed(self, rows: Tensor, dropout: Dropout | None) -> States:
+    def _embed(self, rows: Tensor, dropout: PassDropout | None) -> States:
         norm = self.qformer.layernorm
         with torch.autocast(rows.device.type, enabled=False):
             x = F.layer_norm(
@@ -370,7 +370,7 @@ def _bound(
     keys_values: Tensor | None,
     packed: PackedPass,
     blocks: int,
-    dropout: Dropout | None,
+    dropout: PassDropout | None,
 ) -> Callable[[States], States]:
     return lambda x: layer.run(x, index, keys_values, packed, blocks, dropout)
 

@@ -176,7 +176,7 @@ class Stage1Output(ModelOutput):
     negative_image: Tensor | None = None
     negative_text: Tensor | None = None
 
-    def when_asked(
+    def set_lazy(
         self,
         similarities: Callable[[], tuple[Tensor, Tensor]],
         itg_logits: Callable[[], Tensor],

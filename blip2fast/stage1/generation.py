@@ -9,7 +9,7 @@ from blip2fast.kernels.qformer_attention.layout import AttentionLayout, MaskKind
 from blip2fast.qformer.packed import PackedPass
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.modules import LMHead
-from blip2fast.stage1.passes import Images, Reader
+from blip2fast.stage1.passes import ProjectedImages, Reader
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def generate(
     lm_head: LMHead,
     words: Tensor,
     config: Stage1Config,
-    images: Images,
+    images: ProjectedImages,
     eos_token_id: int,
     max_new_tokens: int,
 ) -> Tensor:

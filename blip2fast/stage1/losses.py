@@ -14,21 +14,27 @@ from blip2fast.kernels.precision import wide
 from blip2fast.ops.collectives import GradMode, gather_detached, gather_with_grad, rank
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """Vectors `[..., D]` over their length; half precision would be off by 4e-3."""
     return F.normalize(wide(x), dim=-1)
 
 
-def max_query_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
+def max_query_similarity(
+    image_features: Tensor, text_features: Tensor, batch_size: int | None = None
+) -> Tensor:
     """`sim[i, j] = max_q <image[i, q], text[j]>`; the lowest query index wins a tie.
 
     Args:
         image_features: `[M, Q, D]`, normalised.
         text_features: `[N, D]`, normalised.
+        batch_size: Images at a time, so that `[M, Q, N]` is never held; None: all.
 
     Returns:
         `[M, N]`, fp32 or fp64.
     """
+    if batch_size is not None:
+        parts = image_features.split(batch_size)
+        return torch.cat([max_query_similarity(part, text_features) for part in parts])
     M, Q, D = image_features.shape
     with torch.autocast(image_features.device.type, enabled=False):
         per_query = wide(image_features).reshape(M * Q, D) @ wide(text_features).T

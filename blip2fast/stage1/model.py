@@ -253,7 +253,7 @@ class Blip2Stage1(nn.Module):
             **found,
         )
         length = attention_mask.shape[1] if attention_mask is not None else texts.longest
-        return output.when_asked(
+        return output.set_lazy(
             lambda: losses.itc_logits(*features, self.temp, self.config.grad_mode),
             lambda: self._padded_logits(image_embeds, texts, length, visible),
         )
@@ -423,11 +423,11 @@ class Blip2Stage1(nn.Module):
 
     def _image_features(self, states: Tensor) -> Tensor:
         """ITC features `[B, Q, D]` of query states `[B, Q, C]`."""
-        return losses.unit(self.vision_projection(states))
+        return losses.l2_normalize(self.vision_projection(states))
 
     def _text_features(self, states: Tensor) -> Tensor:
         """ITC features `[B, D]` of [CLS] states `[B, C]`."""
-        return losses.unit(self.text_projection(states))
+        return losses.l2_normalize(self.text_projection(states))
 
     def _matching_logits(self, states: Tensor) -> Tensor:
         """ITM logits of query states `[N, Q, C]`; the mean over queries goes through the head."""

@@ -38,7 +38,7 @@ class NegativeExchange:
     """The way of a list of rows from the ranks that hold them to the ranks that want them.
 
     Built once for a list of negatives and used for all that belongs to them. On several ranks
-    building it makes the host wait, for how many rows each rank wants of each; `several` builds
+    building it makes the host wait, for how many rows each rank wants of each; `for_lists` builds
     those of several lists in one wait. Every rank of the group must build it, and then call the
     same methods in the same order.
 
@@ -47,7 +47,7 @@ class NegativeExchange:
             k on every rank.
         batch: Rows that each rank holds.
         group: The ranks; None: all.
-        route: As `several` found it; None: found here.
+        route: As `for_lists` found it; None: found here.
 
     Raises:
         ValueError: `index` is not `[k]` int64, or leaves the batch (not seen on one GPU).
@@ -72,7 +72,7 @@ class NegativeExchange:
         self.arrival = self.route.place.argsort()
 
     @classmethod
-    def several(
+    def for_lists(
         cls, indices: Sequence[Tensor], batch: int, group: ProcessGroup | None = None
     ) -> list[NegativeExchange]:
         """An exchange for each of several lists: one collective, one wait of the host.

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
 from blip2fast.ops.collectives import rank
 from blip2fast.qformer.model import QFormer
-from blip2fast.qformer.packed import Dropout, PackedPass, PackedQFormer
+from blip2fast.qformer.packed import PackedPass, PackedQFormer, PassDropout
 from blip2fast.stage1.modules import TextEmbeddings
 from blip2fast.stage1.negatives import NegativeExchange
 from blip2fast.stage1.texts import PackedTexts
 
 
 @dataclass(frozen=True)
-class Images:
+class ProjectedImages:
     """The images of a pass.
 
     Attributes:
@@ -67,14 +67,14 @@ class Reader:
         self._qformer, self._queries = qformer, query_tokens[0]
         self._embeddings, self._ln_vision = embeddings, ln_vision
 
-    def images(self, tokens: Tensor, mask: Tensor | None = None) -> Images:
+    def images(self, tokens: Tensor, mask: Tensor | None = None) -> ProjectedImages:
         """Image tokens with their keys and values, computed once for all passes.
 
         Args:
             tokens: `[B, S, E]`, before `ln_vision`.
             mask: `[B, S]` bool, true where a token is real.
         """
-        return Images(tokens, mask, self.packed.image_keys_values(tokens, self._ln_vision))
+        return ProjectedImages(tokens, mask, self.packed.image_keys_values(tokens, self._ln_vision))
 
     def run(
         self,
@@ -89,19 +89,19 @@ class Reader:
         Args:
             packed: What the pass sees.
             words: Token ids and positions of all text rows, `[T]` each; None: no text.
-            keys_values: Of `Images`, or joined from several; None: no image.
+            keys_values: Of `ProjectedImages`, or joined from several; None: no image.
             philox: `[2]`, the step's dropout seed; None: no dropout.
             number: Of the pass in its step, so that each draws its own dropout masks.
         """
         text = self._queries.new_empty(0, self._queries.shape[1])
         if words is not None:
             text = self._embeddings(*words)
-        dropout = None if philox is None else Dropout.of(self._qformer, philox, number)
+        dropout = None if philox is None else PassDropout.of(self._qformer, philox, number)
         return self.packed(self._queries, text, keys_values or [], packed, dropout)
 
 
 @dataclass(frozen=True)
-class Contrast:
+class ContrastPass:
     """Pass 1: its words, what it sees, and what the last layer's text rows predict.
 
     Attributes:
@@ -118,7 +118,7 @@ class Contrast:
 
 def contrast_pass(
     texts: PackedTexts, num_queries: int, bos_token_id: int | None, image_mask: Tensor | None
-) -> Contrast:
+) -> ContrastPass:
     """Lay out ITC and ITG of a batch in one buffer.
 
     Args:
@@ -133,7 +133,7 @@ def contrast_pass(
             B, num_queries, texts.lengths, MaskKind.UNIMODAL, device=device
         )
         alone = PackedPass(layout, image_mask=image_mask, kept_text=texts.cu_seqlens[:-1])
-        return Contrast(texts.ids, texts.positions, alone, texts.ids[:0])
+        return ContrastPass(texts.ids, texts.positions, alone, texts.ids[:0])
     # row k of ITG is row k + b of the texts, b its text: every text before it lost one row
     kept = torch.arange(total - B, device=device)
     ends = texts.cu_seqlens[1:] - torch.arange(1, B + 1, device=device)
@@ -149,7 +149,7 @@ def contrast_pass(
         device=device,
     )
     cls_rows = texts.cu_seqlens[:-1]
-    return Contrast(
+    return ContrastPass(
         ids=torch.cat([texts.ids, decoder_ids]),
         positions=torch.cat([texts.positions, positions]),
         packed=PackedPass(
@@ -178,7 +178,7 @@ class FirstPass:
 
 def first_pass(
     reader: Reader,
-    images: Images,
+    images: ProjectedImages,
     texts: PackedTexts,
     philox: Tensor,
     bos_token_id: int | None = None,
@@ -203,7 +203,7 @@ def first_pass(
 
 
 @dataclass(frozen=True)
-class Pairs:
+class MatchingPass:
     """Pass 2, or any set of image-text pairs under the bidirectional mask.
 
     Attributes:
@@ -222,7 +222,7 @@ def matching_pass(
     num_queries: int,
     kv_index: KVIndex | None,
     image_mask: Tensor | None,
-) -> Pairs:
+) -> MatchingPass:
     """Lay out image-text pairs: each text with its own image, and with negatives 3B pairs.
 
     Args:
@@ -267,12 +267,12 @@ def matching_pass(
     )
     none = torch.empty(0, dtype=torch.int64, device=device)
     packed = PackedPass(layout, kv_index, image_mask, kept_text=none)
-    return Pairs(all_ids, torch.cat(positions), packed)
+    return MatchingPass(all_ids, torch.cat(positions), packed)
 
 
 def second_pass(
     reader: Reader,
-    images: Images,
+    images: ProjectedImages,
     texts: PackedTexts,
     negatives: tuple[Tensor, Tensor],
     philox: Tensor,
@@ -297,7 +297,7 @@ def second_pass(
     B, device = texts.count, images.tokens.device
     # a row without a negative (-1) stands beside itself, and the loss leaves it out
     own = torch.arange(B, device=device) + rank() * B
-    wanted, chosen = NegativeExchange.several(
+    wanted, chosen = NegativeExchange.for_lists(
         [torch.where(index < 0, own, index.long()) for index in negatives], B
     )
     words, lengths = texts.padded(longest, pad_token_id)
@@ -309,7 +309,7 @@ def second_pass(
 
 
 def images_of_pairs(
-    reader: Reader, images: Images, wanted: NegativeExchange
+    reader: Reader, images: ProjectedImages, wanted: NegativeExchange
 ) -> tuple[list[Tensor | None], Tensor | None, KVIndex]:
     """The images of the 3B pairs: this rank's, and of the others' only the sampled negatives.
 

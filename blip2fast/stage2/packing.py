@@ -69,7 +69,7 @@ def check_packable(language_model: PreTrainedModel) -> None:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedRows:
     """Where each position of a batch went.
 
     Attributes:
@@ -114,7 +114,7 @@ class Packed:
         }
 
 
-def pack(mask: Tensor, width: int, row_length: int) -> Packed | None:
+def pack(mask: Tensor, width: int, row_length: int) -> PackedRows | None:
     """Put the samples of a batch behind one another.
 
     Args:
@@ -143,7 +143,7 @@ def pack(mask: Tensor, width: int, row_length: int) -> Packed | None:
         return torch.full((R * P,), empty, device=mask.device).scatter(0, went, values[real])
 
     flat = torch.arange(mask.numel(), device=mask.device).view_as(mask)
-    return Packed(
+    return PackedRows(
         source=spread(flat, 0),
         sample=spread(samples[:, None].expand_as(mask), -1).view(R, P),
         position_ids=spread(position, 0).view(R, P),

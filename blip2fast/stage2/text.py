@@ -30,15 +30,15 @@ from torch import Tensor
 from blip2fast.stage2.token_rows import (
     IGNORED,
     IMAGE_PLACE,
-    common_length,
-    cut,
+    common_prefix,
     end_token_id,
+    expand_images,
     num_tokens,
-    opened,
-    places,
+    pad_rows,
     special_tokens,
-    split_at,
-    stack,
+    split_at_markers,
+    truncate,
+    with_special_tokens,
 )
 
 # Texts whose tokens are kept; questions and the captions of a small data set return every epoch.
@@ -151,8 +151,8 @@ class Stage2Text:
             pairs = self._prefixes(prompts, texts, indices, epoch)
         batch = self._pad([ids for ids, _ in pairs], "right")
         self._check_counts(batch, image_counts)
-        labels = [places(ids, IGNORED, self.num_query_tokens) for _, ids in pairs]
-        batch["labels"] = stack(labels, IGNORED, "right")
+        labels = [expand_images(ids, IGNORED, self.num_query_tokens) for _, ids in pairs]
+        batch["labels"] = pad_rows(labels, IGNORED, "right")
         return batch | self._instructions(prompts)
 
     def prompt_batch(
@@ -235,7 +235,7 @@ class Stage2Text:
         """One `IMAGE_PLACE` for a marker; what is between markers is tokenized by itself."""
         if self.image_marker is None:
             return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
-        parts = [split_at(text, self.image_marker) for text in texts]
+        parts = [split_at_markers(text, self.image_marker) for text in texts]
         words = list(dict.fromkeys(part for row in parts for part in row if part))
         found = self.tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
         known = {"": []} | dict(zip(words, found, strict=True))
@@ -256,7 +256,7 @@ class Stage2Text:
         after = self._after if self.is_encoder_decoder else []
         rows = {}
         for prompt, ids in zip(unique, self._ids(unique), strict=True):
-            rows[prompt] = [*opened(ids, self._before), *after]
+            rows[prompt] = [*with_special_tokens(ids, self._before), *after]
             if num_tokens(rows[prompt]) > self.max_txt_len:
                 raise ValueError(
                     f"the prompt {prompt!r} has {num_tokens(rows[prompt])} tokens, max_txt_len is "
@@ -273,9 +273,11 @@ class Stage2Text:
         for prompt, text, read, ids in zip(
             prompts, texts, self._prompt_ids(prompts), self._ids(joined), strict=True
         ):
-            row = cut([*opened(ids, self._before), self.end_token_id], self.max_txt_len, text)
+            row = truncate(
+                [*with_special_tokens(ids, self._before), self.end_token_id], self.max_txt_len, text
+            )
             # a token that straddles the border holds text too: only the common part is the prompt
-            ignored = common_length(row, read) if prompt else 0
+            ignored = common_prefix(row, read) if prompt else 0
             if ignored == len(row):
                 raise ValueError(
                     f"the prompt {prompt!r} leaves no room for the text {text!r}: max_txt_len is "
@@ -330,7 +332,7 @@ class Stage2Text:
                 f"max_txt_len {self.max_txt_len}; raise it, or leave such samples out"
             )
         split = split_point(len(kept), self.seed, epoch, index)
-        prefix = [*opened([*ids[:start], *kept[:split]], self._before), *self._after]
+        prefix = [*with_special_tokens([*ids[:start], *kept[:split]], self._before), *self._after]
         return prefix, self._target(kept[split:])
 
     def _target(self, ids: list[int]) -> list[int]:
@@ -340,10 +342,10 @@ class Stage2Text:
 
     def _pad(self, rows: list[list[int]], side: str) -> dict[str, Tensor]:
         counts = [row.count(IMAGE_PLACE) for row in rows]
-        rows = [places(row, IMAGE_PLACE, self.num_query_tokens) for row in rows]
+        rows = [expand_images(row, IMAGE_PLACE, self.num_query_tokens) for row in rows]
         batch = {
-            "input_ids": stack(rows, self.pad_token_id, side),
-            "attention_mask": stack([[1] * len(row) for row in rows], 0, side),
+            "input_ids": pad_rows(rows, self.pad_token_id, side),
+            "attention_mask": pad_rows([[1] * len(row) for row in rows], 0, side),
         }
         if self.image_marker is not None:
             batch["image_counts"] = torch.tensor(counts)

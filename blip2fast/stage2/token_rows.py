@@ -17,13 +17,13 @@ def num_tokens(row: list[int]) -> int:
     return len(row) - row.count(IMAGE_PLACE)
 
 
-def opened(ids: list[int], before: list[int]) -> list[int]:
+def with_special_tokens(ids: list[int], before: list[int]) -> list[int]:
     """With the special tokens `before` a text, after the images at its very front."""
     front = next((i for i, token in enumerate(ids) if token != IMAGE_PLACE), len(ids))
     return [*ids[:front], *before, *ids[front:]]
 
 
-def cut(row: list[int], max_txt_len: int, text: str) -> list[int]:
+def truncate(row: list[int], max_txt_len: int, text: str) -> list[int]:
     """At most `max_txt_len` tokens and all images of a row.
 
     Raises:
@@ -42,14 +42,14 @@ def cut(row: list[int], max_txt_len: int, text: str) -> list[int]:
     return row[:end]
 
 
-def places(row: list[int], value: int, Q: int) -> list[int]:
+def expand_images(row: list[int], value: int, Q: int) -> list[int]:
     """The row with Q times `value` for each image."""
     if IMAGE_PLACE not in row:
         return row
     return [x for token in row for x in ([value] * Q if token == IMAGE_PLACE else [token])]
 
 
-def split_at(text: str, marker: str) -> list[str]:
+def split_at_markers(text: str, marker: str) -> list[str]:
     """What is between markers, without the spaces beside them."""
     parts = text.split(marker)
     last = len(parts) - 1
@@ -57,13 +57,13 @@ def split_at(text: str, marker: str) -> list[str]:
     return [part.rstrip() if i < last else part for i, part in enumerate(parts)]
 
 
-def stack(rows: list[list[int]], value: int, side: str) -> Tensor:
+def pad_rows(rows: list[list[int]], value: int, side: str) -> Tensor:
     """[B, T] of rows, padded with `value` on one side."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
-def common_length(left: list[int], right: list[int]) -> int:
+def common_prefix(left: list[int], right: list[int]) -> int:
     """How many first tokens two rows share."""
     for position, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:

@@ -22,7 +22,7 @@ from blip2fast.data.batches import BatchPlan, PlannedBatches
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.data.images import CachedImages, FileImages, Images
 from blip2fast.data.records import IMAGE_MARKER, READERS, images_of
-from blip2fast.data.texts import AnswerTargets, CaptionTargets, SequenceTargets, Stage1TextMaker
+from blip2fast.data.texts import AnswerTexts, CaptionTexts, SequenceTexts, Stage1Texts
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.identity import FrozenIdentity, identify_model
 from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
@@ -34,11 +34,10 @@ from blip2fast.stage1.pretrained import initialise_from_bert
 from blip2fast.stage2.config import Stage2Config
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
-from blip2fast.training.config import RunConfig
+from blip2fast.training.config import DTYPE_OF, RunConfig
 from blip2fast.training.placement import load_frozen
 
 Records = Sequence[Any]  # CaptionRecord, or QuestionRecord for vqa
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -71,7 +70,7 @@ class HeldOut:
 
 
 @dataclass
-class RunParts:
+class Run:
     """Everything that a run trains with.
 
     Attributes:
@@ -93,7 +92,7 @@ class RunParts:
     held_out: HeldOut | None
 
 
-def build_run(config: RunConfig, rank: int, world_size: int) -> RunParts:
+def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
     """Load and build everything; parameters start from `init_from` or the seed.
 
     Raises:
@@ -124,7 +123,7 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> RunParts:
     )
     texts = text_maker(config, tokenizer, text, records)
     batches = PlannedBatches(records, plan, source.reader, texts)
-    return RunParts(model, description, tokenizer, text, batches, source.encoder, held_out)
+    return Run(model, description, tokenizer, text, batches, source.encoder, held_out)
 
 
 def _train_images(config: RunConfig) -> _ImageSource:
@@ -135,7 +134,7 @@ def _train_images(config: RunConfig) -> _ImageSource:
         return _ImageSource(reader, None, cache.width, cache.encoder_id, cache.encoder)
     files = _image_files(config, data.images, data.augment)
     encoder = load_image_encoder(
-        str(data.image_encoder), data.image_encoder_layer, DTYPES[config.precision]
+        str(data.image_encoder), data.image_encoder_layer, DTYPE_OF[config.precision]
     )
     if encoder.image_size != data.image_size:
         raise ValueError(
@@ -344,9 +343,7 @@ def text_maker(
     """What makes the texts of a batch: of stage 1, or of a stage-2 task."""
     if text is None:
         numbers = {key: n for n, key in enumerate(dict.fromkeys(r.image for r in records))}
-        return Stage1TextMaker(tokenizer, config.data.max_txt_len, numbers, config.seed)
+        return Stage1Texts(tokenizer, config.data.max_txt_len, numbers, config.seed)
     if config.data.task == "sequence":
-        return SequenceTargets(text, config.seed)
-    return (
-        CaptionTargets(text, config.seed) if config.data.task == "caption" else AnswerTargets(text)
-    )
+        return SequenceTexts(text, config.seed)
+    return CaptionTexts(text, config.seed) if config.data.task == "caption" else AnswerTexts(text)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import torch
 from pydantic import ConfigDict, Field
 
+from blip2fast.offload.quantised import Storage
 from blip2fast.ops.dispatch import Kernels
 from blip2fast.stage1.config import LOSSES, LossName
 
 Precision = Literal["fp32", "bf16", "fp16"]
+DTYPE_OF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Offload = Literal["none", "cpu", "nvme"]
 # where the frozen language model is; see `RunConfig.offload`
 OffloadChoice = Literal["none", "stream", "zero3", "auto"]
-StreamStorage = Literal["as_is", "int8", "int4"]
 
 _STRICT = ConfigDict(extra="forbid")
 _Count = Annotated[int, Field(ge=1)]
@@ -195,7 +197,7 @@ class RunConfig:
     nvme_path: str | None = None
     offload: OffloadChoice = "none"
     stream_buffers: Annotated[int, Field(ge=2)] = 2
-    stream_storage: StreamStorage = "as_is"
+    stream_storage: Storage = "as_is"
     gradient_checkpointing: bool = False
     kernels: Kernels = "check"
     eval_every: _NonNegative = 0

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from blip2fast.training.config import OptimSection, RunConfig
+from blip2fast.training.config import DTYPE_OF, OptimSection, RunConfig
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -156,7 +156,7 @@ def _place_the_rest(model: nn.Module, config: RunConfig) -> None:
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
+    dtype = DTYPE_OF[config.precision]
     for parameter in model.parameters():
         if not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(device, dtype)

@@ -23,7 +23,7 @@ from blip2fast.checkpoints.trained import is_trained, read_description
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.offload.quantised import Storage
 from blip2fast.stage2.config import Stage2Config
-from blip2fast.training.config import RunConfig
+from blip2fast.training.config import DTYPE_OF, RunConfig
 from blip2fast.training.engine import NVME_BUFFERS, nvme_buffer_size
 from blip2fast.training.measuring import (
     LanguageModelSizes,
@@ -38,7 +38,6 @@ GIB = 1 << 30
 USED = 0.9  # of a memory; the rest stays free
 # DeepSpeed keeps up to this many parameters fetched (stage3_max_live_parameters)
 ZERO3_LIVE = 1_000_000_000
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def plan_memory(
     if config.stage != 2 or config.language_model is None:
         raise ValueError("stage 1 has no language model, so there is nothing to plan: give stage 2")
     notes: list[str] = []
-    dtype = DTYPES[config.precision]
+    dtype = DTYPE_OF[config.precision]
     path = config.language_model.path
     language_config = read_model_config("language_model.path", path)
     if getattr(language_config, "quantization_config", None) is not None:
@@ -213,7 +212,7 @@ class _Counts:
 
     @property
     def itemsize(self) -> int:
-        return DTYPES[self.config.precision].itemsize
+        return DTYPE_OF[self.config.precision].itemsize
 
     def other_than_language(self, zero_stage: int) -> tuple[dict[str, int], dict[str, int]]:
         """The trained part and the image encoder, on the device and on the host."""

@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from blip2fast.frozen.language_models import load_language_model
 from blip2fast.offload.loading import empty_language_model, load_partitioned, load_streamed
 from blip2fast.offload.zero3_linear import keep_no_inputs
-from blip2fast.training.config import RunConfig
+from blip2fast.training.config import DTYPE_OF, RunConfig
 from blip2fast.training.memory_plan import (
-    DTYPES,
     Memory,
     MemoryPlan,
     Option,
@@ -28,7 +27,7 @@ from blip2fast.training.memory_plan import (
 )
 
 
-def settle_offload(
+def choose_placement(
     config: RunConfig,
     processes: int = 1,
     machines: int = 1,
@@ -48,19 +47,19 @@ def settle_offload(
         ValueError: `auto`, and nothing fits; or a model whose configuration is not there.
     """
     if config.offload == "zero3":
-        return with_offload(config, "zero3")
+        return placed(config, "zero3")
     if config.offload != "auto":
         return config
     plan = plan_memory(config, processes, machines, memory or _least_memory())
     chosen = plan.choose(config.stream_storage)
     if say is not None:
         say(describe_choice(plan, chosen))
-    settled = with_offload(config, chosen.offload)
+    settled = placed(config, chosen.offload)
     settled.gradient_checkpointing = chosen.gradient_checkpointing
     return settled
 
 
-def with_offload(config: RunConfig, offload: Literal["none", "stream", "zero3"]) -> RunConfig:
+def placed(config: RunConfig, offload: Literal["none", "stream", "zero3"]) -> RunConfig:
     """The run with the language model in one place, and the DeepSpeed settings that this means."""
     if offload == "zero3":
         param = "cpu" if config.offload_param == "none" else config.offload_param
@@ -105,7 +104,7 @@ def load_frozen(config: RunConfig) -> PreTrainedModel:
     """
     if config.language_model is None:
         raise ValueError("language_model: stage 2 needs one")
-    path, dtype = config.language_model.path, DTYPES[config.precision]
+    path, dtype = config.language_model.path, DTYPE_OF[config.precision]
     if config.offload == "stream":
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"

@@ -17,9 +17,8 @@ from blip2fast.frozen.hub import check_pretrained, check_weights
 from blip2fast.frozen.language_models import quantised_fault
 from blip2fast.ops import check_kernels, set_kernels
 from blip2fast.ops.kernel_calls import BLIP2, Sizes
-from blip2fast.ops.kernel_kinds import DTYPES
 from blip2fast.ops.records import Record
-from blip2fast.training.config import RunConfig
+from blip2fast.training.config import DTYPE_OF, RunConfig
 
 
 def check_machine(config: RunConfig, world_size: int = 1) -> None:
@@ -64,7 +63,7 @@ def prepare_kernels(config: RunConfig, say: Callable[[str], None] | None = None)
         dropout=dropout > 0,
     )
     jobs = max(1, min(8, (os.cpu_count() or 1) // beside))
-    records = check_kernels(dtype=DTYPES[config.precision], sizes=sizes, jobs=jobs)
+    records = check_kernels(dtype=DTYPE_OF[config.precision], sizes=sizes, jobs=jobs)
     if say is not None:
         taken = sum(not record.fault for record in records)
         say(f"kernels: {taken} of {len(records)} kinds are right and quicker here")

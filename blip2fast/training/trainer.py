@@ -30,15 +30,15 @@ from blip2fast.data.manifest import replace_file, write_json
 from blip2fast.stage1.contrast import step_contrast
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
-from blip2fast.training.build import DTYPES, RunParts, build_run
-from blip2fast.training.config import RunConfig
+from blip2fast.training.build import Run, build_run
+from blip2fast.training.config import DTYPE_OF, RunConfig
 from blip2fast.training.config_files import config_values, save_config
 from blip2fast.training.engine import learning_rate, start_engine, start_processes
 from blip2fast.training.engine_state import master_parameters, optimizer_moments, restore
 from blip2fast.training.log import Progress, RunLog
-from blip2fast.training.placement import settle_offload
+from blip2fast.training.placement import choose_placement
 from blip2fast.training.preflight import check_machine, prepare_kernels
-from blip2fast.training.validation import evaluate
+from blip2fast.training.validation import validate
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -86,7 +86,7 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
     check_machine(config, dist.get_world_size())
     prepare_kernels(config, say if dist.get_rank() == 0 else None)
     machines = max(1, dist.get_world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    config = settle_offload(
+    config = choose_placement(
         config, dist.get_world_size(), machines, say if dist.get_rank() == 0 else None
     )
     parts = build_run(config, dist.get_rank(), dist.get_world_size())
@@ -104,12 +104,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, parts: RunParts, device: torch.device, say: Callable[[str], None]
+        self, config: RunConfig, parts: Run, device: torch.device, say: Callable[[str], None]
     ) -> None:
         self.config, self.parts, self.device = config, parts, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.say = say if self.rank == 0 else _silent
-        self.dtype = DTYPES[config.precision]
+        self.dtype = DTYPE_OF[config.precision]
         self.folder = Path(config.output_dir)
         self.model = parts.model
         self.step = 0
@@ -262,7 +262,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Metrics on the held-out data, named `eval_*`; every process must call this."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            metrics = evaluate(self._whole_model(), self.parts, self.config, self.tokens)
+            metrics = validate(self._whole_model(), self.parts, self.config, self.tokens)
         self.engine.train()
         return {f"eval_{name}": value for name, value in metrics.items()}
 

@@ -16,20 +16,25 @@ from torch import Tensor
 from blip2fast.data.batches import Batch
 from blip2fast.data.records import CaptionRecord, images_of
 from blip2fast.data.texts import tokenize_captions
-from blip2fast.evaluation.retrieval import Texts, encode_all, query_similarity, retrieval_recall
+from blip2fast.evaluation.retrieval import (
+    TokenizedTexts,
+    encode_all,
+    retrieval_recall,
+)
 from blip2fast.evaluation.stage1 import caption_batch, held_out_losses
 from blip2fast.evaluation.stage2 import evaluate_stage2, generate_texts
+from blip2fast.stage1.losses import max_query_similarity
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
-from blip2fast.training.build import HeldOut, RunParts
+from blip2fast.training.build import HeldOut, Run
 from blip2fast.training.config import RunConfig
 
 ToTokens = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
-def evaluate(
-    model: Blip2Stage1 | Blip2Stage2, parts: RunParts, config: RunConfig, to_tokens: ToTokens
+def validate(
+    model: Blip2Stage1 | Blip2Stage2, parts: Run, config: RunConfig, to_tokens: ToTokens
 ) -> dict[str, float]:
     """Metrics of `model` on `parts.held_out`.
 
@@ -91,14 +96,12 @@ def _mean_over_processes(metrics: dict[str, float]) -> dict[str, float]:
     return dict(zip(metrics, (values / dist.get_world_size()).tolist(), strict=True))
 
 
-def _stage1(
-    model: Blip2Stage1, parts: RunParts, reader: _Reader, config: RunConfig
-) -> dict[str, float]:
+def _stage1(model: Blip2Stage1, parts: Run, reader: _Reader, config: RunConfig) -> dict[str, float]:
     records: list[CaptionRecord] = list(reader.records)
     captions = [caption for record in records for caption in record.captions]
     owner = [reader.number[record.image] for record in records for _ in record.captions]
     tokens = tokenize_captions(parts.tokenizer, captions, config.data.max_txt_len)
-    texts = Texts(tokens["input_ids"], tokens["attention_mask"], torch.tensor(owner))
+    texts = TokenizedTexts(tokens["input_ids"], tokens["attention_mask"], torch.tensor(owner))
     first = torch.tensor([owner.index(n) for n in range(len(reader.keys))])
     batches = (
         caption_batch(reader, texts, first[rows])
@@ -106,7 +109,7 @@ def _stage1(
     )
     results = _mean_over_processes(held_out_losses(model, batches))
     features = encode_all(model, reader, len(reader.keys), texts, config.eval_batch_size)
-    similarity = query_similarity(*features)
+    similarity = max_query_similarity(*features, batch_size=config.eval_batch_size)
     return results | retrieval_recall(similarity, similarity, texts.image)
 
 

@@ -25,7 +25,7 @@ from blip2fast.data.records import (
     read_questions,
     write_records,
 )
-from blip2fast.data.texts import AnswerTargets, CaptionTargets, Stage1TextMaker, drawn_captions
+from blip2fast.data.texts import AnswerTexts, CaptionTexts, Stage1Texts, drawn_captions
 from blip2fast.stage2.text import Stage2Text
 
 CAPTIONS = [
@@ -146,7 +146,7 @@ def test_stage1_batches_mark_captions_of_one_image() -> None:
         CaptionRecord("b", ("a disc",)),
         CaptionRecord("a", ("it is a big red blue green ring",)),
     ]
-    make = Stage1TextMaker(tokenizer, 6, {"a": 0, "b": 1}, seed=0)
+    make = Stage1Texts(tokenizer, 6, {"a": 0, "b": 1}, seed=0)
     batch = make(records, Batch(0, np.array([2, 1, 0])))
     assert batch["image_ids"].tolist() == [0, 1, 0]
     assert batch["input_ids"].shape == (3, 6)  # cut
@@ -161,9 +161,9 @@ def test_stage2_targets_take_caption_or_answer() -> None:
     text = Stage2Text(_language_tokenizer(), False, prompt="what is {}")
     plain = Stage2Text(_language_tokenizer(), False)
     batch = Batch(0, np.array([1]))
-    captions = CaptionTargets(plain, seed=0)(CAPTIONS, batch)
+    captions = CaptionTexts(plain, seed=0)(CAPTIONS, batch)
     assert plain.decode(captions["labels"][:, 1:]) == ["a disc"]
-    answers = AnswerTargets(text)(QUESTIONS, Batch(0, np.array([0])))
+    answers = AnswerTexts(text)(QUESTIONS, Batch(0, np.array([0])))
     kept = answers["labels"][answers["labels"] != -100]
     assert text.decode(kept[None]) == ["a ring"]
 
@@ -175,7 +175,7 @@ def test_workers_read_what_the_main_process_reads(tmp_path: Path) -> None:
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
     special |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
     numbers = {key: n for n, key in enumerate(cache.keys)}
-    make = Stage1TextMaker(word_tokenizer(special, "[CLS] $A [SEP]"), 12, numbers, 0)
+    make = Stage1Texts(word_tokenizer(special, "[CLS] $A [SEP]"), 12, numbers, 0)
     batches = PlannedBatches(records, BatchPlan(len(records), 4, 0), CachedImages(cache), make)
     loader = DataLoader(batches, batch_size=None, sampler=range(3, 7), num_workers=1)
     for micro_step, read in zip(range(3, 7), loader, strict=True):

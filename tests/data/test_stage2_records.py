@@ -22,7 +22,7 @@ from blip2fast.data.records import (
     read_sequences,
     write_records,
 )
-from blip2fast.data.texts import AnswerTargets, SequenceTargets
+from blip2fast.data.texts import AnswerTexts, SequenceTexts
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
 from blip2fast.stage2.token_rows import IMAGE_PLACE
@@ -87,7 +87,7 @@ def test_batches_hold_the_images_of_all_samples_in_order(world):
         language_tokenizer(), False, image_marker="<image>", num_query_tokens=Q, max_txt_len=16
     )
     batches = PlannedBatches(
-        records, BatchPlan(12, 4, 0), CachedImages(cache), SequenceTargets(text, 0)
+        records, BatchPlan(12, 4, 0), CachedImages(cache), SequenceTexts(text, 0)
     )
     counted = set()
     for micro_step in range(3):
@@ -106,7 +106,7 @@ def test_a_step_without_any_image(world):
     cache, _ = world
     text = Stage2Text(language_tokenizer(), False, image_marker="<image>", num_query_tokens=Q)
     records = [SequenceRecord((), ("a red ring",))] * 2
-    make = SequenceTargets(text, 0)
+    make = SequenceTexts(text, 0)
     batch = PlannedBatches(records, BatchPlan(2, 2, 0), CachedImages(cache), make)[0]
     assert batch["image_embeds"].shape == (0, *cache.read([0]).shape[1:])
     language_model = OPTForCausalLM(opt_config(vocab_size=len(text.tokenizer)))
@@ -134,7 +134,7 @@ def test_examples_before_a_question_teach_which_image_is_meant(world):
     model = Blip2Stage2(config, language_model)
     text = model.text(tokenizer)
     shown = {"a": torch.randn(5, 24), "b": torch.randn(5, 24)}
-    batch = SequenceTargets(text, 0)(records, Batch(0, np.arange(4)))
+    batch = SequenceTexts(text, 0)(records, Batch(0, np.arange(4)))
     embeds = torch.stack([shown[key] for record in records for key in record.images])
     optimiser = torch.optim.Adam(model.trainable_parameters(), lr=5e-3)
     for _ in range(150):
@@ -156,7 +156,7 @@ def test_several_questions_about_one_image(world):
         QuestionRecord(key, "is it red", "a red ring"),
     ]
     text = Stage2Text(language_tokenizer(), False, prompt="{} :")
-    batches = PlannedBatches(records, BatchPlan(2, 2, 0), CachedImages(cache), AnswerTargets(text))
+    batches = PlannedBatches(records, BatchPlan(2, 2, 0), CachedImages(cache), AnswerTexts(text))
     batch, order = batches[0], batches.plan.batch(0).indices.tolist()
     assert torch.equal(batch["image_embeds"][0], batch["image_embeds"][1])
     for row, i in enumerate(order):

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from blip2fast.evaluation.retrieval import (
-    Texts,
+    TokenizedTexts,
     encode_all,
     match_logits,
-    query_similarity,
     rerank,
     retrieval_recall,
     swapped_match_accuracy,
 )
 from blip2fast.evaluation.stage1 import caption_batches, evaluate_stage1, held_out_losses
+from blip2fast.stage1.losses import max_query_similarity
 
 NUM_IMAGES, J, Q, T, E, D = 7, 11, 3, 5, 6, 4
 
@@ -57,7 +57,7 @@ def toy():
     ids = torch.randint(1, 50, (J, T))
     mask = (torch.arange(T) < torch.randint(2, T + 1, (J, 1))).long()
     image = torch.tensor([0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 6])
-    return model, embeds, Texts(ids, mask, image)
+    return model, embeds, TokenizedTexts(ids, mask, image)
 
 
 def brute_force_recall(score_i2t, score_t2i, owner, k):
@@ -80,7 +80,7 @@ def test_similarity_and_recall_against_loops(toy):
         model, embeds.__getitem__, NUM_IMAGES, texts, batch_size=3
     )
     assert model.training, "the caller's mode must come back"
-    similarity = query_similarity(image_features, text_features, batch_size=2)
+    similarity = max_query_similarity(image_features, text_features, batch_size=2)
     for i in range(NUM_IMAGES):
         for j in range(J):
             expected = max((image_features[i, q] * text_features[j]).sum().item() for q in range(Q))
@@ -123,7 +123,7 @@ def test_recall_refuses_disagreeing_shapes():
 def test_rerank_against_loops(toy, k):
     model, embeds, texts = toy
     features = encode_all(model, embeds.__getitem__, NUM_IMAGES, texts)
-    similarity = query_similarity(*features)
+    similarity = max_query_similarity(*features)
     score_i2t, score_t2i = rerank(model, embeds.__getitem__, texts, similarity, k, batch_size=4)
 
     def matched(i, j):
@@ -159,7 +159,7 @@ def test_rerank_refuses_no_candidates(toy):
 def test_swapped_match_accuracy_against_loops(toy):
     model, embeds, texts = toy
     torch.manual_seed(1)
-    swapped = Texts(torch.randint(1, 50, (J, T)), texts.attention_mask, texts.image)
+    swapped = TokenizedTexts(torch.randint(1, 50, (J, T)), texts.attention_mask, texts.image)
     result = swapped_match_accuracy(model, embeds.__getitem__, texts, swapped, batch_size=3)
     true_right = wrong_right = ranked = 0
     for j in range(J):
@@ -179,7 +179,7 @@ def test_swapped_match_accuracy_against_loops(toy):
 
 def test_swapped_texts_must_be_of_the_same_images(toy):
     model, embeds, texts = toy
-    other = Texts(texts.input_ids, texts.attention_mask, texts.image.flip(0))
+    other = TokenizedTexts(texts.input_ids, texts.attention_mask, texts.image.flip(0))
     with pytest.raises(ValueError, match="image by image"):
         swapped_match_accuracy(model, embeds.__getitem__, texts, other)
 
@@ -223,16 +223,16 @@ def test_evaluate_stage1_reports_what_was_asked(toy):
         model, embeds.__getitem__, NUM_IMAGES, texts, swapped=texts, rerank_k=2, batch_size=4
     )
     assert full["itm_accuracy"] == pytest.approx(0.5), "the same texts cannot be told apart"
-    similarity = query_similarity(*encode_all(model, embeds.__getitem__, NUM_IMAGES, texts))
+    similarity = max_query_similarity(*encode_all(model, embeds.__getitem__, NUM_IMAGES, texts))
     scores = rerank(model, embeds.__getitem__, texts, similarity, 2)
     assert full["rerank_t2i_r1"] == retrieval_recall(*scores, texts.image)["t2i_r1"]
 
 
 def test_texts_refuse_wrong_shapes():
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
-        Texts(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2))
+        TokenizedTexts(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2))
     with pytest.raises(ValueError, match="each of the 2 texts"):
-        Texts(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
+        TokenizedTexts(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
 
 
 def test_match_scores_of_no_pairs(toy):

@@ -42,7 +42,7 @@ from blip2fast.offload import stream_blocks
 from blip2fast.offload.loading import load_streamed, source_identity
 from blip2fast.training.build import build_run
 from blip2fast.training.engine import start_processes
-from blip2fast.training.placement import settle_offload
+from blip2fast.training.placement import choose_placement
 from blip2fast.training.trainer import Trainer, train
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -369,7 +369,7 @@ def test_training_under_zero3_leaves_frozen_weights_bit_identical(
     world: Path, tmp_path: Path, settings: dict[str, Any], precision: str
 ) -> None:
     """Of one process, whose shares are the whole weights, against the files."""
-    run = settle_offload(config(world, tmp_path, 2, precision=precision, **SHORT, **settings))
+    run = choose_placement(config(world, tmp_path, 2, precision=precision, **SHORT, **settings))
     device = start_processes()
     parts = build_run(run, 0, 1)
     Trainer(run, parts, device, _quiet).run()

@@ -44,7 +44,7 @@ def kept_inputs(world: Path, output: Path, language: str, settings: dict[str, An
     """Names of linear layers whose inputs autograd keeps in a training step, of READ_NORMS."""
     device = start_processes()
     section = {"language_model": {"path": str(world / language)}}
-    run = settle.settle_offload(config(world, output, 2, **section, **settings))
+    run = settle.choose_placement(config(world, output, 2, **section, **settings))
     trainer = Trainer(run, build_run(run, 0, 1), device, lambda _: None)
     read: list[tuple[str, Tensor]] = []
     kept: list[Tensor] = []

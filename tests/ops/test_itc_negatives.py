@@ -179,9 +179,9 @@ def test_legacy_epsilon(impl: str, with_ids: bool) -> None:
 
 def test_exchange_on_one_process() -> None:
     held = torch.tensor([10, 11, 12])
-    exchanges = NegativeExchange.several([torch.tensor([2, 0]), torch.tensor([1, 1])], 3)
+    exchanges = NegativeExchange.for_lists([torch.tensor([2, 0]), torch.tensor([1, 1])], 3)
     assert [exchange.rows(held).tolist() for exchange in exchanges] == [[12, 10], [11, 11]]
-    assert NegativeExchange.several([], 3) == []
+    assert NegativeExchange.for_lists([], 3) == []
 
 
 @pytest.mark.parametrize(
@@ -195,4 +195,4 @@ def test_exchange_on_one_process() -> None:
 )
 def test_lists_that_are_refused(lists: tuple[Any, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        NegativeExchange.several([torch.tensor(index) for index in lists], 3)
+        NegativeExchange.for_lists([torch.tensor(index) for index in lists], 3)

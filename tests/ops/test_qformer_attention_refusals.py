@@ -51,7 +51,10 @@ def test_self_refusals(arguments: dict[str, Any], message: str) -> None:
         ({"kv": torch.zeros(2, 5, 2, 2, 16).half()}, "kv: expected torch.float32 like q, got tor"),
         ({"kv": torch.zeros(3, 5, 2, 2, 16)}, "q: expected 3 blocks, or 1 for all, got 2: pass kv"),
         ({"kv_index": torch.tensor([0, 1, 1])}, "q: expected 3 blocks, or 1 .* needs one image"),
-        ({"kv_index": torch.tensor([0.0, 1.0])}, r"kv_index: expected integers, got \(2,\), torch.float32"),
+        (
+            {"kv_index": torch.tensor([0.0, 1.0])},
+            r"kv_index: expected integers, got \(2,\), torch.float32",
+        ),
         ({"kv_index": torch.tensor([0, 2])}, "kv_index: expected images from 0 to 1, got 0 to 2"),
         ({"kv_index": torch.tensor([[0, 1]])}, r"kv_index: expected \[N\], got shape \[1, 2\]"),
         ({"kv_index": KVIndex.build([0, 1], 3)}, "kv_index: built for 3 images, kv has 2"),

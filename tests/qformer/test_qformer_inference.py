@@ -68,10 +68,10 @@ def test_absorbed_is_projected(mask: str, batches: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(absorption, "absorbed_attention", counted)
     with torch.no_grad():
-        monkeypatch.setattr(absorption, "pays", lambda *_: True)
+        monkeypatch.setattr(absorption, "is_cheaper", lambda *_: True)
         absorbed = model(**arguments).last_hidden_state
         assert len(calls) == 2  # layers 0 and 2
-        monkeypatch.setattr(absorption, "pays", lambda *_: False)
+        monkeypatch.setattr(absorption, "is_cheaper", lambda *_: False)
         projected = model(**arguments).last_hidden_state
     assert len(calls) == 2
     torch.testing.assert_close(absorbed, projected, rtol=1e-10, atol=1e-10)
@@ -94,9 +94,9 @@ def test_the_rule_compares_operations(
     query = torch.empty(uses, queries, 768, device="meta")
     image = torch.empty(images, tokens, 1408, device="meta")
     with torch.no_grad():
-        assert absorption.pays(query, image, 12, *layers, False) is pays
-        assert not absorption.pays(query, image, 12, *layers, True)
-    assert not absorption.pays(query, image, 12, *layers, False)
+        assert absorption.is_cheaper(query, image, 12, *layers, False) is pays
+        assert not absorption.is_cheaper(query, image, 12, *layers, True)
+    assert not absorption.is_cheaper(query, image, 12, *layers, False)
 
 
 @pytest.mark.parametrize(("queries", "pays"), [(32, True), (40, False)])
@@ -105,8 +105,8 @@ def test_the_rule_on_a_cpu_in_bf16(queries: int, pays: bool) -> None:
     layers = [nn.Linear(1408, 768) for _ in range(2)]
     query, image = torch.empty(1, queries, 768), torch.empty(1, 257, 1408)
     with torch.no_grad():
-        assert absorption.pays(query.bfloat16(), image.bfloat16(), 12, *layers, False) is pays
-        assert not absorption.pays(query, image, 12, *layers, False)
+        assert absorption.is_cheaper(query.bfloat16(), image.bfloat16(), 12, *layers, False) is pays
+        assert not absorption.is_cheaper(query, image, 12, *layers, False)
 
 
 def test_onednn_computes_the_same(onednn: list[int]) -> None:

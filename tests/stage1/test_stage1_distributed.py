@@ -144,11 +144,11 @@ def several_exchanges(rank: int, ranks: int) -> dict[str, Any]:
     """The rows of both lists of negatives, wanted together and one by one; a list that is wrong."""
     lists = [index.chunk(ranks)[rank] for index in NEGATIVES]
     held = torch.arange(B).chunk(ranks)[rank]
-    together = NegativeExchange.several(lists, B // ranks)
+    together = NegativeExchange.for_lists(lists, B // ranks)
     alone = [NegativeExchange(index, B // ranks) for index in lists]
     wrong = [lists[0], lists[1] + B if rank == ranks - 1 else lists[1]]
     with pytest.raises(ValueError) as caught:
-        NegativeExchange.several(wrong, B // ranks)
+        NegativeExchange.for_lists(wrong, B // ranks)
     return {
         "together": [exchange.rows(held) for exchange in together],
         "alone": [exchange.rows(held) for exchange in alone],

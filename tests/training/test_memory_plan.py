@@ -37,7 +37,7 @@ from blip2fast.training.measuring import (
     measure_trained,
 )
 from blip2fast.training.memory_plan import GIB, Memory, plan_memory
-from blip2fast.training.placement import settle_offload, with_offload
+from blip2fast.training.placement import choose_placement, placed
 from blip2fast.training.preflight import check_machine
 
 OPT = {"num_attention_heads": 32, "num_hidden_layers": 32}
@@ -278,10 +278,10 @@ def test_auto_takes_the_first_that_fits(
     run = large_run(world, tmp_path, offload="auto")
     if chosen is None:
         with pytest.raises(ValueError, match=r"(?s)nothing fits this machine.*Lower optim.batch_s"):
-            settle_offload(run, memory=memory)
+            choose_placement(run, memory=memory)
         return
     said: list[str] = []
-    settled = settle_offload(run, say=said.append, memory=memory)
+    settled = choose_placement(run, say=said.append, memory=memory)
     assert (settled.offload, settled.gradient_checkpointing) == chosen
     assert settled == replace(run, offload=chosen[0], gradient_checkpointing=chosen[1])
     assert "offload: auto chose 'none" in said[0] or "offload: auto chose 'stream" in said[0]
@@ -305,7 +305,7 @@ def test_a_plan_does_not_depend_on_what_zero_left(
 def test_auto_spreads_where_every_process_would_need_a_copy(world: Path, tmp_path: Path) -> None:
     """Eight processes, 40 GiB of host memory: a copy each does not fit, an eighth each does."""
     run = large_run(world, tmp_path, offload="auto", optim={"batch_size": 16})
-    settled = settle_offload(run, 8, memory=Memory(10 * GIB, 40 * GIB, device_is_host=False))
+    settled = choose_placement(run, 8, memory=Memory(10 * GIB, 40 * GIB, device_is_host=False))
     assert (settled.offload, settled.zero_stage, settled.offload_param) == ("zero3", 3, "cpu")
     check_machine(replace(settled, language_model=config(world, tmp_path, 2).language_model), 2)
 
@@ -313,9 +313,9 @@ def test_auto_spreads_where_every_process_would_need_a_copy(world: Path, tmp_pat
 def test_fewer_bits_are_chosen_only_where_asked_for(world: Path, tmp_path: Path) -> None:
     small = Memory(12 * GIB, 8 * GIB, device_is_host=False)
     with pytest.raises(ValueError, match="nothing fits"):
-        settle_offload(large_run(world, tmp_path, offload="auto"), memory=small)
+        choose_placement(large_run(world, tmp_path, offload="auto"), memory=small)
     run = large_run(world, tmp_path, offload="auto", stream_storage="int8")
-    settled = settle_offload(run, memory=small)
+    settled = choose_placement(run, memory=small)
     assert (settled.offload, settled.stream_storage) == ("stream", "int8")
     assert settled.gradient_checkpointing
 
@@ -339,7 +339,7 @@ def test_settings_that_contradict_are_refused(world: Path, tmp_path: Path) -> No
     refused("stream_buffers: .*greater than or equal to 2", offload="stream", stream_buffers=1)
     refused("offload: .*'none', 'stream', 'zero3' or 'auto', got 'disk'", offload="disk")
     run = parse_config(values(world, tmp_path, 2, offload="zero3"))
-    assert with_offload(run, "zero3").zero_stage == 3
+    assert placed(run, "zero3").zero_stage == 3
     nvme = parse_config(values(world, tmp_path, 2, offload="zero3", offload_param="nvme"))
     with pytest.raises(ValueError, match="nvme_path None: not a folder"):
         check_machine(nvme)
@@ -380,7 +380,7 @@ def test_an_unreachable_hub_name_is_named(
     run = config(world, tmp_path, 2, language_model={"path": "facebook/opt-2.7b"}, offload="auto")
     match = r"language_model.path 'facebook/opt-2.7b': not there: .* cannot be reached\)"
     with pytest.raises(ValueError, match=match):
-        settle_offload(run)
+        choose_placement(run)
 
 
 def test_the_command_reports_what_fewer_bits_cost(

@@ -87,7 +87,7 @@ def _evaluate_with_known_captions(world: Path, output: Path, zero_stage: int) ->
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(held_out, "generate_texts", write)
-        results = held_out.evaluate(parts.model, parts, settings, lambda batch: batch)
+        results = held_out.validate(parts.model, parts, settings, lambda batch: batch)
     output.with_suffix(".json").write_text(json.dumps([asked, results["exact"]]))
 
 

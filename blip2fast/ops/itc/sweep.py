@@ -25,11 +25,17 @@ from blip2fast.kernels.itc.interface import (
 )
 from blip2fast.kernels.precision import wide_dtype
 from blip2fast.ops._cuda_needs import gpu_reasons, readable
-from blip2fast.ops.dispatch import HAS_TRITON, INTERPRETED, Backend, KernelCheck
+from blip2fast.ops.dispatch import (
+    ALL_PAIRS,
+    Backend,
+    KernelCheck,
+    cuda_reasons,
+    no_reasons,
+    triton_reasons,
+)
 from blip2fast.ops.kernel_kinds import device_of, itc_kind
 
 WHY_NO_CUDA = why_not("itc_sweep")
-HALVES = (torch.float16, torch.bfloat16)
 
 
 class ITCCall(NamedTuple):
@@ -45,14 +51,6 @@ class ITCCall(NamedTuple):
     ids: bool = False
     gpu: int | None = None
     capability: int = 0  # compute capability times 10; 0: unknown, or no GPU
-
-
-def _reference_not_automatic(call: ITCCall) -> list[str]:
-    return ["it is the definition, with every pair in memory: force it with impl='reference'"]
-
-
-def _none(call: ITCCall) -> list[str]:
-    return []
 
 
 def _kernel_reasons(call: ITCCall) -> list[str]:
@@ -74,32 +72,21 @@ def _cuda_reasons(call: ITCCall) -> list[str]:
     if call.queries > 32:
         reasons.append(f"{call.queries} queries: at most 32")
     reasons += gpu_reasons("features", call.device, call.capability)
-    if call.dtype not in HALVES:
-        reasons.append(f"{call.dtype}: only float16 and bfloat16")
-    if WHY_NO_CUDA:
-        reasons.append(WHY_NO_CUDA)
-    return reasons
+    return reasons + cuda_reasons(call.dtype, WHY_NO_CUDA)
 
 
 def _triton_reasons(call: ITCCall) -> list[str]:
-    reasons = _kernel_reasons(call)
-    if call.device != "cuda" and not INTERPRETED:
-        reasons.append(f"features on {call.device}: needs a CUDA device")
-    if call.dtype not in (*HALVES, torch.float32):
-        reasons.append(f"{call.dtype}: only float16, bfloat16 and float32")
-    if not HAS_TRITON:
-        reasons.append("triton is not installed: pip install triton")
-    return reasons
+    return _kernel_reasons(call) + triton_reasons(call.device, call.dtype, what="features")
 
 
 _CHECK: KernelCheck[ITCCall] = KernelCheck(
     "itc", itc_kind, device_of, "blip2fast.ops.kernel_cases:itc_problem"
 )
-BACKENDS = (
-    Backend("cuda", _cuda_reasons, _none, _CHECK),
-    Backend("triton", _triton_reasons, _none, _CHECK),
-    Backend("chunked", _none, _none),
-    Backend("reference", _none, _reference_not_automatic),
+BACKENDS: tuple[Backend[ITCCall], ...] = (
+    Backend("cuda", _cuda_reasons, no_reasons, _CHECK),
+    Backend("triton", _triton_reasons, no_reasons, _CHECK),
+    Backend("chunked", no_reasons, no_reasons),
+    Backend("reference", no_reasons, lambda call: [ALL_PAIRS]),
 )
 
 torch.library.define(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -10,15 +9,20 @@ import torch
 
 from blip2fast._extension import why_not
 from blip2fast.ops._cuda_needs import gpu_reasons
-from blip2fast.ops.dispatch import Backend, KernelCheck
+from blip2fast.ops.dispatch import (
+    ALL_PAIRS,
+    HALVES,
+    Backend,
+    KernelCheck,
+    cuda_reasons,
+    no_reasons,
+    triton_reasons,
+)
 from blip2fast.ops.kernel_kinds import attention_kind, device_of
 
 MIN_WIDTH, MAX_WIDTH = 16, 128
 MAX_QUERIES, MAX_TEXT_TOKENS, MAX_IMAGE_TOKENS = 256, 512, 16384
-HALVES = (torch.float16, torch.bfloat16)
-HAS_TRITON, HAS_XFORMERS = (find_spec(name) is not None for name in ("triton", "xformers"))
-# Triton's own switch: its kernels then run on the CPU, slowly, to be checked
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_XFORMERS = find_spec("xformers") is not None
 # csrc/qformer_attention_bindings.cpp defines both
 WHY_NO_CUDA = why_not("qformer_cross_attention_fwd") or why_not("qformer_cross_attention_bwd")
 
@@ -55,10 +59,6 @@ class AttentionCall(NamedTuple):
     capability: int = 0
 
 
-def _none(call: AttentionCall) -> list[str]:
-    return []
-
-
 def _kernel_reasons(call: AttentionCall) -> list[str]:
     """What no hand-written kernel runs."""
     reasons = []
@@ -79,22 +79,11 @@ def _cuda_reasons(call: AttentionCall) -> list[str]:
     if call.width % 8:
         reasons.append(f"head width {call.width}: only multiples of 8")
     reasons += gpu_reasons("tensors", call.device, call.capability)
-    if call.dtype not in HALVES:
-        reasons.append(f"{call.dtype}: only float16 and bfloat16")
-    if WHY_NO_CUDA:
-        reasons.append(WHY_NO_CUDA)
-    return reasons
+    return reasons + cuda_reasons(call.dtype, WHY_NO_CUDA)
 
 
 def _triton_reasons(call: AttentionCall) -> list[str]:
-    reasons = _kernel_reasons(call)
-    if call.device != "cuda" and not INTERPRETED:
-        reasons.append(f"tensors on {call.device}: needs a CUDA device")
-    if call.dtype not in (*HALVES, torch.float32):
-        reasons.append(f"{call.dtype}: only float16, bfloat16 and float32")
-    if not HAS_TRITON:
-        reasons.append("triton is not installed: pip install triton")
-    return reasons
+    return _kernel_reasons(call) + triton_reasons(call.device, call.dtype)
 
 
 def _xformers_reasons(call: AttentionCall) -> list[str]:
@@ -121,20 +110,16 @@ def _xformers_not_automatic(call: AttentionCall) -> list[str]:
     return reasons
 
 
-def _reference_not_automatic(call: AttentionCall) -> list[str]:
-    return ["it is the definition, with every pair in memory: force it with impl='reference'"]
-
-
 _CHECK: KernelCheck[AttentionCall] = KernelCheck(
     "qformer_attention",
     attention_kind,
     device_of,
     "blip2fast.ops.kernel_cases:attention_problem",
 )
-BACKENDS = (
-    Backend("cuda", _cuda_reasons, _none, _CHECK),
-    Backend("triton", _triton_reasons, _none, _CHECK),
+BACKENDS: tuple[Backend[AttentionCall], ...] = (
+    Backend("cuda", _cuda_reasons, no_reasons, _CHECK),
+    Backend("triton", _triton_reasons, no_reasons, _CHECK),
     Backend("xformers", _xformers_reasons, _xformers_not_automatic),
-    Backend("sdpa", _none, _none),
-    Backend("reference", _none, _reference_not_automatic),
+    Backend("sdpa", no_reasons, no_reasons),
+    Backend("reference", no_reasons, lambda call: [ALL_PAIRS]),
 )
