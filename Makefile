@@ -28,7 +28,7 @@ bench: $(TESTS)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
 $(INSTALLED): pyproject.toml constraints.txt tools/install.sh
-	sh tools/install.sh $(VENV) .
+	sh tools/install.sh $(VENV) ".[demo]"
 	touch $@
 
 $(TESTS): $(INSTALLED)

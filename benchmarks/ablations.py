@@ -38,8 +38,8 @@ from blip2fast.demo.data import cache_features, load_split, write_texts
 from blip2fast.demo.measure import EvalSet, Reader
 from blip2fast.demo.run import machine
 from blip2fast.demo.settings import REPOSITORY, DemoSettings, Places
-from blip2fast.evaluation.stage1 import evaluate_stage1
-from blip2fast.evaluation.stage2 import evaluate_stage2, exact_match, generate_texts
+from blip2fast.evaluation.stage1 import evaluate_stage1, held_out_losses
+from blip2fast.evaluation.stage2 import exact_match, generate_texts
 from blip2fast.frozen.language_models import load_language_model
 from blip2fast.scenes import is_exact
 from blip2fast.stage1.model import Blip2Stage1
@@ -148,7 +148,7 @@ def measure_stage2(model: Blip2Stage2, reader: Reader, held_out: EvalSet) -> dic
     described = [written[i] for i in held_out.asked_of.tolist()]
     answers = reader.answers(held_out.asked(), described)
     return {
-        "loss": evaluate_stage2(model, batches)["loss"],
+        "loss": held_out_losses(model, batches)["loss"],
         "caption_exact": exact_match(written, held_out.split.scenes, is_exact),
         "vqa_read": held_out.answers_right(answers)["all"],
     }

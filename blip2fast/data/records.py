@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -156,10 +156,18 @@ def image_keys(path: str | Path) -> list[str]:
     raise errors[0]
 
 
-def write_records(path: str | Path, records: Sequence[AnyRecord]) -> None:
-    """Write records as JSON lines, the form that `read_captions` reads."""
-    lines = (json.dumps(vars(record), ensure_ascii=False) for record in records)
-    Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+def write_records(path: str | Path, records: Sequence[AnyRecord | Mapping[str, object]]) -> None:
+    """Write records as JSON lines, the form that `read_captions` reads.
+
+    Args:
+        path: a file; its folder is made if it is not there.
+        records: also as plain dictionaries.
+    """
+    plain = (record if isinstance(record, Mapping) else vars(record) for record in records)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(record, ensure_ascii=False) for record in plain)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 # by data.task

@@ -7,10 +7,11 @@ from functools import lru_cache
 from rich.console import Console
 
 from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.data.records import write_records
 from blip2fast.demo.settings import DemoSettings, Places
 from blip2fast.demo.training import progress_bar
 from blip2fast.frozen.image_encoders import load_image_encoder
-from blip2fast.scenes import SceneSpec, SceneSplit, make_split, write_records
+from blip2fast.scenes import SceneSpec, SceneSplit, make_split
 from blip2fast.scenes.image_tower import to_pixel_values
 from blip2fast.scenes.world import Split
 

@@ -20,11 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.demo.table import SECTIONS
 from blip2fast.evaluation.retrieval import ImageReader, TokenizedTexts
-from blip2fast.evaluation.stage1 import evaluate_stage1
+from blip2fast.evaluation.stage1 import evaluate_stage1, held_out_losses
 from blip2fast.evaluation.stage2 import (
     accuracy_by_type,
     continue_texts,
-    evaluate_stage2,
     exact_match,
     generate_texts,
 )
@@ -238,7 +237,7 @@ def stage2_rows(
             }
             for part in torch.arange(len(data)).split(BATCH)
         )
-        rows["loss/stage2"][column] = evaluate_stage2(model, batches)["loss"]
+        rows["loss/stage2"][column] = held_out_losses(model, batches)["loss"]
         direct = answers_from_images(model, reader, data, numbers)
         _add(rows, "vqa_direct", column, data.answers_right(direct))
         descriptions = [written[column][i] for i in data.asked_of.tolist()]

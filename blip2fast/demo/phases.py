@@ -14,6 +14,8 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 from rich.console import Console
 
+from blip2fast.data.manifest import replace_file, write_json
+
 LEDGER = "phases.json"
 
 
@@ -149,6 +151,4 @@ class Phases:
     def _remember(self, name: str, entry: dict[str, Any]) -> None:
         finished = self._finished() | {name: entry}
         self.output.mkdir(parents=True, exist_ok=True)
-        aside = self.output / f"{LEDGER}.new"
-        aside.write_text(json.dumps(finished, indent=1) + "\n", encoding="utf-8")
-        aside.replace(self.output / LEDGER)
+        replace_file(self.output / LEDGER, write_json(finished))

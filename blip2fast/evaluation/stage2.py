@@ -11,7 +11,7 @@ Paper (arXiv 2301.12597): sections 3.1, 3.2, 4.1 (zero-shot VQA), 4.4 (retrieval
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,24 +24,8 @@ from blip2fast.evaluation.retrieval import (
     chunks,
     evaluating,
 )
-from blip2fast.evaluation.stage1 import held_out_losses
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
-
-
-def evaluate_stage2(
-    model: Blip2Stage2, batches: Iterable[Mapping[str, Tensor]], seed: int = 0
-) -> dict[str, float]:
-    """Language-modelling loss on held-out text; captions and answers are scored separately.
-
-    Args:
-        model: a `Blip2Stage2`.
-        batches: keyword arguments of its forward, as training makes them.
-
-    Returns:
-        `loss`, the mean over batches weighted by rows.
-    """
-    return held_out_losses(model, batches, seed)
 
 
 def generate_texts(

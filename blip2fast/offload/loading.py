@@ -33,16 +33,6 @@ from blip2fast.offload.quantised import Storage
 from blip2fast.offload.streaming import BlockStream, stream_blocks
 from blip2fast.offload.tensor_files import Sources, TensorFile, file_of, tensor_files
 
-__all__ = [
-    "build_empty",
-    "empty_language_model",
-    "load_language_model",
-    "load_partitioned",
-    "load_streamed",
-    "source_identity",
-    "tensor_files",
-]
-
 
 class _EmptyOnMeta(TorchFunctionMode):
     """Parameters of PyTorch's layers get no memory; buffers are computed as ever."""

@@ -32,8 +32,6 @@ from blip2fast.offload.copying import Copier, Slot, copier_for, host_buffer
 from blip2fast.offload.quantised import Storage
 from blip2fast.offload.recompute import Pass, recomputed
 
-__all__ = ["BlockStream", "Fetches", "stream_blocks"]
-
 _MARK = "_block_stream"  # attribute of a streamed module
 
 

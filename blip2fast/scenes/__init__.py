@@ -2,11 +2,11 @@
 
 spec = SceneSpec(source="shapes")                    # or "digits": real handwriting
 train = make_split(spec, "train", 8000, seed=0)      # images, masks, scenes, keys
-write_records("captions.jsonl", train.caption_records(per_scene=4))
+records = train.caption_records(per_scene=4)         # for blip2fast.data.write_records
 is_exact("a red circle top left", train.scenes[0])   # judged by content, not by words
 """
 
-from blip2fast.scenes.splits import SceneSplit, make_split, write_records
+from blip2fast.scenes.splits import SceneSplit, make_split
 from blip2fast.scenes.text import (
     QUESTION_FORMAT,
     QUESTION_TYPES,
@@ -37,5 +37,4 @@ __all__ = [
     "qformer_tokenizer",
     "questions",
     "save_tokenizers",
-    "write_records",
 ]

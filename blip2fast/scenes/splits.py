@@ -1,6 +1,5 @@
 """Splits of scenes with their pixels, and the record files that training reads."""
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,16 +106,6 @@ def make_split(spec: SceneSpec, split: Split, count: int, seed: int = 0) -> Scen
         scenes=scenes_of(spec, drawn),
         keys=[f"{split}-{index:05d}.png" for index in range(count)],
     )
-
-
-def write_records(
-    path: Path | str, records: list[dict[str, object]] | list[dict[str, str]]
-) -> None:
-    """Write records as JSON lines."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(record, ensure_ascii=False) for record in records)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _draw(

@@ -118,37 +118,6 @@ class NegativeExchange:
         moved = self._move(x[route.sent_rows], route.send_counts, route.receive_counts)
         return moved[self.arrival]
 
-    def ragged(self, values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """The wanted sequences of a packed list of sequences.
-
-        Makes the host wait for their lengths. Differentiable in `values`.
-
-        Args:
-            values: `[total, ...]`, the sequences one after another.
-            cu_seqlens: `[batch + 1]` integers, where each starts, and the end.
-
-        Returns:
-            `[total wanted, ...]` and where each starts, `[k + 1]` in the type of `cu_seqlens`.
-
-        Raises:
-            ValueError: `cu_seqlens` does not say where `batch` sequences start.
-        """
-        self._check_rows("cu_seqlens", cu_seqlens.shape[0] - 1)
-        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-        wanted = self.rows(lengths)
-        ends = torch.nn.functional.pad(wanted.cumsum(0), (1, 0))
-        if self.ranks == 1:
-            return values[_spans(starts[self.index], wanted)], ends.to(cu_seqlens.dtype)
-        route = self.route
-        sent_lengths, arriving = lengths[route.sent_rows], wanted[route.place]
-        moved = self._move(
-            values[_spans(starts[route.sent_rows], sent_lengths)],
-            _sums(sent_lengths, route.send_counts),
-            _sums(arriving, route.receive_counts),
-        )
-        arrived_at = arriving.cumsum(0) - arriving
-        return moved[_spans(arrived_at[self.arrival], wanted)], ends.to(cu_seqlens.dtype)
-
     def _move(self, sent: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
         moved: Tensor = _Move.apply(sent, send_counts, receive_counts, self.group)
         return moved
@@ -205,18 +174,6 @@ def _all_to_all(
     received = sent.new_empty(sum(receive), *sent.shape[1:])
     dist.all_to_all_single(received, sent.contiguous(), receive, send, group=group)
     return received
-
-
-def _spans(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The indices of spans one after another: `starts[0], starts[0] + 1, ..., starts[1], ...`."""
-    ends = lengths.cumsum(0)
-    shift = torch.repeat_interleave(starts - ends + lengths, lengths)
-    return shift + torch.arange(shift.shape[0], device=shift.device)
-
-
-def _sums(lengths: Tensor, counts: list[int]) -> list[int]:
-    sums: list[int] = torch.stack([part.sum() for part in lengths.split(counts)]).tolist()
-    return sums
 
 
 def _check_list(index: Tensor) -> None:

@@ -28,30 +28,6 @@ def pack_text(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor
     return input_ids[real], cu_seqlens
 
 
-def unpack_text(packed_ids: Tensor, cu_seqlens: Tensor, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Pad packed texts to the longest of them.
-
-    Args:
-        packed_ids: `[T_total]`.
-        cu_seqlens: `[B+1]`, non-decreasing offsets from 0 to T_total.
-        pad_token_id: Fills the rest.
-
-    Returns:
-        `(input_ids [B, T], attention_mask [B, T])`.
-
-    Raises:
-        ValueError: the offsets do not cover `packed_ids`.
-    """
-    check_packed(packed_ids, cu_seqlens)
-    lengths = cu_seqlens.long().diff()
-    T = int(lengths.max()) if len(lengths) else 0
-    column = torch.arange(T, device=packed_ids.device)
-    mask = column[None, :] < lengths[:, None]
-    input_ids = packed_ids.new_full((len(lengths), T), pad_token_id)
-    input_ids[mask] = packed_ids
-    return input_ids, mask.long()
-
-
 def check_packed(packed_ids: Tensor, cu_seqlens: Tensor) -> None:
     """Refuse offsets that do not cover the packed ids; offsets on the CPU keep this free.
 

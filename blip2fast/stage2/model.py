@@ -48,8 +48,6 @@ from blip2fast.stage2.packing import LEAST_SAVING, check_packable, not_packable_
 from blip2fast.stage2.sequence import check_counts, instruction, read_sequence
 from blip2fast.stage2.text import Stage2Text
 
-__all__ = ["Blip2Stage2", "Stage2Config", "Stage2Output"]
-
 FROZEN = ("language_model.", "image_encoder.")
 
 

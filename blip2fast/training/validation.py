@@ -22,7 +22,7 @@ from blip2fast.evaluation.retrieval import (
     retrieval_recall,
 )
 from blip2fast.evaluation.stage1 import caption_batch, held_out_losses
-from blip2fast.evaluation.stage2 import evaluate_stage2, generate_texts
+from blip2fast.evaluation.stage2 import generate_texts
 from blip2fast.stage1.losses import max_query_similarity
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
@@ -130,7 +130,7 @@ def _stage2(
                 tensors = text.train_batch([r.captions[0] for r in chosen], indices=rows.tolist())
             yield {"image_embeds": reader(_numbers(reader, chosen)), **tensors}
 
-    results = _mean_over_processes(evaluate_stage2(model, batches()))
+    results = _mean_over_processes(held_out_losses(model, batches()))
     mine = _share(records, config)
     written = generate_texts(
         model,
@@ -163,7 +163,7 @@ def _sequences(
             )
             yield {**tensors, "image_embeds": reader(_numbers(reader, chosen))}
 
-    return _mean_over_processes(evaluate_stage2(model, batches()))
+    return _mean_over_processes(held_out_losses(model, batches()))
 
 
 def _share(records: list[Any], config: RunConfig) -> list[Any]:

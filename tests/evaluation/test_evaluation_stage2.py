@@ -5,10 +5,10 @@ import torch
 from stage2_models import opt_config, stage2_config, t5_config
 from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
+from blip2fast.evaluation.stage1 import held_out_losses
 from blip2fast.evaluation.stage2 import (
     accuracy_by_type,
     continue_texts,
-    evaluate_stage2,
     exact_match,
     generate_texts,
 )
@@ -144,7 +144,7 @@ def test_continue_texts_refuses_an_empty_prompt(stage2):
         continue_texts(model.language_model, text, [[5], []])
 
 
-def test_evaluate_stage2_is_the_row_weighted_loss(stage2):
+def test_the_loss_of_stage2_is_the_row_weighted_loss(stage2):
     model, tokenizer = stage2
     text = Stage2Text(tokenizer, model.language_model.config.is_encoder_decoder, prompt="{}")
     torch.manual_seed(2)
@@ -154,5 +154,5 @@ def test_evaluate_stage2_is_the_row_weighted_loss(stage2):
     ]
     with torch.no_grad():
         losses = [model.eval()(**batch).loss.item() for batch in batches]
-    result = evaluate_stage2(model, batches)
+    result = held_out_losses(model, batches)
     assert result == {"loss": pytest.approx((3 * losses[0] + losses[1]) / 4, rel=1e-6)}

@@ -20,7 +20,6 @@ IDS = torch.tensor([7, 1, 2, 7, 4, 2, 6, 1])
 MODES = [(mode, ids) for mode in ("local", "full") for ids in (None, IDS)]
 # each rank wants two rows: some twice, some of its own, none of some ranks
 WANTED = torch.tensor([3, 3, 0, 7, 2, 2, 7, 1])
-LENGTHS = torch.tensor([3, 1, 4, 0, 5, 2, 2, 6])
 
 
 def _share(x: Tensor, rank: int, ranks: int) -> Tensor:
@@ -47,32 +46,13 @@ def _loss(rank: int, ranks: int, mode: str, ids: Tensor | None, impl: str) -> di
     return {"output": [x.detach() for x in output], "grads": grads}
 
 
-def _ragged(rank: int, ranks: int) -> tuple[Tensor, Tensor]:
-    starts = LENGTHS.cumsum(0) - LENGTHS
-    own = torch.arange(N).chunk(ranks)[rank]
-    total = int(LENGTHS.sum())
-    rows = [torch.arange(total)[starts[n] : starts[n] + LENGTHS[n]] for n in own]
-    lengths = torch.cat([torch.zeros(1, dtype=torch.int32), LENGTHS[own].cumsum(0).int()])
-    return torch.cat(rows).double(), lengths
-
-
 def _exchanges(rank: int, ranks: int) -> dict[str, Any]:
     tokens = torch.arange(N * 6, dtype=torch.float64).view(N, 2, 3).requires_grad_()
     tokens = _share(tokens, rank, ranks)
     wanted = NegativeExchange(_share(WANTED, rank, ranks), N // ranks)
     rows = wanted.rows(tokens)
     (rows * (1 + torch.arange(len(rows)))[:, None, None] * (1 + rank)).sum().backward()
-    values, cu_seqlens = _ragged(rank, ranks)
-    values.requires_grad_()
-    packed, starts = wanted.ragged(values, cu_seqlens)
-    (packed * (1 + rank)).sum().backward()
-    return {
-        "rows": rows.detach(),
-        "d_tokens": tokens.grad,
-        "packed": packed.detach(),
-        "starts": starts,
-        "d_values": values.grad,
-    }
+    return {"rows": rows.detach(), "d_tokens": tokens.grad}
 
 
 def _refusal(rank: int, ranks: int) -> str:
@@ -161,24 +141,15 @@ def test_group_of_one_rank(ranks: list[Any]) -> None:
 
 
 def test_only_what_is_wanted_travels(ranks: list[Any]) -> None:
-    """Rows, packed sequences and their gradients, against indexing the whole batch."""
+    """Rows and their gradients, against indexing the whole batch."""
     tokens = torch.arange(N * 6, dtype=torch.float64).view(N, 2, 3)
     k = N // len(ranks)
     weight = torch.cat([(1 + torch.arange(k)) * (1 + r) for r in range(len(ranks))]).double()
     d_tokens = torch.zeros(N).double().index_add(0, WANTED, weight)
-    uses = torch.arange(N) // k + 1.0
-    d_rows = torch.zeros(N).double().index_add(0, WANTED, uses.double())
-    starts = LENGTHS.cumsum(0) - LENGTHS
     joined = {
-        name: torch.cat([rank["exchange"][name] for rank in ranks])
-        for name in ("rows", "d_tokens", "packed", "d_values")
+        name: torch.cat([rank["exchange"][name] for rank in ranks]) for name in ("rows", "d_tokens")
     }
     assert torch.equal(joined["rows"], tokens[WANTED])
     assert torch.equal(joined["d_tokens"], d_tokens[:, None, None].expand(N, 2, 3))
-    spans = [torch.arange(starts[n], starts[n] + LENGTHS[n]) for n in WANTED]
-    assert torch.equal(joined["packed"], torch.cat(spans).double())
-    assert torch.equal(joined["d_values"], d_rows.repeat_interleave(LENGTHS))
-    for rank, own in zip(ranks, WANTED.chunk(len(ranks)), strict=True):
-        assert rank["exchange"]["starts"].diff().tolist() == LENGTHS[own].tolist()
-        assert rank["exchange"]["starts"].dtype == torch.int32
+    for rank in ranks:
         assert "expected rows 0 to 7 of the batch of all ranks, got -1 to" in rank["refusal"]

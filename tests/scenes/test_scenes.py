@@ -10,6 +10,7 @@ from PIL import Image
 from scipy.ndimage import binary_dilation
 from transformers import AutoTokenizer
 
+from blip2fast.data.records import write_records
 from blip2fast.scenes import (
     QUESTION_FORMAT,
     QUESTION_TYPES,
@@ -22,7 +23,6 @@ from blip2fast.scenes import (
     parse_caption,
     questions,
     save_tokenizers,
-    write_records,
 )
 from blip2fast.scenes.glyphs import FORM_STARTS, HELD_OUT_FORMS, TRAIN_FORMS, handwriting
 from blip2fast.scenes.world import COLOURS, SPLITS, Scene, SceneObject

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from stage1_cases import SMALL, make_batch
 from torch import Tensor
 
+from blip2fast.ops import itc_loss
 from blip2fast.stage1 import losses
 from blip2fast.stage1.config import Stage1Output
 from blip2fast.stage1.model import Blip2Stage1
@@ -27,9 +28,7 @@ def unit(*shape: int, seed: int) -> Tensor:
 
 def test_itc_loss_by_hand() -> None:
     images, texts, temp = unit(4, 3, 5, seed=0), unit(4, 5, seed=1), torch.tensor(0.2).double()
-    sim_i2t, sim_t2i = losses.itc_logits(images, texts, temp)
-    positives = losses.positive_pairs(4, 4, None, torch.device("cpu"))
-    loss = losses.itc_loss(sim_i2t, sim_t2i, positives, 0.1)
+    loss = itc_loss(images, texts, temp, label_smoothing=0.1, negatives="none").loss
 
     def similarity(i: int, j: int) -> float:
         return max(float(images[i, q] @ texts[j]) for q in range(3)) / 0.2
@@ -58,9 +57,13 @@ def test_first_query_wins_a_tie_and_gets_the_gradient() -> None:
 
 def test_large_image_ids_are_compared_exactly() -> None:
     """Ids beyond 2^24 collide when compared in fp32."""
-    ids = torch.tensor([2**24, 2**24 + 1, 2**24])
-    positives = losses.positive_pairs(3, 3, ids, torch.device("cpu"))
-    assert positives.tolist() == [[True, False, True], [False, True, False], [True, False, True]]
+    images, texts, temp = unit(3, 2, 5, seed=0), unit(3, 5, seed=1), torch.tensor(0.2).double()
+    found = [
+        float(itc_loss(images, texts, temp, image_ids=torch.tensor(ids), negatives="none").loss)
+        for ids in ([2**24, 2**24 + 1, 2**24], [0, 1, 0], [0, 0, 0])
+    ]
+    assert found[0] == found[1]
+    assert abs(found[0] - found[2]) > 1e-3
 
 
 def test_local_gradients_stop_at_the_gathered_side() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.lavis import to_lavis_name
 from blip2fast.stage1.model import Blip2Stage1
-from blip2fast.stage1.texts import pack_text, unpack_text
+from blip2fast.stage1.texts import PackedTexts, pack_text
 
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
 
@@ -150,9 +150,10 @@ def test_packed_text_is_the_same_batch(
     padded = model(**small_batch, negatives=negatives)
     packed = model(small_batch["image_embeds"], ids, negatives=negatives, cu_seqlens=cu_seqlens)
     assert torch.equal(padded.loss, packed.loss)
-    back, mask = unpack_text(ids, cu_seqlens, small_config.pad_token_id)
+    texts = PackedTexts.of(ids, cu_seqlens.diff())
+    back, lengths = texts.padded(small_batch["input_ids"].shape[1], small_config.pad_token_id)
     assert torch.equal(back, small_batch["input_ids"])
-    assert torch.equal(mask, small_batch["attention_mask"])
+    assert torch.equal(lengths, small_batch["attention_mask"].sum(1))
 
 
 def test_padded_image_tokens_are_not_seen(
