@@ -1,15 +1,13 @@
 """BLIP-2, fast: the Q-Former between a frozen image encoder and a frozen LLM.
 
 `QFormer` takes the place of transformers' Q-Formers, `patch(model)` puts it into a transformers
-model; `Blip2Stage1` and `Blip2Stage2` train it, `Blip2` writes (arXiv 2301.12597).
-
-Names are imported when they are first asked for: `blip2fast.ops` needs PyTorch alone.
+model; `Blip2Stage1` and `Blip2Stage2` train it, `Blip2` writes (arXiv 2301.12597). Everything is
+imported on first use, and so are the rooms of the library, such as `blip2fast.ops`.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from blip2fast._imports import lazy
 
 if TYPE_CHECKING:
     from blip2fast.inference.model import Blip2
@@ -37,7 +35,7 @@ __all__ = [
 
 __version__ = "0.1.0.dev0"
 
-_PLACES = {
+_NAMES = {
     "Blip2": "inference.model",
     "Blip2Stage1": "stage1.model",
     "Blip2Stage2": "stage2.model",
@@ -50,16 +48,19 @@ _PLACES = {
     "patch": "qformer.patching",
     "unpatch": "qformer.patching",
 }
+_ROOMS = (
+    "checkpoints",
+    "data",
+    "evaluation",
+    "frozen",
+    "inference",
+    "offload",
+    "ops",
+    "qformer",
+    "scenes",
+    "stage1",
+    "stage2",
+    "training",
+)
 
-
-def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return import_module("blip2fast.ops")
-    if name not in _PLACES:
-        raise AttributeError(f"module 'blip2fast' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"blip2fast.{_PLACES[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _NAMES, _ROOMS)

@@ -4,6 +4,15 @@ python -m blip2fast.demo                       drawn shapes, into runs/scenes
 python -m blip2fast.demo --source digits       handwritten digits, into runs/digits
 """
 
-from blip2fast.demo.table import check_gates
+from typing import TYPE_CHECKING
+
+from blip2fast._imports import lazy
+
+if TYPE_CHECKING:
+    from blip2fast.demo.table import check_gates
 
 __all__ = ["check_gates"]
+
+_NAMES = {"check_gates": "table"}
+
+__getattr__, __dir__ = lazy(__name__, _NAMES)

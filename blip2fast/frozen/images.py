@@ -11,8 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from blip2fast._imports import needs
+
+with needs("read images", "PIL"):
+    from PIL import Image, UnidentifiedImageError
 
 # Of CLIP, whose encoders BLIP-2 uses; per channel, for pixels in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

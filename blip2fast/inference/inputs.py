@@ -9,10 +9,13 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from blip2fast._imports import needs
 from blip2fast.frozen.images import read_image
+
+with needs("read images", "PIL"):
+    from PIL import Image
 
 Transform = Callable[[Image.Image], Tensor]
 OneImage = Image.Image | str | Path | np.ndarray[Any, Any] | Tensor

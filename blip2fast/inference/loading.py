@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -18,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from blip2fast._imports import needs
 from blip2fast.checkpoints.files import last_checkpoint
 from blip2fast.checkpoints.trained import (
     Description,
@@ -36,6 +36,9 @@ from blip2fast.offload.streaming import stream_blocks, stream_of
 from blip2fast.stage2.language_model import is_encoder_decoder
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
+
+with needs("read images", "PIL"):
+    from PIL import Image
 
 Residence = Literal["none", "stream"]
 # the position table bounds a prompt, not a number of the configuration

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from blip2fast._imports import needs
 from blip2fast.frozen.hub import not_there
 from blip2fast.frozen.identity import FrozenIdentity, identify, note_identity
 from blip2fast.frozen.language_models import load_language_model, quantised_fault
@@ -150,7 +151,8 @@ def load_partitioned(
     Raises:
         ValueError: not there, damaged, or quantised by a library.
     """
-    import deepspeed
+    with needs("train", "deepspeed"):
+        import deepspeed
 
     model = empty_language_model(name, dtype)
     _refuse_quantised(model, name)

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from blip2fast._imports import needs
+
 
 def keep_no_inputs(model: nn.Module) -> None:
     """Let the linear layers of a frozen model, spread by ZeRO-3, keep no inputs for the backward.
@@ -32,7 +34,8 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
 @cache
 def _function() -> Any:
     """DeepSpeed's function of a spread linear layer, without the input."""
-    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+    with needs("train", "deepspeed"):
+        from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 
     class FrozenLinear(LinearFunctionForZeroStage3):
         @staticmethod

@@ -1,1 +1,23 @@
-"""The Q-Former: the drop-in module and its packed form."""
+"""The Q-Former: a drop-in for transformers' ones, its packed form, and what exchanges the two."""
+
+from typing import TYPE_CHECKING
+
+from blip2fast._imports import lazy
+
+if TYPE_CHECKING:
+    from blip2fast.qformer.model import QFormer
+    from blip2fast.qformer.patching import patch, unpatch
+
+__all__ = [
+    "QFormer",
+    "patch",
+    "unpatch",
+]
+
+_NAMES = {
+    "QFormer": "model",
+    "patch": "patching",
+    "unpatch": "patching",
+}
+
+__getattr__, __dir__ = lazy(__name__, _NAMES)

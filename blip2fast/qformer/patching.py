@@ -12,13 +12,8 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from transformers import (
-    Blip2QFormerModel,
-    InstructBlipQFormerModel,
-    InstructBlipVideoQFormerModel,
-    PreTrainedModel,
-)
 
+from blip2fast._imports import needs
 from blip2fast.qformer.layers import (
     QFormerAttention,
     QFormerEmbeddings,
@@ -29,6 +24,14 @@ from blip2fast.qformer.layers import (
     QFormerResidual,
 )
 from blip2fast.qformer.model import QFormer
+
+with needs("replace transformers' Q-Formers", "tokenizers"):
+    from transformers import (
+        Blip2QFormerModel,
+        InstructBlipQFormerModel,
+        InstructBlipVideoQFormerModel,
+        PreTrainedModel,
+    )
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -8,8 +8,8 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 
+from blip2fast._imports import needs
 from blip2fast.scenes.world import KINDS, Split
 
 Floats = NDArray[np.floating]
@@ -87,6 +87,9 @@ def digit_coverage(digits: Floats, u: Floats, v: Floats) -> Floats:
 
 @cache
 def _digits() -> tuple[Floats, NDArray[np.int64]]:
+    with needs("draw handwritten digits", "sklearn"):
+        from sklearn.datasets import load_digits
+
     data = load_digits()
     return (data.images / 16.0).astype(np.float32), data.target.astype(np.int64)
 

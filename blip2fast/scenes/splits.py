@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from blip2fast._imports import needs
 from blip2fast.scenes import text
 from blip2fast.scenes.rendering import render, stream
 from blip2fast.scenes.world import (
@@ -19,6 +19,9 @@ from blip2fast.scenes.world import (
     Split,
     scenes_of,
 )
+
+with needs("save scenes", "PIL"):
+    from PIL import Image
 
 
 @dataclass(frozen=True)

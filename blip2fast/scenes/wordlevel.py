@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from blip2fast._imports import needs
 from blip2fast.scenes.text import WORD_PATTERN, vocabulary
+
+with needs("make tokenizers", "tokenizers"):
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 QFORMER_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]")
 # The ids of OPT: <s> 0 (unused), <pad> 1, </s> 2 (opens and closes a text), <unk> 3.

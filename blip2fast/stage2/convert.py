@@ -14,22 +14,25 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2QFormerModel,
-    Blip2VisionConfig,
-    Blip2VisionModel,
-    InstructBlipConfig,
-    InstructBlipForConditionalGeneration,
-    InstructBlipQFormerModel,
-    InstructBlipVisionConfig,
-    InstructBlipVisionModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
 
+from blip2fast._imports import needs
 from blip2fast.stage2.config import Stage2Config
+
+with needs("convert transformers' BLIP-2", "tokenizers"):
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2QFormerModel,
+        Blip2VisionConfig,
+        Blip2VisionModel,
+        InstructBlipConfig,
+        InstructBlipForConditionalGeneration,
+        InstructBlipQFormerModel,
+        InstructBlipVisionConfig,
+        InstructBlipVisionModel,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
 
 TransformersModel: TypeAlias = Blip2ForConditionalGeneration | InstructBlipForConditionalGeneration
 VisionModel: TypeAlias = Blip2VisionModel | InstructBlipVisionModel

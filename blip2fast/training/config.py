@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field
 
+from blip2fast._imports import needs
 from blip2fast.offload.quantised import Storage
 from blip2fast.ops.dispatch import Kernels
 from blip2fast.stage1.config import LOSSES, LossName
+
+with needs("configure a run", "pydantic"):
+    from pydantic import ConfigDict, Field
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPE_OF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -18,11 +18,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import TypeAdapter, ValidationError
-
+from blip2fast._imports import needs
 from blip2fast.training.config import RunConfig
 from blip2fast.training.config_faults import contradictions
+
+with needs("read a configuration", "pydantic", "yaml"):
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from blip2fast._imports import needs
 from blip2fast.training.config import DTYPE_OF, OptimSection, RunConfig
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def start_processes() -> torch.device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed's calls of PyTorch, which only its authors can change.
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
-    import deepspeed
+    with needs("train", "deepspeed"):
+        import deepspeed
 
     if not on_gpu:
         # This op compiles for minutes on first use and fails without a compiler; gloo serves. The
@@ -125,7 +127,8 @@ def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, 
         model: trained parameters in fp32; the engine casts the model to `config.precision`, and
             scalars (the temperature) become tensors of shape [1].
     """
-    import deepspeed
+    with needs("train", "deepspeed"):
+        import deepspeed
 
     for parameter in model.parameters():
         if parameter.ndim == 0:

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from blip2fast._imports import needs
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -116,7 +118,8 @@ def _own_part(engine: DeepSpeedEngine, parameter: Any) -> tuple[Tensor, slice, s
 
 def _read(engine: DeepSpeedEngine, parameter: Any, moment: str | None) -> Tensor:
     if engine.zero_optimization_stage() == 3:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        with needs("train", "deepspeed"):
+            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if moment is None:
             value = safe_get_full_fp32_param(parameter)
@@ -137,7 +140,8 @@ def _read(engine: DeepSpeedEngine, parameter: Any, moment: str | None) -> Tensor
 
 def _write(engine: DeepSpeedEngine, parameter: Any, moment: str | None, value: Tensor) -> None:
     if engine.zero_optimization_stage() == 3:
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+        with needs("train", "deepspeed"):
+            from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         count = parameter.ds_tensor.numel()
         padded = torch.zeros(count * dist.get_world_size(), dtype=torch.float32)

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from blip2fast._imports import needs
 from blip2fast.data.manifest import replace_file
+
+with needs("log a run", "tensorboard"):
+    from torch.utils.tensorboard import SummaryWriter
 
 # Entropy of one match among three pairs: what ITM gives while it tells nothing apart.
 _ITM_PLATEAU = 0.6365

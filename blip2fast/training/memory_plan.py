@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
+from blip2fast._imports import needs
 from blip2fast.checkpoints.trained import is_trained, read_description
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.offload.quantised import Storage
@@ -33,6 +33,9 @@ from blip2fast.training.measuring import (
     measure_trained,
     read_model_config,
 )
+
+with needs("plan memory", "psutil"):
+    import psutil  # type: ignore[import-untyped]
 
 GIB = 1 << 30
 USED = 0.9  # of a memory; the rest stays free

@@ -18,6 +18,7 @@ from blip2fast.frozen.language_models import load_language_model
 from blip2fast.offload.loading import empty_language_model, load_partitioned, load_streamed
 from blip2fast.offload.zero3_linear import keep_no_inputs
 from blip2fast.training.config import DTYPE_OF, RunConfig
+from blip2fast.training.engine import deepspeed_config
 from blip2fast.training.memory_plan import (
     Memory,
     MemoryPlan,
@@ -114,8 +115,6 @@ def load_frozen(config: RunConfig) -> PreTrainedModel:
         )
         return model
     if config.offload == "zero3":
-        from blip2fast.training.engine import deepspeed_config
-
         # what only the engine needs to know, the sizes of buckets, is filled in when it starts
         largest = max(p.numel() for p in empty_language_model(path, dtype).parameters())
         values = deepspeed_config(config, dist.get_world_size(), [1], largest)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from blip2fast._imports import needs
 from blip2fast.checkpoints.trained import is_trained
 from blip2fast.frozen.hub import check_pretrained, check_weights
 from blip2fast.frozen.language_models import quantised_fault
@@ -173,7 +174,8 @@ def _nvme_faults(config: RunConfig) -> list[str]:
         )
     if config.nvme_path is None or not Path(config.nvme_path).is_dir():
         faults.append(f"nvme_path {config.nvme_path!r}: not a folder; offloading to nvme needs one")
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+    with needs("train", "deepspeed"):
+        from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
         faults.append(

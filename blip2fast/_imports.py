@@ -1,0 +1,61 @@
+"""Names that are imported on first use, and packages that some of them need."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+# what to install for an import name, where the two differ
+_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+
+
+@contextmanager
+def needs(purpose: str, *packages: str) -> Iterator[None]:
+    """Around imports that need packages which not every user of this one has installed.
+
+    Args:
+        purpose: what they are needed for, such as "read records".
+        packages: by their import names.
+
+    Raises:
+        ModuleNotFoundError: one is not installed; says how to install it.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            distribution = _DISTRIBUTIONS.get(package, package)
+            raise ModuleNotFoundError(
+                f"blip2fast needs {distribution} to {purpose}, and it is not installed: "
+                f"pip install {distribution}",
+                name=package,
+            )
+    yield
+
+
+def lazy(
+    package: str, names: Mapping[str, str], modules: tuple[str, ...] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package that imports its names on first use (PEP 562).
+
+    Args:
+        package: its `__name__`.
+        names: what it offers, and the module below it that each name comes from.
+        modules: below it, that become its attributes on first use too.
+    """
+
+    def get(name: str) -> Any:
+        if name in modules:
+            return importlib.import_module(f"{package}.{name}")
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{package}.{names[name]}"), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def listed() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *names, *modules})
+
+    return get, listed
