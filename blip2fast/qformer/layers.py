@@ -228,7 +228,7 @@ class QFormerLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """Maps `[B, Q+T, C]` to the same shape; the first `query_length` rows are queries.
 
-        Masks come prepared (`qformer_masks.prepare_mask`).
+        Masks come prepared (`masks.prepare_mask`).
         """
         hidden_states = self.attention(
             hidden_states, hidden_states, attention_mask, output_attentions

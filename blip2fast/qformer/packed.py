@@ -271,7 +271,7 @@ class PackedQFormer:
         dtype: The computing precision; statistics and softmax are in fp32 whatever it is.
 
     Attributes:
-        image_form: How the image's keys and values were computed last (`fused_weights`), or empty.
+        image_form: How the image's keys and values were computed last (`fused_linear`), or empty.
     """
 
     def __init__(self, qformer: QFormer, dtype: torch.dtype) -> None:

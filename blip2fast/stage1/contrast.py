@@ -3,7 +3,7 @@
 A contrastive loss needs all its pairs at once, but its encoders do not: features of every
 micro-batch first, without gradient; the loss of all and its gradients with respect to features;
 then each micro-batch again, which hands its own down (Gao et al., "Scaling Deep Contrastive
-Learning Batch Size under Memory Limited Setup", arXiv 2101.06983). Shapes as in `stage1_types.py`;
+Learning Batch Size under Memory Limited Setup", arXiv 2101.06983). Shapes as in `config.py`;
 B pairs of a micro-batch, D width of features.
 """
 

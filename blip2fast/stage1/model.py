@@ -1,8 +1,8 @@
 """Stage 1 of BLIP-2: the Q-Former learns from image-text pairs (arXiv 2301.12597, section 3.1).
 
 Three losses on frozen image features: contrastive (ITC), matching (ITM), generation (ITG), in two
-passes over token buffers without padding (`stage1_passes.py`). The keys and values of an image are
-computed once for both. Shapes are named as in `stage1_types.py`.
+passes over token buffers without padding (`passes.py`). The keys and values of an image are
+computed once for both. Shapes are named as in `config.py`.
 """
 
 from __future__ import annotations

@@ -26,6 +26,17 @@ def test_kernels_folder_is_no_package() -> None:
     assert link.resolve() == ROOT / "kernels"
 
 
+def test_rooms() -> None:
+    """A new module or folder directly in the package needs a place in the order of the rooms."""
+    rooms = {p.name for p in (ROOT / "blip2fast").iterdir() if p.is_dir()} - {"__pycache__"}
+    assert rooms == {
+        *("checkpoints", "data", "demo", "evaluation", "frozen", "inference", "kernels"),
+        *("offload", "ops", "qformer", "scenes", "stage1", "stage2", "training"),
+    }
+    modules = {p.stem for p in (ROOT / "blip2fast").glob("*.py")}
+    assert modules == {"__init__", "_extension", "_imports", "command_line", "train"}
+
+
 def test_transformers_imports_from_the_repository_root() -> None:
     code = "from transformers import Blip2QFormerModel, OPTForCausalLM; print('imported')"
     done = subprocess.run(

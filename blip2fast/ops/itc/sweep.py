@@ -1,6 +1,6 @@
 """The ITC sweep as a PyTorch op: one look at all pairs, by the backend that is named.
 
-`kernels/itc/interface.py` says what goes in and comes out; `ops/itc.py` makes the loss of it.
+`kernels/itc/interface.py` says what goes in and comes out; `ops/itc/loss.py` makes the loss of it.
 """
 
 from __future__ import annotations
