@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk: which there are, and files that are as they were written."""
+"""The checkpoints of a run on disk, and verified reads of their files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def find_file(folder: Path, name: str) -> Path:
-    """A file of a trained model or checkpoint, if it is as it was written.
+    """The path of a file of a trained model or checkpoint, verified against its manifest.
 
     Raises:
         ValueError: it is not, with what to use instead; or nothing is there.
@@ -74,12 +74,12 @@ def _is_whole(folder: Path) -> bool:
 
 
 def read_json(folder: Path, name: str) -> Any:
-    """A JSON file of a trained model or checkpoint, if it is as it was written."""
+    """Read a JSON file of a trained model or checkpoint, verified against its manifest."""
     return json.loads(find_file(folder, name).read_text(encoding="utf-8"))
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a file, if it is as it was written; on the CPU."""
+    """Load the tensors of a file, verified against its manifest, on the CPU."""
     path = find_file(folder, name)
     try:
         return load_file(path)
@@ -88,5 +88,5 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them."""
+    """Contiguous CPU copies, as safetensors requires."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: everything that it needs to go on as if it had not stopped.
+"""Checkpoints from which a run resumes as if it had not stopped.
 
 A checkpoint is a trained model (`blip2fast.checkpoints.trained`) and what only its run needs: the
 optimiser's moments, and each process's random states and sums for the log.
@@ -104,7 +104,7 @@ class Checkpoint:
     moments: dict[str, Tensor]
 
     def process(self, rank: int) -> dict[str, Any]:
-        """What process `rank` kept, and its random states as `random`."""
+        """The state of process `rank`; its random states are under `random`."""
         file = find_file(self.path, _process_file(rank))
         kept: dict[str, Any] = torch.load(file, weights_only=True)
         return kept
@@ -151,13 +151,13 @@ def read_checkpoint(
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what killed runs left half-written, or half-deleted, among the checkpoints."""
+    """Delete partial checkpoints that killed runs left behind."""
     for path in folder.glob("*.partial"):
         shutil.rmtree(path)
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    """Delete the checkpoints in `folder` but the `count` of the highest steps."""
+    """Delete all checkpoints in `folder` except the `count` newest."""
     for path in sorted(checkpoints_in(folder), key=step_of)[:-count]:
         # Renamed first: a kill while deleting must not leave half a checkpoint under its name.
         shutil.rmtree(path.rename(path.with_name(path.name + ".old.partial")))
@@ -182,7 +182,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Restore what `random_states` gave."""
+    """Restore the states of `random_states`."""
     random.setstate(states["python"])
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy(), *rest))  # noqa: NPY002

@@ -48,7 +48,7 @@ _PARTS = {"language_model": "language model", "image_encoder": "image encoder"}
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What `model.json` says of the trained parameters beside it.
+    """The contents of `model.json`, which describes the trained parameters beside it.
 
     Attributes:
         stage: 1 or 2.
@@ -80,7 +80,7 @@ def trained_names(model: nn.Module) -> list[str]:
 
 
 def save_model(folder: Path, state: Mapping[str, Tensor], description: Description) -> None:
-    """Write a trained model into `folder`, in the place of one that is there.
+    """Write a trained model into `folder`; an older one is replaced atomically.
 
     Whenever this is killed, the older model or the new one is there, never a mixture.
     """
@@ -115,7 +115,7 @@ def read_parameters(path: str | Path) -> dict[str, Tensor]:
 def load_trained(
     path: str | Path, language_model: PreTrainedModel | None = None, check: bool = True
 ) -> Blip2Stage1 | Blip2Stage2:
-    """Build the model that a run trained, ready for evaluation.
+    """Load the model that a run trained, ready for evaluation.
 
     Args:
         path: output folder of a finished run, or one of its checkpoints.
@@ -199,7 +199,7 @@ def load_parameters(model: nn.Module, state: Mapping[str, Tensor], source: str) 
 
 
 def model_files(state: Mapping[str, Tensor], description: Description) -> dict[str, manifest.Write]:
-    """What writes each file of a trained model."""
+    """The writer of each file of a trained model."""
     return {
         MODEL: lambda path: save_file(on_cpu(state), path),
         DESCRIPTION: write_json(dataclasses.asdict(description)),

@@ -24,7 +24,7 @@ from blip2fast.data.records import Record, images_of
 
 @dataclass(frozen=True)
 class Batch:
-    """Which samples a step takes: the pass over the data, and sample numbers [B] within it."""
+    """The samples of a step: epoch, and sample indices [B]."""
 
     epoch: int
     indices: npt.NDArray[np.int64]

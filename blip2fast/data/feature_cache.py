@@ -232,7 +232,7 @@ class FeatureCacheWriter:
             raise ValueError(f"dtype={self.dtype!r}; one of {', '.join(get_args(CacheDtype))}")
 
     def _clear(self, when_there: WhenThere) -> bool:
-        """Make the partial folder ready; whether an earlier write is resumed."""
+        """Prepare the partial folder; returns whether an earlier write is resumed."""
         if when_there not in get_args(WhenThere):
             raise ValueError(f"when_there={when_there!r}; one of {', '.join(get_args(WhenThere))}")
         if self.path.exists() and when_there != "replace":
@@ -259,7 +259,7 @@ class FeatureCacheWriter:
 
     @property
     def missing_rows(self) -> list[int]:
-        """Rows not yet written, in order; what a resumed write has to compute."""
+        """Rows not yet written, in order."""
         return np.flatnonzero(~self._written).tolist()
 
     def write(self, start_row: int, features: Tensor) -> None:

@@ -26,7 +26,7 @@ class CachedImages:
         return {"image_embeds": self.cache.read([self.cache.row(key) for key in keys])}
 
     def check(self, keys: set[str]) -> None:
-        """Refuse keys that are not there, before training starts."""
+        """Raise `ValueError` for keys that do not exist, before training starts."""
         for key in keys:
             self.cache.row(key)
 
@@ -51,7 +51,7 @@ class FileImages:
         return {"images": torch.stack(pixels)}
 
     def check(self, keys: set[str]) -> None:
-        """Refuse keys that are not there, before training starts."""
+        """Raise `ValueError` for keys that do not exist, before training starts."""
         for key in keys:
             if not (self.folder / key).is_file():
                 raise ValueError(f"image {key!r}: no such file in {self.folder}")

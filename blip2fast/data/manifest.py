@@ -1,4 +1,4 @@
-"""Files on disk that are whole or not there, and a manifest by which a reader can tell.
+"""Atomic writes of files and folders, and a manifest that detects damage.
 
 `manifest.json` states the size and the SHA-256 of every file beside it. Two kinds of folders:
 
@@ -31,19 +31,19 @@ Write = Callable[[Path], Any]
 
 
 class DamagedError(ValueError):
-    """A file that is not what the manifest beside it states."""
+    """A file that does not match the manifest beside it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the manifest states of a file."""
+    """Size and hash of a file, as stated by the manifest."""
 
     bytes: int
     sha256: str
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """fsync a file, or a folder's directory entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -52,13 +52,13 @@ def flush(path: Path) -> None:
 
 
 def write_through(path: Path, write: Write) -> None:
-    """Let `write` make the file `path`, and flush it to the disk."""
+    """Write the file `path` with `write`, then fsync it."""
     write(path)
     flush(path)
 
 
 def replace_file(path: Path, write: Write) -> None:
-    """Replace a single file: whenever the writer is killed, the old one or the new one is there."""
+    """Replace a file atomically: after a crash it is the old or the new one."""
     write_through(aside(path), write)
     aside(path).replace(path)
     flush(path.parent)
@@ -71,7 +71,7 @@ def write_json(value: Any) -> Write:
 
 
 def aside(path: Path) -> Path:
-    """Where a file or folder is while it is written."""
+    """The temporary path of a file or folder while it is written."""
     return path.with_name(path.name + ".partial")
 
 
@@ -82,13 +82,13 @@ def seal(folder: Path, names: Iterable[str]) -> None:
 
 
 def rename_folder(folder: Path, name: Path) -> None:
-    """Give a sealed folder its name, for good."""
+    """Rename a sealed folder to its final name, durably."""
     folder.rename(name)
     flush(name.parent)
 
 
 def replace_files(folder: Path, writes: Mapping[str, Write]) -> None:
-    """Replace the files of the manifest of `folder`, all at once.
+    """Replace all files of a folder's manifest atomically.
 
     Args:
         folder: made if it is not there; other files in it are left alone.
@@ -130,7 +130,7 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
 
 
 def find(folder: Path, name: str) -> Path:
-    """The file `name` of a folder, if it is what the manifest states.
+    """The path of file `name` in a folder, verified against the manifest.
 
     Raises:
         ValueError: no manifest.
@@ -149,7 +149,7 @@ def find(folder: Path, name: str) -> Path:
 
 
 def check(folder: Path) -> None:
-    """Compare every file of a folder with the manifest.
+    """Verify every file of a folder against the manifest.
 
     Raises:
         ValueError, DamagedError: as in `find`.
@@ -159,7 +159,7 @@ def check(folder: Path) -> None:
 
 
 def _rename_all(folder: Path, entries: Mapping[str, Entry]) -> None:
-    """Give files that were written aside their names, in the order of `entries`."""
+    """Rename files from their temporary paths, in the order of `entries`."""
     for name, entry in entries.items():
         path = folder / name
         if _fault(aside(path), entry) is None:

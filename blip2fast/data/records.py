@@ -140,7 +140,7 @@ def _read_lines(path: str | Path, kind: type[Record]) -> list[Record]:
 
 
 def image_keys(path: str | Path) -> list[str]:
-    """The images that records of any kind name, sorted, each once.
+    """The distinct image keys of records of any kind, sorted.
 
     Raises:
         ValueError: as `read_captions`.

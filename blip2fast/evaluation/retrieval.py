@@ -24,7 +24,7 @@ RECALL_KS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Tokenised texts, and the number of the image that each describes.
+    """Tokenized texts, and the index of the image that each describes.
 
     Args:
         input_ids: [J, T] int64, `[CLS] w1 .. wn [SEP]` then padding.

@@ -1,4 +1,10 @@
-"""Evaluation of stage 1 on held-out data: losses, retrieval and matching."""
+"""Evaluation of stage 1 on held-out data: losses, retrieval and matching.
+
+    evaluate_stage1(model, lambda rows: cache.read(rows), num_images, texts)
+
+`held_out_losses` serves both stages. Shapes as in `blip2fast.evaluation.retrieval`. Paper (arXiv
+2301.12597): sections 3.1, 3.2 and 4.4 (retrieval).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +29,7 @@ from blip2fast.stage1.model import Blip2Stage1
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random state from `seed` inside; the state outside is as if nothing had happened."""
+    """Seed the random state within the block, and restore it afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -59,7 +65,7 @@ def held_out_losses(
 
 
 def caption_batch(images: ImageReader, texts: TokenizedTexts, numbers: Tensor) -> dict[str, Tensor]:
-    """The arguments of a stage-1 forward pass for the texts of these numbers and their images."""
+    """Arguments of a stage-1 forward pass for the texts at these indices and their images."""
     return {
         "image_embeds": images(texts.image[numbers]),
         "input_ids": texts.input_ids[numbers],

@@ -1,12 +1,8 @@
-"""Evaluation of both stages on held-out data, for any source of images.
+"""Evaluation of stage 2 on held-out data: captions and visual question answering.
 
-    evaluate_stage1(model, lambda rows: cache.read(rows), num_images, texts)
-    evaluate_stage2(model, batches)
-
-Losses, retrieval and matching for stage 1; losses, captions and visual question answering for
-stage 2. Nothing here knows about a data set: what counts as the same caption, and the wording of
-a prompt, are the caller's. Shapes as in `blip2fast.evaluation.retrieval`.
-Paper (arXiv 2301.12597): sections 3.1, 3.2, 4.1 (zero-shot VQA), 4.4 (retrieval).
+Nothing here knows about a data set: what counts as the same caption, and the wording of a prompt,
+are the caller's. Losses are `blip2fast.evaluation.held_out_losses`. Shapes as in
+`blip2fast.evaluation.retrieval`. Paper (arXiv 2301.12597): section 4.1 (zero-shot VQA).
 """
 
 from __future__ import annotations
@@ -76,7 +72,7 @@ def continue_texts(
     max_new_tokens: int = 10,
     batch_size: int = 128,
 ) -> list[str]:
-    """Greedy continuations by the language model alone: it reads, it sees nothing.
+    """Greedy continuations by the language model alone, without images.
 
     With captions in the prompts this is caption-then-read VQA; without, the blind control. Equal
     prompts are continued once, and prompts of like length together.

@@ -1,4 +1,4 @@
-"""Frozen image encoders and language models, and what tells one from another."""
+"""Frozen image encoders and language models, and their identity."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Models and tokenizers that are named by a local folder or by their name on the hub."""
+"""Models and tokenizers given as a local folder or a hub name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
 
 
 def not_there(what: str, name: object, why: Exception | str = "") -> str:
-    """What to say of a model or tokenizer that could not be read.
+    """The error message for a model or tokenizer that cannot be loaded.
 
     Args:
         what: it is, such as "language model", or the configuration key that names it.
@@ -43,7 +43,7 @@ def check_pretrained(key: str, name: str) -> str | None:
 
 
 def check_weights(key: str, name: str) -> str | None:
-    """As `check_pretrained`, and a local folder must hold weights."""
+    """Like `check_pretrained`; a local folder must also contain weights."""
     folder = Path(name).expanduser()
     fault = check_pretrained(key, name)
     if fault is None and folder.is_dir() and not any(any(folder.glob(w)) for w in _WEIGHTS):

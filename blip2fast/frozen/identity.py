@@ -1,4 +1,4 @@
-"""Which frozen model a trained one belongs to, so that it is never put before another.
+"""Identity of frozen models: a trained part must not be used with another one.
 
 A soft prompt is trained for one language model, a Q-Former for the tokens of one image encoder.
 With others they load without a fault, where the widths happen to agree, and write nonsense.
@@ -112,7 +112,7 @@ def refuse_other(
 
 
 def identify(name: str, config: Any, samples: Iterable[Sample]) -> FrozenIdentity:
-    """The identity of a model by samples of its tensors.
+    """The identity of a model, from samples of its tensors.
 
     Args:
         name: of its folder or hub.
@@ -148,7 +148,7 @@ def sampled_parts(count: int) -> list[slice]:
 
 
 def identify_model(model: nn.Module, name: str | None = None) -> FrozenIdentity:
-    """The identity of a model in memory, by the values that it has now.
+    """The identity of a model in memory, from its current values.
 
     Of a model whose own values are not at hand (spread by ZeRO-3, stored in 8 or 4 bits) it is
     the identity noted when it was loaded; see `note_identity`.
@@ -174,7 +174,7 @@ def identify_model(model: nn.Module, name: str | None = None) -> FrozenIdentity:
 
 
 def note_identity(model: nn.Module, identity: FrozenIdentity | None = None) -> None:
-    """Note which model this is, for when its values are spread or encoded.
+    """Record a model's identity before its values are partitioned or encoded.
 
     Args:
         model: as in `identify_model`.
@@ -186,7 +186,7 @@ def note_identity(model: nn.Module, identity: FrozenIdentity | None = None) -> N
 
 
 def mark_encoded(module: nn.Module, encoded: bool = True) -> None:
-    """Note that a module's state dict gives its weights as decoded, not as they were loaded."""
+    """Mark a module whose state dict holds decoded weights, not those that were loaded."""
     if encoded:
         vars(module)[_ENCODED] = True
     else:
@@ -201,7 +201,7 @@ def has_own_values(model: nn.Module) -> bool:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values, each under its sections and key, as `a.b`."""
+    """Flatten nested mappings to `a.b` keys."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")

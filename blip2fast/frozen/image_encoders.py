@@ -29,7 +29,7 @@ from blip2fast.frozen.identity import identify_model
 
 @dataclass(frozen=True)
 class _Kind:
-    """How to load and cut one family of vision models."""
+    """How to load and truncate one family of vision models."""
 
     model: type[PreTrainedModel]
     skipped_blocks: int = 0  # at the end
@@ -50,7 +50,7 @@ _KINDS = {
 
 
 class FrozenImageEncoder(nn.Module):
-    """A vision model cut after some block, without its last norm, never trained.
+    """A frozen vision model, truncated after a block and without its last norm.
 
     Args:
         model: a transformers vision model; it is cut in place.
@@ -87,7 +87,7 @@ class FrozenImageEncoder(nn.Module):
         return (self.image_size // int(self.model.config.patch_size)) ** 2 + 1
 
     def train(self, mode: bool = True) -> FrozenImageEncoder:
-        """Stays in evaluation mode: dropout in a frozen encoder would only add noise."""
+        """No effect: the encoder stays in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()

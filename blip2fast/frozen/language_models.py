@@ -1,4 +1,4 @@
-"""Language models of transformers, whole, by folder or hub name."""
+"""Language models of transformers, by folder or hub name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_language_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def quantised_fault(what: str, name: str, config: Any) -> str | None:
-    """Why a language model that torchao, bitsandbytes or another library stored cannot be moved.
+    """Why a model quantised by torchao, bitsandbytes or another library cannot be moved.
 
     Its tensors have other names, types and shapes than those that it computes with.
 

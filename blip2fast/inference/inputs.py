@@ -1,4 +1,4 @@
-"""What `Blip2` is given: pictures in any form, questions, and options of generation."""
+"""Inputs of `Blip2`: images in any form, questions, and generation options."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Images = OneImage | Sequence[OneImage] | EncodedImages
 
 
 class GenerationOptions(TypedDict, total=False):
-    """How texts are written; anything else goes to `transformers`' `generate` as it is.
+    """Options of text generation; any other option is passed to transformers' `generate`.
 
     Attributes:
         num_beams: width of the beam search; 1 is greedy.
@@ -113,7 +113,7 @@ def generate_settings(
 
 
 def as_list(images: Images | None) -> tuple[list[OneImage], bool]:
-    """The images one by one, and whether it was one alone.
+    """The images as a list, and whether a single image was passed.
 
     Raises:
         ValueError: none, or something that is no image.

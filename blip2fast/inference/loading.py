@@ -1,4 +1,4 @@
-"""From a folder or a hub name to what `Blip2` is made of."""
+"""Loads the parts of a `Blip2` from a folder or a hub name."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def paper_prompts(encoder_decoder: bool, text_conditioned: bool) -> Prompts:
 
 
 def prompts_of_run(model: Blip2Stage2) -> Prompts:
-    """What the run was trained with, and the paper's where it was trained with nothing of the kind.
+    """The prompts that a run was trained with; the paper's for tasks it was not trained on.
 
     A decoder-only model that was trained without a prompt writes its captions without one; an
     encoder, or a Q-Former that reads text, gets the paper's: it has always read something.
@@ -92,7 +92,7 @@ def prompts_of_run(model: Blip2Stage2) -> Prompts:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What `Blip2` is made of.
+    """The parts of a `Blip2`.
 
     Attributes:
         model: in evaluation mode.
@@ -112,7 +112,7 @@ class Loaded:
 
     @property
     def marker(self) -> str:
-        """What stands for an image in texts."""
+        """The image marker in texts."""
         return self.text.image_marker or MARKER
 
 
@@ -179,7 +179,7 @@ def _add_encoder(
     path: str,
     dtype: torch.dtype,
 ) -> tuple[Transform | None, str]:
-    """Load the encoder that the run's image tokens came from; its transform, or why there is none.
+    """Load the encoder of the run's image tokens; returns its transform, or why there is none.
 
     The description names it as `FrozenImageEncoder.encoder_id` does, "name, block n", or as a
     feature cache of other origin said.
@@ -278,5 +278,5 @@ def _place(model: Blip2Stage2, dtype: torch.dtype, device: torch.device) -> None
 
 
 def is_streamed(model: Blip2Stage2) -> bool:
-    """Whether the language model's blocks are in host memory and come when they are needed."""
+    """Whether the language model's blocks are streamed from host memory."""
     return any(stream_of(module) is not None for module in model.language_model.modules())

@@ -38,7 +38,7 @@ ANSWER: GenerationOptions = {"num_beams": 5, "length_penalty": -1.0, "max_new_to
 
 
 class Blip2:
-    """A trained BLIP-2 that writes; made by `from_pretrained`.
+    """A trained BLIP-2 for captioning, VQA and chat; made by `from_pretrained`.
 
     Args:
         parts: the model with its text preparation, prompts and image transform.
@@ -85,7 +85,7 @@ class Blip2:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the model."""
         return self._writer.device
 
     def to(self, device: torch.device | str) -> Blip2:
@@ -109,7 +109,7 @@ class Blip2:
         image_embeds: Tensor | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> EncodedImages:
-        """Read images once, for several captions, questions or conversations about them.
+        """Encode images once, for several captions, questions or conversations.
 
         Args:
             images: PIL images, paths, pictures uint8 [h, w, 3], or transformed images, float
@@ -212,7 +212,7 @@ class Blip2:
         prompt: str | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Chat:
-        """Begin a conversation about images, which are read here and never again.
+        """Start a conversation about images, which are encoded once, here.
 
         Args:
             images, image_embeds: one image or several, as in `encode`; they stand in front.

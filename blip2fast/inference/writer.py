@@ -1,4 +1,4 @@
-"""What reads images and continues texts for `Blip2` and `Chat`; each image is read once.
+"""Encodes images and generates text, for `Blip2` and `Chat`; each image is encoded once.
 
 Shapes: B images, Q queries, S image tokens, E image token width, L language model width.
 """
@@ -27,7 +27,7 @@ from blip2fast.qformer.checks import image_tokens
 
 
 class Pictures:
-    """Images, read when their rows are asked for; each once, while rows come in order.
+    """Images that are encoded on request; each once, if rows are requested in order.
 
     Args:
         parts: the model and what prepares its inputs.
@@ -110,7 +110,7 @@ class Pictures:
 
 
 class Writer:
-    """Reads images and lets the language model continue texts about them.
+    """Encodes images and generates texts about them.
 
     Args:
         parts: the model with its text preparation, prompts and image transform.
@@ -121,7 +121,7 @@ class Writer:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the model."""
         return self.parts.model.query_tokens.device
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ class Writer:
         image_embeds: Tensor | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> EncodedImages:
-        """Read images: see `Blip2.encode`."""
+        """Encode images: see `Blip2.encode`."""
         pictures = Pictures(self.parts, images, image_embeds)
         rows = range(pictures.count)
         _check_batch_size(batch_size)

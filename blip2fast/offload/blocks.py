@@ -1,4 +1,4 @@
-"""The transformer blocks of a model, and the bytes that a block's weights take."""
+"""The transformer blocks of a model, and the layout of a block's weights in one buffer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ALIGNMENT = 256  # bytes; what CUDA's own allocations have, so that views suit e
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost layers that transformers could recompute, each once, encoder before decoder.
+    """The transformer blocks: outermost checkpointable layers, encoder before decoder.
 
     Raises:
         ValueError: none.
@@ -37,7 +37,7 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 def own_parameters(
     model: nn.Module, blocks: Iterable[nn.Module]
 ) -> list[dict[str, list[tuple[nn.Module, str]]]]:
-    """For each block the parameters that nothing else uses.
+    """For each block, the parameters that are not shared outside it.
 
     A parameter that two blocks share, or a block and the rest of the model, belongs to neither.
 
@@ -85,7 +85,7 @@ class Part:
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One parameter: where the block keeps it, and how.
+    """The layout of one parameter in its block's buffer.
 
     Attributes:
         places: modules and attributes that hold it.
@@ -100,7 +100,7 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where the weights of a block lie in one flat buffer.
+    """The layout of a block's weights in one flat buffer.
 
     Attributes:
         weights: by their names in the block.
@@ -131,7 +131,7 @@ class BlockLayout:
 
 
 def lay_out(own: dict[str, list[tuple[nn.Module, str]]], storage: Storage) -> BlockLayout:
-    """Places for the parameters of a block, as `own_parameters` gives them.
+    """Lay out the parameters of a block, as returned by `own_parameters`.
 
     Raises:
         ValueError: an unknown storage.

@@ -1,4 +1,4 @@
-"""Copies of whole blocks from host memory into device buffers, ahead of their use.
+"""Prefetching: copies of whole blocks from host memory into device buffers.
 
 Three ways behind one interface: a stream of its own on CUDA, where a copy from pinned memory is one
 asynchronous transfer; the C++ thread of `csrc/block_stream.cpp` on the CPU; and a Python thread
@@ -49,10 +49,10 @@ class Copier(Protocol):
         """
 
     def wait(self, slot: Slot) -> None:
-        """What is computed from now on finds the copy complete."""
+        """Make later computation wait for the copy."""
 
     def finish(self, slot: Slot) -> None:
-        """Wait, on the host, until the copy is complete."""
+        """Block the host until the copy is complete."""
 
     def close(self) -> None:
         """End the copies under way."""
@@ -82,7 +82,7 @@ class ThreadCopier:
 
 
 class NativeCopier:
-    """A C++ thread that never takes the GIL, neither to begin a copy nor to end it."""
+    """A C++ thread; starting and finishing a copy never takes the GIL."""
 
     name = "c++ thread"
 
@@ -115,7 +115,7 @@ class NativeCopier:
 
 
 class CudaCopier:
-    """A stream of its own, which waits for the one that computes, and the other way round."""
+    """A separate CUDA stream, synchronised with the compute stream by events."""
 
     name = "cuda stream"
 
@@ -143,7 +143,7 @@ class CudaCopier:
 
 
 def why_not_native() -> str:
-    """Why the C++ thread is not there; an empty string where it is."""
+    """Why the C++ thread is not available; empty if it is."""
     try:
         _native()
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Frozen language models from disk, tensor by tensor, to where each tensor is to stay.
+"""Loads frozen language models tensor by tensor, each directly to its final place.
 
 transformers maps a file into memory and copies where the precision differs, so that for a while a
 process holds the weights twice. Here the model is built without weights, and every tensor is read
@@ -36,7 +36,7 @@ from blip2fast.offload.tensor_files import Sources, TensorFile, file_of, tensor_
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Parameters of PyTorch's layers get no memory; buffers are computed as ever."""
+    """Allocate parameters on the meta device; compute buffers as usual."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -62,7 +62,7 @@ def empty_language_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """As `empty_language_model`, from a configuration of transformers."""
+    """Like `empty_language_model`, from a transformers configuration."""
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     # draws nothing: the trained part starts as if transformers had loaded the model
     with torch.random.fork_rng([]), _EmptyOnMeta():
@@ -72,7 +72,7 @@ def build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def source_identity(name: str) -> FrozenIdentity | None:
-    """Which model lies at `name`, by samples read from its files, before it is loaded.
+    """The identity of the model at `name`, from samples of its files, without loading it.
 
     None where transformers would rename or convert its tensors, or they are quantised or not of
     safetensors: then `identify_model` tells it once it is loaded.
@@ -99,7 +99,7 @@ def load_streamed(
     storage: Storage = "as_is",
     recompute: bool = True,
 ) -> tuple[PreTrainedModel, BlockStream]:
-    """A frozen language model whose blocks are streamed from the start.
+    """Load a frozen language model with streamed blocks.
 
     Args:
         name: folder or hub name.
@@ -136,7 +136,7 @@ def load_streamed(
 def load_partitioned(
     name: str, dtype: torch.dtype, deepspeed_values: dict[str, Any]
 ) -> PreTrainedModel:
-    """A frozen language model whose blocks DeepSpeed ZeRO-3 spreads as they are read.
+    """Load a frozen language model whose blocks ZeRO-3 partitions as they are read.
 
     Every process calls this. The rest of the model is spread when the engine starts.
 
@@ -188,7 +188,7 @@ def _refuse_quantised(model: PreTrainedModel, name: str) -> None:
 
 
 def _sources(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Sources | None:
-    """Where every tensor of the model is; None where transformers has to load it."""
+    """The file location of every tensor; None if only transformers can load the model."""
     kept = model._keep_in_fp32_modules_strict or (
         dtype == torch.float16 and model._keep_in_fp32_modules
     )
@@ -223,7 +223,7 @@ def _sources(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Sources |
 
 
 def _entry(files: Sources, full: str, base: str) -> TensorFile | None:
-    """A tensor's place, its name with or without the prefix of the model's inner part."""
+    """Look up a tensor, with or without the base model's prefix."""
     names = (full, base + full, full.removeprefix(base))
     return next((files[name] for name in names if name in files), None)
 
@@ -240,7 +240,7 @@ def _fill(
     prefix: str = "",
     then: Callable[[nn.Parameter], None] | None = None,
 ) -> None:
-    """Give every parameter and saved buffer its values; those that ZeRO-3 has are left.
+    """Load every parameter and saved buffer, except those that ZeRO-3 has partitioned.
 
     Args:
         module, prefix: what is filled, and the start of its names.

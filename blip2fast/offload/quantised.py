@@ -21,7 +21,7 @@ GROUP = 64  # numbers that share a scale in int4
 
 
 def parts_of(storage: Storage, shape: torch.Size) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-    """Types and shapes of the tensors that stand for an encoded weight [R, K].
+    """Dtypes and shapes of the tensors that encode a weight [R, K].
 
     Returns:
         int8: [R, K] int8 and [R, 1] fp32 scales. int4: [R, G, GROUP / 2] uint8 and [R, G, 1] fp32,
@@ -35,7 +35,7 @@ def parts_of(storage: Storage, shape: torch.Size) -> list[tuple[torch.dtype, tup
 
 
 def encode(storage: Storage, weight: Tensor) -> list[Tensor]:
-    """The tensors, as `parts_of` names them, that stand for `weight` [R, K]."""
+    """Quantise `weight` [R, K] to the tensors that `parts_of` describes."""
     values = weight.float()
     if storage == "int8":
         scale = _scale(values.abs().amax(dim=1, keepdim=True), 127)
@@ -50,7 +50,7 @@ def encode(storage: Storage, weight: Tensor) -> list[Tensor]:
 
 
 def decode(storage: Storage, parts: list[Tensor], out: Tensor) -> Tensor:
-    """Write the weight that `parts` stand for into `out` [R, K], in its dtype."""
+    """Dequantise `parts` into `out` [R, K], in its dtype."""
     values, scale = parts
     if storage == "int8":
         return torch.mul(values, scale, out=out)
@@ -66,7 +66,7 @@ def decode(storage: Storage, parts: list[Tensor], out: Tensor) -> Tensor:
 
 
 def is_encoded(module: nn.Module, name: str, parameter: Tensor) -> bool:
-    """Whether 8 and 4 bits apply: the matrix of a linear layer."""
+    """Whether a parameter is quantised: the weight of a linear layer is."""
     return (
         name == "weight"
         and parameter.ndim == 2

@@ -1,4 +1,4 @@
-"""A frozen block that keeps only its inputs and computes itself again in the backward pass.
+"""Gradient checkpointing of a frozen block: it keeps its inputs only.
 
 Unlike `torch.utils.checkpoint`, the gradient is taken inside the recomputation, so that the block's
 weights are needed between two moments that are known: nothing of it outlives the call.
@@ -29,7 +29,7 @@ def recomputed(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """`forward(*args, **kwargs)` of a frozen block, with gradients to its inputs only.
+    """Checkpointed `forward(*args, **kwargs)` of a frozen block, with gradients to its inputs.
 
     Args:
         block: tells whether random numbers are drawn (training mode).
@@ -138,7 +138,7 @@ def _random_states(device: torch.device) -> tuple[torch.device, Tensor, Tensor |
 def _drawn_again(
     states: tuple[torch.device, Tensor, Tensor | None] | None,
 ) -> AbstractContextManager[None]:
-    """Inside, random numbers are drawn as in the first pass."""
+    """Restore the random state of the forward pass within the block."""
     return nullcontext() if states is None else _random_state(*states)
 
 

@@ -1,4 +1,4 @@
-"""What storing a frozen model's weights in 8 or 4 bits does to its loss."""
+"""How 8- or 4-bit storage of frozen weights changes the loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blip2fast.offload.quantised import Storage, decode, encode, is_encoded
 
 @dataclass(frozen=True)
 class StorageLoss:
-    """What storing the frozen weights in fewer bits does to a loss.
+    """The loss with and without quantised storage.
 
     Attributes:
         as_is, stored: mean loss over the batches, with the weights as they are and as decoded.
@@ -44,7 +44,7 @@ def loss_difference(
     storage: Storage,
     blocks: Iterable[nn.Module] | None = None,
 ) -> StorageLoss:
-    """The loss of a model whose frozen blocks are stored in 8 or 4 bits, beside its loss now.
+    """Compare a model's loss with its frozen blocks as they are and in 8 or 4 bits.
 
     One block at a time is decoded, so a second copy of the model is never held.
 
@@ -76,7 +76,7 @@ def _mean_loss(model: nn.Module, batches: list[Mapping[str, Any]]) -> float:
 def as_stored(
     model: nn.Module, storage: Storage, blocks: Iterable[nn.Module] | None = None
 ) -> Iterator[None]:
-    """Let every block compute with its weights encoded and decoded, and keep them as they are."""
+    """Run every block with quantised and dequantised weights; restores them after each call."""
     originals: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
 
     def before(block: nn.Module, _: Any) -> None:

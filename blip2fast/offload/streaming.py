@@ -37,7 +37,7 @@ _MARK = "_block_stream"  # attribute of a streamed module
 
 @dataclass
 class Fetches:
-    """What was copied, for tests and measurements.
+    """Counters of copies, for tests and benchmarks.
 
     Attributes:
         forward, backward: for each block, how often it was copied for that pass.
@@ -63,7 +63,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _KeptWeight:
-    """Stands for a weight that autograd keeps: its block, its buffer, and the view of that."""
+    """Replaces a weight saved by autograd: its block, buffer and view."""
 
     index: int
     decoded: bool
@@ -79,7 +79,7 @@ def stream_blocks(
     blocks: Sequence[nn.Module] | None = None,
     recompute: bool = True,
 ) -> BlockStream:
-    """Move a frozen model's blocks to host memory, the rest to the device, and stream.
+    """Move a frozen model's blocks to host memory and stream them; the rest goes to the device.
 
     Parameters on the meta device are laid out, and are to be filled with `BlockStream.write`.
 
@@ -181,11 +181,11 @@ class BlockStream:
 
     @property
     def copier(self) -> str:
-        """What copies: a CUDA stream, a C++ thread or a Python thread."""
+        """The copier in use: a CUDA stream, a C++ thread or a Python thread."""
         return self._copier.name
 
     def names(self, index: int) -> list[str]:
-        """The streamed weights of a block, by their names in it."""
+        """Names of a block's streamed weights."""
         return list(self._blocks[index].layout.weights)
 
     def write(self, index: int, name: str, weight: Tensor) -> None:
@@ -201,11 +201,11 @@ class BlockStream:
         return block.layout.read(block.host, scratch, name)
 
     def reset_fetches(self) -> None:
-        """Count from zero."""
+        """Reset the counters."""
         self.fetches = Fetches([0] * len(self._blocks), [0] * len(self._blocks))
 
     def undo(self) -> None:
-        """Give the blocks their parameters back, on the device, and stop streaming.
+        """Stop streaming: restore the blocks' parameters on the device.
 
         Weights that were stored in fewer bits come back as decoded.
         """
@@ -226,7 +226,7 @@ class BlockStream:
 
     @contextmanager
     def resident(self, index: int, needed_by: Pass = "inference") -> Iterator[None]:
-        """Block `index` has its weights inside; the blocks that follow are on their way."""
+        """Make block `index` resident within the block, and prefetch the next ones."""
         slot = self._bring(index, needed_by)
         layout = self._blocks[index].layout
         try:
@@ -242,7 +242,7 @@ class BlockStream:
                     module.__dict__.pop(attribute, None)
 
     def _bring(self, index: int, needed_by: Pass) -> Slot:
-        """The slot that holds block `index`; the blocks that follow are on their way."""
+        """Fetch block `index` into a slot, and prefetch the next ones."""
         if not self._slots:
             raise ValueError("the stream was undone; run forward and backward again without it")
         slot = self._fetch(index, needed_by)
@@ -254,7 +254,7 @@ class BlockStream:
         return slot
 
     def _following(self, index: int, needed_by: Pass) -> list[int]:
-        """The blocks to fetch while this one computes, the next one first.
+        """The blocks to prefetch while this one computes, in order.
 
         After the last block of a forward pass comes the backward pass, whose first blocks are
         still there; in inference the stack begins again, with the next token.
@@ -276,7 +276,7 @@ class BlockStream:
         return slot
 
     def _start(self, index: int, needed_by: Pass, keep: Sequence[int]) -> Slot:
-        """Copy a block into the slot used longest ago of those that hold none of `keep`."""
+        """Copy a block into the least recently used slot that holds none of `keep`."""
         free = (slot for slot in self._slots if slot.block not in keep)
         slot = min(free, key=lambda each: each.last_used)
         slot.block = index
@@ -288,14 +288,14 @@ class BlockStream:
         return slot
 
     def _forget(self) -> None:
-        """Nothing in the slots is to be used again."""
+        """Invalidate all slots."""
         for slot in self._slots:
             self._copier.finish(slot)
             slot.block = None
         self._decoded = None
 
     def _run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The block's forward: weights fetched, and recomputed in the backward pass."""
+        """The block's forward with streamed weights, checkpointed if `recompute` is set."""
         if self.recompute:
             resident = partial(self.resident, index)
             return recomputed(self._blocks[index].module, forward, resident, args, kwargs)
@@ -307,7 +307,7 @@ class BlockStream:
             return forward(*args, **kwargs)
 
     def _pack(self, index: int, tensor: Tensor) -> Tensor | _KeptWeight:
-        """What autograd keeps of a tensor: a weight's place; anything else itself."""
+        """Pack hook: a weight is replaced by its location, other tensors are kept."""
         at = tensor.untyped_storage().data_ptr()
         slot = next(slot for slot in self._slots if slot.block == index)
         for buffer, decoded in ((slot.buffer, False), (self._scratch, True)):
@@ -317,7 +317,7 @@ class BlockStream:
         return tensor.detach()  # an output itself would keep its own graph alive
 
     def _unpack(self, kept: Tensor | _KeptWeight) -> Tensor:
-        """The tensor; a weight from wherever its block is now."""
+        """Unpack hook: a weight is fetched again with its block."""
         if isinstance(kept, Tensor):
             return kept
         buffer = self._bring(kept.index, "backward").buffer
@@ -376,7 +376,7 @@ def _refuse_unsuitable(model: nn.Module, modules: Sequence[nn.Module]) -> None:
 
 
 def _take_parameters(layout: BlockLayout, host: Tensor) -> None:
-    """Move parameters into the host buffer; the modules no longer have them."""
+    """Move parameters from the modules into the host buffer."""
     for name, stored in layout.weights.items():
         module, attribute = stored.places[0]
         parameter = module.get_parameter(attribute)
@@ -387,7 +387,7 @@ def _take_parameters(layout: BlockLayout, host: Tensor) -> None:
 
 
 def _full_names(block: nn.Module, places: list[tuple[nn.Module, str]], name: str) -> list[str]:
-    """All names in the block of a weight that it may hold in several places."""
+    """All names of a weight in its block; several if it is tied."""
     if len(places) == 1:
         return [name]
     prefixes = {id(module): prefix for prefix, module in block.named_modules()}
@@ -395,7 +395,7 @@ def _full_names(block: nn.Module, places: list[tuple[nn.Module, str]], name: str
 
 
 def _stacks(model: nn.Module, modules: Sequence[nn.Module]) -> list[int]:
-    """For each block the number of the first one in its list (an encoder's, a decoder's)."""
+    """For each block, the index of the first block in its stack (encoder or decoder)."""
     paths = {id(module): name.rpartition(".")[0] for name, module in model.named_modules()}
     first: dict[str, int] = {}
     return [first.setdefault(paths.get(id(m), ""), number) for number, m in enumerate(modules)]

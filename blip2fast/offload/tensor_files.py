@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: where each one lies, read one by one or sampled."""
+"""Locations of tensors in safetensors files, to read them one by one or sample them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PIECE = 4 << 20  # bytes read at a time where the precision differs
 
 @dataclass(frozen=True)
 class TensorFile:
-    """Where a tensor lies on disk: from byte `start` of a file."""
+    """The location of a tensor on disk."""
 
     path: Path
     start: int
@@ -67,7 +67,7 @@ class TensorFile:
         return out
 
     def sample(self) -> Sample:
-        """The values by which the tensor is told from others; see `sampled_parts`."""
+        """A sample of the tensor's values, for its identity; see `sampled_parts`."""
         parts, width = [], self.dtype.itemsize
         with self.path.open("rb", buffering=0) as file:
             for part in sampled_parts(math.prod(self.shape)):
@@ -77,7 +77,7 @@ class TensorFile:
 
 
 def _own_pages(shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
-    """An empty tensor; a large one goes back to the system as soon as it is dropped.
+    """An empty tensor; a large one gets its own mapping and is returned to the OS when freed.
 
     malloc would keep it: between weights that stay, a third of a model has been seen lying idle.
     """
@@ -115,7 +115,7 @@ def tensor_files(name: str) -> dict[str, TensorFile]:
 
 
 def file_of(name: str, file: str) -> Path | None:
-    """The place of a file of a model, by folder or hub name; None where it has none."""
+    """The path of a model's file, by folder or hub name; None if there is none."""
     if Path(name).expanduser().is_dir():
         path = Path(name).expanduser() / file
         return path if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Frozen linear layers under ZeRO-3, which keep nothing of what they read.
+"""Frozen linear layers under ZeRO-3 that save no inputs for the backward pass.
 
 DeepSpeed replaces PyTorch's linear function by one that keeps the weight itself and not a view of
 it, so that the memory of a fetched weight can be given back. It keeps the layer's input as well,
@@ -16,7 +16,7 @@ from blip2fast._imports import needs
 
 
 def keep_no_inputs(model: nn.Module) -> None:
-    """Let the linear layers of a frozen model, spread by ZeRO-3, keep no inputs for the backward.
+    """Stop the linear layers of a frozen model under ZeRO-3 from saving their inputs.
 
     Without ZeRO-3 there is nothing to do: PyTorch's own keeps none where the weight is frozen.
     """

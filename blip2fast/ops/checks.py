@@ -1,4 +1,4 @@
-"""Checks of what callers hand to the ops, with the values in the message."""
+"""Validation of the ops' inputs; messages name the offending values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_WIDTH = 8192
 
 
 def is_float(x: Tensor) -> bool:
-    """Whether a tensor cannot hold indices."""
+    """Whether a tensor is floating-point or bool, and so cannot hold indices."""
     return x.is_floating_point() or x.dtype == torch.bool
 
 

@@ -39,7 +39,7 @@ def gather_detached(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 
 class HostCopy:
-    """Numbers on their way to the host, which waits for them only where it reads them.
+    """An asynchronous copy to the host, which synchronises only when it is read.
 
     What is queued on a GPU between the two keeps it busy while the host waits.
 
@@ -54,7 +54,7 @@ class HostCopy:
             self._copied.record(torch.cuda.current_stream(x.device))
 
     def tolist(self) -> Any:
-        """The numbers, once they are there."""
+        """The values; waits for the copy."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._host.tolist()

@@ -92,7 +92,7 @@ class KernelCheck(Generic[Call]):
 
 
 def no_reasons(call: object) -> list[str]:
-    """Of a backend that runs every call."""
+    """No reasons: the backend runs every call."""
     return []
 
 

@@ -42,7 +42,7 @@ def is_supported(x: Tensor, weight: Tensor) -> bool:
 def onednn_product(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False
 ) -> Tensor:
-    """`x @ weight.T + bias` and perhaps the exact GELU; has no gradient.
+    """`x @ weight.T + bias`, optionally with exact GELU; without gradient.
 
     Args:
         x: `[..., K]`.

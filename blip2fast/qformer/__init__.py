@@ -1,4 +1,4 @@
-"""The Q-Former: a drop-in for transformers' ones, its packed form, and what exchanges the two."""
+"""The Q-Former: a drop-in for transformers' modules, its packed form, and patching."""
 
 from typing import TYPE_CHECKING
 

@@ -39,7 +39,7 @@ def check_state(what: str, state: Mapping[str, Tensor], wanted: Mapping[str, Ten
 def image_tokens(
     image_embeds: Tensor | None, images: Tensor | None, encoder: nn.Module | None, width: int
 ) -> Tensor:
-    """`[B, S, E]` tokens, given or computed by the encoder."""
+    """Image tokens `[B, S, E]`, as passed or computed by the encoder; validated."""
     if (image_embeds is None) == (images is None):
         given = "neither" if image_embeds is None else "both"
         raise ValueError(f"expected either image_embeds or images, got {given}")
@@ -78,7 +78,7 @@ def check_gathered(query_tokens: Tensor) -> None:
 
 
 def check_image_mask(image_embeds: Tensor, image_attention_mask: Tensor | None) -> Tensor | None:
-    """The mask `[B, S]` as booleans, if it fits the tokens."""
+    """Validate the mask of image tokens and return it as bool `[B, S]`."""
     if image_attention_mask is not None and image_attention_mask.shape != image_embeds.shape[:2]:
         raise ValueError(
             f"image_attention_mask: expected [B, S] = {list(image_embeds.shape[:2])}, got "

@@ -1,4 +1,4 @@
-"""Weights of several linear layers read as one, cast to the computing precision once a step.
+"""Several linear layers as one product; weights are cast to the compute dtype once a step.
 
 Only plain `nn.Linear` modules can be read this way. A module that is something else (a LoRA
 wrapper, a quantised layer, a parametrised weight, one with a user's hook) is called instead, and
@@ -20,7 +20,7 @@ from blip2fast.ops.linear import linear
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether reading a module's weight and bias says all that calling it would do."""
+    """Whether a module is an `nn.Linear` whose call is fully defined by its weight and bias."""
     hooks = (
         *module._forward_hooks.values(),
         *module._forward_pre_hooks.values(),
@@ -36,7 +36,7 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def not_plain(root: nn.Module) -> list[str]:
-    """Names of the linear-like modules below `root` that are called instead of read."""
+    """Names of the linear-like modules below `root` that must be called, not fused."""
     names = []
     inside: tuple[str, ...] = ()
     for name, module in root.named_modules():
@@ -70,7 +70,7 @@ def describe_fusion(root: nn.Module, image_form: str) -> str:
 
 
 class _ConcatCast(torch.autograd.Function):
-    """Tensors joined along the first dimension and cast, in one copy."""
+    """Concatenate along the first dimension and cast, in one copy."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *parts: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def concat_cast(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 class Linear:
-    """One linear layer in the computing precision: its weight where it is plain, else the module.
+    """One linear layer in the compute dtype; a module that is not plain is called.
 
     Args:
         module: The layer.
@@ -123,14 +123,14 @@ class Linear:
         return linear(x, self.weight, self.bias)
 
     def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The product and the bias that the next op adds; None where it is added already."""
+        """The product without its bias, and the bias for the next op; None if already added."""
         if self.weight is None:
             return self(x), None
         return linear(x, self.weight), self.bias
 
 
 class FusedLinear:
-    """Linear layers of one input, as one product where they are all plain.
+    """Linear layers that share an input, as one product if all of them are plain.
 
     Args:
         modules: The layers, of equal widths.
@@ -207,7 +207,7 @@ def image_keys_values(
 
 
 def normalised(image_embeds: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
-    """Image tokens of zero mean and unit variance, before gamma and beta; statistics in fp32."""
+    """LayerNorm of image tokens without gamma and beta; statistics in fp32."""
     if image_embeds.dtype != dtype:
         image_embeds = image_embeds.to(torch.promote_types(torch.float32, dtype))
     return F.layer_norm(image_embeds, norm.normalized_shape, eps=norm.eps).to(dtype)

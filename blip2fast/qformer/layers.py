@@ -28,7 +28,7 @@ from blip2fast.qformer.fused_linear import is_plain
 def linear(
     layer: nn.Module, x: Tensor, activation: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """`activation(layer(x))`; without a gradient by oneDNN where it takes it, GELU at no cost.
+    """`activation(layer(x))`; in inference by oneDNN where supported, with GELU fused.
 
     Args:
         layer: A linear layer, or whatever stands in its place.
@@ -55,7 +55,7 @@ def attention(
     dropout: float = 0.0,
     explicit: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention; a row that may see nothing gives zeros, never NaN.
+    """Scaled dot-product attention; a fully masked row gives zeros, not NaN.
 
     Args:
         query: `[B, H, L, D]`.
@@ -63,7 +63,7 @@ def attention(
         value: as key.
         mask: boolean (True: may be seen) or additive, broadcastable to `[B, H, L, S]`.
         dropout: probability that an attention weight is dropped.
-        explicit: compute the weights in the open and return them.
+        explicit: compute the attention weights explicitly and return them.
 
     Returns:
         The output `[B, H, L, D]` and the weights `[B, H, L, S]`, None unless `explicit`.
@@ -189,7 +189,7 @@ class QFormerAttention(nn.Module):
 
 
 class QFormerIntermediate(nn.Module):
-    """The widening half of a feed-forward network."""
+    """The first half of a feed-forward network: up-projection and activation."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()

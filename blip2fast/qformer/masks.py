@@ -1,4 +1,4 @@
-"""Attention masks of the Q-Former: every accepted form, brought to the one that the kernels take.
+"""Attention masks of the Q-Former: converts every accepted form to the one that the kernels take.
 
 A mask reaches `scaled_dot_product_attention` as `[B, 1|H, 1|L, S]`, boolean (True: may be seen) or
 floating and additive, or not at all when nothing is hidden. Forms that users write:
@@ -30,7 +30,7 @@ def prepare_mask(
     name: str,
     device: torch.device,
 ) -> Tensor | None:
-    """Brings a user's mask to the form `[B|1, 1|H, 1|rows, keys]`, or None when it hides nothing.
+    """Converts a user's mask to `[B|1, 1|H, 1|rows, keys]`; None if it masks nothing.
 
     Args:
         mask: any of the forms in this module's table, or None.
@@ -74,14 +74,14 @@ def prepare_mask(
 
 
 def _is_additive(mask: Tensor) -> bool:
-    """True where a float mask, were it read as 0/1, would show what it means to hide."""
+    """Whether a float mask is additive: read as 0/1 it would be inverted. CPU only."""
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return bool((mask < 0).any())
 
 
 def _hides_nothing(mask: Tensor) -> bool:
-    """True only where the answer is free: on an accelerator it would make the host wait."""
+    """Whether the mask is all true. CPU only: on an accelerator this would synchronise."""
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return bool(mask.all())

@@ -136,7 +136,7 @@ class QFormer(PreTrainedModel):
         return (model, report) if output_loading_info else model
 
     def recompute_layers(self) -> None:
-        """Gradient checkpointing, under the name that any version of transformers gives it."""
+        """Enable gradient checkpointing, whatever this version of transformers calls it."""
         renamed = hasattr(self, "activation_checkpointing_enable")  # transformers 5.23
         name = "activation" if renamed else "gradient"
         getattr(self, f"{name}_checkpointing_enable")({"use_reentrant": False})

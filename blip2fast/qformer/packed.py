@@ -37,7 +37,7 @@ _SITES_A_LAYER = 6
 
 @dataclass(frozen=True)
 class PackedPass:
-    """What one pass over a token buffer sees.
+    """The attention pattern of one pass over a token buffer.
 
     Attributes:
         layout: Which rows attend to which.
@@ -54,7 +54,7 @@ class PackedPass:
 
 @dataclass(frozen=True)
 class PassDropout:
-    """The dropout of one pass: its two probabilities and a mask's seed for each place.
+    """The dropout of one pass: probabilities, and the seed of the mask at each dropout site.
 
     Attributes:
         hidden_p, attention_p: Probabilities of dropping, of states and of attention weights.
@@ -83,12 +83,12 @@ class PassDropout:
         return cls(hidden_p, attention_p, torch.stack([philox[0].expand(places), offsets], 1))
 
     def place(self, layer: int, site: int) -> Tensor:
-        """The seed and offset of one of a layer's six places of dropout."""
+        """Seed and offset of one of a layer's six dropout sites."""
         return self.philox[1 + _SITES_A_LAYER * layer + site]
 
 
 class States(NamedTuple):
-    """Rows between two blocks.
+    """Hidden states between two blocks, in two precisions.
 
     LayerNorm's results are added to by the next block and read by its products. Under autocast
     PyTorch keeps the former in fp32 and rounds for the latter, and so do we: rounded residuals
@@ -109,7 +109,7 @@ def states_dtype(norm: nn.LayerNorm, dtype: torch.dtype) -> torch.dtype:
 
 
 class PackedLayer:
-    """One layer's weights in the computing precision, and what is done with them.
+    """One layer: its weights in the compute dtype, and its forward over a token buffer.
 
     Args:
         layer: Whose weights are read.
@@ -219,7 +219,7 @@ class _Residual:
 
 
 class _FeedForward:
-    """Widening, GELU, narrowing, residual and LayerNorm."""
+    """Up-projection, GELU, down-projection, residual and LayerNorm."""
 
     def __init__(
         self,
@@ -252,7 +252,7 @@ def _join(queries: States, text: States) -> States:
 
 
 def _keep(rows: Tensor, first_text: int, kept: Tensor) -> Tensor:
-    """All query rows and some text rows."""
+    """All query rows, and the selected text rows."""
     queries, text = rows[:first_text], rows[first_text:]
     return torch.cat([queries, text.index_select(0, kept)]) if len(kept) else queries
 
@@ -264,7 +264,7 @@ def _given(keys_values: Tensor | None) -> Tensor:
 
 
 class PackedQFormer:
-    """A step's reading of a `QFormer`'s weights: joined and cast once, used by all its passes.
+    """The weights of a `QFormer`, fused and cast once per step, for all passes of that step.
 
     Args:
         qformer: Whose weights are read. Its own `forward` stays what it is.
@@ -376,7 +376,7 @@ def _bound(
 
 
 def _one_block(layout: AttentionLayout) -> AttentionLayout:
-    """The layout in which one block stands for all of them, and every joint text sees it."""
+    """The layout in which a single block stands for all equal blocks."""
     joint = (layout.offsets[-1] - layout.offsets[0]).view(1)
     return replace(
         layout,

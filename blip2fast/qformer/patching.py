@@ -1,4 +1,4 @@
-"""Swapping blip2fast's Q-Former into transformers models that hold one, and back.
+"""Replaces the Q-Formers inside transformers models by blip2fast's, and restores them.
 
 Both Q-Formers have the same tree of modules. Only its inner nodes are replaced (attention blocks,
 layers, the Q-Former itself): the leaves (`nn.Linear`, `nn.LayerNorm`, `nn.Embedding`, or whatever
@@ -94,7 +94,7 @@ def patch(model: Model) -> Model:
 
 
 def unpatch(model: Model) -> Model:
-    """Puts the original Q-Formers back, with all that has happened to their parameters since.
+    """Restores the original Q-Formers; they keep the current parameter values.
 
     Args:
         model: what `patch` returned, changed in place (unless it is a bare Q-Former).
@@ -130,7 +130,7 @@ def _patched(model: nn.Module) -> list[QFormer]:
 
 
 def _swap(model: Model, swaps: dict[nn.Module, nn.Module]) -> Model:
-    """Puts each value in its key's place, wherever in the model that is."""
+    """Replaces each key by its value, wherever it occurs in the model."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in swaps:
@@ -182,7 +182,7 @@ def _inner_nodes(qformer: nn.Module, original: nn.Module) -> Iterator[tuple[nn.M
 
 
 def _carry(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
-    """Gives the second node of each pair the leaves and the state of the first."""
+    """Moves leaves and state from the first node of each pair to the second."""
     inner = {node for pair in pairs for node in pair}
     for source, target in pairs:
         for name, child in source._modules.items():

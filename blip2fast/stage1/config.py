@@ -103,7 +103,7 @@ class Stage1Config:
 
 
 def check_sizes(config: Any) -> None:
-    """Refuse integer fields of a sizes dataclass that are no integers, or not positive.
+    """Validate the integer fields of a sizes dataclass.
 
     Token ids may be 0. The hidden width must be a multiple of the number of heads.
 
@@ -125,7 +125,7 @@ def check_sizes(config: Any) -> None:
 
 
 def check_losses(names: Sequence[str]) -> tuple[str, ...]:
-    """The losses in the order of `LOSSES`.
+    """Validate the names of losses; returns them in the order of `LOSSES`.
 
     Raises:
         ValueError: another name, or no ITC.
@@ -181,7 +181,7 @@ class Stage1Output(ModelOutput):
         similarities: Callable[[], tuple[Tensor, Tensor]],
         itg_logits: Callable[[], Tensor],
     ) -> Stage1Output:
-        """Say how to compute what a step itself does without."""
+        """Set how to compute the outputs that a step does not need itself."""
         self.__dict__["_similarities"] = functools.cache(similarities)
         self.__dict__["_itg_logits"] = functools.cache(itg_logits)
         return self

@@ -1,4 +1,4 @@
-"""ITC over more pairs than one pass has memory for.
+"""ITC over more pairs than fit into memory at once (GradCache).
 
 A contrastive loss needs all its pairs at once, but its encoders do not: features of every
 micro-batch first, without gradient; the loss of all and its gradients with respect to features;
@@ -26,7 +26,7 @@ Encode = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def products(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """The type that ITC rounds normalised features to before it multiplies them; None: none.
+    """The dtype in which ITC multiplies normalised features; None: as they are.
 
     Args:
         dtype: Of the model's products.
@@ -37,7 +37,7 @@ def products(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class StepContrast:
-    """What a micro-batch takes from the contrast of the whole optimizer step.
+    """One micro-batch's share of the ITC loss of a whole optimizer step.
 
     Attributes:
         philox: `[2]`, seed and offset of the dropout with which its features were computed.
@@ -56,7 +56,7 @@ class StepContrast:
     d_temp: Tensor
 
     def loss_of(self, image_features: Tensor, text_features: Tensor, temp: Tensor) -> Tensor:
-        """The loss of the step, with this micro-batch's part of its gradient behind it.
+        """The loss of the step, whose backward gives this micro-batch's share of the gradient.
 
         Raises:
             ValueError: The features are not of the micro-batch that this was made for.
@@ -81,7 +81,7 @@ class StepContrast:
 def step_contrast(
     encode: Encode, batches: Sequence[Mapping[str, Any]], config: Stage1Config
 ) -> list[StepContrast]:
-    """Compare all pairs of the batches of one optimizer step, of all processes.
+    """ITC over all pairs of an optimizer step, of all micro-batches and processes.
 
     Every process must call this, with as many batches of the same sizes. For the sum over batches
     of `forward(**batch, contrast=...).loss / len(batches)`, ITC's gradient is that of one batch

@@ -1,4 +1,4 @@
-"""Captions from the stage-1 model, word by word."""
+"""Greedy caption generation with the stage-1 model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks on what a caller hands to stage 1, with the values in the message.
+"""Validation of stage-1 inputs; messages name the offending values.
 
 Checks that would make a GPU wait for the host look at CPU tensors only.
 """
@@ -87,7 +87,7 @@ def _check_padding(real: Tensor) -> None:
 
 
 def check_pairs(image_embeds: Tensor, texts: PackedTexts) -> None:
-    """One text to each image."""
+    """Require one text per image."""
     if len(image_embeds) != texts.count:
         raise ValueError(
             f"input_ids: expected one text for each of {len(image_embeds)} images, got "
@@ -96,7 +96,7 @@ def check_pairs(image_embeds: Tensor, texts: PackedTexts) -> None:
 
 
 def check_training_batch(texts: PackedTexts, image_ids: Tensor | None) -> None:
-    """What only the losses need: something to contrast with, something to predict."""
+    """Require what the losses need: at least one negative and one token to predict."""
     B = texts.count
     if B * world_size() < 2:
         raise ValueError(
@@ -115,7 +115,7 @@ def check_training_batch(texts: PackedTexts, image_ids: Tensor | None) -> None:
 def sizes_of_ranks(
     image_embeds: Tensor, texts: PackedTexts, image_ids: Tensor | None, visible: Tensor | None
 ) -> HostCopy:
-    """What must be equal on every rank, and the longest T, for `check_ranks_agree`.
+    """Gather the batch sizes of all ranks, for `check_ranks_agree`.
 
     Every rank must call this, whatever its batch.
     """
@@ -130,7 +130,7 @@ def sizes_of_ranks(
 
 
 def check_ranks_agree(sizes: HostCopy) -> int:
-    """The longest T of all ranks; all else that is gathered must have one shape everywhere.
+    """Require equal batch shapes on all ranks; returns the longest T of any rank.
 
     A mismatch found by the collectives themselves would hang or abort the processes: this must
     come before the first of them.
@@ -154,7 +154,7 @@ def check_ranks_agree(sizes: HostCopy) -> int:
 
 
 def check_negatives(negatives: tuple[Tensor, Tensor], batch: int) -> tuple[Tensor, Tensor]:
-    """The two index tensors, if they point into the batch of all ranks."""
+    """Validate negatives passed by the caller: indices into the global batch, not own pairs."""
     world_batch = batch * world_size()
     for name, index in zip(("negative_image", "negative_text"), negatives, strict=True):
         if index.shape != (batch,) or is_float(index):
@@ -173,7 +173,7 @@ def check_negatives(negatives: tuple[Tensor, Tensor], batch: int) -> tuple[Tenso
 
 
 def check_some_negative(without: Tensor, image_ids: Tensor | None) -> None:
-    """Every row has a pair of another image to be told from; looked at on the CPU only."""
+    """Require a negative for every row. Checked for CPU tensors only."""
     if without.device.type == "cpu" and bool(without.any()):
         rows = without.nonzero().flatten().tolist()
         why = "every pair in the batch shares their image id"
@@ -186,6 +186,6 @@ def check_some_negative(without: Tensor, image_ids: Tensor | None) -> None:
 
 
 def check_new_tokens(max_new_tokens: int, limit: int) -> None:
-    """A text to write must have a token and fit the position table."""
+    """Require between one token and as many as the position table holds."""
     if not 1 <= max_new_tokens <= limit:
         raise ValueError(f"max_new_tokens: expected 1 to {limit}, got {max_new_tokens}")

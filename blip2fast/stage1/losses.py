@@ -15,7 +15,7 @@ from blip2fast.ops.collectives import GradMode, gather_detached, gather_with_gra
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Vectors `[..., D]` over their length; half precision would be off by 4e-3."""
+    """L2-normalise the last dimension, in fp32 or fp64; half precision is off by 4e-3."""
     return F.normalize(wide(x), dim=-1)
 
 
@@ -45,7 +45,7 @@ def max_query_similarity(
 def itc_logits(
     image_features: Tensor, text_features: Tensor, temp: Tensor, grad_mode: GradMode = "local"
 ) -> tuple[Tensor, Tensor]:
-    """Similarities of this rank's images and texts with those of all ranks, over temperature.
+    """ITC logits: similarities of this rank's images and texts with all ranks', over temperature.
 
     Args:
         image_features: `[b, Q, D]`, normalised.

@@ -46,7 +46,7 @@ _NEGATIVES_OFFSET = 2**31
 
 
 class Blip2Stage1(nn.Module):
-    """The Q-Former with its three stage-1 heads, on a frozen image encoder.
+    """The Q-Former with the ITC, ITM and ITG heads, on a frozen image encoder.
 
     Args:
         config: Sizes.
@@ -263,7 +263,7 @@ class Blip2Stage1(nn.Module):
         image_embeds: Tensor,
         image_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Queries that saw the image alone.
+        """Image features, from a pass of the queries over the image alone.
 
         Args:
             image_embeds: `[B, S, E]`, before `ln_vision`.
@@ -287,7 +287,7 @@ class Blip2Stage1(nn.Module):
         return self._image_features(states), states
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Features of texts that saw no image: the projected [CLS] state, normalised.
+        """Text features: the normalised projection of the unimodal [CLS] state.
 
         Args:
             input_ids: `[B, T]`.
@@ -315,7 +315,7 @@ class Blip2Stage1(nn.Module):
         *,
         image_index: Tensor | None = None,
     ) -> Tensor:
-        """Does text i describe its image? Logits `[B, 2]`; class 1 is "match".
+        """ITM logits `[B, 2]` of image-text pairs; class 1 is "match".
 
         Args:
             image_embeds: `[B, S, E]`, before `ln_vision`.
@@ -391,7 +391,7 @@ class Blip2Stage1(nn.Module):
         image_attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `forward` compares in ITC, without gradient, for `step_contrast`.
+        """The ITC features of `forward`, without gradient, for `step_contrast`.
 
         In training mode it has the dropout of `philox`.
 
@@ -414,7 +414,7 @@ class Blip2Stage1(nn.Module):
         return image.to(kind), text.to(kind), self.temp.detach().reshape(()).clone()
 
     def _reader(self) -> Reader:
-        """The weights of a step, read once; products in autocast's precision where it is on."""
+        """A reader of this step's weights; its compute dtype is autocast's if that is enabled."""
         check_gathered(self.query_tokens)
         dtype, device = self.query_tokens.dtype, self.query_tokens.device.type
         if torch.is_autocast_enabled(device):
@@ -430,11 +430,11 @@ class Blip2Stage1(nn.Module):
         return losses.l2_normalize(self.text_projection(states))
 
     def _matching_logits(self, states: Tensor) -> Tensor:
-        """ITM logits of query states `[N, Q, C]`; the mean over queries goes through the head."""
+        """ITM logits of query states `[N, Q, C]`; the head is applied to the mean over queries."""
         return wide(self.itm_head(wide(states).mean(1).to(states.dtype)))
 
     def _generation_loss(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """ITG's loss and accuracy from the rows that predict a word, `[K, C]`."""
+        """ITG loss and accuracy from the states `[K, C]` that predict a token."""
         hidden = self.lm_head.transform(states)
         words = self.embeddings.word_embeddings.weight
         loss, right = lm_cross_entropy(
@@ -449,7 +449,7 @@ class Blip2Stage1(nn.Module):
     def _padded_logits(
         self, image_embeds: Tensor, texts: PackedTexts, length: int, visible: Tensor | None
     ) -> Tensor:
-        """ITG's word scores `[B, length, V]`, those of padding included."""
+        """ITG logits `[B, length, V]` from a padded pass, padding positions included."""
         B, Q = texts.count, self.config.num_query_tokens
         ids, lengths = texts.padded(length, self.config.pad_token_id)
         ids = torch.cat([torch.full_like(ids[:, :1], self.config.bos_token_id), ids[:, 1:]], 1)
@@ -467,7 +467,7 @@ class Blip2Stage1(nn.Module):
         return logits
 
     def image_tokens(self, image_embeds: Tensor | None, images: Tensor | None = None) -> Tensor:
-        """`[B, S, E]` tokens, given or computed by the image encoder, checked."""
+        """Image tokens `[B, S, E]`, as passed or computed by the image encoder; validated."""
         width = self.config.encoder_hidden_size
         tokens = image_tokens(image_embeds, images, self.image_encoder, width)
         check_gathered(self.query_tokens)
@@ -479,7 +479,7 @@ class Blip2Stage1(nn.Module):
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None = None,
     ) -> PackedTexts:
-        """The texts of `forward` without padding, checked, on the model's device."""
+        """The texts of `forward` without padding, validated, on the model's device."""
         texts = packed_texts(
             input_ids,
             attention_mask,

@@ -1,4 +1,4 @@
-"""The text side of stage 1: embeddings in front of the Q-Former, the generation head behind it.
+"""The text modules of stage 1: input embeddings and the generation head.
 
 Shapes: B images, T text tokens, C hidden width, V words.
 """
@@ -33,7 +33,7 @@ class TextEmbeddings(nn.Module):
 
 
 class LMHeadTransform(nn.Module):
-    """Dense, GELU, LayerNorm before the word scores."""
+    """The transform before the decoder: dense, GELU, LayerNorm."""
 
     def __init__(self, config: Stage1Config) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class LMHeadTransform(nn.Module):
 
 
 class LMHead(nn.Module):
-    """Word scores of text states, through the word embeddings (tied) and a bias of its own."""
+    """The language-modelling head; its decoder is tied to the word embeddings."""
 
     def __init__(self, config: Stage1Config) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Fetch what belongs to the sampled negatives from the ranks that hold it.
+"""Fetches the rows of sampled negatives from the ranks that hold them.
 
 LAVIS gathers the image tokens of every pair on every rank; a rank reads as many of them as it has
 negatives. Here only those travel.
@@ -20,7 +20,7 @@ from blip2fast.ops.collectives import gather_detached, rank, world_size
 
 @dataclass(frozen=True)
 class Route:
-    """How the rows of one list travel.
+    """The send and receive plan of one list of rows.
 
     Attributes:
         sent_rows: The rows of this rank that are wanted, in the order of the ranks that want them.
@@ -35,7 +35,7 @@ class Route:
 
 
 class NegativeExchange:
-    """The way of a list of rows from the ranks that hold them to the ranks that want them.
+    """Sends a list of rows from the ranks that hold them to the ranks that need them.
 
     Built once for a list of negatives and used for all that belongs to them. On several ranks
     building it makes the host wait, for how many rows each rank wants of each; `for_lists` builds
@@ -75,7 +75,7 @@ class NegativeExchange:
     def for_lists(
         cls, indices: Sequence[Tensor], batch: int, group: ProcessGroup | None = None
     ) -> list[NegativeExchange]:
-        """An exchange for each of several lists: one collective, one wait of the host.
+        """Exchanges for several lists, with one collective and one host synchronisation.
 
         Args:
             indices: Lists `[k]` as in the constructor, of one length.
@@ -97,7 +97,7 @@ class NegativeExchange:
         ]
 
     def rows(self, x: Tensor) -> Tensor:
-        """The wanted rows of `x [batch, ...]`, of which every rank holds its own part.
+        """The requested rows of `x [batch, ...]`, which is sharded over the ranks.
 
         Differentiable: the gradient of a row goes back to the rank that holds it, summed over all
         who wanted it (the gradient of the sum of the ranks' losses).

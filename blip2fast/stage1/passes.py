@@ -26,7 +26,7 @@ from blip2fast.stage1.texts import PackedTexts
 
 @dataclass(frozen=True)
 class ProjectedImages:
-    """The images of a pass.
+    """Image tokens of a step with their projected keys and values.
 
     Attributes:
         tokens: `[B, S, E]`, the frozen encoder's, before `ln_vision`.
@@ -40,7 +40,7 @@ class ProjectedImages:
 
 
 class Reader:
-    """The Q-Former of stage 1 over token buffers, its weights read once for all passes of a step.
+    """Runs the packed Q-Former of stage 1; weights are read once for all passes of a step.
 
     Args:
         qformer: Whose weights are read.
@@ -102,7 +102,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class ContrastPass:
-    """Pass 1: its words, what it sees, and what the last layer's text rows predict.
+    """The token buffer of pass 1, its attention pattern, and the labels of ITG.
 
     Attributes:
         ids, positions: `[T]` words and places of all text rows.
@@ -183,7 +183,7 @@ def first_pass(
     philox: Tensor,
     bos_token_id: int | None = None,
 ) -> FirstPass:
-    """Images and texts, each alone, and the texts again behind their images.
+    """Run pass 1: images alone and texts alone (ITC), and texts after their images (ITG).
 
     A row's dropout depends on its place, and ITG's rows are the last: without them the states of
     ITC are the same.
@@ -311,7 +311,7 @@ def second_pass(
 def images_of_pairs(
     reader: Reader, images: ProjectedImages, wanted: NegativeExchange
 ) -> tuple[list[Tensor | None], Tensor | None, KVIndex]:
-    """The images of the 3B pairs: this rank's, and of the others' only the sampled negatives.
+    """Keys and values for the 3B pairs: this rank's images, and the sampled negatives of others.
 
     Args:
         reader: Projects what arrives from other ranks.
@@ -337,7 +337,7 @@ def images_of_pairs(
 
 
 def _rows_of(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """Text rows of `[B, T]` ids whose lengths only the device may know.
+    """Unpad `[B, T]` ids without a host synchronisation.
 
     On the CPU the padding is dropped. On an accelerator the number of real tokens would make the
     host wait: there every text keeps T rows, and its padding becomes a text of its own that nobody

@@ -1,4 +1,4 @@
-"""Stage-1 weights from transformers' checkpoints: BERT, which BLIP-2 starts from, and retrieval.
+"""Stage-1 weights from transformers: BERT, which BLIP-2 starts from, and BLIP-2 retrieval.
 
 LAVIS's checkpoints are `Blip2Stage1.from_lavis_state_dict`.
 """

@@ -1,4 +1,4 @@
-"""Texts without padding: token ids end to end, and where each text starts.
+"""Packed texts: token ids without padding, and offsets.
 
 `cu_seqlens` (B+1 offsets, the first 0, the last T_total) is the convention of variable-length
 attention kernels.
@@ -29,7 +29,7 @@ def pack_text(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor
 
 
 def check_packed(packed_ids: Tensor, cu_seqlens: Tensor) -> None:
-    """Refuse offsets that do not cover the packed ids; offsets on the CPU keep this free.
+    """Require offsets that cover the packed ids. Synchronises if the offsets are on a GPU.
 
     Raises:
         ValueError: naming the offsets.
@@ -48,7 +48,7 @@ def check_packed(packed_ids: Tensor, cu_seqlens: Tensor) -> None:
 
 @dataclass(frozen=True)
 class PackedTexts:
-    """B texts end to end.
+    """B texts, concatenated without padding.
 
     Attributes:
         ids: `[T_total]` int64, each text as [CLS] words [SEP].

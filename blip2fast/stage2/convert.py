@@ -64,7 +64,7 @@ class VisionTokens(nn.Module):
 def trained_from_stage1(
     state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What a stage-1 state has of the tensors `wanted`, under stage 2's names."""
+    """The tensors of a stage-1 state that stage 2 needs, under stage 2's names."""
     found = {}
     for name in wanted:
         new = next((new for new in _TEXT_BRANCH if name.startswith(new)), "")
@@ -222,6 +222,6 @@ def _transformers_config(
 
 
 def _fields(vision_model: VisionModel, kind: type[PreTrainedConfig]) -> dict[str, Any]:
-    """A vision model's sizes as its twin's: BLIP-2 and InstructBLIP have the same one."""
+    """The fields of a vision config, for the equal config class of BLIP-2 or InstructBLIP."""
     known = kind().to_dict().keys() - {"model_type", "transformers_version", "architectures"}
     return {name: v for name, v in vision_model.config.to_dict().items() if name in known}

@@ -1,4 +1,4 @@
-"""Words from the language model, after soft prompts and an optional text.
+"""Text generation after soft prompts and an optional text.
 
 The beams (or samples) of a row have everything before their first word in common. A decoder-only
 model reads it once a row and its keys and values are repeated; transformers' `generate` repeats the
@@ -32,7 +32,7 @@ def write(
     image_counts: Tensor | None = None,
     **generate_kwargs: Any,
 ) -> Any:
-    """What `Blip2Stage2.generate` does after the images: see there.
+    """Generate text from soft prompts: see `Blip2Stage2.generate`.
 
     Args:
         language_model: the frozen model.

@@ -1,4 +1,4 @@
-"""What stage 2 asks of a frozen language model, for any `AutoModelForCausalLM` or `Seq2SeqLM`."""
+"""The frozen language model of stage 2: any `AutoModelForCausalLM` or `Seq2SeqLM`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from blip2fast.stage2.token_rows import IGNORED, IMAGE_PLACE
 
 @torch.no_grad()
 def match_embedding_scale(projection: nn.Linear, language_model: PreTrainedModel) -> None:
-    """Draw the projection anew: inputs of unit variance give outputs of the embeddings' spread.
+    """Re-initialise the projection: unit-variance inputs give outputs with the embeddings' std.
 
     Gemma's and BART's embedding modules multiply what they look up.
     """
@@ -41,7 +41,7 @@ def freeze(module: nn.Module) -> None:
 
 
 def use_activation(language_model: PreTrainedModel, name: str) -> None:
-    """Put another activation into a T5's feed-forward layers than its configuration says.
+    """Replace the activation of a T5's feed-forward layers.
 
     Raises:
         ValueError: not a T5, or an activation that transformers does not know.
@@ -60,7 +60,7 @@ def use_activation(language_model: PreTrainedModel, name: str) -> None:
 
 @contextmanager
 def without_dropout(language_model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode inside, for text that is written in the middle of a training."""
+    """Evaluation mode within the block, for generation during training."""
     was_training = language_model.training
     language_model.eval()
     try:
@@ -70,7 +70,7 @@ def without_dropout(language_model: PreTrainedModel) -> Iterator[None]:
 
 
 def recompute_layers(language_model: PreTrainedModel) -> None:
-    """Keep no activations inside the model's layers; the backward pass computes them again.
+    """Enable gradient checkpointing of a frozen model's layers.
 
     transformers' own switch works in training mode only, which a frozen model never is in.
 
@@ -113,13 +113,13 @@ def is_encoder_decoder(language_model: PreTrainedModel) -> bool:
 
 
 def position_limit(language_model: PreTrainedModel) -> int | None:
-    """Most positions the model reads; None where it has no such limit (T5)."""
+    """The model's maximum sequence length; None if unlimited (T5)."""
     limit = getattr(language_model.config.get_text_config(), "max_position_embeddings", None)
     return None if limit is None else int(limit)
 
 
 def check_positions(language_model: PreTrainedModel, **lengths: int) -> None:
-    """Refuse a sequence, the sum of its named parts, that the model has no positions for."""
+    """Refuse a sequence, given as named parts, that exceeds the model's maximum length."""
     limit, total = position_limit(language_model), sum(lengths.values())
     if limit is not None and total > limit:
         parts = " + ".join(f"{count} {name.replace('_', ' ')}" for name, count in lengths.items())
@@ -156,7 +156,7 @@ def check_text(
 
 
 def logits_on_rows(language_model: PreTrainedModel, rows: Tensor, **inputs: Any) -> Tensor:
-    """Logits of some positions only, so that the head never sees prompts, padding and questions.
+    """Logits at selected positions; the head skips prompts, padding and questions.
 
     The head's input is cut by a hook and not by calling the parts of the model, because models
     scale or cap their logits after the head (Gemma 2, Granite, Cohere), each for itself. A head
@@ -200,7 +200,7 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Where [B, T] labels count: image numbers and text positions, [R] each.
+    """Indices of the labels [B, T] that count: sample and position, [R] each.
 
     Raises:
         ValueError: nowhere.
@@ -215,7 +215,7 @@ def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def refuse_decoder_inputs(language_model: PreTrainedModel, *inputs: Tensor | None) -> None:
-    """A decoder-only model has one sequence."""
+    """Refuse decoder inputs for a decoder-only model."""
     if any(x is not None for x in inputs):
         raise ValueError(
             f"decoder_input_ids, decoder_attention_mask: {type(language_model).__name__} is "
@@ -296,7 +296,7 @@ def default_labels(input_ids: Tensor, mask: Tensor, in_place: bool) -> Tensor:
 
 
 def predictable(labels: Tensor) -> Tensor:
-    """Labels [B, T] without the first column, which no position stands before."""
+    """Labels [B, T] with the first column ignored: no position precedes it."""
     return torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, 1:]], dim=1)
 
 

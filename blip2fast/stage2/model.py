@@ -52,7 +52,7 @@ FROZEN = ("language_model.", "image_encoder.")
 
 
 class Blip2Stage2(nn.Module):
-    """A Q-Former and a projection that a frozen language model reads images through.
+    """A Q-Former and a projection that turn images into soft prompts of a frozen language model.
 
     The language model and the image encoder are frozen and never in training mode (no dropout;
     `config.llm_dropout` lets the language model drop out in training), and the language model
@@ -138,7 +138,7 @@ class Blip2Stage2(nn.Module):
 
     @classmethod
     def from_transformers(cls, model: TransformersModel) -> Blip2Stage2:
-        """Take over a transformers BLIP-2 or InstructBLIP.
+        """Convert a transformers BLIP-2 or InstructBLIP.
 
         Its language and vision models are shared, not copied. transformers keeps `ln_vision` as
         the vision model's `post_layernorm`, with the epsilon of the vision configuration; both are
@@ -163,7 +163,7 @@ class Blip2Stage2(nn.Module):
     def to_transformers(
         self, image_token_id: int, vision_model: VisionModel | None = None
     ) -> TransformersModel:
-        """The same model as transformers', which can be saved and loaded there.
+        """Convert to a transformers model, which can be saved and loaded there.
 
         An InstructBLIP where the Q-Former is text-conditioned, else a BLIP-2.
 
@@ -399,7 +399,7 @@ class Blip2Stage2(nn.Module):
         prompts: Tensor | None = None,
         **generate_kwargs: Any,
     ) -> Any:
-        """Let the language model write, after the soft prompts and an optional text.
+        """Generate text after the soft prompts and an optional text prompt.
 
         The soft prompts are computed once for all beams and samples. Padding of `input_ids` may
         be on either side: rows give what they give alone. Under DeepSpeed ZeRO-3 the trained
@@ -458,7 +458,7 @@ class Blip2Stage2(nn.Module):
         }
 
     def load_trainable_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `trainable_state_dict` gave.
+        """Load a state dict of `trainable_state_dict`.
 
         Raises:
             ValueError: a tensor that is missing, unknown, or of another shape.

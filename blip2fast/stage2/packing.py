@@ -1,4 +1,4 @@
-"""Texts of different lengths without their padding, in a decoder-only language model.
+"""Sequence packing for a decoder-only language model: samples share rows, no padding.
 
 The rows of a batch, soft prompts and text, are put one behind another into fewer rows of about one
 length. A position sees the earlier ones of its own sample, and is counted from its sample's start:
@@ -36,7 +36,7 @@ FAMILIES = ("opt", "llama", "qwen2", "qwen3", "gemma", "granite", "cohere", "gpt
 
 
 def not_packable_reasons(language_model: PreTrainedModel) -> list[str]:
-    """Why the rows of a batch cannot share a row in this model; none where they can."""
+    """Why samples cannot be packed into one row in this model; empty if they can."""
     config = language_model.config
     if config.is_encoder_decoder:
         return ["an encoder-decoder counts positions by columns"]
@@ -55,7 +55,7 @@ def not_packable_reasons(language_model: PreTrainedModel) -> list[str]:
 
 
 def check_packable(language_model: PreTrainedModel) -> None:
-    """Refuse a model in which samples cannot share a row.
+    """Require a model that supports packing.
 
     Raises:
         ValueError: all reasons why.
@@ -70,7 +70,7 @@ def check_packable(language_model: PreTrainedModel) -> None:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Where each position of a batch went.
+    """The positions of a batch after packing.
 
     Attributes:
         source: [R * P], the position in the flattened [B * L]; 0 where the row has ended.
@@ -115,7 +115,7 @@ class PackedRows:
 
 
 def pack(mask: Tensor, width: int, row_length: int) -> PackedRows | None:
-    """Put the samples of a batch behind one another.
+    """Pack the samples of a batch into fewer rows.
 
     Args:
         mask: [B, L], nonzero where a position is real.

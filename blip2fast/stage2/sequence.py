@@ -84,7 +84,7 @@ def _in_place(
 
 
 def check_counts(image_counts: Tensor, num_texts: int, num_images: int) -> int:
-    """B, where `image_counts` are [B] integers that add up to the images given."""
+    """Validate `image_counts` [B], which must add up to the number of images; returns B."""
     if image_counts.shape != (num_texts,) or is_float(image_counts):
         raise ValueError(
             f"image_counts: expected [B] = [{num_texts}] integers, got {describe(image_counts)}"
@@ -99,7 +99,7 @@ def check_counts(image_counts: Tensor, num_texts: int, num_images: int) -> int:
 
 
 def _check_places(is_place: Tensor, image_counts: Tensor, Q: int) -> None:
-    """Refuse a row whose places are not Q for each of its images.
+    """Require Q placeholders for each image of a row.
 
     The loss waits for the host anyway (its label rows), so this may wait on a GPU too.
     """
@@ -156,7 +156,7 @@ def instruction(
 
 
 def empty_text(language_model: PreTrainedModel, prompts: Tensor) -> Tensor:
-    """What a tokenizer makes of no text: bos, or eos before a decoder; [B, 0 or 1]."""
+    """Token ids of an empty text: bos, or eos for an encoder; [B, 0 or 1]."""
     config = language_model.config.get_text_config()
     token = config.eos_token_id if language_model.config.is_encoder_decoder else config.bos_token_id
     if isinstance(token, list):
@@ -166,7 +166,7 @@ def empty_text(language_model: PreTrainedModel, prompts: Tensor) -> Tensor:
 
 
 def padded_on(side: str, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The same rows of [B, L, C] embeddings with all padding on one side, wherever it was.
+    """Move all padding of [B, L, C] embeddings to one side.
 
     On the "left" for a decoder-only model, which continues from the last column. In front of the
     soft prompts too: between them and the text, a model that looks back over a fixed number of

@@ -162,7 +162,7 @@ class Stage2Text:
         batch_size: int | None = None,
         image_counts: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """What the language model reads before it generates.
+        """Prompt tensors for generation.
 
         Decoder-only prompts are padded on the left, so that every row's continuation starts at
         the same column; an encoder's on the right.
@@ -193,7 +193,7 @@ class Stage2Text:
         return batch | self._instructions(prompts)
 
     def decode(self, ids: Tensor) -> list[str]:
-        """Texts of generated tokens [B, T], cut at the first end token, without outer spaces."""
+        """Decode generated tokens [B, T] up to the first end token; strips whitespace."""
         texts = []
         for row in ids.tolist():
             kept = row[: row.index(self.end_token_id)] if self.end_token_id in row else row
@@ -213,7 +213,7 @@ class Stage2Text:
         return [template.replace("{}", question).rstrip() for question in questions]
 
     def _instructions(self, prompts: list[str]) -> dict[str, Tensor]:
-        """What a text-conditioned Q-Former reads of each sample."""
+        """Inputs of a text-conditioned Q-Former: the prompts without image markers."""
         if self.qformer_tokenizer is None:
             return {}
         words = [" ".join(self._without_markers(prompt).split()) for prompt in prompts]
@@ -222,7 +222,7 @@ class Stage2Text:
         return {f"qformer_{name}": tokens[name] for name in names}
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text, without special ones; texts that return are not read again."""
+        """Tokens of each text without special tokens; cached by text."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if len(self._known) + len(new) > KNOWN_TEXTS:
             self._known.clear()
@@ -232,7 +232,7 @@ class Stage2Text:
         return [self._known[text] for text in texts]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """One `IMAGE_PLACE` for a marker; what is between markers is tokenized by itself."""
+        """Replace each marker by one `IMAGE_PLACE`; tokenize the text between markers."""
         if self.image_marker is None:
             return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
         parts = [split_at_markers(text, self.image_marker) for text in texts]
@@ -251,7 +251,7 @@ class Stage2Text:
         return text if self.image_marker is None else text.replace(self.image_marker, " ")
 
     def _prompt_ids(self, prompts: list[str]) -> list[list[int]]:
-        """What the model reads before it writes, special tokens included."""
+        """Token ids of each prompt, special tokens included."""
         unique = list(dict.fromkeys(prompts))  # mostly one prompt for all
         after = self._after if self.is_encoder_decoder else []
         rows = {}
@@ -322,7 +322,7 @@ class Stage2Text:
     def _random_split(
         self, text: str, ids: list[int], index: int, epoch: int
     ) -> tuple[list[int], list[int]]:
-        """The halves of a text, for encoder and decoder."""
+        """Split a text at a random point: encoder ids and decoder labels."""
         room = self.max_txt_len - len(self._before) - max(1, len(self._after))
         start = max((i + 1 for i, token in enumerate(ids) if token == IMAGE_PLACE), default=0)
         kept = ids[start : start + max(0, room - num_tokens(ids[:start]))]

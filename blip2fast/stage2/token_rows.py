@@ -13,18 +13,18 @@ IMAGE_PLACE = -1  # in token ids: the place of a soft prompt
 
 
 def num_tokens(row: list[int]) -> int:
-    """Tokens of text; images do not count."""
+    """Number of text tokens, images excluded."""
     return len(row) - row.count(IMAGE_PLACE)
 
 
 def with_special_tokens(ids: list[int], before: list[int]) -> list[int]:
-    """With the special tokens `before` a text, after the images at its very front."""
+    """Insert the special tokens `before` the text, after any leading images."""
     front = next((i for i, token in enumerate(ids) if token != IMAGE_PLACE), len(ids))
     return [*ids[:front], *before, *ids[front:]]
 
 
 def truncate(row: list[int], max_txt_len: int, text: str) -> list[int]:
-    """At most `max_txt_len` tokens and all images of a row.
+    """Truncate a row to `max_txt_len` text tokens; it must keep all images.
 
     Raises:
         ValueError: an image is cut off; `text` is named.
@@ -43,14 +43,14 @@ def truncate(row: list[int], max_txt_len: int, text: str) -> list[int]:
 
 
 def expand_images(row: list[int], value: int, Q: int) -> list[int]:
-    """The row with Q times `value` for each image."""
+    """Replace each image placeholder by Q times `value`."""
     if IMAGE_PLACE not in row:
         return row
     return [x for token in row for x in ([value] * Q if token == IMAGE_PLACE else [token])]
 
 
 def split_at_markers(text: str, marker: str) -> list[str]:
-    """What is between markers, without the spaces beside them."""
+    """The text between markers, without the spaces beside them."""
     parts = text.split(marker)
     last = len(parts) - 1
     parts = [part.lstrip() if i > 0 else part for i, part in enumerate(parts)]
@@ -58,13 +58,13 @@ def split_at_markers(text: str, marker: str) -> list[str]:
 
 
 def pad_rows(rows: list[list[int]], value: int, side: str) -> Tensor:
-    """[B, T] of rows, padded with `value` on one side."""
+    """Stack rows to [B, T], padded with `value` on one side."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
 def common_prefix(left: list[int], right: list[int]) -> int:
-    """How many first tokens two rows share."""
+    """Length of the common prefix of two rows."""
     for position, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return position
@@ -72,7 +72,7 @@ def common_prefix(left: list[int], right: list[int]) -> int:
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokens that the tokenizer puts before and after a text.
+    """Special tokens that the tokenizer puts before and after a text.
 
     Found by trying: OPT's bos and eos are the same token, so its number does not tell the side.
     """

@@ -1,4 +1,4 @@
-"""From a run's configuration to its parts: tokenizer, model, batches, held-out data."""
+"""Builds the parts of a run from its configuration: tokenizer, model, batches, held-out data."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def _image_files(config: RunConfig, folder: str | None, augment: bool) -> FileIm
 
 
 def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str, Any]:
-    """Sizes that the model section and the start agree on."""
+    """The model's sizes, from the model section and the model to start from."""
     names = [f.name for f in dataclasses.fields(config.model)]
     wanted = {n: getattr(config.model, n) for n in names if n not in ("tokenizer", "bert")}
     dropout = wanted.pop("dropout")
@@ -214,7 +214,7 @@ def _model(
 
 
 def _refuse_other_tokens(config: RunConfig, start: Description, source: _ImageSource) -> None:
-    """Refuse image tokens of another encoder; by their names, where one is not known better."""
+    """Refuse image tokens of another encoder than the start's, by identity or by name."""
     remedy = "Cache the images with that encoder, or set allow_other_frozen: true"
     if "image_encoder" in start.frozen and source.identity is not None:
         where = f"init_from {config.init_from!r}"
@@ -340,7 +340,7 @@ def check_positions(config: RunConfig, positions: int) -> None:
 def text_maker(
     config: RunConfig, tokenizer: Any, text: Stage2Text | None, records: Sequence[Any]
 ) -> Any:
-    """What makes the texts of a batch: of stage 1, or of a stage-2 task."""
+    """The text part of a batch, for stage 1 or the task of stage 2."""
     if text is None:
         numbers = {key: n for n, key in enumerate(dict.fromkeys(r.image for r in records))}
         return Stage1Texts(tokenizer, config.data.max_txt_len, numbers, config.seed)

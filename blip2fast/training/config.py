@@ -156,7 +156,7 @@ class OptimSection:
 
 @dataclass
 class RunConfig:
-    """A whole run.
+    """The configuration of a training run.
 
     Attributes:
         stage: 1 (ITC, ITM, ITG on the Q-Former) or 2 (soft prompts into the language model).

@@ -1,4 +1,4 @@
-"""Keys of a run's configuration that cannot hold together, whatever the machine."""
+"""Contradictions between the keys of a run's configuration, on any machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from blip2fast.training.config import RunConfig
 
 
 def contradictions(config: RunConfig) -> list[str]:
-    """One sentence for each."""
+    """All contradictions in a configuration, one sentence each."""
     faults: list[str] = []
     data, optim = config.data, config.optim
     if (data.features is None) == (data.images is None):
@@ -80,7 +80,7 @@ def _stage_faults(config: RunConfig) -> list[str]:
 
 
 def offload_faults(config: RunConfig) -> list[str]:
-    """Settings that cannot hold together with `config.offload`, whatever the machine."""
+    """Settings that contradict `config.offload`."""
     faults: list[str] = []
     offload = config.offload
     if offload != "none" and config.stage == 1:

@@ -1,4 +1,4 @@
-"""The configuration of a run as one yaml file: read, checked, written.
+"""Reads, validates and writes a run's configuration, one yaml file.
 
     config = load_config("configs/scenes_stage1.yaml", ["optim.lr=3e-4", "zero_stage=2"])
 
@@ -39,7 +39,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read and check a configuration.
+    """Read and validate a configuration.
 
     Args:
         path: a yaml file.
@@ -61,7 +61,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_config(values: Mapping[str, Any], source: str = "configuration") -> RunConfig:
-    """Check nested keys and values; `source` is named in errors. See `load_config`."""
+    """Validate nested keys and values; `source` is named in errors. See `load_config`."""
     try:
         # Through JSON: strict about types, while a list may be a tuple, as in yaml.
         config = TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str), strict=True)

@@ -1,4 +1,4 @@
-"""DeepSpeed: its configuration derived from ours, its processes, its engine."""
+"""DeepSpeed: configuration, process group, engine; and the optimizer that it runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def nvme_buffer_size(largest: int, world_size: int) -> int:
 def deepspeed_config(
     config: RunConfig, world_size: int, trained_sizes: list[int], largest: int = 0
 ) -> dict[str, Any]:
-    """The DeepSpeed json that a run's configuration stands for.
+    """The DeepSpeed configuration of a run.
 
     Args:
         config: the run.
@@ -78,7 +78,7 @@ def deepspeed_config(
 
 
 def start_processes() -> torch.device:
-    """Join the launcher's process group, or start one of a single process (plain `python`).
+    """Join the launcher's process group, or create one for a single process (plain `python`).
 
     Returns:
         This process's device.
@@ -121,7 +121,7 @@ def start_processes() -> torch.device:
 
 
 def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, dict[str, Any]]:
-    """A DeepSpeed engine around `model`, and the json that it was given.
+    """Create a DeepSpeed engine; returns it with its configuration.
 
     Args:
         model: trained parameters in fp32; the engine casts the model to `config.precision`, and
@@ -153,7 +153,7 @@ def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, 
 
 
 def _place_the_rest(model: nn.Module, config: RunConfig) -> None:
-    """Move and cast what is not spread yet.
+    """Move and cast the parameters that are not partitioned.
 
     A model of which ZeRO-3 has spread a part is to DeepSpeed one that is in place as a whole.
     """

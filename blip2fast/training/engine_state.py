@@ -1,4 +1,4 @@
-"""The whole fp32 state of a DeepSpeed engine, read and written the same way in every ZeRO stage.
+"""Reads and writes the full fp32 state of a DeepSpeed engine, for any ZeRO stage.
 
 DeepSpeed's own checkpoints hold each process's shards, and load into the same number of processes
 and the same stage only. The trained part of BLIP-2 is small enough to be put together: fp32 values
@@ -52,7 +52,7 @@ def restore(
     moments: dict[str, Tensor] | None = None,
     step: int = 0,
 ) -> None:
-    """Put back what the two functions above gave, as after `step` steps.
+    """Restore parameters and moments, as after `step` steps.
 
     At step 0 this undoes what DeepSpeed 0.19 does to a new bf16 engine of stage 0: its fp32 copies
     are rounded to bf16, and a first AdamW step without gradients is already counted.

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, a progress bar (first process)."""
+"""Logging of a run on the first process: metrics.jsonl, TensorBoard, a progress bar."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class RunLog:
         return any(line["step"] == step and _is_evaluation(line) for line in self._lines)
 
     def flush(self) -> None:
-        """See that all that was written is on the disk: a checkpoint is to follow."""
+        """Flush everything to the disk, before a checkpoint."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._board.flush()
@@ -96,7 +96,7 @@ class RunLog:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, also while the run goes on.
+    """Read a run's `metrics.jsonl`, also while the run is active.
 
     A last line without its end, which the run is writing or was killed in, is left out.
 
@@ -113,7 +113,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """The lines up to the first that is damaged, and what is wrong with that one."""
+    """The lines before the first damaged one, and what is wrong with it."""
     lines: list[dict[str, Any]] = []
     *whole, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(whole, 1):
@@ -132,7 +132,7 @@ def _is_evaluation(line: Mapping[str, Any]) -> bool:
 
 
 def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Take the lines after `step` out of a file; returns those that stay."""
+    """Remove the lines after `step` from a file; returns the others."""
     if not path.exists():
         return []
     # a line that a crash damaged is of a step after the checkpoint, which had been flushed
@@ -165,16 +165,16 @@ class Progress:
         self.timed += 1
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that the next log line is that of an uninterrupted run."""
+        """The state for a checkpoint, so that the next log line covers all its steps."""
         return {"sums": {n: v.cpu() for n, v in self.sums.items()}, "count": self.count}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` returned."""
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.count = state["count"]
 
     def take(self, accumulation: int, samples_per_step: int) -> dict[str, float]:
-        """Means over micro-steps and processes, and the speed; starts anew.
+        """Means over micro-steps and processes, and the speed; resets the sums.
 
         Every process must call this.
 

@@ -1,4 +1,4 @@
-"""What models would take in memory, before any of it is taken.
+"""Measures the memory of models without allocating it.
 
 The models run on PyTorch's fake tensors, which have shapes and types but no numbers. So parameters
 are counted on the real model classes, and what the backward pass would keep is what autograd asks
@@ -36,7 +36,7 @@ from blip2fast.stage2.model import Blip2Stage2
 
 @dataclass
 class KeptTensors:
-    """Storages that the backward pass will read, each once, parameters not among them.
+    """The storages that autograd saves, without parameters, each counted once.
 
     Attributes:
         nbytes: of all of them.
@@ -66,7 +66,7 @@ class KeptTensors:
 
 @contextmanager
 def kept_tensors(module: nn.Module) -> Iterator[KeptTensors]:
-    """Count what autograd keeps of everything computed inside; works on real tensors too."""
+    """Count what autograd saves within the block; works with real tensors too."""
     kept = KeptTensors({p.untyped_storage()._cdata for p in module.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
         yield kept
@@ -203,7 +203,7 @@ def measure_language_model(
 def measure_trained(
     config: Stage2Config, width: int, dtype: torch.dtype, batch: int, image_tokens: int
 ) -> TrainedSizes:
-    """Sizes of the trained part before a language model of some width.
+    """Sizes of the trained part, for a language model of some width.
 
     Args:
         config: sizes of the Q-Former.
@@ -234,7 +234,7 @@ def measure_trained(
 
 
 def measure_image_encoder(config: Any) -> tuple[int, int]:
-    """Parameters of a frozen image encoder, with blocks that are cut off later, and its width E."""
+    """Parameters of a frozen image encoder, unused last blocks included, and its width E."""
     vision = getattr(config, "vision_config", config)
     with _without_numbers():
         if vision.model_type == "blip_2_vision_model":
@@ -245,14 +245,14 @@ def measure_image_encoder(config: Any) -> tuple[int, int]:
 
 
 def _untie_head(model: Any) -> None:
-    """Give T5 1.1 and FlanT5 their head: transformers ties it, until it sees the weights."""
+    """Untie the head of T5 1.1 and FlanT5, which transformers unties when it loads weights."""
     if getattr(model.config, "scale_decoder_outputs", None) is False:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
 
 
 class _NoLanguage(nn.Module):
-    """Stands for a language model of which only the embeddings' width matters."""
+    """A stand-in for a language model; only its embedding width is used."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a stage-2 run takes in memory, for every way to keep its frozen language model.
+"""The memory of a stage-2 run, for every placement of its frozen language model.
 
     plan = plan_memory(load_config("configs/vitg_opt6.7b_stage2.yaml"), processes=1)
     print(plan)
@@ -45,7 +45,7 @@ ZERO3_LIVE = 1_000_000_000
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a machine: of each device, and of the host for all processes; `device` may be it."""
+    """Free bytes of each device and of the host; on a CPU the device is the host."""
 
     device: int
     host: int
@@ -54,7 +54,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to keep the language model.
+    """One placement of the language model.
 
     Attributes:
         name: as the table says it.
@@ -98,7 +98,7 @@ class MemoryPlan:
     notes: list[str]
 
     def fits(self, option: Option) -> bool:
-        """Whether all processes of the machine find room."""
+        """Whether an option fits, for all processes of the machine."""
         device, host = option.device_bytes, option.host_bytes * self.processes
         if self.memory.device_is_host:
             return device * self.processes + host <= USED * self.memory.host
@@ -113,7 +113,7 @@ class MemoryPlan:
         return None
 
     def choose(self, storage: str = "as_is") -> Option:
-        """As `first`.
+        """Like `first`, but raises if nothing fits.
 
         Raises:
             ValueError: nothing fits; the table, and what could help.
@@ -149,7 +149,7 @@ class MemoryPlan:
 
 
 def machine_memory() -> Memory:
-    """What is free on this machine."""
+    """The free memory of this machine."""
     host = psutil.virtual_memory().available
     if not torch.cuda.is_available():
         return Memory(host, host, device_is_host=True)
@@ -159,7 +159,7 @@ def machine_memory() -> Memory:
 def plan_memory(
     config: RunConfig, processes: int = 1, machines: int = 1, memory: Memory | None = None
 ) -> MemoryPlan:
-    """Count every option of a stage-2 run; nothing is loaded.
+    """Plan the memory of every option of a stage-2 run; loads configurations only.
 
     Args:
         config: the run.
@@ -203,7 +203,7 @@ def plan_memory(
 
 @dataclass(frozen=True)
 class _Counts:
-    """What the options are made of."""
+    """The counts that all options are computed from."""
 
     config: RunConfig
     processes: int

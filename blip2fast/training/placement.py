@@ -1,4 +1,4 @@
-"""Where the frozen language model of a run is: decided, and loaded to there.
+"""Chooses where the frozen language model of a run is kept, and loads it there.
 
 none: as `zero_stage` and `offload_param` say. stream: blocks on the host, streamed to the device.
 zero3: DeepSpeed ZeRO-3 with its parameters on the host. auto: the first of these that fits.
@@ -35,7 +35,7 @@ def choose_placement(
     say: Callable[[str], None] | None = None,
     memory: Memory | None = None,
 ) -> RunConfig:
-    """The run with `offload` decided, and the settings that this means; nothing is loaded.
+    """Resolve `offload` to a placement and the settings it implies; nothing is loaded.
 
     Args:
         config: the run.
@@ -61,7 +61,7 @@ def choose_placement(
 
 
 def placed(config: RunConfig, offload: Literal["none", "stream", "zero3"]) -> RunConfig:
-    """The run with the language model in one place, and the DeepSpeed settings that this means."""
+    """The configuration with one placement and the DeepSpeed settings that it implies."""
     if offload == "zero3":
         param = "cpu" if config.offload_param == "none" else config.offload_param
         return replace(
@@ -89,7 +89,7 @@ def _least_memory() -> Memory:
 
 
 def describe_choice(plan: MemoryPlan, chosen: Option) -> str:
-    """One line about what was chosen."""
+    """One line that describes the choice."""
     device, host = chosen.device_bytes / 2**30, chosen.host_bytes / 2**30
     return (
         f"offload: auto chose {chosen.name!r}: {device:.2f} GiB on each device, {host:.2f} GiB of "
@@ -98,7 +98,7 @@ def describe_choice(plan: MemoryPlan, chosen: Option) -> str:
 
 
 def load_frozen(config: RunConfig) -> PreTrainedModel:
-    """The language model of a settled run, loaded to where it is to stay.
+    """Load the language model of a run to its chosen placement.
 
     Raises:
         ValueError: not there, or damaged.

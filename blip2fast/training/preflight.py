@@ -1,4 +1,4 @@
-"""Whether a run can start on this machine: asked before anything is loaded.
+"""Checks that a run can start on this machine, before anything is loaded.
 
 Every fault is found by looking at the configuration, the disk and the devices; no weight is read.
 """
@@ -23,7 +23,7 @@ from blip2fast.training.config import DTYPE_OF, RunConfig
 
 
 def check_machine(config: RunConfig, world_size: int = 1) -> None:
-    """Refuse a run that this machine cannot do, with the remedy.
+    """Raise if a run cannot start on this machine; every fault comes with its remedy.
 
     Args:
         config: the run.

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class TrainingStep(nn.Module):
-    """What the engine wraps: the loss, and the other scalars without gradient.
+    """The module that the engine wraps: returns the loss, and other scalars without gradient.
 
     DeepSpeed walks over everything that its module returns, so logits and features stay inside.
     """
@@ -68,7 +68,7 @@ class TrainingStep(nn.Module):
 
 
 def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, float]:
-    """Run a whole training, from where `config.resume` finds it to the end.
+    """Run a training to its end; resumes it if `config.resume` is set.
 
     Every process of the run calls this; a process group is started where there is none.
 
@@ -94,7 +94,7 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
 
 
 class Trainer:
-    """One run: its engine, and the step that it is at.
+    """One training run: its engine and its state.
 
     Args:
         config: the run.
@@ -163,7 +163,7 @@ class Trainer:
         torch.manual_seed(hash((self.config.seed, self.step, self.rank)))
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint and a resuming run must have in common."""
+        """The settings that a checkpoint and a resuming run must share."""
         values = config_values(self.config)
         names = ("stage", "seed", "model", "language_model", "data", "optim")
         same = {name: values[name] for name in names}
@@ -267,7 +267,7 @@ class Trainer:
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     def _whole_model(self) -> Blip2Stage1 | Blip2Stage2:
-        """The model, as it can be called outside the engine.
+        """The model in a form that can be called outside the engine.
 
         Under ZeRO-3 that is a copy of the trained part, because its own weights are whole inside
         the engine's forward only; the language model stays spread and is fetched layer by layer.

@@ -51,7 +51,7 @@ def validate(
     """
     if parts.held_out is None:
         raise ValueError("no held-out data: set data.eval_records")
-    reader = _Reader(parts.held_out, to_tokens)
+    reader = _HeldOutImages(parts.held_out, to_tokens)
     if isinstance(model, Blip2Stage1):
         return _stage1(model, parts, reader, config)
     if parts.text is None:
@@ -59,7 +59,7 @@ def validate(
     return _stage2(model, parts.text, reader, config)
 
 
-class _Reader:
+class _HeldOutImages:
     """Images by number (the order of `held_out.keys()`), as tokens on the device."""
 
     def __init__(self, held_out: HeldOut, to_tokens: ToTokens) -> None:
@@ -96,7 +96,9 @@ def _mean_over_processes(metrics: dict[str, float]) -> dict[str, float]:
     return dict(zip(metrics, (values / dist.get_world_size()).tolist(), strict=True))
 
 
-def _stage1(model: Blip2Stage1, parts: Run, reader: _Reader, config: RunConfig) -> dict[str, float]:
+def _stage1(
+    model: Blip2Stage1, parts: Run, reader: _HeldOutImages, config: RunConfig
+) -> dict[str, float]:
     records: list[CaptionRecord] = list(reader.records)
     captions = [caption for record in records for caption in record.captions]
     owner = [reader.number[record.image] for record in records for _ in record.captions]
@@ -114,7 +116,7 @@ def _stage1(model: Blip2Stage1, parts: Run, reader: _Reader, config: RunConfig) 
 
 
 def _stage2(
-    model: Blip2Stage2, text: Stage2Text, reader: _Reader, config: RunConfig
+    model: Blip2Stage2, text: Stage2Text, reader: _HeldOutImages, config: RunConfig
 ) -> dict[str, float]:
     records: list[Any] = list(reader.records)
     on_questions = config.data.task == "vqa"
@@ -148,9 +150,9 @@ def _stage2(
 
 
 def _sequences(
-    model: Blip2Stage2, text: Stage2Text, reader: _Reader, config: RunConfig
+    model: Blip2Stage2, text: Stage2Text, reader: _HeldOutImages, config: RunConfig
 ) -> dict[str, float]:
-    """The loss alone: what several images have in common has no one right text."""
+    """The loss alone: a text about several images has no single right answer."""
 
     def batches() -> Iterator[dict[str, Tensor]]:
         for rows in _shards(len(reader.records), config.eval_batch_size):
@@ -167,7 +169,7 @@ def _sequences(
 
 
 def _share(records: list[Any], config: RunConfig) -> list[Any]:
-    """The records that this process writes for.
+    """The records that this process generates text for.
 
     Under ZeRO-3 all: the processes fetch the language model's layers together, so none may stop
     writing before another.
@@ -177,13 +179,13 @@ def _share(records: list[Any], config: RunConfig) -> list[Any]:
     return records[dist.get_rank() :: dist.get_world_size()]
 
 
-def _numbers(reader: _Reader, records: list[Any]) -> Tensor:
+def _numbers(reader: _HeldOutImages, records: list[Any]) -> Tensor:
     numbers = [reader.number[key] for record in records for key in images_of(record)]
     return torch.tensor(numbers, dtype=torch.long)
 
 
 def _is_right(written: str, record: Any) -> bool:
-    """Whether the text is one of the record's, but for case and spaces."""
+    """Whether the text matches one of the record's, ignoring case and spaces."""
     accepted = record.captions if isinstance(record, CaptionRecord) else (record.answer,)
     return _plain(written) in {_plain(text) for text in accepted}
 
