@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blip2fast.kernels.bias_gelu import reference
 from blip2fast.kernels.precision import wide_dtype
+from blip2fast.ops.calls import BiasGeluCall
 from blip2fast.ops.checks import check_like, check_rows
 from blip2fast.ops.dispatch import (
     AS_DEFINED,
@@ -21,15 +22,6 @@ from blip2fast.ops.dispatch import (
     triton_reasons,
 )
 from blip2fast.ops.kernel_kinds import device_of, gelu_kind
-
-
-class BiasGeluCall(NamedTuple):
-    """What a choice of backend may depend on."""
-
-    dtype: torch.dtype
-    device: str
-    gpu: int | None = None
-    bias: torch.dtype | None = None
 
 
 def _triton_reasons(call: BiasGeluCall) -> list[str]:

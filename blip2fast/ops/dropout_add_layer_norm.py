@@ -7,13 +7,14 @@ Shapes: R rows, C hidden width.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from blip2fast.kernels.dropout_add_layer_norm import pytorch, reference
 from blip2fast.kernels.precision import wide_dtype
+from blip2fast.ops.calls import DropoutAddLayerNormCall
 from blip2fast.ops.checks import FLOATS, MAX_WIDTH, check_dropout, check_like, check_rows
 from blip2fast.ops.dispatch import (
     AS_DEFINED,
@@ -24,17 +25,6 @@ from blip2fast.ops.dispatch import (
     triton_reasons,
 )
 from blip2fast.ops.kernel_kinds import device_of, norm_kind
-
-
-class DropoutAddLayerNormCall(NamedTuple):
-    """What a choice of backend may depend on."""
-
-    width: int
-    dtypes: tuple[torch.dtype, ...]
-    device: str
-    dropout: bool = False
-    gpu: int | None = None
-    parameters: torch.dtype = torch.float32
 
 
 def _triton_reasons(call: DropoutAddLayerNormCall) -> list[str]:

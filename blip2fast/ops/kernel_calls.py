@@ -9,17 +9,14 @@ from typing import Any
 
 import torch
 
-from blip2fast.ops._cuda_needs import capability_of
+from blip2fast.kernels.cuda_needs import capability_of
 from blip2fast.ops.bias_gelu import BACKENDS as GELU_BACKENDS
-from blip2fast.ops.bias_gelu import BiasGeluCall
+from blip2fast.ops.calls import AttentionCall, BiasGeluCall, DropoutAddLayerNormCall, ITCCall
 from blip2fast.ops.dispatch import Backend, kernels_set_to, rival_of
 from blip2fast.ops.dropout_add_layer_norm import BACKENDS as NORM_BACKENDS
-from blip2fast.ops.dropout_add_layer_norm import DropoutAddLayerNormCall
 from blip2fast.ops.itc.sweep import BACKENDS as ITC_BACKENDS
-from blip2fast.ops.itc.sweep import ITCCall
 from blip2fast.ops.kernel_checks import Request, checks
 from blip2fast.ops.qformer_attention.backends import BACKENDS as ATTENTION_BACKENDS
-from blip2fast.ops.qformer_attention.backends import AttentionCall
 from blip2fast.ops.records import Record, code_hash
 
 

@@ -6,15 +6,11 @@ looks at more than a call: programs that are traced ask, too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from blip2fast.ops.bias_gelu import BiasGeluCall
-    from blip2fast.ops.dropout_add_layer_norm import DropoutAddLayerNormCall
-    from blip2fast.ops.itc.sweep import ITCCall
-    from blip2fast.ops.qformer_attention.backends import AttentionCall
+from blip2fast.ops.calls import AttentionCall, BiasGeluCall, DropoutAddLayerNormCall, ITCCall
 
 NAMES = {
     torch.float16: "fp16",

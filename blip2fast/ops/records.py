@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from blip2fast import __version__
 from blip2fast._extension import LIBRARY
 
 # raised where what a check asks for changes: older records then do not count
@@ -166,15 +167,13 @@ class Machine:
 @cache
 def machine(device: str) -> Machine:
     """Card and versions of `cuda:0` and so on; `cpu` is where the interpreter runs."""
-    import blip2fast
-
     card, capability, driver = "the CPU", "", ""
     place = torch.device(device)
     if place.type == "cuda":
         card, driver = torch.cuda.get_device_name(place), _driver()
         capability = ".".join(map(str, torch.cuda.get_device_capability(place)))
     versions = (torch.__version__, torch.version.cuda or torch.version.hip or "", _triton_version())
-    return Machine(card, capability, driver, *versions, blip2fast.__version__)
+    return Machine(card, capability, driver, *versions, __version__)
 
 
 @cache

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blip2fast.kernels.cuda_needs import readable
 from blip2fast.kernels.qformer_attention.layout import KVIndex
-from blip2fast.ops._cuda_needs import readable
 
 _OPS = torch.ops.blip2fast_C
 

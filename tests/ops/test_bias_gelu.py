@@ -13,7 +13,8 @@ from glue_cases import assert_as_exact_as, make_rows
 from torch import Tensor
 
 from blip2fast.ops import bias_gelu
-from blip2fast.ops.bias_gelu import BACKENDS, BiasGeluCall
+from blip2fast.ops.bias_gelu import BACKENDS
+from blip2fast.ops.calls import BiasGeluCall
 from blip2fast.ops.dispatch import choose
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -15,8 +15,9 @@ from torch import Tensor
 from blip2fast.kernels.dropout_add_layer_norm import reference
 from blip2fast.kernels.philox import philox_state, with_offset
 from blip2fast.ops import dropout_add_layer_norm
+from blip2fast.ops.calls import DropoutAddLayerNormCall
 from blip2fast.ops.dispatch import choose
-from blip2fast.ops.dropout_add_layer_norm import BACKENDS, DropoutAddLayerNormCall
+from blip2fast.ops.dropout_add_layer_norm import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 P = 0.3

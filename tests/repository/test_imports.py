@@ -75,8 +75,10 @@ def _imported(name: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[s
             if node.level:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, *([base] if base else [])])
-            inner = {alias.name: f"{base}.{alias.name}" for alias in node.names}
-            targets = [full if full in known else base for full in inner.values()]
+            # the package's version is no room's
+            inner = [alias.name for alias in node.names if alias.name != "__version__"]
+            full = [f"{base}.{name}" for name in inner]
+            targets = [each if each in known else base for each in full]
         elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
             targets = [a.value for a in node.args if isinstance(a, ast.Constant)]
         else:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from blip2fast.kernels.cuda_needs import capability_of
 from blip2fast.kernels.itc import noise, statistics
 from blip2fast.kernels.itc.config import SAVE_BUDGET_BYTES
 from blip2fast.kernels.itc.interface import (
@@ -26,7 +27,7 @@ from blip2fast.kernels.itc.interface import (
     index_dtype,
 )
 from blip2fast.kernels.precision import wide_dtype
-from blip2fast.ops._cuda_needs import capability_of
+from blip2fast.ops.calls import ITCCall
 from blip2fast.ops.collectives import (
     GradMode,
     exchange,
@@ -36,7 +37,7 @@ from blip2fast.ops.collectives import (
     world_size,
 )
 from blip2fast.ops.dispatch import choose
-from blip2fast.ops.itc.sweep import BACKENDS, ITCCall
+from blip2fast.ops.itc.sweep import BACKENDS
 
 Negatives = Literal["sample", "none"]
 Side = tuple[Tensor, Tensor]

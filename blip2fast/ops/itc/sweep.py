@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blip2fast._extension import why_not
+from blip2fast.kernels.cuda_needs import gpu_reasons, readable
 from blip2fast.kernels.itc import chunked, reference
 from blip2fast.kernels.itc.interface import (
     DIFFERENTIABLE,
@@ -24,7 +25,7 @@ from blip2fast.kernels.itc.interface import (
     statistics_shape,
 )
 from blip2fast.kernels.precision import wide_dtype
-from blip2fast.ops._cuda_needs import gpu_reasons, readable
+from blip2fast.ops.calls import ITCCall
 from blip2fast.ops.dispatch import (
     ALL_PAIRS,
     Backend,
@@ -36,21 +37,6 @@ from blip2fast.ops.dispatch import (
 from blip2fast.ops.kernel_kinds import device_of, itc_kind
 
 WHY_NO_CUDA = why_not("itc_sweep")
-
-
-class ITCCall(NamedTuple):
-    """What decides whether a backend can run a sweep."""
-
-    images: int
-    texts: int
-    queries: int
-    width: int
-    dtype: torch.dtype
-    device: str
-    legacy_epsilon: float
-    ids: bool = False
-    gpu: int | None = None
-    capability: int = 0  # compute capability times 10; 0: unknown, or no GPU
 
 
 def _kernel_reasons(call: ITCCall) -> list[str]:

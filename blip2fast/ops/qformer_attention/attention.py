@@ -12,16 +12,17 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from blip2fast.kernels.cuda_needs import capability_of
 from blip2fast.kernels.qformer_attention import memory_efficient as _attention_xformers
 from blip2fast.kernels.qformer_attention import padded as _attention_padded
 from blip2fast.kernels.qformer_attention import reference
 from blip2fast.kernels.qformer_attention.cpu import self_attention as _attention_cpu
 from blip2fast.kernels.qformer_attention.cpu.core import WIDEN_BELOW_KEYS
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
-from blip2fast.ops._cuda_needs import capability_of
+from blip2fast.ops.calls import AttentionCall
 from blip2fast.ops.checks import check_dropout
 from blip2fast.ops.dispatch import choose
-from blip2fast.ops.qformer_attention.backends import BACKENDS, AttentionCall
+from blip2fast.ops.qformer_attention.backends import BACKENDS
 from blip2fast.ops.qformer_attention.checks import build_index, check_cross, check_self
 from blip2fast.ops.qformer_attention.operators import unpack_index, unpack_layout
 

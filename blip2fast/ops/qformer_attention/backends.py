@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 
 from blip2fast._extension import why_not
-from blip2fast.ops._cuda_needs import gpu_reasons
+from blip2fast.kernels.cuda_needs import gpu_reasons
+from blip2fast.ops.calls import AttentionCall
 from blip2fast.ops.dispatch import (
     ALL_PAIRS,
     HALVES,
@@ -25,38 +25,6 @@ MAX_QUERIES, MAX_TEXT_TOKENS, MAX_IMAGE_TOKENS = 256, 512, 16384
 HAS_XFORMERS = find_spec("xformers") is not None
 # csrc/qformer_attention_bindings.cpp defines both
 WHY_NO_CUDA = why_not("qformer_cross_attention_fwd") or why_not("qformer_cross_attention_bwd")
-
-
-class AttentionCall(NamedTuple):
-    """What a choice of backend may depend on.
-
-    Attributes:
-        queries: Q.
-        keys: The longest text of self-attention; S of cross-attention.
-        heads, width: H and D.
-        dtype, device: Of the data.
-        dropout: Whether weights are dropped.
-        key_mask: Whether some keys of cross-attention are hidden.
-        lse: Whether the log-sum-exp is asked for.
-        cross: Whether this is cross-attention.
-        indexed: Whether blocks of cross-attention say which image they read.
-        gpu: Index of the CUDA device.
-        capability: The GPU's compute capability times 10; 0: unknown, or no GPU.
-    """
-
-    queries: int
-    keys: int
-    heads: int
-    width: int
-    dtype: torch.dtype
-    device: str
-    dropout: bool
-    key_mask: bool
-    lse: bool
-    cross: bool
-    indexed: bool = False
-    gpu: int | None = None
-    capability: int = 0
 
 
 def _kernel_reasons(call: AttentionCall) -> list[str]:
