@@ -25,7 +25,7 @@ from blip2fast.stage1.config import Stage1Config
 Encode = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def products(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
     """The dtype in which ITC multiplies normalised features; None: as they are.
 
     Args:

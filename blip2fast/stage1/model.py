@@ -25,7 +25,7 @@ from blip2fast.qformer.model import QFormer
 from blip2fast.qformer.packed import PackedPass
 from blip2fast.stage1 import lavis, losses
 from blip2fast.stage1.config import LOSSES, Stage1Config, Stage1Output, check_losses
-from blip2fast.stage1.contrast import StepContrast, products
+from blip2fast.stage1.contrast import StepContrast, product_dtype
 from blip2fast.stage1.generation import generate
 from blip2fast.stage1.inputs import (
     check_negatives,
@@ -218,7 +218,7 @@ class Blip2Stage1(nn.Module):
                 grad_mode=self.config.grad_mode,
                 negatives="sample" if negatives is None else "none",
                 philox=with_offset(philox, _NEGATIVES_OFFSET),
-                products=products(reader.packed.dtype, image_embeds.device),
+                products=product_dtype(reader.packed.dtype, image_embeds.device),
             )
         if negatives is None:
             check_some_negative(itc.without_negative, image_ids)
@@ -400,8 +400,8 @@ class Blip2Stage1(nn.Module):
             image_embeds, input_ids, attention_mask, image_ids: As in `forward`, like the rest.
 
         Returns:
-            Image features `[B, Q, D]`, text features `[B, D]`, rounded as `contrast.products` says,
-            and the temperature, a scalar.
+            Image features `[B, Q, D]`, text features `[B, D]`, rounded as `product_dtype` says, and
+            the temperature, a scalar.
         """
         image_embeds = self.image_tokens(image_embeds)
         texts = self.packed_texts(input_ids, attention_mask, cu_seqlens)
@@ -410,7 +410,7 @@ class Blip2Stage1(nn.Module):
         reader = self._reader()
         first = first_pass(reader, reader.images(image_embeds, visible), texts, philox)
         image, text = self._image_features(first.queries), self._text_features(first.cls)
-        kind = products(reader.packed.dtype, image_embeds.device) or image.dtype
+        kind = product_dtype(reader.packed.dtype, image_embeds.device) or image.dtype
         return image.to(kind), text.to(kind), self.temp.detach().reshape(()).clone()
 
     def _reader(self) -> Reader:

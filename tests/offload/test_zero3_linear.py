@@ -10,7 +10,7 @@ import torch
 from small_run import config, write_world
 from torch import Tensor, nn
 
-from blip2fast.training import placement as settle
+from blip2fast.training import placement
 from blip2fast.training.build import build_run
 from blip2fast.training.engine import start_processes
 from blip2fast.training.trainer import Trainer
@@ -44,7 +44,7 @@ def kept_inputs(world: Path, output: Path, language: str, settings: dict[str, An
     """Names of linear layers whose inputs autograd keeps in a training step, of READ_NORMS."""
     device = start_processes()
     section = {"language_model": {"path": str(world / language)}}
-    run = settle.choose_placement(config(world, output, 2, **section, **settings))
+    run = placement.choose_placement(config(world, output, 2, **section, **settings))
     trainer = Trainer(run, build_run(run, 0, 1), device, lambda _: None)
     read: list[tuple[str, Tensor]] = []
     kept: list[Tensor] = []
@@ -81,5 +81,5 @@ def test_deepspeeds_own_linear_keeps_them(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So the test above can fail."""
-    monkeypatch.setattr(settle, "keep_no_inputs", lambda _: None)
+    monkeypatch.setattr(placement, "keep_no_inputs", lambda _: None)
     assert kept_inputs(world, tmp_path, "opt", {"zero_stage": 3}) == READ_NORMS["opt"]

@@ -18,7 +18,7 @@ from stage1_cases import SMALL
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from blip2fast.ops import collectives as gathering
+from blip2fast.ops import collectives
 from blip2fast.stage1 import model as stage1
 from blip2fast.stage1 import negatives
 from blip2fast.stage1.model import Blip2Stage1
@@ -112,7 +112,7 @@ class Waits(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         caller = sys._getframe(1).f_code
-        between_ranks = caller.co_filename in (gathering.__file__, negatives.__file__)
+        between_ranks = caller.co_filename in (collectives.__file__, negatives.__file__)
         if between_ranks or caller.co_name == "check_ranks_agree":
             name = getattr(func, "__name__", "")
             mask = name == "__getitem__" and getattr(args[1], "dtype", None) == torch.bool

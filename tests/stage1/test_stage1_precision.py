@@ -10,7 +10,7 @@ from stage1_cases import SMALL, ReferenceCase, make_batch, relative_error
 from textbook_stage1 import TextbookStage1
 from torch import Tensor, nn
 
-from blip2fast.stage1 import contrast as stage1_contrast
+from blip2fast.stage1 import contrast
 from blip2fast.stage1.lavis import to_lavis_name
 from blip2fast.stage1.model import Blip2Stage1
 
@@ -72,7 +72,7 @@ def test_states_keep_the_type_of_layer_norm() -> None:
 
 def test_itc_products_are_in_fp16_where_a_gpu_computes_in_16_bits() -> None:
     choices = [
-        stage1_contrast.products(dtype, torch.device(device))
+        contrast.product_dtype(dtype, torch.device(device))
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for device in ("cuda", "cpu")
     ]
@@ -83,7 +83,7 @@ def test_itc_in_fp16_on_the_reference(
     reference: ReferenceCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Everything else in fp32: what rounding normalised features to fp16 costs a step."""
-    monkeypatch.setattr(stage1_contrast, "products", lambda dtype, device: torch.float16)
+    monkeypatch.setattr("blip2fast.stage1.model.product_dtype", lambda dtype, device: torch.float16)
     model = Blip2Stage1.from_lavis_state_dict(reference.weight, reference.config).float().eval()
     out = model(**reference.call(torch.float32))
     assert relative_error(out.loss_itc, reference.output["loss_itc"]) < 2e-4

@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from blip2fast.stage2 import packing as stage2_packing
+from blip2fast.stage2 import packing
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.packing import FAMILIES, _spread, pack
 from blip2fast.stage2.token_rows import IMAGE_PLACE
@@ -74,8 +74,8 @@ def positions_seen(model, inputs):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_loss_and_gradients(family, count, monkeypatch):
     """Many short rows, few long ones, and one row of all samples."""
-    monkeypatch.setattr(stage2_packing, "LEAST_SAVING", -100)
-    monkeypatch.setattr(stage2_packing, "_cheapest", lambda lengths, *_: _spread(lengths, count))
+    monkeypatch.setattr(packing, "LEAST_SAVING", -100)
+    monkeypatch.setattr(packing, "_cheapest", lambda lengths, *_: _spread(lengths, count))
     padded, packed = pair(family)
     want, wanted = gradients(padded, batch())
     got, found = gradients(packed, batch())

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from small_run import be_one_of_two, config, distance, free_port, write_world
 
 from blip2fast.offload.streaming import BlockStream, stream_of
-from blip2fast.training import placement as settle
+from blip2fast.training import placement
 from blip2fast.training.build import build_run
 from blip2fast.training.log import read_metrics
 from blip2fast.training.memory_plan import Memory
@@ -117,7 +117,7 @@ def _work(rank: int, port: int, world: Path, outputs: Path) -> None:
         train(config(world, outputs / name, 2, **plain, **settings), say=_quiet)
     # the processes find different memory, and all stop because one has too little
     free = Memory((64 << 30) if rank == 0 else 1000, 64 << 30, device_is_host=False)
-    settle.machine_memory = lambda: free
+    placement.machine_memory = lambda: free
     with pytest.raises(ValueError, match="nothing fits this machine"):
         train(config(world, outputs / "auto", 2, **plain, offload="auto"), say=_quiet)
     torch.distributed.destroy_process_group()

@@ -18,7 +18,7 @@ from small_run import be_one_of_two, config, distance, free_port, values, write_
 from blip2fast import train as train_script
 from blip2fast.kernels.philox import philox_state
 from blip2fast.stage1 import model as stage1
-from blip2fast.training import validation as held_out
+from blip2fast.training import validation
 from blip2fast.training.build import build_run
 from blip2fast.training.log import read_metrics
 from blip2fast.training.trainer import train
@@ -86,8 +86,8 @@ def _evaluate_with_known_captions(world: Path, output: Path, zero_stage: int) ->
         return [records[i].captions[0] if i in (0, 2, 5) else "no" for i in numbers.tolist()]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(held_out, "generate_texts", write)
-        results = held_out.validate(parts.model, parts, settings, lambda batch: batch)
+        patch.setattr(validation, "generate_texts", write)
+        results = validation.validate(parts.model, parts, settings, lambda batch: batch)
     output.with_suffix(".json").write_text(json.dumps([asked, results["exact"]]))
 
 

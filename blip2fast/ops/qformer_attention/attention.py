@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from blip2fast.kernels.cuda_needs import capability_of
-from blip2fast.kernels.qformer_attention import memory_efficient as _attention_xformers
-from blip2fast.kernels.qformer_attention import padded as _attention_padded
-from blip2fast.kernels.qformer_attention import reference
-from blip2fast.kernels.qformer_attention.cpu import self_attention as _attention_cpu
+from blip2fast.kernels.qformer_attention import memory_efficient, padded, reference
+from blip2fast.kernels.qformer_attention.cpu import self_attention
 from blip2fast.kernels.qformer_attention.cpu.core import WIDEN_BELOW_KEYS
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 from blip2fast.ops.calls import AttentionCall
@@ -125,13 +123,11 @@ def qformer_attention(
     if impl == "reference":
         out, lse = reference.qformer_attention(qkv, layout, scale, dropout_p, philox)
     elif impl == "xformers":
-        return _attention_xformers.self_attention(qkv, layout, scale)
+        return memory_efficient.self_attention(qkv, layout, scale)
     elif impl == "sdpa" and qkv.device.type != "cpu":
-        out, lse = _attention_padded.self_attention(
-            qkv, layout, scale, dropout_p, philox, with_lse=return_lse
-        )
+        out, lse = padded.self_attention(qkv, layout, scale, dropout_p, philox, with_lse=return_lse)
     elif impl == "sdpa" and _runs_at_once(qkv):
-        out, lse = _attention_cpu.self_forward(qkv, layout, scale, dropout_p, philox)
+        out, lse = self_attention.self_forward(qkv, layout, scale, dropout_p, philox)
     else:
         out, lse = torch.ops.blip2fast.qformer_attention(
             qkv, *unpack_layout(layout), philox, scale, dropout_p, impl
@@ -252,11 +248,11 @@ def qformer_cross_attention(
             q, kv, image, key_mask, scale, dropout_p, philox
         )
     elif impl == "xformers":
-        return _attention_xformers.cross_attention(q, kv, image, scale)
+        return memory_efficient.cross_attention(q, kv, image, scale)
     elif impl == "sdpa" and not return_lse and _is_one_call(q, kv, index, key_mask, dropout_p):
-        return _attention_padded.one_call(q, kv, scale)
+        return padded.one_call(q, kv, scale)
     elif impl == "sdpa" and q.device.type != "cpu":
-        out, lse = _attention_padded.cross_attention(
+        out, lse = padded.cross_attention(
             q, kv, image, key_mask, scale, dropout_p, philox, with_lse=return_lse
         )
     else:

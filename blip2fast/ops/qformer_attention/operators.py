@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from blip2fast.kernels.precision import wide_dtype
-from blip2fast.kernels.qformer_attention import cuda as _attention_cuda
-from blip2fast.kernels.qformer_attention.cpu import cross_attention as _attention_cpu_cross
-from blip2fast.kernels.qformer_attention.cpu import self_attention as _attention_cpu
+from blip2fast.kernels.qformer_attention import cuda
+from blip2fast.kernels.qformer_attention.cpu import cross_attention, self_attention
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 
 _LAYOUT = (
@@ -89,9 +88,9 @@ def _backend(impl: str) -> Any:
     Their arguments are those of kernels/qformer_attention/README.md.
     """
     if impl == "cuda":
-        return _attention_cuda
+        return cuda
     if impl == "sdpa":
-        own, cross = (_attention_cpu, _attention_cpu), (_attention_cpu_cross, _attention_cpu_cross)
+        own, cross = (self_attention, self_attention), (cross_attention, cross_attention)
     else:
         # imported on use: Triton is optional
         from blip2fast.kernels.qformer_attention import (
