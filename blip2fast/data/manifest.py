@@ -3,14 +3,13 @@
 `manifest.json` states the size and the SHA-256 of every file beside it. Two kinds of folders:
 
 * One that is written once (a checkpoint): filled as `<name>.partial`, sealed, and renamed.
-* One that lives on (the output of a run), in which a new set of files replaces an older one. Each
-  new file is written aside as `<file>.partial`, then the manifest is replaced, then the files are
-  renamed. Replacing the manifest is the one step that counts: before it a reader finds the older
-  set, after it the newer one, wherever the writer was killed.
+* One that is updated (the output of a run): a new set of files replaces an older one. Each new file
+  is written as `<file>.partial`, then the manifest is replaced, then the files are renamed.
+  Replacing the manifest commits the update: before it a reader finds the older set, after it the
+  newer one, wherever the writer was killed.
 
-Every file is flushed to the disk before a name comes to stand for it, and the folder after it. The
-hashes find files that are cut, damaged or mixed up; they are no signature, and whoever rewrites the
-manifest too can put in what they like.
+Every file is flushed to the disk before it is renamed, and the folder after that. The hashes detect
+truncated, damaged or swapped files. They are not signatures.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Identity of frozen models: a trained part must not be used with another one.
 
 A soft prompt is trained for one language model, a Q-Former for the tokens of one image encoder.
-With others they load without a fault, where the widths happen to agree, and write nonsense.
+With others of the same width they load without an error, and the output is nonsense.
 
-Weights are identified by a digest of samples: of every tensor its shape and 256 of its values, in
-8 runs from its start to its end (all of a smaller one), in the order of the model, equal tensors
+Weights are identified by a digest of samples: of every tensor its shape and 256 of its values, in 8
+runs from its start to its end (all of a smaller one), in the order of the model, equal tensors
 once. Reading these takes a second or two where hashing a hundred gigabytes takes minutes, at every
-start of a run. It tells apart any two trainings, also fine-tuned copies and merged adapters, which
-change values in all tensors they touch, and any change of shape or order. It does not find single
-values that were changed between the samples: it guards against mistakes, not against an attacker
-or a failing disk.
+start of a run. It distinguishes any two trainings, also fine-tuned copies and merged adapters,
+which change all values of a tensor, and any change of shape or order. It does not detect single
+values that were changed between the samples: it guards against mistakes, not against an attacker or
+a failing disk.
 
 A model is the same in whatever precision it is loaded or stored, so the samples are hashed once
 as fp32, once rounded to bf16, once to fp16, and two models are the same where one of these agrees.
@@ -150,7 +150,7 @@ def sampled_parts(count: int) -> list[slice]:
 def identify_model(model: nn.Module, name: str | None = None) -> FrozenIdentity:
     """The identity of a model in memory, from its current values.
 
-    Of a model whose own values are not at hand (spread by ZeRO-3, stored in 8 or 4 bits) it is
+    Of a model whose values are not available (partitioned by ZeRO-3, stored in 8 or 4 bits) it is
     the identity noted when it was loaded; see `note_identity`.
 
     Args:
@@ -158,14 +158,14 @@ def identify_model(model: nn.Module, name: str | None = None) -> FrozenIdentity:
         name: of its folder or hub; by default what the model says.
 
     Raises:
-        ValueError: the values are not at hand, and no identity was noted.
+        ValueError: the values are not available, and no identity was noted.
     """
     noted: FrozenIdentity | None = vars(model).get(_MARK)
     if not has_own_values(model):
         if noted is None:
             raise ValueError(
-                f"{type(model).__name__}: its weights are spread, encoded or without values, so "
-                "that it cannot be told which model it is; load it with load_streamed or "
+                f"{type(model).__name__}: its weights are partitioned, encoded or without values, "
+                "so its identity is unknown; load it with load_streamed or "
                 "load_partitioned, or call note_identity before its weights are moved"
             )
         return noted

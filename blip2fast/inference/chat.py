@@ -19,7 +19,7 @@ class Chat:
     The language model reads the images, then every earlier question with its answer, then the new
     question (paper, section 4.1 and figure 4). The oldest turns, with the images that came in them,
     are left out where the position table of a decoder-only model has no room for all. An encoder
-    with relative positions (T5) has no table; there `history` may be shortened by hand.
+    with relative positions (T5) has no table; shorten `history` there.
 
     Attributes:
         history: (question, answer) of each turn, with a marker in a question for each image that

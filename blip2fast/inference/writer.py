@@ -75,7 +75,7 @@ class Pictures:
         """The states of `EncodedImages` for rows, [len(rows), ...]."""
         new = [row for row in dict.fromkeys(rows) if row not in self._known]
         if new:
-            # a row at the end of one batch may go on in the next
+            # the last image of one batch may be the first of the next
             kept = {row: self._known[row] for row in rows if row in self._known}
             self._known = kept | dict(zip(new, self._encode(new), strict=True))
         return torch.stack([self._known[row] for row in rows])

@@ -1,8 +1,8 @@
 """Prefetching: copies of whole blocks from host memory into device buffers.
 
-Three ways behind one interface: a stream of its own on CUDA, where a copy from pinned memory is one
-asynchronous transfer; the C++ thread of `csrc/block_stream.cpp` on the CPU; and a Python thread
-there where that module was not built.
+Three implementations of one interface: a separate stream on CUDA, where a copy from pinned memory
+is one asynchronous transfer; the C++ thread of `csrc/block_stream.cpp` on the CPU; and a Python
+thread there where that module was not built.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Slot:
 
     Attributes:
         buffer: uint8, on the device.
-        block: number of the block that is in it or on its way; None at first.
+        block: number of the block that it holds or is being filled with; None at first.
         last_used: counts uses; the slot used longest ago is filled next.
         pending: the copy under way, as its copier knows it.
         ready: CUDA event: the copy is done.
@@ -67,7 +67,7 @@ class ThreadCopier:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="block-copies")
 
     def start(self, slot: Slot, source: Tensor) -> None:
-        self.wait(slot)  # a copy that nobody asked for must not end after this one
+        self.wait(slot)  # an earlier copy that was never waited for must not finish after this one
         slot.pending = self._pool.submit(slot.buffer[: len(source)].copy_, source)
 
     def wait(self, slot: Slot) -> None:
@@ -98,7 +98,7 @@ class NativeCopier:
                 f"a copy of {size} bytes into {len(slot.buffer)} on {slot.buffer.device}: expected "
                 "room for it, on the CPU"
             )
-        self.wait(slot)  # a copy that nobody asked for must not end after this one
+        self.wait(slot)  # an earlier copy that was never waited for must not finish after this one
         # the source is held until the copy is done
         ticket = self._thread.start(slot.buffer.data_ptr(), source.data_ptr(), size)
         slot.pending = (ticket, source)

@@ -3,7 +3,7 @@
 transformers maps a file into memory and copies where the precision differs, so that for a while a
 process holds the weights twice. Here the model is built without weights, and every tensor is read
 from its file straight into the streamed blocks (`load_streamed`), or handed to DeepSpeed,
-which spreads it before the next one is read (`load_partitioned`).
+which partitions it before the next one is read (`load_partitioned`).
 
 A checkpoint whose names are not the model's (one that transformers would rename, or not of
 safetensors) is loaded by transformers instead, and then moved.
@@ -138,7 +138,7 @@ def load_partitioned(
 ) -> PreTrainedModel:
     """Load a frozen language model whose blocks ZeRO-3 partitions as they are read.
 
-    Every process calls this. The rest of the model is spread when the engine starts.
+    Every process calls this. The rest of the model is partitioned when the engine starts.
 
     Args:
         name: folder or hub name.

@@ -5,11 +5,11 @@
     stream.undo()
 
 The weights of a block are one flat buffer in host memory. Just before the block runs they are in a
-device buffer, and while it runs the next block is on its way into another one. The backward pass
+device buffer, and while it runs the next block is copied into another one. The backward pass
 fetches the blocks again, in reverse order, and takes the gradient with respect to their inputs;
 nothing else is computed for frozen weights. With `recompute` the forward pass keeps the inputs of
 blocks only, and the backward pass computes a block again; without, it keeps all activations, and
-weights that autograd would keep are replaced by their places in the block.
+weights that autograd would save are replaced by their location in the block.
 
 Two blocks are on the device at a time (`buffers`), with int8 or int4 a third, the decoded one.
 Embeddings, the last norm, the head, and weights that blocks share stay on the device.
@@ -42,7 +42,7 @@ class Fetches:
     Attributes:
         forward, backward: for each block, how often it was copied for that pass.
         late: copies that were not begun before the block was needed.
-        most_live: the most blocks that were on the device, or on their way, at once.
+        most_live: the most blocks that were on the device, or being copied, at once.
     """
 
     forward: list[int]
@@ -97,7 +97,7 @@ def stream_blocks(
 
     Raises:
         ValueError: fewer than two buffers, an unknown storage or device, no blocks, a model that is
-            not frozen, is streamed already, recomputes its layers, is spread by ZeRO-3, or is
+            not frozen, is streamed already, recomputes its layers, is partitioned by ZeRO-3, or is
             quantised by a library.
     """
     if buffers < 2:
@@ -372,7 +372,9 @@ def _refuse_unsuitable(model: nn.Module, modules: Sequence[nn.Module]) -> None:
                     "requires_grad_(False) on the model"
                 )
             if hasattr(parameter, "ds_id"):
-                raise ValueError(f"{name}: is spread by DeepSpeed ZeRO-3; stream with ZeRO 0 to 2")
+                raise ValueError(
+                    f"{name}: partitioned by DeepSpeed ZeRO-3; stream with ZeRO 0 to 2"
+                )
 
 
 def _take_parameters(layout: BlockLayout, host: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 `q (W_K x + b_K)^T = (q W_K) x^T + constant`, and `sum_s p_s (W_V x_s + b_V)` is
 `(sum_s p_s x_s) W_V^T + b_V`: an image's tokens are read as they are. That is less arithmetic where
-an image is looked at once, by few queries: 0.69 against 1.14 GFLOP a layer and image for BLIP-2's
+an image is attended to once, by few queries: 0.69 against 1.14 GFLOP a layer and image for BLIP-2's
 32 queries on ViT-g. It is more where an image serves several passes, as in training.
 
 Shapes: B images, L queries, S image tokens, E image token width, C hidden width, H heads, D head

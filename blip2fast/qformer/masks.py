@@ -36,8 +36,8 @@ def prepare_mask(
         mask: any of the forms in this module's table, or None.
         batch: B, the largest batch in the call; a mask of batch 1 serves them all.
         heads: H, number of attention heads.
-        rows: number of rows that look (L; Q for cross-attention).
-        keys: number of tokens that are looked at (L, or S image tokens).
+        rows: number of attending rows (L; Q for cross-attention).
+        keys: number of tokens attended to (L, or S image tokens).
         name: the argument's name in error messages.
         device: where the attention runs.
 

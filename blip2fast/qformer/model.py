@@ -105,7 +105,7 @@ class QFormer(PreTrainedModel):
                 decides which config class is read.
             model_args: as `transformers.PreTrainedModel.from_pretrained`, like all that follow.
             config: the config to use instead of the saved one.
-            ignore_mismatched_sizes: draw tensors of another shape anew instead of refusing them.
+            ignore_mismatched_sizes: re-initialise tensors of another shape instead of raising.
             output_loading_info: return a report beside the model.
             kwargs: precision, hub access, and fields of the config to change.
 

@@ -1,6 +1,6 @@
 """Validation of stage-1 inputs; messages name the offending values.
 
-Checks that would make a GPU wait for the host look at CPU tensors only.
+Checks that would synchronise a GPU are made for CPU tensors only.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def sizes_of_ranks(
     if world_size() == 1:
         return HostCopy(torch.tensor(own))
     device = image_embeds.device
-    # from pinned memory the copy to a GPU makes nobody wait
+    # from pinned memory the copy to a GPU is asynchronous
     sent = torch.tensor(own, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     return HostCopy(gather_detached(sent))
 

@@ -38,7 +38,7 @@ class NegativeExchange:
     """Sends a list of rows from the ranks that hold them to the ranks that need them.
 
     Built once for a list of negatives and used for all that belongs to them. On several ranks
-    building it makes the host wait, for how many rows each rank wants of each; `for_lists` builds
+    building it synchronises the host, which needs the row counts of all ranks; `for_lists` builds
     those of several lists in one wait. Every rank of the group must build it, and then call the
     same methods in the same order.
 

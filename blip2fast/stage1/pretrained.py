@@ -89,8 +89,8 @@ def _rename_bert(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, 
 def stage1_from_retrieval(model: Blip2ForImageTextRetrieval) -> Blip2Stage1:
     """The stage-1 model inside transformers' retrieval model; the weights are copies.
 
-    Its temperature and generation head were not saved there: they start anew. `ln_vision` is the
-    vision model's `post_layernorm`, with the epsilon of that configuration.
+    Its temperature and generation head were not saved there and are re-initialised. `ln_vision` is
+    the vision model's `post_layernorm`, with the epsilon of that configuration.
 
     Args:
         model: For example `Salesforce/blip2-itm-vit-g`.

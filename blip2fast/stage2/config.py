@@ -28,23 +28,23 @@ class Stage2Config:
         ln_vision_eps: 1e-5 in LAVIS; transformers' checkpoints say 1e-6.
         max_txt_len: most text tokens of a sequence, soft prompts not counted.
         prompt: text before every caption; a `{}` in it is the place of a question.
-        end_text: what ends a decoder-only target; None is the tokenizer's eos token, `"\\n"` is
-            what LAVIS trained its OPT models with.
+        end_text: ends a decoder-only target; None: the tokenizer's eos token. LAVIS trained its
+            OPT models with `"\\n"`.
         image_marker: what stands for an image in texts that have any number of them, such as
             `"<image>"`; None: one image a text, in front.
         text_conditioned: the Q-Former reads an instruction beside its queries, as InstructBLIP
             does (arXiv 2305.06500); False: images alone, as BLIP-2.
         vocab_size, max_position_embeddings, pad_token_id: of the instruction's tokens; stage 1's.
-        llm_dropout: in training, the frozen language model drops out as its own configuration says.
-            LAVIS trains so, because its `train()` reaches the frozen model; False: no dropout.
-        llm_activation: of a T5's feed-forward layers, instead of its own. LAVIS puts `"gelu"` into
-            FlanT5, whose own is `"gelu_new"`, and trained its checkpoints so; transformers' BLIP-2
-            folders say it themselves. None: the model's own.
-        pack_padding: in training, put the samples of a batch behind one another in fewer rows, so
-            that a decoder-only language model computes no padding (`blip2fast.stage2.packing`).
-        match_embedding_scale: start the projection such that soft prompts are of the size of the
-            language model's token embeddings, instead of PyTorch's default as LAVIS. Prompts that
-            are much larger drown the positions, and a small language model learns later.
+        llm_dropout: enable the frozen language model's dropout in training. LAVIS does, because its
+            `train()` reaches the frozen model. False: no dropout.
+        llm_activation: replaces the activation of a T5's feed-forward layers. LAVIS trained its
+            checkpoints with `"gelu"` in FlanT5, whose own is `"gelu_new"`; transformers' BLIP-2
+            configurations state it. None: the model's own.
+        pack_padding: in training, pack the samples of a batch into fewer rows, so that a
+            decoder-only language model computes no padding (`blip2fast.stage2.packing`).
+        match_embedding_scale: initialise the projection so that soft prompts have the scale of the
+            language model's token embeddings. Much larger prompts drown the position embeddings,
+            and a small language model learns later. False: PyTorch's default, as LAVIS.
     """
 
     hidden_size: int = 768

@@ -1,7 +1,7 @@
 """Trained parameters and sizes of stage 2 from stage 1, and from and to transformers.
 
 transformers has the model as BLIP-2 and, where the Q-Former is text-conditioned, as InstructBLIP.
-The parameter names are transformers' but for `ln_vision`, which is `vision_model.post_layernorm`
+Parameter names are transformers', except `ln_vision`, which is `vision_model.post_layernorm`
 there.
 """
 

@@ -80,7 +80,7 @@ def _common_cache(
     Args:
         language_model: decoder-only.
         embeds, mask: [B, P, L] and [B, P].
-        generate_kwargs: of `generate`, which goes on from the last position.
+        generate_kwargs: of `generate`, which continues from the last position.
 
     Returns:
         The cache of B * copies rows; None where there is one copy, or where the caller or the model

@@ -190,7 +190,7 @@ class Blip2Stage2(nn.Module):
         )
 
     def train(self, mode: bool = True) -> Blip2Stage2:
-        """Set training mode; the frozen parts stay in evaluation mode, but for `llm_dropout`."""
+        """Set training mode; frozen parts stay in evaluation mode, except with `llm_dropout`."""
         super().train(mode)
         self.language_model.train(mode and self.config.llm_dropout)
         if self.image_encoder is not None:

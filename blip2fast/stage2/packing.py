@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# A packed row's length at most, but for unevenness: the mask has its square for each row.
+# Target length of a packed row: the mask has its square for each row.
 ROW_LENGTH = 512
 # Packing is left out where it saves less of all work: on a CPU core (OPT, width 512, 4 blocks,
 # 32 samples, forward and backward) 7 % fewer positions took 97 % of the time, 50 % fewer 57 %.

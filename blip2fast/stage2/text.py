@@ -62,7 +62,7 @@ class Stage2Text:
             beside it are dropped. None: one image a text, in front.
         num_query_tokens: Q, the soft prompts of an image; they do not count for `max_txt_len`.
         qformer_tokenizer: tokenizer of a text-conditioned Q-Former, which reads what the language
-            model reads as prompt, but for image markers (InstructBLIP, arXiv 2305.06500, 2.4).
+            model reads as prompt, without image markers (InstructBLIP, arXiv 2305.06500, 2.4).
 
     Raises:
         ValueError: `max_txt_len` too small, an `end_text` that is not one known token, an

@@ -272,7 +272,7 @@ def _stage2(
         return Blip2Stage2(size, language_model), tokenizer, identity
     state = read_parameters(str(config.init_from))
     if not _same_language_model(config, start, identity):
-        # its projection, if it has one, speaks to another model
+        # its projection, if it has one, was trained for another language model
         model = Blip2Stage2.from_stage1(state, language_model, size)
     else:
         model = Blip2Stage2(size, language_model)

@@ -70,9 +70,9 @@ class LanguageModelSection:
         path: local folder or hub name.
         prompt: text before every caption; with `{}` in it, where the question goes (vqa).
         end_text: what ends a decoder-only target; None: the tokenizer's end token.
-        match_embedding_scale: start soft prompts at the size of its token embeddings (a small
-            language model learns sooner); False: PyTorch's default, as LAVIS.
-        activation: of a T5's feed-forward layers instead of its own; LAVIS has `gelu` in FlanT5.
+        match_embedding_scale: initialise soft prompts at the scale of its token embeddings (small
+            models learn sooner); False: PyTorch's default, as LAVIS.
+        activation: replaces that of a T5's feed-forward layers; LAVIS uses `gelu` in FlanT5.
         llm_dropout, pack_padding: as in `Stage2Config`.
     """
 
@@ -92,16 +92,16 @@ class DataSection:
     """Images and texts. Give either `features` or `images` and `image_encoder`.
 
     Attributes:
-        records: JSON lines, as in `blip2fast.data.batches`.
-        task: caption or (stage 2) vqa, or sequence: any number of images a sample.
+        records: JSON lines, as in `blip2fast.data.records`.
+        task: `caption`, or in stage 2 `vqa`, or `sequence`: any number of images per sample.
         features: folder of a feature cache.
         images: folder of image files; the frozen encoder then runs in the loop.
         image_encoder: folder or hub name of a transformers vision model, for `images`.
         image_encoder_layer: how many of its blocks to run; None: BLIP-2's choice for its kind.
         augment: random crops and flips (`images` only).
         eval_records, eval_features, eval_images: held-out data; None: no evaluation.
-        max_txt_len: longer texts are cut.
-        workers: processes that read batches ahead; 0 reads in the training process.
+        max_txt_len: longer texts are truncated.
+        workers: processes that prefetch batches; 0: the training process reads them itself.
     """
 
     __pydantic_config__ = _STRICT
@@ -126,13 +126,13 @@ class OptimSection:
     """AdamW, and its learning rate over the steps (paper, section 3.4).
 
     Attributes:
-        lr: peak, reached after `warmup_steps` of linear rise.
-        min_lr: where the cosine ends, at `max_steps`.
-        weight_decay: not on biases, norms, the temperature and the queries.
+        lr: peak learning rate, after `warmup_steps` of linear warm-up.
+        min_lr: end of the cosine decay, at `max_steps`.
+        weight_decay: of matrices; not of biases, norms, the temperature and the queries.
         max_steps: optimizer steps; one takes batch_size x accumulation samples per process.
-        clip_norm: limit on the norm of the gradient; 0 for none.
-        batch_size: samples per process in one forward pass.
-        accumulation: forward and backward passes of a step.
+        clip_norm: gradient clipping by norm; 0: none.
+        batch_size: samples per process and micro-step.
+        accumulation: micro-steps per optimizer step.
         losses: of stage 1: itc, with or without itm and itg.
         grad_cache: in stage 1, ITC compares all samples of a step instead of those of a forward
             pass; features are computed twice (`blip2fast.stage1.contrast`).
@@ -160,26 +160,27 @@ class RunConfig:
 
     Attributes:
         stage: 1 (ITC, ITM, ITG on the Q-Former) or 2 (soft prompts into the language model).
-        output_dir: everything the run writes goes here.
-        init_from: output folder or checkpoint of an earlier run, to start its parameters from.
-        allow_other_frozen: let `init_from` be of another image encoder or language model; of a
-            stage-2 model before another language model the projection is new, the rest is taken.
-        zero_stage: what DeepSpeed ZeRO spreads over the processes: 0 nothing, 1 the optimizer's
+        output_dir: folder of everything that the run writes.
+        init_from: output folder or checkpoint of an earlier run, whose parameters this one starts
+            from.
+        allow_other_frozen: allow an `init_from` that was trained with another image encoder or
+            language model. With another language model the projection is re-initialised.
+        zero_stage: what DeepSpeed ZeRO partitions over the processes: 0 nothing, 1 the optimizer's
             states, 2 gradients too, 3 parameters too (the language model's).
-        offload_param, offload_optimizer: where ZeRO keeps them (param: stage 3 alone).
+        offload_param, offload_optimizer: where ZeRO keeps them (parameters: stage 3 only).
         nvme_path: folder for offloading to `nvme`.
-        offload: where the frozen language model is (stage 2): `none`, as zero_stage and
-            offload_param say; `stream`, its blocks in host memory, streamed to the device; `zero3`,
-            zero_stage 3 with offload_param; `auto`, the first of these that fits.
+        offload: placement of the frozen language model (stage 2). `none`: as zero_stage and
+            offload_param say. `stream`: its blocks in host memory, streamed to the device.
+            `zero3`: zero_stage 3 with offload_param. `auto`: the first of these that fits.
         stream_buffers: device buffers for streamed blocks.
         stream_storage: of streamed weights: `as_is`, or `int8` or `int4`, which changes the loss.
         gradient_checkpointing: recompute activations in the backward pass.
         kernels: this library's own, on a GPU: `check`, those that a check there finds right and
             quicker (docs/kernels.md); `never`; or `trust`, unchecked.
         eval_every, save_every: in steps; 0: only at the end (evaluation), never (checkpoints).
-        keep_last: checkpoints that stay on disk.
+        keep_last: number of checkpoints to keep.
         eval_batch_size: samples per evaluation batch, over all processes.
-        resume: continue from the last checkpoint in `output_dir`, where there is one.
+        resume: continue from the last checkpoint in `output_dir`, if there is one.
     """
 
     __pydantic_config__ = _STRICT

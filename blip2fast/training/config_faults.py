@@ -89,7 +89,7 @@ def offload_faults(config: RunConfig) -> list[str]:
         if config.zero_stage == 3:
             faults.append(
                 f"offload {offload!r} needs zero_stage 0, 1 or 2, it is 3: streamed blocks are "
-                "whole in every process (offload: zero3 spreads them)"
+                "whole in every process (offload: zero3 partitions them)"
             )
         if config.offload_param != "none":
             faults.append(

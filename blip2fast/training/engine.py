@@ -46,7 +46,7 @@ def deepspeed_config(
         zero["reduce_bucket_size"] = min(sum(trained_sizes), 500_000_000)
     if config.zero_stage == 3:
         # Stage 3 is there to spread the language model. The trained part is 40 times smaller: once
-        # fetched it stays whole, and only its gradients and optimizer states are spread.
+        # fetched it stays whole, and only its gradients and optimizer states are sharded.
         zero["stage3_param_persistence_threshold"] = max(trained_sizes)
     for what in ("param", "optimizer"):
         device = getattr(config, f"offload_{what}")

@@ -163,7 +163,7 @@ def plan_memory(
 
     Args:
         config: the run.
-        processes: of the run, over which ZeRO spreads.
+        processes: of the run, over which ZeRO partitions.
         machines: which they run on; the processes of each share its host memory.
         memory: what there is; by default this machine's free memory.
 
@@ -272,7 +272,7 @@ def _options(counts: _Counts, memory: Memory) -> list[Option]:
 
 
 def _resident(counts: _Counts, memory: Memory, recomputed: bool) -> Option:
-    """The language model on the device, or spread over the devices by the run's own ZeRO-3."""
+    """The language model on the device, or partitioned over the devices by the run's ZeRO-3."""
     config, weights = counts.config, counts.language.weights
     spread = counts.processes if config.zero_stage == 3 else 1
     device, host = counts.other_than_language(config.zero_stage)

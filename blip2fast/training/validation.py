@@ -1,6 +1,6 @@
 """Evaluation while training: held-out losses, retrieval (stage 1), captions or answers (stage 2).
 
-With several processes the losses are those of the whole batch, which is spread over them, and each
+With several processes the losses are those of the whole batch, which they share, and each
 writes captions or answers to its share of the images. Retrieval every process computes alike.
 """
 

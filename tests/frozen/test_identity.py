@@ -180,7 +180,7 @@ def test_a_model_without_its_values_is_not_guessed() -> None:
     with torch.device("meta"):
         model = nn.Linear(3, 3)
     note_identity(model)
-    with pytest.raises(ValueError, match=r"Linear: its weights are spread, .*load_streamed or"):
+    with pytest.raises(ValueError, match=r"Linear: its weights are partitioned.*load_streamed or"):
         identify_model(model)
 
 
