@@ -10,6 +10,18 @@ from typing import TYPE_CHECKING
 from blip2fast._imports import lazy
 
 if TYPE_CHECKING:
+    from blip2fast import checkpoints as checkpoints
+    from blip2fast import data as data
+    from blip2fast import evaluation as evaluation
+    from blip2fast import frozen as frozen
+    from blip2fast import inference as inference
+    from blip2fast import offload as offload
+    from blip2fast import ops as ops
+    from blip2fast import qformer as qformer
+    from blip2fast import scenes as scenes
+    from blip2fast import stage1 as stage1
+    from blip2fast import stage2 as stage2
+    from blip2fast import training as training
     from blip2fast.inference.model import Blip2
     from blip2fast.ops.itc.loss import ITCLoss
     from blip2fast.qformer.model import QFormer
@@ -63,4 +75,5 @@ _ROOMS = (
     "training",
 )
 
-__getattr__, __dir__ = lazy(__name__, _NAMES, _ROOMS)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy(__name__, _NAMES, _ROOMS)

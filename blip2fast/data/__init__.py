@@ -43,4 +43,5 @@ _NAMES = {
     "write_records": "records",
 }
 
-__getattr__, __dir__ = lazy(__name__, _NAMES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy(__name__, _NAMES)

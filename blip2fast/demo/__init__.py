@@ -15,4 +15,5 @@ __all__ = ["check_gates"]
 
 _NAMES = {"check_gates": "table"}
 
-__getattr__, __dir__ = lazy(__name__, _NAMES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy(__name__, _NAMES)

@@ -51,4 +51,5 @@ _NAMES = {
     "swapped_match_accuracy": "retrieval",
 }
 
-__getattr__, __dir__ = lazy(__name__, _NAMES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy(__name__, _NAMES)

@@ -32,4 +32,5 @@ _NAMES = {
     "transform_for": "images",
 }
 
-__getattr__, __dir__ = lazy(__name__, _NAMES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy(__name__, _NAMES)

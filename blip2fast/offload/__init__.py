@@ -27,4 +27,5 @@ _NAMES = {
     "stream_blocks": "streaming",
 }
 
-__getattr__, __dir__ = lazy(__name__, _NAMES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy(__name__, _NAMES)

@@ -20,4 +20,5 @@ _NAMES = {
     "unpatch": "patching",
 }
 
-__getattr__, __dir__ = lazy(__name__, _NAMES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy(__name__, _NAMES)

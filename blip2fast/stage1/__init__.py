@@ -30,4 +30,5 @@ _NAMES = {
     "step_contrast": "contrast",
 }
 
-__getattr__, __dir__ = lazy(__name__, _NAMES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy(__name__, _NAMES)

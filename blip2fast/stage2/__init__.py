@@ -23,4 +23,5 @@ _NAMES = {
     "Stage2Text": "text",
 }
 
-__getattr__, __dir__ = lazy(__name__, _NAMES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy(__name__, _NAMES)

@@ -29,4 +29,5 @@ _NAMES = {
     "train": "trainer",
 }
 
-__getattr__, __dir__ = lazy(__name__, _NAMES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy(__name__, _NAMES)
