@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Check and time everything on a machine with a GPU that is lent for minutes and has no network.
-#   benchmarks/gpu.sh [-c COMMIT] [-t SECONDS] DIR [STEP...]
+#   benchmarks/gpu.sh [-c COMMIT] [-t SECONDS] [-k EXPRESSION] DIR [STEP...]
 # Ends within SECONDS (530). DIR gets results.tar.gz (every result and log), log.txt, table.txt and
 # records.json (which kernels passed their check); the table is printed last. Without STEPs all run,
 # in this order:
@@ -12,18 +12,19 @@
 #   sweep     configurations of the Triton kernels
 #   itc, attention, glue, qformer    the suites
 #   profile   Nsight Compute on one launch of each kernel
-# Every step is a process of its own, so that an error of the device ends with it. COMMIT is what
+# EXPRESSION picks tests, as pytest's -k. Every step is a process of its own, so that an error of the device ends with it. COMMIT is what
 # results name where there is no .git. Wheels in .whl/ are used. Without a GPU small shapes run,
 # through Triton's interpreter: a rehearsal.
 set -u
 
 usage() { sed -n '3s/^# */usage: /p' "$0" >&2; exit 2; }
 
-commit= limit=530
-while getopts c:t: option; do
+commit= limit=530 picked=
+while getopts c:t:k: option; do
     case $option in
         c) commit=$OPTARG ;;
         t) limit=$OPTARG ;;
+        k) picked=$OPTARG ;;
         *) usage ;;
     esac
 done
@@ -172,7 +173,8 @@ step_tests() {
     mapfile -t files < <(printf '%s\n' "${files[@]}" | sort -u)
     local marker="gpu or not slow"
     [ -n "$gpu" ] || marker="gpu"
-    pytest tests "${most[tests]}" -rfE --maxfail=25 --tb=short -n "$workers" -m "$marker" "${files[@]}"
+    pytest tests "${most[tests]}" -rfE --maxfail=25 --tb=short -n "$workers" -m "$marker" \
+        ${picked:+-k "$picked"} "${files[@]}"
     verdict tests $?
 }
 
@@ -186,7 +188,7 @@ step_cuda() {
                 "$python" benchmarks/launches.py --small &
         done
     fi
-    pytest cuda "${most[cuda]}" -rfEs --maxfail=25 --tb=short -n 4 "${files[@]}"
+    pytest cuda "${most[cuda]}" -rfEs --maxfail=25 --tb=short -n 4 ${picked:+-k "$picked"} "${files[@]}"
     verdict cuda $?
     for job in $(jobs -p); do [ "$job" = "$build" ] || wait "$job"; done
     for tool in memcheck racecheck; do
@@ -203,7 +205,7 @@ step_check() {
 
 step_step() {
     built
-    suite step stage1_step -k "bench_step and (b256 or b64)"
+    suite step stage1_step -k "bench_step and (b256 or b64_dropout)"
 }
 
 step_shares() {

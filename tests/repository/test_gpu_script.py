@@ -80,7 +80,7 @@ def test_every_step_is_a_process_and_few_files_come_back(gpu_script: GPUScript) 
         "tests/ops/test_glue_triton.py",
         "tests/ops/test_itc_gpu.py",
         "-m blip2fast.command_line check-kernels --jobs 8 --out",
-        "benchmarks/bench_stage1_step.py -k bench_step and (b256 or b64)",
+        "benchmarks/bench_stage1_step.py -k bench_step and (b256 or b64_dropout)",
         "benchmarks/sweep.py --compile --workers",
         "sweep.json --seconds",
         "benchmarks/bench_itc.py",
