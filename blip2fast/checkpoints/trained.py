@@ -96,7 +96,7 @@ def read_description(path: str | Path) -> Description:
     """Read `model.json` of a finished run, or of a checkpoint.
 
     Raises:
-        ValueError: not there, of an earlier format, or not as it was written.
+        ValueError: not found, of an earlier format, or not as it was written.
     """
     values = read_json(Path(path), DESCRIPTION)
     identities = {part: FrozenIdentity(**v) for part, v in values.pop("frozen").items()}

@@ -90,7 +90,7 @@ def replace_files(folder: Path, writes: Mapping[str, Write]) -> None:
     """Replace all files of a folder's manifest atomically.
 
     Args:
-        folder: made if it is not there; other files in it are left alone.
+        folder: made if it does not exist; other files in it are left alone.
         writes: for each file, what makes it at the path that it is given; the last one gets its
             name last.
     """

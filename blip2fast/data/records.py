@@ -69,7 +69,7 @@ def read_captions(path: str | Path) -> list[CaptionRecord]:
     """Read caption records, one JSON object a line: `{"image": key, "captions": [text, ...]}`.
 
     Raises:
-        ValueError: not there, empty, or a line that is not such an object; its number is named.
+        ValueError: not found, empty, or a line that is not such an object; its number is named.
     """
     records = _read_lines(path, CaptionRecord)
     for number, record in enumerate(records, 1):
@@ -163,7 +163,7 @@ def write_records(path: str | Path, records: Sequence[AnyRecord | Mapping[str, o
     """Write records as JSON lines, the form that `read_captions` reads.
 
     Args:
-        path: a file; its folder is made if it is not there.
+        path: a file; its folder is made if it does not exist.
         records: also as plain dictionaries.
     """
     plain = (record if isinstance(record, Mapping) else vars(record) for record in records)

@@ -6,19 +6,19 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from blip2fast.frozen.hub import not_there
+from blip2fast.frozen.hub import not_found
 
 
 def qformer_tokenizer(name: str) -> Any:
     """The Q-Former's tokenizer, with [DEC] as its bos token (paper, section 3.2).
 
     Raises:
-        ValueError: not there, or one that does not write [CLS] words [SEP] with padding.
+        ValueError: not found, or one that does not write [CLS] words [SEP] with padding.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(not_there("model.tokenizer", name, error)) from error
+        raise ValueError(not_found("model.tokenizer", name, error)) from error
     if tokenizer.bos_token is None:
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     ids = tokenizer("a")["input_ids"]

@@ -125,7 +125,7 @@ class Phases:
         """Remember a phase as finished.
 
         Raises:
-            RuntimeError: when a product is not there.
+            RuntimeError: when a product is missing.
         """
         spent = clock.read()
         if absent := self._absent(name):

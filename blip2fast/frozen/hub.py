@@ -9,7 +9,7 @@ from transformers.utils import cached_file
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
 
 
-def not_there(what: str, name: object, why: Exception | str = "") -> str:
+def not_found(what: str, name: object, why: Exception | str = "") -> str:
     """The error message for a model or tokenizer that cannot be loaded.
 
     Args:
@@ -18,7 +18,7 @@ def not_there(what: str, name: object, why: Exception | str = "") -> str:
         why: as transformers says; its first line is quoted.
     """
     message = (
-        f"{what} {str(name)!r}: not there: give a local folder or a hub name that can be reached"
+        f"{what} {str(name)!r}: not found: give a local folder or a hub name that can be reached"
     )
     return f"{message} ({str(why).splitlines()[0]})" if str(why) else message
 
@@ -32,13 +32,13 @@ def check_pretrained(key: str, name: str) -> str | None:
     if folder.is_dir():
         if any((folder / f).is_file() for f in ("config.json", "tokenizer_config.json")):
             return None
-        return not_there(key, name, "the folder has no config.json")
+        return not_found(key, name, "the folder has no config.json")
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        return not_there(key, name)
+        return not_found(key, name)
     try:
         cached_file(name, "config.json")
     except (OSError, ValueError) as error:
-        return not_there(key, name, error)
+        return not_found(key, name, error)
     return None
 
 

@@ -23,7 +23,7 @@ from transformers import (
     ViTModel,
 )
 
-from blip2fast.frozen.hub import not_there
+from blip2fast.frozen.hub import not_found
 from blip2fast.frozen.identity import identify_model
 
 
@@ -123,7 +123,7 @@ def load_image_encoder(
         dtype: of its weights and tokens.
 
     Raises:
-        ValueError: not there, of a family not known here, or without that many blocks.
+        ValueError: not found, of a family not known here, or without that many blocks.
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path)
@@ -134,7 +134,7 @@ def load_image_encoder(
             )
         model = _load(kind, name_or_path, config)
     except OSError as error:
-        raise ValueError(not_there("image encoder", name_or_path, error)) from error
+        raise ValueError(not_found("image encoder", name_or_path, error)) from error
     num_blocks = len(_blocks(model)) - kind.skipped_blocks if layer is None else layer
     # cast here and not while loading: what it is identified by must not depend on the precision
     return FrozenImageEncoder(model, num_blocks, name_or_path).to(dtype)

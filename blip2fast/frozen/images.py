@@ -85,7 +85,7 @@ def read_image(folder: Path, key: str) -> Image.Image:
     """Open `folder/key`.
 
     Raises:
-        ValueError: not there, outside the folder, or not an image.
+        ValueError: not found, outside the folder, or not an image.
     """
     path = folder / key
     if not path.resolve().is_relative_to(folder.resolve()):

@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from blip2fast.frozen.hub import not_there
+from blip2fast.frozen.hub import not_found
 
 
 def load_language_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """A causal or an encoder-decoder language model, by folder or hub name.
 
     Raises:
-        ValueError: not there.
+        ValueError: not found.
     """
     try:
         config = AutoConfig.from_pretrained(name)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         return kind.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise ValueError(not_there("language model", name, error)) from error
+        raise ValueError(not_found("language model", name, error)) from error
 
 
 def quantised_fault(what: str, name: str, config: Any) -> str | None:
@@ -30,7 +30,7 @@ def quantised_fault(what: str, name: str, config: Any) -> str | None:
     Its tensors have other names, types and shapes than those that it computes with.
 
     Args:
-        what: as in `not_there`.
+        what: as in `not_found`.
         name: folder or hub name.
         config: of transformers.
 

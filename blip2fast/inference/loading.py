@@ -135,8 +135,8 @@ def load_parts(
     for name, value in (("language_model", language_model), ("image_encoder", image_encoder)):
         if value is not None:
             raise ValueError(
-                f"{name}={value!r}: {path} is no folder that blip2fast trained, and a transformers "
-                "BLIP-2 has its own"
+                f"{name}={value!r}: {path} is not a folder that blip2fast trained, and a "
+                "transformers BLIP-2 has its own"
             )
     return _transformers(path, dtype, device, offload)
 
@@ -191,7 +191,7 @@ def _add_encoder(
     name, _, block = known.rpartition(", block ")
     layer = int(block) if name and block.isdigit() else None
     if given is None and layer is None:
-        return None, f"its image tokens came from {known!r}, which is no encoder known here"
+        return None, f"its image tokens came from {known!r}, which is not a known encoder"
     try:
         encoder = load_image_encoder(given or name, layer, dtype)
     except ValueError as error:
@@ -233,7 +233,7 @@ def _transformers(
             words = AutoTokenizer.from_pretrained(path, subfolder="qformer_tokenizer")
     except OSError as error:
         raise ValueError(
-            f"{path!r}: not there: give a folder, a run of blip2fast or a transformers BLIP-2 with "
+            f"{path!r}: not found: give a folder, a run of blip2fast or a transformers BLIP-2 with "
             f"its tokenizer and image processor, or a hub name that can be reached ({error})"
         ) from error
     model = Blip2Stage2.from_transformers(whole).eval()

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from blip2fast._imports import needs
-from blip2fast.frozen.hub import not_there
+from blip2fast.frozen.hub import not_found
 from blip2fast.frozen.identity import FrozenIdentity, identify, note_identity
 from blip2fast.frozen.language_models import load_language_model, quantised_fault
 from blip2fast.offload.blocks import find_blocks
@@ -52,12 +52,12 @@ def empty_language_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
         name: folder or hub name.
 
     Raises:
-        ValueError: not there.
+        ValueError: not found.
     """
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(not_there("language model", name, error)) from error
+        raise ValueError(not_found("language model", name, error)) from error
     return build_empty(config, dtype)
 
 
@@ -78,7 +78,7 @@ def source_identity(name: str) -> FrozenIdentity | None:
     safetensors: then `identify_model` tells it once it is loaded.
 
     Raises:
-        ValueError: not there, or the files do not belong to its configuration.
+        ValueError: not found, or the files do not belong to its configuration.
     """
     model = empty_language_model(name, torch.float32)
     if getattr(model.config, "quantization_config", None) is not None:
@@ -110,7 +110,7 @@ def load_streamed(
         The model and its stream.
 
     Raises:
-        ValueError: not there, damaged, quantised by a library, or what `stream_blocks` refuses.
+        ValueError: not found, damaged, quantised by a library, or what `stream_blocks` refuses.
     """
     model = empty_language_model(name, dtype)
     _refuse_quantised(model, name)
@@ -149,7 +149,7 @@ def load_partitioned(
         The model.
 
     Raises:
-        ValueError: not there, damaged, or quantised by a library.
+        ValueError: not found, damaged, or quantised by a library.
     """
     with needs("train", "deepspeed"):
         import deepspeed

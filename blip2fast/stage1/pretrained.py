@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import BertForMaskedLM, Blip2ForImageTextRetrieval
 
-from blip2fast.frozen.hub import not_there
+from blip2fast.frozen.hub import not_found
 from blip2fast.qformer.checks import check_state
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
@@ -49,13 +49,13 @@ def initialise_from_bert(
         bert: The model, or a folder or hub name, for example `"bert-base-uncased"`.
 
     Raises:
-        ValueError: not there; sizes differ (names the tensors with both shapes).
+        ValueError: not found; sizes differ (names the tensors with both shapes).
     """
     if not isinstance(bert, BertForMaskedLM):
         try:
             bert = BertForMaskedLM.from_pretrained(bert)
         except OSError as error:
-            raise ValueError(not_there("BERT", bert, error)) from error
+            raise ValueError(not_found("BERT", bert, error)) from error
     own = model.state_dict()
     loaded = _rename_bert(bert.state_dict(), own)
     expected = {

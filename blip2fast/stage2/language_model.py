@@ -49,7 +49,7 @@ def use_activation(language_model: PreTrainedModel, name: str) -> None:
     layers = [m for m in language_model.modules() if hasattr(m, "act") and hasattr(m, "wo")]
     if not layers or not hasattr(language_model.config, "dense_act_fn"):
         raise ValueError(
-            f"llm_activation {name!r}: {type(language_model).__name__} is no T5 (its configuration "
+            f"llm_activation {name!r}: {type(language_model).__name__} is not a T5 (its config "
             "has no dense_act_fn); leave it out"
         )
     if name not in ACT2FN:

@@ -46,7 +46,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: `section.key=value`, values as in yaml; later ones win.
 
     Raises:
-        ValueError: the file is not there or not yaml; a key is unknown, missing or ill-typed; or
+        ValueError: the file is missing or not yaml; a key is unknown, missing or ill-typed; or
             keys contradict one another. Every fault is listed.
     """
     path = Path(path)

@@ -27,7 +27,7 @@ from transformers import (
     Blip2VisionModel,
 )
 
-from blip2fast.frozen.hub import not_there
+from blip2fast.frozen.hub import not_found
 from blip2fast.offload.blocks import find_blocks, lay_out, own_parameters
 from blip2fast.offload.quantised import STORAGES, Storage
 from blip2fast.stage2.config import Stage2Config
@@ -145,12 +145,12 @@ def read_model_config(key: str, name: str) -> Any:
     """The transformers configuration of a model; weights are not looked for.
 
     Raises:
-        ValueError: not there.
+        ValueError: not found.
     """
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(not_there(key, name, error)) from error
+        raise ValueError(not_found(key, name, error)) from error
 
 
 def measure_language_model(

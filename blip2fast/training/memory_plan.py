@@ -168,7 +168,7 @@ def plan_memory(
         memory: what there is; by default this machine's free memory.
 
     Raises:
-        ValueError: stage 1, a model whose configuration is not there, sizes that do not fit
+        ValueError: stage 1, a model whose configuration is not found, sizes that do not fit
             together.
     """
     if config.stage != 2 or config.language_model is None:
@@ -323,7 +323,7 @@ def _images(config: RunConfig, notes: list[str]) -> tuple[int, int | None, int]:
     if data.features is not None and Path(data.features, "manifest.json").is_file():
         cache = FeatureCache(data.features)
         return 0, cache.width, cache.num_tokens
-    notes.append(f"data.features {data.features!r} is not there yet: 257 tokens an image assumed")
+    notes.append(f"data.features {data.features!r} does not exist yet: 257 tokens an image assumed")
     return 0, None, 257
 
 
@@ -335,7 +335,7 @@ def _trained_config(config: RunConfig, width: int | None, notes: list[str]) -> S
         start = read_description(config.init_from).sizes
         sizes |= {name: value for name, value in start.items() if name in known}
     elif config.init_from is not None:
-        notes.append(f"init_from {config.init_from!r} is not there yet: BLIP-2's sizes assumed")
+        notes.append(f"init_from {config.init_from!r} does not exist yet: BLIP-2's sizes assumed")
     section = dataclasses.asdict(config.model)
     sizes |= {name: v for name, v in section.items() if name in known and v is not None}
     if width is not None:

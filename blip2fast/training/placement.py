@@ -45,7 +45,7 @@ def choose_placement(
             all choose alike. Only `auto` asks.
 
     Raises:
-        ValueError: `auto`, and nothing fits; or a model whose configuration is not there.
+        ValueError: `auto`, and nothing fits; or a model whose configuration is not found.
     """
     if config.offload == "zero3":
         return placed(config, "zero3")
@@ -101,7 +101,7 @@ def load_frozen(config: RunConfig) -> PreTrainedModel:
     """Load the language model of a run to its chosen placement.
 
     Raises:
-        ValueError: not there, or damaged.
+        ValueError: not found, or damaged.
     """
     if config.language_model is None:
         raise ValueError("language_model: stage 2 needs one")

@@ -155,7 +155,7 @@ def test_a_masked_autoencoder_sees_every_patch_in_order(tmp_path: Path) -> None:
 
 
 def test_bad_encoders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not there: give a local folder or a hub name"):
+    with pytest.raises(ValueError, match="not found: give a local folder or a hub name"):
         load_image_encoder(str(tmp_path / "nowhere"))
     OPTConfig().save_pretrained(tmp_path / "opt")
     with pytest.raises(ValueError, match="is a 'opt' model; known are blip-2"):

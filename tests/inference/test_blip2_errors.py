@@ -104,8 +104,8 @@ def renamed(run: Path, folder: Path, **changes: Any) -> Path:
 
 def test_an_unknown_encoder_is_an_error_of_pictures_alone(run: Path, tmp_path: Path) -> None:
     for name, why in (
-        ("my own features", "from 'my own features', which is no encoder known here"),
-        ("no/such/folder, block 2", "image encoder 'no/such/folder': not there"),
+        ("my own features", "from 'my own features', which is not a known encoder"),
+        ("no/such/folder, block 2", "image encoder 'no/such/folder': not found"),
     ):
         blip2 = Blip2.from_pretrained(renamed(run, tmp_path / name[:2], image_encoder=name))
         assert blip2.caption(image_embeds=torch.randn(2, 5, 24))
@@ -132,7 +132,7 @@ def wide_vision(folder: Path) -> str:
 
 def test_refuses_a_language_model_that_is_gone(run: Path, tmp_path: Path) -> None:
     moved = renamed(run, tmp_path / "run", language_model="no/such/model")
-    with pytest.raises(ValueError, match="language model 'no/such/model': not there"):
+    with pytest.raises(ValueError, match="language model 'no/such/model': not found"):
         Blip2.from_pretrained(moved)
     assert Blip2.from_pretrained(moved, language_model=str(run.parent / "language")).caption(ONE)
 
@@ -150,7 +150,7 @@ def test_refuses_what_cannot_write(run: Path, tmp_path: Path) -> None:
         ValueError, match=r"has not ended; give a checkpoint of it, .*step-00000007"
     ):
         Blip2.from_pretrained(tmp_path / "begun")
-    with pytest.raises(ValueError, match=r"nothing': not there: give a folder"):
+    with pytest.raises(ValueError, match=r"nothing': not found: give a folder"):
         Blip2.from_pretrained(tmp_path / "nothing")
     with pytest.raises(ValueError, match="offload='disk': expected 'none' or 'stream'"):
         Blip2.from_pretrained(run, offload="disk")  # type: ignore[arg-type]

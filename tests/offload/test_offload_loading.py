@@ -130,7 +130,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"ffn_dim": 26}))
     with pytest.raises(ValueError, match=r"has the shape \(24, 20\), the model's is \(26, 20\)"):
         load_streamed(str(tmp_path), torch.float32, "cpu")
-    with pytest.raises(ValueError, match=r"language model '/nowhere': not there: give a local"):
+    with pytest.raises(ValueError, match=r"language model '/nowhere': not found: give a local"):
         load_streamed("/nowhere", torch.float32, "cpu")
 
 

@@ -71,7 +71,7 @@ def test_bert_of_another_size_is_refused() -> None:
 
 
 def test_bert_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match=r"BERT 'no/such/folder': not there: give a local"):
+    with pytest.raises(ValueError, match=r"BERT 'no/such/folder': not found: give a local"):
         initialise_from_bert(Blip2Stage1(SMALL), "no/such/folder")
 
 

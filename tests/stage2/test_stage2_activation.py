@@ -62,7 +62,7 @@ def test_transformers_keeps_it(tmp_path: Path) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="llm_activation 'gelu': OPTForCausalLM is no T5"):
+    with pytest.raises(ValueError, match="llm_activation 'gelu': OPTForCausalLM is not a T5"):
         use_activation(opt_model(), "gelu")
     with pytest.raises(ValueError, match=r"llm_activation 'gellu': transformers knows .*gelu_new"):
         use_activation(T5ForConditionalGeneration(t5_config()), "gellu")

@@ -362,7 +362,7 @@ def test_the_command_plans_without_weights(
     assert line.split()[1] == f"{4 * 6_658_473_984 / GIB:.2f}"
     assert "no" in line.split()
     assert said.splitlines()[-1] == "offload: auto would choose 'stream'"
-    with pytest.raises(SystemExit, match=r"error: language_model.path '/nowhere': not there"):
+    with pytest.raises(SystemExit, match=r"error: language_model.path '/nowhere': not found"):
         command_line.main(["plan", "--config", str(file), "--set", "language_model.path=/nowhere"])
     one = tmp_path / "one.yaml"
     one.write_text(yaml.safe_dump(values(world, tmp_path / "out", 1)))
@@ -378,7 +378,7 @@ def test_an_unreachable_hub_name_is_named(
 
     monkeypatch.setattr(measuring.AutoConfig, "from_pretrained", refuse)
     run = config(world, tmp_path, 2, language_model={"path": "facebook/opt-2.7b"}, offload="auto")
-    match = r"language_model.path 'facebook/opt-2.7b': not there: .* cannot be reached\)"
+    match = r"language_model.path 'facebook/opt-2.7b': not found: .* cannot be reached\)"
     with pytest.raises(ValueError, match=match):
         choose_placement(run)
 

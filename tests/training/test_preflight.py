@@ -52,8 +52,8 @@ def test_a_good_run_passes(world: Path, tmp_path: Path) -> None:
         ({"data": {"records": "no.jsonl"}}, "data.records 'no.jsonl': not a file"),
         ({"data": {"features": "no"}}, "data.features 'no': no feature cache; build it with"),
         ({"init_from": "no"}, "init_from 'no': no model.json"),
-        ({"model": {"tokenizer": "/no"}}, "model.tokenizer '/no': not there: give a local folder"),
-        ({"model": {"bert": "a/bert"}}, r"model.bert 'a/bert': not there: .* \(a/bert cannot be"),
+        ({"model": {"tokenizer": "/no"}}, "model.tokenizer '/no': not found: give a local folder"),
+        ({"model": {"bert": "a/bert"}}, r"model.bert 'a/bert': not found: .* \(a/bert cannot be"),
     ],
 )
 def test_stage1_refusals(
@@ -108,7 +108,7 @@ def test_weights_that_are_not_there(world: Path, tmp_path: Path) -> None:
     assert "has no config.json" in str(check_pretrained("key", str(tmp_path / "empty")))
     fault = check_weights("language_model.path", "facebook/opt-2.7b")
     assert fault == (
-        "language_model.path 'facebook/opt-2.7b': not there: give a local folder or a hub name "
+        "language_model.path 'facebook/opt-2.7b': not found: give a local folder or a hub name "
         "that can be reached (facebook/opt-2.7b cannot be reached)"
     )
 
