@@ -26,7 +26,7 @@ from blip2fast.kernels.philox import philox_state
 from blip2fast.kernels.qformer_attention import reference
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 from blip2fast.ops import qformer_attention, qformer_cross_attention
-from blip2fast.ops.qformer_attention.backends import HAS_TRITON
+from blip2fast.ops.dispatch import HAS_TRITON
 
 pytestmark = [
     pytest.mark.gpu,

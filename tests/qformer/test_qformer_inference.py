@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 
-from blip2fast import QFormer, inference_linear
+from blip2fast import QFormer
 from blip2fast.qformer import absorption
+from blip2fast.qformer.layers import linear
 
 CONFIG = Blip2QFormerConfig(
     hidden_size=32,
@@ -153,7 +154,7 @@ def test_where_onednn_is_not_asked(how: str, onednn: list[int]) -> None:
                 model(**run)
         elif how == "tanh gelu":
             x = torch.randn(2, 32)
-            inference_linear.linear(nn.Linear(32, 8), x, lambda y: act(y) + 1)
+            linear(nn.Linear(32, 8), x, lambda y: act(y) + 1)
         else:
             alone = torch.vmap(
                 lambda q, x: model(query_embeds=q[None], encoder_hidden_states=x[None])[0][0]
