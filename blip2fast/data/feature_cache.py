@@ -78,7 +78,8 @@ class FeatureCache:
         if not isinstance(stated, dict) or stated.get("format") != _FORMAT:
             found = stated.get("format") if isinstance(stated, dict) else stated
             raise ValueError(
-                f"{manifest_path}: format {found!r}, this version reads {_FORMAT}; write it again"
+                f"{manifest_path}: format {found!r}, but this version reads {_FORMAT}; "
+                "write the cache again"
             )
         self.keys: list[str] = _read_json(self.path / _KEYS)
         self.num_images: int = stated["num_images"]
@@ -357,7 +358,7 @@ def _map(
         found = path.stat().st_size if path.is_file() else 0
         if found != expected:
             raise ValueError(
-                f"{path} has {found} bytes, the manifest's shape {shape} needs {expected}; "
+                f"{path} has {found} bytes, but the manifest's shape {shape} needs {expected}; "
                 "the cache is cut short or mixed up: write it again"
             )
     return np.memmap(path, dtype=dtype, mode=mode, shape=shape)

@@ -118,7 +118,7 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] == FORMAT:
             return {name: Entry(**entry) for name, entry in values["files"].items()}
-        fault = f"is of format {values['format']!r}, this version reads format {FORMAT}"
+        fault = f"is of format {values['format']!r}, but this version reads format {FORMAT}"
     except FileNotFoundError:
         raise ValueError(f"no trained model at {folder}: {MANIFEST} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -182,11 +182,13 @@ def _fault(path: Path, entry: Entry) -> str | None:
         return f"is missing; the manifest states {entry.bytes} bytes"
     size = path.stat().st_size
     if size != entry.bytes:
-        return f"has {size} bytes, the manifest states {entry.bytes}: it is cut short or mixed up"
+        return (
+            f"has {size} bytes, but the manifest states {entry.bytes}: it is cut short or mixed up"
+        )
     found = _measure(path)
     if found != entry:
         return (
-            f"has the SHA-256 {found.sha256[:16]}..., the manifest states {entry.sha256[:16]}...: "
-            "it was damaged or changed"
+            f"has the SHA-256 {found.sha256[:16]}..., but the manifest states "
+            f"{entry.sha256[:16]}...: it was damaged or changed"
         )
     return None

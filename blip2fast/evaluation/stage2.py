@@ -89,7 +89,7 @@ def continue_texts(
         ValueError: when a prompt is empty.
     """
     if not all(prompts):
-        raise ValueError("a prompt without tokens; begin it with a special token at least")
+        raise ValueError("a prompt has no tokens; begin it with a special token at least")
     unique = sorted({tuple(prompt) for prompt in prompts}, key=lambda prompt: (len(prompt), prompt))
     texts: list[str] = []
     with evaluating(language_model) as device:

@@ -106,7 +106,7 @@ def refuse_other(
     if differing:
         more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise ValueError(
-            f"{source} was trained with the {part} {trained_with}, and {given} is another one: "
+            f"{source} was trained with the {part} {trained_with}, but {given} is another one: "
             f"{'; '.join(differing[:4])}{more}. {remedy}"
         )
 

@@ -200,8 +200,8 @@ def _add_encoder(
         return None, str(error)
     if encoder.width != model.config.encoder_hidden_size:
         raise ValueError(
-            f"image encoder {given or name!r} gives tokens of width {encoder.width}, this model "
-            f"was trained on {model.config.encoder_hidden_size} (of {known!r})"
+            f"image encoder {given or name!r} gives tokens of width {encoder.width}, but this "
+            f"model was trained on {model.config.encoder_hidden_size} (of {known!r})"
         )
     check_frozen(
         description,

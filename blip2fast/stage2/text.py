@@ -259,8 +259,8 @@ class Stage2Text:
             rows[prompt] = [*with_special_tokens(ids, self._before), *after]
             if num_tokens(rows[prompt]) > self.max_txt_len:
                 raise ValueError(
-                    f"the prompt {prompt!r} has {num_tokens(rows[prompt])} tokens, max_txt_len is "
-                    f"{self.max_txt_len}; raise max_txt_len or shorten the prompt"
+                    f"the prompt {prompt!r} has {num_tokens(rows[prompt])} tokens, but max_txt_len "
+                    f"is {self.max_txt_len}; raise max_txt_len or shorten the prompt"
                 )
         return [rows[prompt] for prompt in prompts]
 

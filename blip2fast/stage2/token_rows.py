@@ -36,7 +36,7 @@ def truncate(row: list[int], max_txt_len: int, text: str) -> list[int]:
     lost = row[end:].count(IMAGE_PLACE)
     if lost:
         raise ValueError(
-            f"the text {text!r} has {len(tokens)} tokens, max_txt_len is {max_txt_len}, which cuts "
+            f"the text {text!r} has {len(tokens)} tokens, but max_txt_len {max_txt_len} cuts "
             f"off {lost} of {row.count(IMAGE_PLACE)} images; raise max_txt_len or shorten the text"
         )
     return row[:end]
@@ -92,7 +92,7 @@ def end_token_id(tokenizer: Any, is_encoder_decoder: bool, end_text: str | None)
     """
     if end_text is not None and is_encoder_decoder:
         raise ValueError(
-            f"end_text is {end_text!r}; an encoder-decoder's targets end with its eos token, "
+            f"end_text is {end_text!r}; an encoder-decoder's targets end with its eos token; "
             "leave end_text unset"
         )
     if end_text is None:
@@ -102,7 +102,7 @@ def end_token_id(tokenizer: Any, is_encoder_decoder: bool, end_text: str | None)
     ids = tokenizer(end_text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise ValueError(
-            f"end_text {end_text!r} must be one token the tokenizer knows, it is {list(ids)}; "
+            f"end_text {end_text!r} must be one token of the tokenizer, but it is {list(ids)}; "
             "leave end_text unset to end with the eos token"
         )
     return int(ids[0])

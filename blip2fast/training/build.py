@@ -138,7 +138,7 @@ def _train_images(config: RunConfig) -> _ImageSource:
     )
     if encoder.image_size != data.image_size:
         raise ValueError(
-            f"data.image_size is {data.image_size}, {data.image_encoder} takes images of "
+            f"data.image_size is {data.image_size}, but {data.image_encoder} takes images of "
             f"{encoder.image_size}"
         )
     return _ImageSource(files, encoder, encoder.width, encoder.encoder_id, encoder.identity)
@@ -173,7 +173,7 @@ def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str
         ]
         if differing:
             raise ValueError(
-                f"init_from {config.init_from!r} has other sizes: {'; '.join(differing)} "
+                f"init_from {config.init_from!r} differs in size: {'; '.join(differing)} "
                 "(encoder_hidden_size comes from data.features)"
             )
         known = {f.name for f in dataclasses.fields(Stage1Config)} | {"text_conditioned"}
@@ -190,7 +190,7 @@ def _model(
     if start is not None:
         if start.stage > config.stage:
             raise ValueError(
-                f"init_from {config.init_from!r} holds a stage-{start.stage} model, the "
+                f"init_from {config.init_from!r} holds a stage-{start.stage} model, but the "
                 f"configuration says stage: {config.stage}; a Q-Former goes from stage 1 to 2"
             )
         if not config.allow_other_frozen:
@@ -222,7 +222,7 @@ def _refuse_other_tokens(config: RunConfig, start: Description, source: _ImageSo
     elif source.encoder_id and start.image_encoder and source.encoder_id != start.image_encoder:
         raise ValueError(
             f"init_from {config.init_from!r} was trained on tokens of {start.image_encoder!r}, "
-            f"the data are of {source.encoder_id!r}. {remedy}"
+            f"but the data are of {source.encoder_id!r}. {remedy}"
         )
 
 
@@ -322,7 +322,7 @@ def qformer_words(config: RunConfig, sizes: Mapping[str, Any]) -> tuple[Any, dic
     for name, value in words.items():
         if sizes.get(name, value) != value:
             raise ValueError(
-                f"init_from {config.init_from!r} has {name} {sizes[name]}, the tokenizer "
+                f"init_from {config.init_from!r} has {name} {sizes[name]}, but the tokenizer "
                 f"{config.model.tokenizer!r} has {value}"
             )
     return tokenizer, words

@@ -21,7 +21,7 @@ def contradictions(config: RunConfig) -> list[str]:
     held_out = data.eval_features if data.features is not None else data.eval_images
     if (data.eval_records is None) != (held_out is None):
         kind = "eval_features" if data.features is not None else "eval_images"
-        faults.append(f"data: eval_records and {kind} go together, one is missing")
+        faults.append(f"data: eval_records and {kind} go together, but one is missing")
     if config.eval_every and data.eval_records is None:
         faults.append(f"eval_every is {config.eval_every}, but data.eval_records is not set")
     if optim.min_lr > optim.lr:
@@ -88,7 +88,7 @@ def offload_faults(config: RunConfig) -> list[str]:
     if offload in ("stream", "auto"):
         if config.zero_stage == 3:
             faults.append(
-                f"offload {offload!r} needs zero_stage 0, 1 or 2, it is 3: streamed blocks are "
+                f"offload {offload!r} needs zero_stage 0, 1 or 2, not 3: streamed blocks are "
                 "whole in every process (offload: zero3 partitions them)"
             )
         if config.offload_param != "none":
@@ -105,5 +105,5 @@ def offload_faults(config: RunConfig) -> list[str]:
         for name, default in (("stream_storage", "as_is"), ("stream_buffers", 2)):
             value = getattr(config, name)
             if value != default:
-                faults.append(f"{name} {value!r} belongs to offload: stream, it is {offload!r}")
+                faults.append(f"{name} {value!r} belongs to offload: stream, not {offload!r}")
     return faults

@@ -89,7 +89,7 @@ def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{source}: not yaml: {error}") from None
+        raise ValueError(f"{source}: not valid YAML: {error}") from None
 
 
 def _override(values: dict[str, Any], override: str) -> None:

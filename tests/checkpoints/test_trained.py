@@ -76,9 +76,9 @@ def _swap(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "cut": (_cut, r"has \d+ bytes, the manifest states \d+: it is cut short or mixed up"),
-    "changed": (_change, r"has the SHA-256 \w{16}\.\.\., the manifest states \w{16}\.\.\."),
-    "swapped": (_swap, r"has .*, the manifest states"),
+    "cut": (_cut, r"has \d+ bytes, but the manifest states \d+: it is cut short or mixed up"),
+    "changed": (_change, r"has the SHA-256 \w{16}\.\.\., but the manifest states \w{16}\.\.\."),
+    "swapped": (_swap, r"has .*, but the manifest states"),
     "missing": (Path.unlink, r"is missing; the manifest states \d+ bytes"),
 }
 
@@ -121,7 +121,7 @@ def test_a_damaged_manifest_is_refused(world: Path, run: Path) -> None:
     values = json.loads(file.read_text())
     for text, message in (
         (file.read_text()[:100], r"manifest.json is cut short or damaged .*before it is whole"),
-        (json.dumps(values | {"format": 1}), r"is of format 1, this version reads format 2"),
+        (json.dumps(values | {"format": 1}), r"is of format 1, but this version reads format 2"),
         (json.dumps({"format": 2, "files": 3}), r"is not the manifest of a trained model"),
         ("[]", r"is not the manifest of a trained model"),
     ):

@@ -140,7 +140,7 @@ def test_continued_texts_are_those_of_one_by_one_generation(stage2, monkeypatch)
 def test_continue_texts_refuses_an_empty_prompt(stage2):
     model, tokenizer = stage2
     text = Stage2Text(tokenizer, model.language_model.config.is_encoder_decoder)
-    with pytest.raises(ValueError, match="without tokens"):
+    with pytest.raises(ValueError, match="has no tokens"):
         continue_texts(model.language_model, text, [[5], []])
 
 

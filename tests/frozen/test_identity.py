@@ -204,7 +204,7 @@ def test_a_runs_identity_does_not_depend_on_where_its_language_model_is(
 
 
 def _both(world: Path, name: str = "other") -> str:
-    return rf"'{world / 'opt'}' \(opt, .* weights \w{{12}}\), and '{world / name}' \(opt, .*is ano"
+    return rf"'{world / 'opt'}' \(opt, .* weights \w{{12}}\), but '{world / name}' \(opt, .*is ano"
 
 
 def test_loading_before_another_language_model_is_refused(
@@ -309,11 +309,13 @@ def test_tokens_of_another_image_encoder_are_refused_or_asked_for(
         build_run(config(world, tmp_path / "next", 2, data=cached, **start, **more), 0, 1)
 
     build("moved", moved.to(torch.bfloat16).identity)
-    message = r"the image encoder 'here/vit, block 2' \(vit, .*and 'here/vit, block 2' .*other weig"
+    message = r"the image encoder 'here/vit, block 2' \(vit, .*but 'here/vit, block 2' .*other weig"
     with pytest.raises(ValueError, match=message):
         build("other", other.identity)
     build("asked", other.identity, allow_other_frozen=True)
-    with pytest.raises(ValueError, match=r"on tokens of 'here/vit, block 2', the data are of 'x'"):
+    with pytest.raises(
+        ValueError, match=r"on tokens of 'here/vit, block 2', but the data are of 'x'"
+    ):
         build("named", "x")
 
 

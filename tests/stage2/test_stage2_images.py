@@ -296,7 +296,7 @@ def test_generation_needs_the_places():
         (
             "opt",
             {"texts": ["a photo of a cat <image> dog"]},
-            "has 7 tokens, max_txt_len is 4, which cuts off 1 of 1 images; raise",
+            "has 7 tokens, but max_txt_len 4 cuts off 1 of 1 images; raise",
         ),
         (
             "opt",

@@ -201,7 +201,7 @@ def test_decode_stops_at_the_end():
     [
         (lambda: Stage2Text(t5_tokenizer(), True, end_text="\n"), r"end_text is '\\n'; an encoder"),
         (lambda: Stage2Text(word_tokenizer(), False, end_text="\n"), r"end_text '\\n' must be one"),
-        (lambda: Stage2Text(word_tokenizer(), False, end_text="zebra"), r"knows, it is \[1\]"),
+        (lambda: Stage2Text(word_tokenizer(), False, end_text="zebra"), r"but it is \[1\]"),
         (lambda: Stage2Text(word_tokenizer(eos_token=None), False), "no eos token"),
         (lambda: Stage2Text(word_tokenizer(), False, max_txt_len=1), "max_txt_len is 1"),
         (lambda: Stage2Text(word_tokenizer(), False, seed=-1), "seed is -1"),
@@ -221,8 +221,8 @@ def test_bad_settings(make, message):
         ("a photo of", False, (["red"], ["where?"]), r"'a photo of' has no \{\}"),
         (TEMPLATE, False, (["red"], QUESTIONS), "4 questions for 1 texts"),
         ("", True, (["a cat"],), "1 texts, none indices"),
-        ("a " * 12, False, (["cat"],), "has 12 tokens, max_txt_len is 9"),
-        ("a " * 12, True, (["cat"],), "has 13 tokens, max_txt_len is 9"),
+        ("a " * 12, False, (["cat"],), "has 12 tokens, but max_txt_len is 9"),
+        ("a " * 12, True, (["cat"],), "has 13 tokens, but max_txt_len is 9"),
         ("a " * 9, False, (["cat"],), r"leaves no room for the text 'cat': max_txt_len is 9"),
     ],
 )

@@ -164,7 +164,7 @@ def test_bad_files_and_overrides_are_refused(tmp_path: Path) -> None:
         load_config(tmp_path / "nowhere.yaml")
     file = tmp_path / "run.yaml"
     file.write_text("stage: [1")
-    with pytest.raises(ValueError, match=r"run.yaml: not yaml"):
+    with pytest.raises(ValueError, match=r"run.yaml: not valid YAML"):
         load_config(file)
     file.write_text("just words")
     with pytest.raises(ValueError, match="expected keys and values, got str"):

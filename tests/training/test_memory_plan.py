@@ -326,7 +326,7 @@ def test_settings_that_contradict_are_refused(world: Path, tmp_path: Path) -> No
             parse_config(values(world, tmp_path, stage, **changes))
 
     refused("offload 'stream' is for stage 2's language model, but stage is 1", 1, offload="stream")
-    refused("offload 'stream' needs zero_stage 0, 1 or 2, it is 3", offload="stream", zero_stage=3)
+    refused("offload 'stream' needs zero_stage 0, 1 or 2, not 3", offload="stream", zero_stage=3)
     refused("offload 'auto' needs zero_stage 0, 1 or 2", offload="auto", zero_stage=3)
     refused(
         "'stream' decides where the language model is: remove offload_param 'cpu'",
@@ -334,7 +334,7 @@ def test_settings_that_contradict_are_refused(world: Path, tmp_path: Path) -> No
         offload_param="cpu",
     )
     refused("'zero3' stands for zero_stage 3, but zero_stage is 1", offload="zero3", zero_stage=1)
-    refused("stream_storage 'int8' belongs to offload: stream, it is 'none'", stream_storage="int8")
+    refused("stream_storage 'int8' belongs to offload: stream, not 'none'", stream_storage="int8")
     refused("stream_buffers 3 belongs to offload: stream", offload="zero3", stream_buffers=3)
     refused("stream_buffers: .*greater than or equal to 2", offload="stream", stream_buffers=1)
     refused("offload: .*'none', 'stream', 'zero3' or 'auto', got 'disk'", offload="disk")

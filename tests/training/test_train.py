@@ -322,7 +322,7 @@ def test_another_stage_is_refused(
     finished: Callable[..., Path], world: Path, tmp_path: Path
 ) -> None:
     backwards = config(world, tmp_path / "a", 1, init_from=str(finished(2)))
-    _refused(backwards, "holds a stage-2 model, the configuration says stage: 1")
+    _refused(backwards, "holds a stage-2 model, but the configuration says stage: 1")
     copy = tmp_path / "copy"
     shutil.copytree(finished(1, save_every=3, eval_every=3, zero_stage=0), copy)
     _refused(config(world, copy, 2, resume=True), "stage is 1 there, 2 here")
@@ -346,7 +346,7 @@ def test_features_of_another_encoder_are_refused(
     other = replace(read_description(copy), image_encoder="another")
     save_model(copy, weights(copy), other)
     run = config(world, tmp_path / "out", 2, init_from=str(copy))
-    _refused(run, "trained on tokens of 'another', the data are of 'codes'")
+    _refused(run, "trained on tokens of 'another', but the data are of 'codes'")
 
 
 def test_texts_longer_than_the_position_table_are_refused(world: Path, tmp_path: Path) -> None:
