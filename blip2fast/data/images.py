@@ -57,4 +57,4 @@ class FileImages:
                 raise ValueError(f"image {key!r}: no such file in {self.folder}")
 
 
-Images = CachedImages | FileImages
+ImageStore = CachedImages | FileImages

@@ -158,7 +158,7 @@ _STAGE1_ROWS = {
 
 
 @dataclass(frozen=True)
-class Reader:
+class FrozenModel:
     """The frozen language model and how it is asked.
 
     Attributes:
@@ -172,7 +172,7 @@ class Reader:
     questions: Stage2Text
 
     @classmethod
-    def build(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Reader:
+    def build(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> FrozenModel:
         encoder_decoder = bool(model.config.is_encoder_decoder)
         return cls(
             model,
@@ -204,7 +204,7 @@ class Reader:
 def stage2_rows(
     trained: Blip2Stage2,
     untrained: Blip2Stage2,
-    reader: Reader,
+    frozen: FrozenModel,
     held_out: EvalSet,
     unseen: EvalSet,
 ) -> tuple[Rows, list[str]]:
@@ -227,42 +227,44 @@ def stage2_rows(
         written[column] = (
             [written["model"][i] for i in numbers.tolist()]
             if column == "shuffled"
-            else generate_texts(model, reader.plain, data.images, numbers)
+            else generate_texts(model, frozen.plain, data.images, numbers)
         )
         rows["caption/exact"][column] = exact_match(written[column], data.split.scenes, is_exact)
         batches = (
             {
                 "image_embeds": data.images(numbers[part]),
-                **reader.plain.train_batch([data.caption_texts[i] for i in part.tolist()]),
+                **frozen.plain.train_batch([data.caption_texts[i] for i in part.tolist()]),
             }
             for part in torch.arange(len(data)).split(BATCH)
         )
         rows["loss/stage2"][column] = held_out_losses(model, batches)["loss"]
-        direct = answers_from_images(model, reader, data, numbers)
+        direct = answers_from_images(model, frozen, data, numbers)
         _add(rows, "vqa_direct", column, data.answers_right(direct))
         descriptions = [written[column][i] for i in data.asked_of.tolist()]
         _add(
             rows,
             "vqa_read",
             column,
-            data.answers_right(reader.answers(data.asked(), descriptions)),
+            data.answers_right(frozen.answers(data.asked(), descriptions)),
         )
     rows["caption/exact"]["blind"] = exact_match(
-        reader.blind_captions(len(held_out)), held_out.split.scenes, is_exact
+        frozen.blind_captions(len(held_out)), held_out.split.scenes, is_exact
     )
     rows["caption/exact"]["chance"] = 1 / number_of_contents(held_out.split)
-    rows["loss/stage2"]["chance"] = math.log(reader.model.config.vocab_size)
+    rows["loss/stage2"]["chance"] = math.log(frozen.model.config.vocab_size)
     true = [held_out.caption_texts[i] for i in held_out.asked_of.tolist()]
     _add(
         rows,
         "vqa_read",
         "true_caption",
-        held_out.answers_right(reader.answers(held_out.asked(), true)),
+        held_out.answers_right(frozen.answers(held_out.asked(), true)),
     )
     return rows, written["model"]
 
 
-def tuned_rows(trained: Blip2Stage2, reader: Reader, held_out: EvalSet, unseen: EvalSet) -> Rows:
+def tuned_rows(
+    trained: Blip2Stage2, frozen: FrozenModel, held_out: EvalSet, unseen: EvalSet
+) -> Rows:
     """VQA after fine-tuning on questions (paper section 4.3)."""
     rows: Rows = {}
     numbers = torch.arange(len(held_out))
@@ -271,12 +273,14 @@ def tuned_rows(trained: Blip2Stage2, reader: Reader, held_out: EvalSet, unseen: 
         ("shuffled", held_out, held_out.shuffled_numbers()),
         ("unseen_pairs", unseen, torch.arange(len(unseen))),
     ):
-        answers = answers_from_images(trained, reader, data, shown)
+        answers = answers_from_images(trained, frozen, data, shown)
         _add(rows, "vqa_tuned", column, data.answers_right(answers))
     return rows
 
 
-def blind_vqa(reader: Reader, held_out: EvalSet, train_questions: list[dict[str, str]]) -> Rows:
+def blind_vqa(
+    frozen: FrozenModel, held_out: EvalSet, train_questions: list[dict[str, str]]
+) -> Rows:
     """What questions alone give, for each type: `chance` and `blind` of every VQA row.
 
     Chance is the most frequent training answer to the same question, or of its type where the
@@ -288,7 +292,7 @@ def blind_vqa(reader: Reader, held_out: EvalSet, train_questions: list[dict[str,
             counts.setdefault(key, Counter())[question["answer"]] += 1
     asked = [q["question"] if q["question"] in counts else q["type"] for q in held_out.questions]
     guesses = [counts[key].most_common(1)[0][0] for key in asked]
-    blind = reader.answers(held_out.asked(), [""] * len(held_out.questions))
+    blind = frozen.answers(held_out.asked(), [""] * len(held_out.questions))
     rows: Rows = {}
     for kind in ("vqa_direct", "vqa_read", "vqa_tuned"):
         _add(rows, kind, "chance", held_out.answers_right(guesses))
@@ -297,12 +301,12 @@ def blind_vqa(reader: Reader, held_out: EvalSet, train_questions: list[dict[str,
 
 
 def answers_from_images(
-    model: Blip2Stage2, reader: Reader, data: EvalSet, numbers: Tensor
+    model: Blip2Stage2, frozen: FrozenModel, data: EvalSet, numbers: Tensor
 ) -> list[str]:
     """Answers to every question of `data`; scene i is shown image `numbers[i]`."""
     return generate_texts(
         model,
-        reader.questions,
+        frozen.questions,
         data.images,
         numbers[data.asked_of],
         data.asked(),

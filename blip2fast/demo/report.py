@@ -14,7 +14,7 @@ from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.data.records import read_questions
 from blip2fast.demo import attention, measure, plots
 from blip2fast.demo.data import load_split
-from blip2fast.demo.measure import EvalSet, Reader, Rows
+from blip2fast.demo.measure import EvalSet, FrozenModel, Rows
 from blip2fast.demo.settings import TRAINING_RUNS, DemoSettings, Places
 from blip2fast.demo.training import progress_bar
 from blip2fast.frozen.language_models import load_language_model
@@ -42,12 +42,12 @@ def evaluate_demo(
         )
         progress.update(bar, advance=1, note="captions, and questions after stage 2")
         questions = [dataclasses.asdict(q) for q in read_questions(places.questions("train"))]
-        blind = measure.blind_vqa(models.reader, held_out, questions)
+        blind = measure.blind_vqa(models.frozen, held_out, questions)
         stage2, captions = measure.stage2_rows(
-            models.stage2, models.untrained2, models.reader, held_out, unseen
+            models.stage2, models.untrained2, models.frozen, held_out, unseen
         )
         progress.update(bar, advance=1, note="questions after fine-tuning")
-        tuned = measure.tuned_rows(models.vqa, models.reader, held_out, unseen)
+        tuned = measure.tuned_rows(models.vqa, models.frozen, held_out, unseen)
         progress.update(bar, advance=1, note="plots")
         rows = measure.merge(stage1, stage2, blind, tuned)
         looked = attention.attention_on_objects(models.stage1, held_out)
@@ -75,7 +75,7 @@ class Models:
     stage2: Blip2Stage2
     untrained2: Blip2Stage2
     vqa: Blip2Stage2
-    reader: Reader
+    frozen: FrozenModel
 
     @classmethod
     def load(cls, settings: DemoSettings, places: Places) -> Models:
@@ -95,7 +95,12 @@ class Models:
             untrained2 = Blip2Stage2(stage2.config, language_model).eval()
         tokenizer = AutoTokenizer.from_pretrained(places.language_tower)
         return cls(
-            stage1, untrained1, stage2, untrained2, vqa, Reader.build(language_model, tokenizer)
+            stage1,
+            untrained1,
+            stage2,
+            untrained2,
+            vqa,
+            FrozenModel.build(language_model, tokenizer),
         )
 
 

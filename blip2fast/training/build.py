@@ -20,7 +20,7 @@ from blip2fast.checkpoints.trained import (
 )
 from blip2fast.data.batches import BatchPlan, PlannedBatches
 from blip2fast.data.feature_cache import FeatureCache
-from blip2fast.data.images import CachedImages, FileImages, Images
+from blip2fast.data.images import CachedImages, FileImages, ImageStore
 from blip2fast.data.records import IMAGE_MARKER, READERS, images_of
 from blip2fast.data.texts import AnswerTexts, CaptionTexts, SequenceTexts, Stage1Texts
 from blip2fast.data.tokenizers import qformer_tokenizer
@@ -50,7 +50,7 @@ class _ImageSource:
         encoder_id, identity: which encoder it is; its identity where that is known.
     """
 
-    reader: Images
+    store: ImageStore
     encoder: FrozenImageEncoder | None
     width: int
     encoder_id: str
@@ -62,7 +62,7 @@ class HeldOut:
     """Evaluation data: records, and their images."""
 
     records: Records
-    images: Images
+    images: ImageStore
 
     def keys(self) -> list[str]:
         """The images, each once, in the order of their first record."""
@@ -102,7 +102,7 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
     source = _train_images(config)
     read = READERS[config.data.task]
     records: Records = read(config.data.records)
-    source.reader.check({key for record in records for key in images_of(record)})
+    source.store.check({key for record in records for key in images_of(record)})
     held_out = None
     if config.data.eval_records is not None:
         held_out = HeldOut(read(config.data.eval_records), _eval_images(config))
@@ -122,7 +122,7 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
         config.optim.accumulation,
     )
     texts = text_maker(config, tokenizer, text, records)
-    batches = PlannedBatches(records, plan, source.reader, texts)
+    batches = PlannedBatches(records, plan, source.store, texts)
     return Run(model, description, tokenizer, text, batches, source.encoder, held_out)
 
 
@@ -144,7 +144,7 @@ def _train_images(config: RunConfig) -> _ImageSource:
     return _ImageSource(files, encoder, encoder.width, encoder.encoder_id, encoder.identity)
 
 
-def _eval_images(config: RunConfig) -> Images:
+def _eval_images(config: RunConfig) -> ImageStore:
     if config.data.eval_features is not None:
         return CachedImages(FeatureCache(config.data.eval_features))
     return _image_files(config, config.data.eval_images, augment=False)
