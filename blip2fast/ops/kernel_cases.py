@@ -349,6 +349,10 @@ def cross_problem(kind: str, device: torch.device) -> Problem:
     if S > 224 and not _small(device):
         # with enough programs keys are not split among them
         cases.append(case("many images", None if reads is None else list(range(24)), 24, 12))
+        if reads is not None:
+            # tiles of several heights, and one image with more rows than any has
+            often = [i for i, n in enumerate((3,) * 8 + (4, 4, 14) + (2,) * 13) for _ in range(n)]
+            cases.append(case("many images read thrice on average", often, 24, 12))
     if _small(device):
         return Problem(cases)
     N = many if reads is None else len(reads)

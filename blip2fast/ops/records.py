@@ -180,10 +180,13 @@ def machine(device: str) -> Machine:
 def code_hash(folder: str, backend: str) -> str:
     """Hash of what is compiled for a backend: `kernels/<folder>`, and `_C.so` for `cuda`.
 
+    What is tuned there counts: it chooses what runs.
+
     The rival of `cuda` may be Triton's kernels, so these count for it, too.
     """
     digest = hashlib.sha256()
     files = [*sorted(KERNELS.glob("*.py")), *sorted((KERNELS / folder).glob("*.py"))]
+    files += sorted((KERNELS / folder).glob("tuned.json"))
     if backend == "cuda" and LIBRARY.exists():
         files.append(LIBRARY)
     for file in files:

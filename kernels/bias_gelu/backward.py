@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip2fast.kernels.bias_gelu.config import TILE, TileConfig
+from blip2fast.kernels.bias_gelu.config import TileConfig, backward_tile
 from blip2fast.kernels.bias_gelu.forward import normal_cdf
 from blip2fast.kernels.launch import FP_FUSION
 
@@ -54,10 +54,15 @@ def _bias_gelu_bwd_kernel(
 
 
 def backward(
-    dout: Tensor, x: Tensor, bias: Tensor | None, needs_bias: bool, config: TileConfig = TILE
+    dout: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    needs_bias: bool,
+    config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(dx [R, F], dbias [F])`; the latter in fp32, empty where it is not needed."""
     R, F = x.shape
+    config = config or backward_tile(x)
     blocks = triton.cdiv(F, config.block_f)
     programs = min(triton.cdiv(R, config.block_r), max(1, config.programs // blocks))
     dx = torch.empty_like(x)

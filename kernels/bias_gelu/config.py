@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from blip2fast.kernels.launch import capability
+from blip2fast.kernels.tuned import Tuned
 
 
 @dataclass(frozen=True)
@@ -10,7 +16,7 @@ class TileConfig:
     """A program works on a block of columns, BLOCK_R rows at a time.
 
     Chosen by what compiles for sm_80, sm_90 and sm_100 without spilling registers
-    (`tests/ops/test_glue_aot.py`); no choice was timed on a GPU.
+    (`tests/ops/test_glue_aot.py`), not by time; what a sweep on a GPU chose is in `tuned.json`.
 
     Attributes:
         block_r: Rows of a tile.
@@ -27,3 +33,27 @@ class TileConfig:
 
 # 16 elements a thread; 528 programs are four for each multiprocessor of an H100
 TILE = TileConfig(block_r=8, block_f=256, num_warps=4, programs=528)
+
+# "forward", "backward": 2-byte data, whatever the sizes
+TUNED = Tuned(
+    Path(__file__).parent,
+    {
+        "forward": ("block_r", "block_f", "num_warps"),
+        "backward": ("block_r", "block_f", "num_warps", "programs"),
+    },
+)
+
+
+def forward_tile(x: Tensor) -> TileConfig:
+    """The tile of `_bias_gelu_fwd_kernel`."""
+    return _tile("forward", x)
+
+
+def backward_tile(x: Tensor) -> TileConfig:
+    """The tile of `_bias_gelu_bwd_kernel`."""
+    return _tile("backward", x)
+
+
+def _tile(name: str, x: Tensor) -> TileConfig:
+    entries = TUNED.entries(capability(x.device), name) if x.dtype.itemsize == 2 else ()
+    return replace(TILE, **entries[0]) if entries else TILE

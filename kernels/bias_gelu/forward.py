@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip2fast.kernels.bias_gelu.config import TILE, TileConfig
+from blip2fast.kernels.bias_gelu.config import TileConfig, forward_tile
 from blip2fast.kernels.launch import FP_FUSION
 
 
@@ -40,9 +40,10 @@ def _bias_gelu_fwd_kernel(
     tl.store(out_ptr + at, t * normal_cdf(t), mask=there)
 
 
-def forward(x: Tensor, bias: Tensor | None, config: TileConfig = TILE) -> Tensor:
+def forward(x: Tensor, bias: Tensor | None, config: TileConfig | None = None) -> Tensor:
     """`gelu(x + bias)`, `[R, F]`; fp16, bf16 and fp32 on a GPU."""
     R, F = x.shape
+    config = config or forward_tile(x)
     out = torch.empty_like(x)
     if R > 0:
         grid = (triton.cdiv(R, config.block_r), triton.cdiv(F, config.block_f))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip2fast.kernels.dropout_add_layer_norm.config import RowsConfig, rows_config
+from blip2fast.kernels.dropout_add_layer_norm.config import RowsConfig, backward_rows
 from blip2fast.kernels.dropout_add_layer_norm.forward import kept_tile
 from blip2fast.kernels.launch import FP_FUSION
 from blip2fast.kernels.philox import threshold
@@ -103,7 +103,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `pytorch.backward`; dx is empty where it is not `apart`."""
     R, C = total.shape
-    config = config or rows_config(C)
+    config = config or backward_rows(C, x_dtype, total.device)
     programs = min(triton.cdiv(R, config.block_r), config.programs)
     dresidual = total.new_empty(R, C, dtype=residual_dtype)
     dx = total.new_empty((R, C) if apart else (0,), dtype=x_dtype)

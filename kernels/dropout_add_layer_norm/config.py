@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from blip2fast.kernels.launch import capability
+from blip2fast.kernels.tuned import Tuned
 
 
 @dataclass(frozen=True)
@@ -10,7 +16,7 @@ class RowsConfig:
     """A program works on BLOCK_R rows at a time, each whole.
 
     Chosen by what compiles for sm_80, sm_90 and sm_100 without spilling registers
-    (`tests/ops/test_glue_aot.py`); no choice was timed on a GPU.
+    (`tests/ops/test_glue_aot.py`), not by time; what a sweep on a GPU chose is in `tuned.json`.
 
     Attributes:
         block_r: Rows of a tile.
@@ -40,3 +46,32 @@ def rows_config(C: int) -> RowsConfig:
         num_warps=8 if block_c <= _TILE else 16,
         programs=_PROGRAMS,
     )
+
+
+# "forward/width_1024", "backward/width_1024": x of 2 bytes, C in (512, 1024]
+TUNED = Tuned(
+    Path(__file__).parent,
+    {
+        "forward/width_1024": ("block_r", "num_warps"),
+        "backward/width_1024": ("block_r", "num_warps", "programs"),
+    },
+)
+
+
+def forward_rows(C: int, x_dtype: torch.dtype, device: torch.device) -> RowsConfig:
+    """The tile of `_dropout_add_layer_norm_fwd_kernel`."""
+    return _rows("forward", C, x_dtype, device)
+
+
+def backward_rows(C: int, x_dtype: torch.dtype, device: torch.device) -> RowsConfig:
+    """The tile of `_dropout_add_layer_norm_bwd_kernel`."""
+    return _rows("backward", C, x_dtype, device)
+
+
+def _rows(direction: str, C: int, x_dtype: torch.dtype, device: torch.device) -> RowsConfig:
+    config = rows_config(C)
+    if x_dtype.itemsize != 2:
+        return config
+    name = f"{direction}/width_{config.block_c}"
+    entries = TUNED.entries(capability(device), name)
+    return replace(config, **entries[0]) if entries else config

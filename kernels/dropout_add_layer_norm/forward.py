@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip2fast.kernels.dropout_add_layer_norm.config import RowsConfig, rows_config
+from blip2fast.kernels.dropout_add_layer_norm.config import RowsConfig, forward_rows
 from blip2fast.kernels.launch import FP_FUSION
 from blip2fast.kernels.philox import threshold
 
@@ -107,7 +107,7 @@ def forward(
     What is not to be saved is empty.
     """
     R, C = x.shape
-    config = config or rows_config(C)
+    config = config or forward_rows(C, x.dtype, x.device)
     added = residual is not None or x_bias is not None or philox is not None
     total_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = x.new_empty(R, C, dtype=out_dtype)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip2fast.kernels.itc.config import TritonConfig, backward_config
+from blip2fast.kernels.itc.config import TritonConfig, backward_tiles
 from blip2fast.kernels.itc.forward import precision, shares
 from blip2fast.kernels.itc.interface import Pairs, Weights
 from blip2fast.kernels.itc.tiles import (
@@ -320,14 +320,16 @@ def sweep_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.sweep_grad`, for fp16, bf16 and fp32 on a GPU.
 
-    `config` is of the kernel that owns images, `text_config` of that which owns texts: by default
-    the same.
+    `config` is of the kernel that owns images, `text_config` of that which owns texts: where only
+    the first is given, the same.
     """
     (M, Q, D), N, device = image.shape, text.shape[0], image.device
     has_saved = saved[0].numel() > 0
     if config is None:
         load_ahead = loads_ahead(has_saved)
-        config = backward_config(Q, D, image.dtype.itemsize, capability(device), load_ahead)
+        itemsize, of = image.dtype.itemsize, capability(device)
+        config, of_texts = backward_tiles(Q, D, itemsize, of, has_saved, load_ahead)
+        text_config = text_config or of_texts
     text_config = text_config or config
     image, text = dense_width(image), dense_width(text)
     count, per_share = shares(M, N, text_config)

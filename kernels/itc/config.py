@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from blip2fast.kernels.tuned import Entry, Tuned
 
 # similarity and query index of every pair are kept for the backward pass up to this many bytes
 SAVE_BUDGET_BYTES = 2 * 2**30
@@ -42,8 +45,8 @@ class TritonConfig:
     """Tiles of the `triton` backend: BLOCK_T texts by BLOCK_I images of BLOCK_Q queries each.
 
     Chosen by what compiles for sm_80, sm_90 and sm_100 without spilling registers and within
-    shared memory, that of sm_86, sm_89 and sm_120 too (`tests/ops/test_itc_aot.py`); no choice was
-    timed on a GPU.
+    shared memory, that of sm_86, sm_89 and sm_120 too (`tests/ops/test_itc_aot.py`), not by time;
+    what a sweep on a GPU chose is in `tuned.json`.
 
     Attributes:
         block_t: Texts of a tile, rows of the product.
@@ -66,8 +69,56 @@ class TritonConfig:
     programs: int = 264
 
 
+_CHOICES = ("block_t", "block_i", "block_d", "num_warps", "num_stages", "programs")
+# features of 2 bytes, Q in (16, 32], D in (128, 256], and similarities are kept; any number of
+# pairs, so that the check at first use, which is of few, runs the same kernels as a large batch.
+# "backward": images' tiles, then texts'
+TUNED = Tuned(
+    Path(__file__).parent,
+    {"forward/q32_d256": _CHOICES, "backward/q32_d256": (*_CHOICES, "out_d")},
+    {"backward/q32_d256": (2,)},
+)
+
+
+def forward_tiles(Q: int, D: int, itemsize: int, capability: int, saves: bool) -> TritonConfig:
+    """The tiles of `_itc_fwd_kernel`.
+
+    Args:
+        Q, D, itemsize, capability: As in `forward_config`.
+        saves: Whether similarities are kept.
+    """
+    config = forward_config(Q, D, itemsize, capability)
+    entries = _tuned("forward", config.block_q, D, itemsize, capability) if saves else ()
+    return replace(config, **entries[0]) if entries else config
+
+
+def backward_tiles(
+    Q: int, D: int, itemsize: int, capability: int, saved: bool, load_ahead: bool
+) -> tuple[TritonConfig, TritonConfig]:
+    """The tiles of the kernel that owns images, and of that which owns texts.
+
+    Args:
+        Q, D, itemsize, capability, load_ahead: As in `backward_config`.
+        saved: Whether similarities were kept.
+    """
+    config = backward_config(Q, D, itemsize, capability, load_ahead)
+    entries = _tuned("backward", config.block_q, D, itemsize, capability) if saved else ()
+    if not entries:
+        return config, config
+    of_images, of_texts = entries
+    return replace(config, **of_images), replace(config, **of_texts)
+
+
+def _tuned(
+    direction: str, block_q: int, D: int, itemsize: int, capability: int
+) -> tuple[Entry, ...]:
+    if itemsize != 2 or (block_q, _power_of_two(D)) != (32, 256):
+        return ()
+    return TUNED.entries(capability, f"{direction}/q32_d256")
+
+
 def forward_config(Q: int, D: int, itemsize: int, capability: int) -> TritonConfig:
-    """The tiles of the sweep.
+    """The tiles of the sweep where none are tuned.
 
     Args:
         Q: Queries, 1 to 256.
@@ -102,7 +153,7 @@ def forward_config(Q: int, D: int, itemsize: int, capability: int) -> TritonConf
 def backward_config(
     Q: int, D: int, itemsize: int, capability: int, load_ahead: bool = True
 ) -> TritonConfig:
-    """The tiles of the gradient.
+    """The tiles of the gradient where none are tuned.
 
     Args:
         Q, D, itemsize, capability: As in `forward_config`.

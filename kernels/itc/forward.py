@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blip2fast.kernels.itc import statistics
-from blip2fast.kernels.itc.config import TritonConfig, forward_config
+from blip2fast.kernels.itc.config import TritonConfig, forward_tiles
 from blip2fast.kernels.itc.interface import (
     POSITIVE_COUNT,
     POSITIVE_SUM,
@@ -210,7 +210,8 @@ def sweep(
 ) -> Sweep:
     """As `reference.sweep`, for fp16, bf16 and fp32 on a GPU; `legacy` is not there."""
     (M, Q, D), N, device = image.shape, text.shape[0], image.device
-    config = config or forward_config(Q, D, image.dtype.itemsize, capability(device))
+    if config is None:
+        config = forward_tiles(Q, D, image.dtype.itemsize, capability(device), options.save)
     image, text = dense_width(image), dense_width(text)
     text_blocks = triton.cdiv(N, config.block_t)
     count, per_share = shares(M, N, config)

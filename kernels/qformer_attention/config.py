@@ -1,19 +1,22 @@
 """Tiles and launches, with what each was chosen by.
 
 Chosen by what compiles for sm_80, sm_90 and sm_100 without spilling registers
-(`tests/ops/test_qformer_attention_aot.py`); no choice was timed on a GPU. Sizes enter as powers of
-two with a cap, so the number of compiled variants does not grow with batch, text length or tokens.
+(`tests/ops/test_qformer_attention_aot.py`), not by time; what a sweep on a GPU chose for the calls
+of some classes (`TUNED`) is in `tuned.json`. Sizes enter as powers of two with a cap, so the number
+of compiled variants does not grow with batch, text length or tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from blip2fast.kernels.launch import capability
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout
+from blip2fast.kernels.tuned import Entry, Tuned
 
 # the least that a matrix product takes
 MIN_TILE = 16
@@ -25,6 +28,35 @@ MIN_TILES_OF_SPLIT = 4
 READER_ROWS = 32
 # rows of a program that puts parts together
 COMBINE_ROWS = 16
+# tuned cross-attention has more keys than these: with fewer, small tiles are split or not by how
+# many programs there are, which the check at first use does not try
+TUNED_KEYS = 224
+
+_SELF = ("block_m", "block_n", "heads", "num_warps", "num_stages", "max_registers")
+_CROSS = ("block_m", "block_n", "num_warps", "num_stages", "max_registers", "interleaved")
+# Calls that a sweep chose for. All: 2-byte data, D in (32, 64]. A class has whole kinds of calls
+# (`blip2fast/ops/kernel_kinds.py`), so the check at first use runs what is tuned.
+# self_*/causal: texts see queries causally, queries see no text; rows of a unit in (16, 32], keys
+#     in (32, 64]
+# self_*/no_causal: queries see text, and no text is causal; rows and keys of a unit in (32, 64]
+# cross_*/one_use: an image is read by one block on average, Q in (16, 32], more than `TUNED_KEYS`
+#     keys
+# cross_*/several_uses: likewise by 3 or 4 blocks
+# cross_backward: owners of images, then chunks of rows, as `cross_backward` takes them
+TUNED = Tuned(
+    Path(__file__).parent,
+    {
+        "self_forward/causal": _SELF,
+        "self_forward/no_causal": _SELF,
+        "self_backward/causal": (*_SELF, "reader_m"),
+        "self_backward/no_causal": (*_SELF, "reader_m"),
+        "cross_forward/one_use": _CROSS,
+        "cross_forward/several_uses": _CROSS,
+        "cross_backward/one_use": _CROSS,
+        "cross_backward/several_uses": _CROSS,
+    },
+    {"cross_backward/one_use": (2,), "cross_backward/several_uses": (2, 3)},
+)
 
 
 @dataclass(frozen=True)
@@ -128,12 +160,37 @@ def self_forward_tiles(layout: AttentionLayout, qkv: Tensor) -> Tiles:
     # a single tile has nothing to rescale, and may be wider
     if largest.block_n < keys <= 128 and qkv.dtype.itemsize == 2:
         largest = Largest(largest.block_m, 128, 8)
-    return _self_tiles(rows, keys, qkv, largest)
+    return _tuned_self("forward", layout, qkv, _self_tiles(rows, keys, qkv, largest))
 
 
 def self_backward_tiles(layout: AttentionLayout, qkv: Tensor) -> Tiles:
     """Tiles of self-attention's backward kernels."""
-    return _self_tiles(*self_sizes(layout), qkv, _backward_largest(qkv))
+    tiles = _self_tiles(*self_sizes(layout), qkv, _backward_largest(qkv))
+    return _tuned_self("backward", layout, qkv, tiles)
+
+
+def _tuned_self(direction: str, layout: AttentionLayout, qkv: Tensor, formula: Tiles) -> Tiles:
+    """The tiles of the call's class; those of the formula where it has none."""
+    rows, keys = self_sizes(layout)
+    name = ""
+    if layout.num_blocks and 32 < keys <= 64:
+        if layout.has_causal and not layout.has_bidirectional and 16 < rows <= 32:
+            name = "causal"
+        if layout.has_bidirectional and not layout.has_causal and 32 < rows <= 64:
+            name = "no_causal"
+    entries = _tuned(f"self_{direction}/{name}", qkv) if name else ()
+    if not entries or qkv.shape[-2] % entries[0]["heads"]:
+        return formula
+    single = keys <= entries[0]["block_n"]
+    tiles = replace(formula, **entries[0], single=single)
+    return tiles if single else replace(tiles, heads=1)
+
+
+def _tuned(name: str, data: Tensor) -> tuple[Entry, ...]:
+    """The entries of a class, for data `[..., H, D]`."""
+    if data.dtype.itemsize != 2 or not 32 < data.shape[-1] <= 64:
+        return ()
+    return TUNED.entries(capability(data.device), name)
 
 
 def _self_tiles(rows: int, keys: int, qkv: Tensor, largest: Largest) -> Tiles:
@@ -148,16 +205,42 @@ def _self_tiles(rows: int, keys: int, qkv: Tensor, largest: Largest) -> Tiles:
 
 def cross_forward_tiles(q: Tensor, kv: Tensor, N: int) -> CrossTiles:
     """Tiles of `_qformer_cross_attention_fwd_kernel`; arguments as in its launcher."""
-    return _cross_tiles(_rows_of_image(q, kv, N), q, kv, _forward_largest(q))
+    (tiles,) = _tuned_cross("forward", q, kv, N) or (
+        _cross_tiles(_rows_of_image(q, kv, N), q, kv, _forward_largest(q)),
+    )
+    return tiles
 
 
 def cross_backward_tiles(q: Tensor, kv: Tensor, N: int) -> tuple[CrossTiles, ...]:
     """Tiles of images whose rows fit one tile, and of those with more readers."""
     largest = _backward_largest(q)
-    return (
+    return _tuned_cross("backward", q, kv, N) or (
         _cross_tiles(_rows_of_image(q, kv, N), q, kv, largest),
         _cross_tiles(N * q.shape[1], q, kv, largest),
     )
+
+
+def _tuned_cross(direction: str, q: Tensor, kv: Tensor, N: int) -> tuple[CrossTiles, ...]:
+    """The tiles of the call's class; none where it has none."""
+    (Q, H, D), (B, S) = q.shape[-3:], kv.shape[:2]
+    uses = _rows_of_image(q, kv, N) // max(Q, 1)
+    name = {1: "one_use", 3: "several_uses", 4: "several_uses"}.get(uses)
+    if name is None or not 16 < Q <= 32 or S <= TUNED_KEYS:
+        return ()
+    entries = _tuned(f"cross_{direction}/{name}", q)
+    # keys are split among programs in tiles of one size
+    widths = {entry["block_n"] for entry in entries}
+    if len(widths) > 1 and any(splits(B * H, -(-S // width), True)[0] > 1 for width in widths):
+        return ()
+    found = []
+    for entry in entries:
+        rest = S % entry["block_n"]
+        tail = power_of_two(rest, entry["block_n"]) if rest else 0
+        block_d = power_of_two(D, 128)
+        found.append(
+            CrossTiles(**entry, block_d=block_d, heads=1, single=False, full=True, tail=tail)
+        )
+    return tuple(found)
 
 
 def _cross_tiles(rows: int, q: Tensor, kv: Tensor, largest: Largest) -> CrossTiles:

@@ -153,10 +153,10 @@ def test_a_stale_hash_and_other_versions_are_no_record(
 
 
 def test_the_hash_is_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an op's own folder and of what all share, and for `cuda` of the library."""
+    """Of an op's own folder, what is tuned among it, of what all share; for `cuda` the library."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    for file in ("launch.py", "a/forward.py", "b/forward.py"):
+    for file in ("launch.py", "a/forward.py", "a/tuned.json", "b/forward.py", "b/tuned.json"):
         (tmp_path / file).write_text("x = 1\n")
     library = tmp_path / "_C.so"
     library.write_bytes(b"compiled")
@@ -170,12 +170,13 @@ def test_the_hash_is_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     try:
         first = hashes()
         assert first[0] != first[1]
-        (tmp_path / "b/forward.py").write_text("x = 2\n")
+        for file in ("b/forward.py", "b/tuned.json", "a/README.md"):
+            (tmp_path / file).write_text("x = 2\n")
         assert hashes() == first
         library.write_bytes(b"compiled anew")
         assert hashes()[0] == first[0]
         assert hashes()[1] != first[1]
-        for file in ("launch.py", "a/forward.py"):
+        for file in ("launch.py", "a/forward.py", "a/tuned.json"):
             before = hashes()
             (tmp_path / file).write_text("x = 2\n")
             assert not set(hashes()) & set(before), file

@@ -20,6 +20,7 @@ from blip2fast.kernels.qformer_attention.cross_backward import cross_backward
 from blip2fast.kernels.qformer_attention.cross_forward import cross_forward
 from blip2fast.kernels.qformer_attention.forward import self_forward
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
+from blip2fast.kernels.tuned import formula_alone
 from blip2fast.ops.dispatch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted, not compiled")
@@ -32,7 +33,8 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def launches(capability: int, function: Callable[[], object]) -> list[Launch]:
-    with patch.object(config, "capability", lambda device: capability):
+    """By the formula; what may be tuned is in `test_kernel_configurations.py`."""
+    with patch.object(config, "capability", lambda device: capability), formula_alone():
         return record_launches(function)
 
 

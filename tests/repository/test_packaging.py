@@ -94,6 +94,13 @@ def _kernel_modules() -> list[str]:
     return [".".join(("blip2fast", *f.relative_to(ROOT).with_suffix("").parts)) for f in files]
 
 
+def _tuned_files() -> list[str]:
+    """`kernels/<op>/tuned.json`."""
+    found = sorted((ROOT / "kernels").glob("*/tuned.json"))
+    assert len(found) == 4
+    return [str(file.relative_to(ROOT)) for file in found]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("compilers", "note"),
@@ -113,6 +120,7 @@ def test_wheel(tmp_path: Path, compilers: str, note: str) -> None:
     modules = (ROOT / "blip2fast").rglob("*.py")
     expected = {str(p.relative_to(ROOT)) for p in modules} | {"blip2fast/ops/proven_kernels.json"}
     expected |= {name.replace(".", "/") + ".py" for name in _kernel_modules()}
+    expected |= {f"blip2fast/{name}" for name in _tuned_files()}
     assert expected <= set(names)
     assert ("blip2fast/_C.so" in names) == (compilers == "g++")
     streamers = [name for name in names if name.startswith("blip2fast/_block_stream")]
@@ -155,3 +163,4 @@ def test_sdist_has_what_a_build_needs(tmp_path: Path) -> None:
         str(p.relative_to(ROOT)) for p in (ROOT / "csrc").iterdir() if p.suffix != ".md"
     } <= names
     assert {name.replace(".", "/") + ".py" for name in _kernel_modules()} <= names
+    assert {f"blip2fast/{name}" for name in _tuned_files()} <= names
