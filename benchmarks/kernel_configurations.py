@@ -1,8 +1,10 @@
 """The hot Triton launches at BLIP-2's sizes, and what each may be launched with: for a sweep.
 
-A configuration is the launcher's keyword arguments; "default" has none, so `config.py` of the op
-chooses. All are compiled for sm_90 by `tests/ops/test_kernel_configurations.py`, with dropout and
-without: none spills a register or asks for more shared memory than there is. None was timed.
+A configuration is the launcher's keyword arguments; "default" has none, so the formula in
+`config.py` of the op chooses: whatever is tuned already is ignored, so that sweeps can be compared.
+Every case stands for a class of calls that `tune.py` tunes. All are compiled for sm_90 by
+`tests/ops/test_kernel_configurations.py`, with dropout and without: none spills a register or asks
+for more shared memory than there is. None was timed.
 
 Only the ops and kernels are imported: no model, no transformers. Letters as in `shapes.py`.
 """
@@ -39,6 +41,7 @@ from blip2fast.kernels.qformer_attention.cross_backward import cross_backward
 from blip2fast.kernels.qformer_attention.cross_forward import cross_forward
 from blip2fast.kernels.qformer_attention.forward import self_forward
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
+from blip2fast.kernels.tuned import formula_alone
 
 Device = torch.device | str
 Inputs = dict[str, Any]
@@ -59,6 +62,7 @@ class Case:
         configurations: By name, "default" first.
         bytes: Every input read once, every output written once.
         flops: Multiplications and additions of matrix products, of what the masks let through.
+        tunes: Folder of the op in `kernels/`, and the class of calls there.
         reference: `inputs -> outputs` in fp32 PyTorch, of which there may be fewer: the first ones
             of `run`. None where it would not fit: the default's outputs are the comparison.
     """
@@ -69,12 +73,14 @@ class Case:
     configurations: Mapping[str, Configuration]
     bytes: int
     flops: int
+    tunes: tuple[str, str]
     reference: Callable[[Inputs], Outputs] | None = None
 
 
 def launch(launcher: Callable[..., Any], inputs: Inputs, configuration: Configuration) -> Outputs:
     """A launcher's outputs, as a tuple where it is one."""
-    outputs = launcher(**inputs, **configuration)
+    with formula_alone():
+        outputs = launcher(**inputs, **configuration)
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
@@ -145,6 +151,7 @@ def self_cases(name: str, size: SelfSize) -> list[Case]:
     """Forward and backward."""
     row_bytes, product = size.work()
     causal = CAUSAL in size.kinds
+    texts = "causal" if causal else "no_causal"
     return [
         Case(
             f"self_forward_{name}",
@@ -153,6 +160,7 @@ def self_cases(name: str, size: SelfSize) -> list[Case]:
             _self_forward_configurations(causal),
             4 * row_bytes,
             2 * product,
+            ("qformer_attention", f"self_forward/{texts}"),
         ),
         Case(
             f"self_backward_{name}",
@@ -161,6 +169,7 @@ def self_cases(name: str, size: SelfSize) -> list[Case]:
             _self_backward_configurations(causal),
             8 * row_bytes,
             5 * product,
+            ("qformer_attention", f"self_backward/{texts}"),
         ),
     ]
 
@@ -281,6 +290,7 @@ def cross_cases(name: str, size: CrossSize) -> list[Case]:
     """Forward and backward."""
     queries, images, product = size.work()
     few = size.uses == 1
+    uses = "one_use" if few else "several_uses"
     return [
         Case(
             f"cross_forward_{name}",
@@ -289,6 +299,7 @@ def cross_cases(name: str, size: CrossSize) -> list[Case]:
             _cross_forward_configurations() if few else _cross_forward_configurations_of_uses(),
             2 * queries + images,
             2 * product,
+            ("qformer_attention", f"cross_forward/{uses}"),
             _cross_forward_reference,
         ),
         Case(
@@ -298,6 +309,7 @@ def cross_cases(name: str, size: CrossSize) -> list[Case]:
             _cross_backward_configurations() if few else _cross_backward_configurations_of_uses(),
             4 * queries + 2 * images,
             5 * product,
+            ("qformer_attention", f"cross_backward/{uses}"),
             _cross_backward_reference,
         ),
     ]
@@ -476,6 +488,7 @@ def norm_cases(name: str, size: RowsSize) -> list[Case]:
             _norm_configurations(size.width, backward=False),
             moved,
             0,
+            ("dropout_add_layer_norm", "forward/width_1024"),
             _norm_forward_reference,
         ),
         Case(
@@ -485,6 +498,7 @@ def norm_cases(name: str, size: RowsSize) -> list[Case]:
             _norm_configurations(size.width, backward=True),
             moved,
             0,
+            ("dropout_add_layer_norm", "backward/width_1024"),
             _norm_backward_reference,
         ),
     ]
@@ -539,6 +553,7 @@ def gelu_cases(name: str, size: RowsSize) -> list[Case]:
             _gelu_configurations(backward=False),
             2 * moved,
             0,
+            ("bias_gelu", "forward"),
             _gelu_forward_reference,
         ),
         Case(
@@ -548,6 +563,7 @@ def gelu_cases(name: str, size: RowsSize) -> list[Case]:
             _gelu_configurations(backward=True),
             3 * moved,
             0,
+            ("bias_gelu", "backward"),
             _gelu_backward_reference,
         ),
     ]
@@ -643,6 +659,7 @@ def itc_cases(name: str, size: ITCSize) -> list[Case]:
             _itc_forward_configurations(block_q, D),
             features + kept,
             product,
+            ("itc", "forward/q32_d256"),
             lambda inputs: itc_reference.sweep(**inputs)[:2],
         ),
         Case(
@@ -653,6 +670,7 @@ def itc_cases(name: str, size: ITCSize) -> list[Case]:
             2 * features + kept,
             # dense products with the queries that were best
             2 * product,
+            ("itc", "backward/q32_d256"),
             lambda inputs: itc_reference.sweep_grad(**inputs),
         ),
     ]

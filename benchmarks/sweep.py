@@ -1,5 +1,7 @@
 """Time the configurations of `kernel_configurations.py` on a GPU, each against the default.
 
+The default is what the formula gives, whatever `tune.py` wrote down before.
+
     python benchmarks/sweep.py OUT.json [--seconds 110] [--workers 12] [--only NAME...]
     python benchmarks/sweep.py --compile    # beforehand, beside other work
 
@@ -28,6 +30,8 @@ from comparing import one_line
 from kernel_configurations import CASES, Case, Outputs
 from machines import ceilings, run_conditions
 from timing import Sampler, Spread, graph_sampler, input_sets, stopwatch
+
+from blip2fast.kernels.launch import capability
 
 DROPOUT = 0.1
 # relative norm from the fp32 reference, of results in 16 bits
@@ -298,6 +302,8 @@ def main() -> int:
         return 0
     results = Results(arguments.out)
     results.data["conditions"] = run_conditions(arguments.commit)
+    if torch.cuda.is_available():
+        results.data["conditions"]["capability"] = capability(torch.device("cuda"))
     results.write()
     return sweep_in_children(arguments)
 
