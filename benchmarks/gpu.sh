@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # Check and time everything on a machine with a GPU that is lent for minutes and has no network.
 #   benchmarks/gpu.sh [-c COMMIT] [-t SECONDS] [-k EXPRESSION] DIR [STEP...]
-# Ends within SECONDS (530). DIR gets results.tar.gz (every result and log), log.txt, table.txt and
-# records.json (which kernels passed their check); the table is printed last. Without STEPs all run,
-# in this order:
+# Ends within SECONDS (530). DIR gets results.tar.gz (every result and log), log.txt, table.txt,
+# records.json (which kernels passed their check) and tuned.json (what the sweep chose, for
+# `benchmarks/tune.py --install`); the table is printed last. Without STEPs all run, in this order:
 #   tests     the Triton kernels and whole steps against their references
 #   cuda      the CUDA kernels likewise, and compute-sanitizer on them
+#   sweep     configurations of the Triton kernels; what follows runs the quickest
 #   check     the check at first use, of every kernel; makes records.json
 #   step      stage-1 steps with our kernels, without them, and the textbook's
 #   shares    what the time of such a step goes to, from the profiler
-#   sweep     configurations of the Triton kernels
 #   itc, attention, glue, qformer    the suites
 #   profile   Nsight Compute on one launch of each kernel
-# EXPRESSION picks tests, as pytest's -k. Every step is a process of its own, so that an error of the device ends with it. COMMIT is what
-# results name where there is no .git. Wheels in .whl/ are used. Without a GPU small shapes run,
-# through Triton's interpreter: a rehearsal.
+# EXPRESSION picks tests, as pytest's -k. Every step is a process of its own, so that an error of the
+# device ends with it. COMMIT is what results name where there is no .git. Wheels in .whl/ are used.
+# Without a GPU small shapes run, through Triton's interpreter: a rehearsal.
 set -u
 
 usage() { sed -n '3s/^# */usage: /p' "$0" >&2; exit 2; }
@@ -44,7 +44,7 @@ declare -A most=(
     [attention]=60 [glue]=50 [qformer]=30 [profile]=60
 )
 steps=("$@")
-[ $# -gt 0 ] || steps=(tests cuda check step shares sweep itc attention glue qformer profile)
+[ $# -gt 0 ] || steps=(tests cuda sweep check step shares itc attention glue qformer profile)
 for step in "${steps[@]}"; do
     [ -n "${most[$step]:-}" ] || { echo "no step $step; known: ${!most[*]}" >&2; exit 2; }
 done
@@ -219,6 +219,11 @@ step_sweep() {
     run sweep "${most[sweep]}" "$python" benchmarks/sweep.py "$work/sweep.json" \
         --seconds $((most[sweep] - 8)) --compiled ${commit:+--commit "$commit"}
     verdict sweep $?
+    # also where time ran out: what was timed counts
+    [ -s "$work/sweep.json" ] || return 0
+    run tune 30 "$python" benchmarks/tune.py "$work/sweep.json" --combined "$out/tuned.json"
+    verdict tune $?
+    grep -v '^$' "$work/tune.log" | tail -n +2
 }
 
 step_itc() {

@@ -24,7 +24,8 @@ case $* in
     *get_device_name*) cat "$here/gpu" ;;
     *"import blip2fast, torch"*) exit "$(cat "$here/smoke")" ;;
     *why_not*) exit "$(cat "$here/extension")" ;;
-    *sweep.py*--compiled*) echo '{}' >"$2" ;;
+    *sweep.py*--compiled*) cat "$here/sweep" >"$2"; exit "$(cat "$here/sweep_status")" ;;
+    *tune.py*) echo 'TUNED'; echo '{}' >"$4" ;;
     *--show*) echo "TABLE $*" ;;
     *bench_itc*) echo "1 passed"; exec sleep "$(cat "$here/itc_seconds")" ;;
     *bench_glue*) echo "FAILED benchmarks/bench_glue.py::one - wrong"; exit 1 ;;
@@ -42,6 +43,7 @@ class GPUScript:
         self.stub.chmod(0o755)
         self.out = folder / "out"
         self.says(gpu="NVIDIA Nothing", smoke="0", extension="0", itc_seconds="0")
+        self.says(sweep="{}", sweep_status="0")
 
     def says(self, **answers: str) -> None:
         """What the stand-in answers, or how long it takes."""
@@ -91,11 +93,33 @@ def test_every_step_is_a_process_and_few_files_come_back(gpu_script: GPUScript) 
     for suite in re.findall(r".*benchmarks/bench_.*", calls):
         assert "--kernels=trust --without-compiled-rivals --bench-commit=abc" in suite
     came_back = {path.name for path in gpu_script.out.iterdir()}
-    assert came_back <= {"results.tar.gz", "log.txt", "table.txt", "records.json"}
+    # one more than these may come
+    assert came_back <= {"results.tar.gz", "log.txt", "table.txt", "records.json", "tuned.json"}
     assert {"step.json", "itc.json", "sweep.json", "tests.log"} <= packed(gpu_script.out)
     assert "bench_itc.py" in (gpu_script.out / "log.txt").read_text()
     assert "TABLE benchmarks/report.py --show" in done.stdout
     assert "FAILED benchmarks/bench_glue.py::one" in done.stdout
+
+
+def test_what_the_sweep_found_is_what_later_steps_run(gpu_script: GPUScript) -> None:
+    """Checks and times are of the tuned kernels, also where the sweep ran out of time."""
+    gpu_script.says(sweep_status="124")
+    done = gpu_script.run(str(gpu_script.out))
+    assert "\nTUNED\n" in done.stdout
+    calls = gpu_script.calls()
+    order = ["test_itc_gpu.py", "--compiled", "tune.py", "check-kernels", "bench_stage1_step.py"]
+    places = [calls.index(part) for part in order]
+    assert places == sorted(places)
+    assert (gpu_script.out / "tuned.json").exists()
+
+
+def test_a_sweep_without_results_tunes_nothing(gpu_script: GPUScript) -> None:
+    gpu_script.says(sweep="", sweep_status="1")
+    done = gpu_script.run(str(gpu_script.out), "sweep", "check")
+    assert "tune.py" not in gpu_script.calls()
+    assert "check-kernels" in gpu_script.calls()
+    assert "done" in done.stdout
+    assert not (gpu_script.out / "tuned.json").exists()
 
 
 def test_an_import_that_fails_ends_the_run_at_once(gpu_script: GPUScript) -> None:
