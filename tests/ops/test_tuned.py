@@ -16,13 +16,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import tune
 from aot import Launch, record_launches
 from kernel_configurations import CASES, Case, Inputs
+from torch import Tensor
 
 from blip2fast.kernels.bias_gelu import config as gelu
 from blip2fast.kernels.dropout_add_layer_norm import config as norm
 from blip2fast.kernels.itc import config as itc
 from blip2fast.kernels.qformer_attention import config as attention
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, MaskKind
+from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
 from blip2fast.kernels.tuned import Tuned, formula_alone
+from blip2fast.ops import kernel_cases
 from blip2fast.ops.dispatch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted, not compiled")
@@ -219,6 +221,17 @@ def test_cross_attention_and_its_neighbours(
     assert [tiles.block_n for tiles in backward] == [64, 64]
 
 
+def test_variants_do_not_grow(tables: dict[str, Table]) -> None:
+    """A class has one set of tiles: batch and text length compile nothing new."""
+    set_first(tables)
+    for kinds in ((BI,), (UNI, CAUSAL)):
+        texts = [(N, T) for N in (1, 2, 17, 255) for T in (1, 5, 16, 31, 32)]
+        assert len({tuple(self_tiles(kinds, 32, T, N=N)) for N, T in texts}) == 1
+    for uses in ((1,), (3, 4)):
+        sizes = [(n, B) for n in uses for B in (1, 2, 16, 17, 255, 1000)]
+        assert len({tuple(cross_tiles(n, B=B)) for n, B in sizes}) == 1
+
+
 def test_keys_are_split_in_tiles_of_one_width(tables: dict[str, Table]) -> None:
     """`splits` counts tiles of the first owner; another's of another width would end elsewhere."""
     (case,) = [c for c in CASES if c.name == "cross_backward_32x257_n768_b256"]
@@ -229,6 +242,67 @@ def test_keys_are_split_in_tiles_of_one_width(tables: dict[str, Table]) -> None:
         tables["qformer_attention"][90, case.tunes[1]] = tuple(entries)
         assert is_tuned(lambda: cross_tiles(3, 1025, B=22))
         assert is_tuned(lambda: cross_tiles(3, 1025, B=21)) == (name not in mixed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes"),
+    [
+        ("queries=32 rows=32 keys=64", {"self_forward", "self_backward"}),
+        ("queries=17 rows=32 keys=64", {"self_forward", "self_backward"}),
+        ("queries=32 rows=64 keys=128", set()),
+        ("queries=32 keys=257 index=0 mask=0", {"one_use"}),
+        ("queries=17 keys=257 index=1 mask=1", {"one_use", "several_uses"}),
+        ("queries=32 keys=577 index=1 mask=0", {"one_use", "several_uses"}),
+        ("queries=32 keys=161 index=1 mask=0", set()),
+    ],
+)
+def test_the_check_at_first_use_runs_what_is_tuned(
+    kind: str, classes: set[str], tables: dict[str, Table], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls of a kind count as checked: small cases must get the tiles that large calls get."""
+    set_first(tables)
+    # owners of several widths, which few images do not get
+    mixed = next(case for case in CASES if case.name == "cross_backward_32x257_n768_b256")
+    tables["qformer_attention"][90, mixed.tunes[1]] = tuple(
+        tune.entries_of(*mixed.tunes, mixed.configurations["m64_n32_m128_n64"])
+    )
+    ran: set[Any] = set()
+
+    def ask_self(qkv: Tensor, layout: AttentionLayout, **options: Any) -> list[Tensor]:
+        ran.add(attention.self_forward_tiles(layout, qkv))
+        ran.add(attention.self_backward_tiles(layout, qkv))
+        return [qkv, qkv]
+
+    def ask_cross(q: Tensor, kv: Tensor, index: KVIndex | None, **options: Any) -> list[Tensor]:
+        N = len(q) if index is None else len(index.index)
+        ran.add(attention.cross_forward_tiles(q, kv, N))
+        ran.add(attention.cross_backward_tiles(q, kv, N))
+        return [q, q]
+
+    monkeypatch.setattr(kernel_cases, "_small", lambda device: False)
+    monkeypatch.setattr(kernel_cases, "qformer_attention", ask_self)
+    monkeypatch.setattr(kernel_cases, "qformer_cross_attention", ask_cross)
+    monkeypatch.setattr(
+        kernel_cases,
+        "_leaf",
+        lambda shape, dtype, *_: torch.empty(*shape, dtype=dtype, device="meta"),
+    )
+    problem = kernel_cases.attention_problem(
+        f"dtype=bf16 width=64 {kind} dropout=1", torch.device("cpu")
+    )
+    for case in problem.cases:
+        case.run("triton")(case.inputs)
+    for (_, name), entries in tables["qformer_attention"].items():
+        if classes & set(name.split("/")):
+            assert any(has_entries(tiles, entries) for tiles in ran), name
+
+
+def has_entries(tiles: Any, entries: Sequence[dict[str, Any]]) -> bool:
+    """Whether tiles are those of a class."""
+    several = tiles if isinstance(tiles, tuple) else (tiles,)
+    return len(several) == len(entries) and all(
+        entry.items() <= vars(each).items() for each, entry in zip(several, entries, strict=True)
+    )
 
 
 def test_glue_and_its_neighbours(tables: dict[str, Table], monkeypatch: pytest.MonkeyPatch) -> None:

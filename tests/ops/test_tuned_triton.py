@@ -44,7 +44,11 @@ TABLE: dict[tuple[int, str], tuple[dict[str, Any], ...]] = {
     (90, "cross_backward/several_uses"): (OWNER, OWNER | {"interleaved": True}),
 }
 # of two widths, for enough images that keys are not split
-WIDE = (OWNER, OWNER | {"block_n": 64, "block_m": 128}, OWNER | {"block_n": 16, "block_m": 32})
+WIDE = (
+    OWNER,
+    OWNER | {"block_n": 64, "block_m": 128, "num_warps": 8},
+    OWNER | {"block_n": 16, "block_m": 32},
+)
 CASES = [
     *self_cases("pairs", SelfSize((BI,), (5, 32, 0), heads=2, width=40, dtype=HALF)),
     *self_cases("captions", SelfSize((UNI, CAUSAL), (7, 22), heads=2, width=40, dtype=HALF)),
