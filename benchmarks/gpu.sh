@@ -5,7 +5,8 @@
 # records.json (which kernels passed their check) and tuned.json (what the sweep chose, for
 # `benchmarks/tune.py --install`); the table is printed last. Without STEPs all run, in this order:
 #   tests     the Triton kernels and whole steps against their references
-#   cuda      the CUDA kernels likewise, and compute-sanitizer on them
+#   cuda      the CUDA kernels likewise
+#   sanitize  compute-sanitizer on the CUDA kernels: memory accesses, races
 #   sweep     configurations of the Triton kernels; what follows runs the quickest
 #   check     the check at first use, of every kernel; makes records.json
 #   step      stage-1 steps with our kernels, without them, and the textbook's
@@ -40,11 +41,11 @@ log=$out/log.txt
 : >"$log"
 # the most seconds that a step may take
 declare -A most=(
-    [tests]=110 [cuda]=70 [check]=100 [step]=120 [shares]=60 [sweep]=110 [itc]=60
+    [tests]=110 [cuda]=70 [sanitize]=70 [check]=100 [step]=120 [shares]=60 [sweep]=110 [itc]=60
     [attention]=60 [glue]=50 [qformer]=30 [profile]=60
 )
 steps=("$@")
-[ $# -gt 0 ] || steps=(tests cuda sweep check step shares itc attention glue qformer profile)
+[ $# -gt 0 ] || steps=(tests cuda sanitize sweep check step shares itc attention glue qformer profile)
 for step in "${steps[@]}"; do
     [ -n "${most[$step]:-}" ] || { echo "no step $step; known: ${!most[*]}" >&2; exit 2; }
 done
@@ -182,17 +183,23 @@ step_cuda() {
     built
     local files
     mapfile -t files < <(find tests -name 'test_itc_gpu.py' -o -name 'test_attention_gpu.py')
-    if [ -n "$gpu" ] && command -v compute-sanitizer >/dev/null; then
-        for tool in memcheck racecheck; do
-            run "sanitize-$tool" 60 compute-sanitizer --tool $tool --error-exitcode 9 \
-                "$python" benchmarks/launches.py --small &
-        done
-    fi
     pytest cuda "${most[cuda]}" -rfEs --maxfail=25 --tb=short -n 4 ${picked:+-k "$picked"} "${files[@]}"
     verdict cuda $?
-    for job in $(jobs -p); do [ "$job" = "$build" ] || wait "$job"; done
+}
+
+step_sanitize() {
+    built
+    command -v compute-sanitizer >/dev/null && [ -n "$gpu" ] ||
+        { say "sanitize: needs compute-sanitizer and a GPU"; return 0; }
+    local jobs=()
     for tool in memcheck racecheck; do
-        [ ! -f "$work/sanitize-$tool.log" ] || say "$tool: $(tail -n 1 "$work/sanitize-$tool.log")"
+        run "sanitize-$tool" "${most[sanitize]}" compute-sanitizer --tool $tool --error-exitcode 9 \
+            "$python" benchmarks/launches.py --small &
+        jobs+=($!)
+    done
+    wait "${jobs[@]}"
+    for tool in memcheck racecheck; do
+        say "$tool: $(tail -n 1 "$work/sanitize-$tool.log")"
     done
 }
 
