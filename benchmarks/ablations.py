@@ -35,7 +35,7 @@ from transformers import AutoTokenizer
 from blip2fast.checkpoints.trained import load_trained
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.demo.data import cache_features, load_split, write_texts
-from blip2fast.demo.measure import EvalSet, Reader
+from blip2fast.demo.measure import EvalSet, FrozenModel
 from blip2fast.demo.run import machine
 from blip2fast.demo.settings import REPOSITORY, DemoSettings, Places
 from blip2fast.evaluation.stage1 import evaluate_stage1, held_out_losses
@@ -113,10 +113,10 @@ def step_flops(model: Blip2Stage1 | Blip2Stage2, batch: dict[str, Tensor]) -> in
     return int(counter.get_total_flops())
 
 
-def compute_ratio(places: Places, held_out: EvalSet, reader: Reader) -> float:
+def compute_ratio(places: Places, held_out: EvalSet, frozen: FrozenModel) -> float:
     """Operations of a stage-1 step over those of a stage-2 step, on the same scenes."""
     stage1 = load_trained(places.run("stage1"))
-    stage2 = Blip2Stage2.from_stage1(stage1, reader.model)
+    stage2 = Blip2Stage2.from_stage1(stage1, frozen.model)
     images = held_out.images(torch.arange(BATCH))
     texts = held_out.captions
     one = step_flops(
@@ -129,24 +129,24 @@ def compute_ratio(places: Places, held_out: EvalSet, reader: Reader) -> float:
     )
     two = step_flops(
         stage2,
-        {"image_embeds": images, **reader.plain.train_batch(held_out.caption_texts[:BATCH])},
+        {"image_embeds": images, **frozen.plain.train_batch(held_out.caption_texts[:BATCH])},
     )
     return one / two
 
 
-def measure_stage2(model: Blip2Stage2, reader: Reader, held_out: EvalSet) -> dict[str, float]:
+def measure_stage2(model: Blip2Stage2, frozen: FrozenModel, held_out: EvalSet) -> dict[str, float]:
     """Loss on captions, captions exact, and questions answered by reading them."""
     numbers = torch.arange(len(held_out))
-    written = generate_texts(model, reader.plain, held_out.images, numbers)
+    written = generate_texts(model, frozen.plain, held_out.images, numbers)
     batches = (
         {
             "image_embeds": held_out.images(part),
-            **reader.plain.train_batch([held_out.caption_texts[i] for i in part.tolist()]),
+            **frozen.plain.train_batch([held_out.caption_texts[i] for i in part.tolist()]),
         }
         for part in numbers.split(BATCH)
     )
     described = [written[i] for i in held_out.asked_of.tolist()]
-    answers = reader.answers(held_out.asked(), described)
+    answers = frozen.answers(held_out.asked(), described)
     return {
         "loss": held_out_losses(model, batches)["loss"],
         "caption_exact": exact_match(written, held_out.split.scenes, is_exact),
@@ -174,7 +174,7 @@ def run_seed(
     folder: Path,
     schedule: Schedule,
     held_out: EvalSet,
-    reader: Reader,
+    frozen: FrozenModel,
     stage2_runs: Sequence[str] = STAGE2_RUNS,
 ) -> dict[str, Any]:
     """The trainings of a seed and what they reach; kept in `result.json` beside them."""
@@ -184,7 +184,7 @@ def run_seed(
         return found
     places = Places(kept.parent)
     train(["stage1"], places, seed, schedule, 0)
-    ratio = compute_ratio(places, held_out, reader)
+    ratio = compute_ratio(places, held_out, frozen)
     longer = schedule.stage2 + round(ratio * schedule.stage1)
     train([*FINETUNE_RUNS, *stage2_runs], places, seed, schedule, longer)
     result: dict[str, Any] = {"seed": seed, "stage1_over_stage2_flops": ratio, "steps": longer}
@@ -192,8 +192,8 @@ def run_seed(
         model = load_trained(places.run(name))
         result[name] = measure_stage1(model, held_out)  # type: ignore[arg-type]
     for name in stage2_runs:
-        model = load_trained(places.run(name), reader.model)
-        result[name] = measure_stage2(model, reader, held_out)  # type: ignore[arg-type]
+        model = load_trained(places.run(name), frozen.model)
+        result[name] = measure_stage2(model, frozen, held_out)  # type: ignore[arg-type]
     kept.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
@@ -223,7 +223,7 @@ def main() -> None:
         AutoTokenizer.from_pretrained(data.qformer_tokenizer),
         questions_per_scene=1,
     )
-    reader = Reader.build(
+    frozen = FrozenModel.build(
         load_language_model(str(data.language_tower), torch.float32),
         AutoTokenizer.from_pretrained(data.language_tower),
     )
@@ -231,7 +231,7 @@ def main() -> None:
     for seed in range(given.seeds):
         ablated = given.stage2_seeds is None or seed < given.stage2_seeds
         runs = STAGE2_RUNS if ablated else ()
-        seeds.append(run_seed(seed, folder, schedule, held_out, reader, runs))
+        seeds.append(run_seed(seed, folder, schedule, held_out, frozen, runs))
         print(json.dumps(seeds[-1]), flush=True)
     result = {
         "conditions": {
