@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -160,3 +162,33 @@ def test_steps_have_names(gpu_script: GPUScript) -> None:
     assert done.returncode == 2
     assert "no step itz; known:" in done.stderr
     assert gpu_script.run().returncode == 2
+
+
+@pytest.mark.slow
+def test_rehearsal(tmp_path: Path) -> None:
+    """The script itself, without a stand-in: kernels interpreted, a suite at its small shapes."""
+    done = subprocess.run(
+        [
+            str(ROOT / "benchmarks" / "gpu.sh"),
+            "-c",
+            "abc",
+            "-t",
+            "500",
+            str(tmp_path),
+            "tests",
+            "itc",
+        ],
+        env=os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"tests \(0\): \d+ passed", done.stdout), done.stdout
+    assert re.search(r"itc \(0\): \d+ passed", done.stdout), done.stdout
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        results = archive.extractfile("./itc.json")
+        assert results is not None
+        found = json.load(results)["benchmarks"]
+    assert all(bench["extra_info"]["conditions"]["commit"] == "abc" for bench in found)
+    assert "blip2fast" in (tmp_path / "table.txt").read_text()

@@ -92,3 +92,33 @@ def test_itc_in_fp16_on_the_reference(
         if not name.endswith("key.bias"):
             truth = reference.grad[to_lavis_name(name)]
             assert relative_error(parameter.grad, truth) < 1e-3, name
+
+
+def trained_losses(dtype: torch.dtype) -> Tensor:
+    """ITC's loss over a short run under autocast, dropout off and negatives given."""
+    torch.manual_seed(0)
+    model = Blip2Stage1(DEEP)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    losses = []
+    for _ in range(30):
+        batch = make_batch(DEEP, BATCH)
+        images = batch.pop("image_embeds").float()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = model(image_embeds=images, **batch, negatives=NEGATIVES)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        losses.append(out.loss_itc.detach())
+    return torch.stack(losses)
+
+
+@pytest.mark.slow
+def test_a_run_in_bf16_with_itc_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays as near to the run in fp32 as with ITC in fp32, and learns."""
+    exact, without = trained_losses(torch.float32), trained_losses(torch.bfloat16)
+    monkeypatch.setattr("blip2fast.stage1.model.product_dtype", lambda dtype, device: torch.float16)
+    found = trained_losses(torch.bfloat16)
+    assert not torch.equal(found, without), "ITC was not in fp16"
+    assert float(found[-5:].mean()) < 0.4 * float(found[0])
+    error, usual = ((x - exact).abs().mean() / exact.mean() for x in (found, without))
+    assert float(error) < 1.5 * float(usual), f"{float(error):.4f}, {float(usual):.4f}"
