@@ -121,4 +121,4 @@ def test_a_run_in_bf16_with_itc_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None
     assert not torch.equal(found, without), "ITC was not in fp16"
     assert float(found[-5:].mean()) < 0.4 * float(found[0])
     error, usual = ((x - exact).abs().mean() / exact.mean() for x in (found, without))
-    assert float(error) < 1.5 * float(usual), f"{float(error):.4f}, {float(usual):.4f}"
+    assert float(error) < 2 * float(usual), f"{float(error):.4f}, {float(usual):.4f}"
