@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTS := $(VENV)/.installed-dev
+# the oldest Triton that pyproject.toml allows, beside the pinned one: it compiles the kernels, too
+OLDEST_TRITON := 3.6.0
+OLDEST_TRITON_FOLDER := build/triton-$(basename $(OLDEST_TRITON))
 
 .PHONY: demo test lint test-demo bench clean
 
@@ -11,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m blip2fast.demo
 
 # one process a core, one thread a process
-test: $(TESTS)
+test: $(TESTS) $(OLDEST_TRITON_FOLDER)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not demo and not fullsize" tests benchmarks
 
 lint: $(TESTS)
@@ -33,6 +36,17 @@ $(INSTALLED): pyproject.toml constraints.txt tools/install.sh
 
 $(TESTS): $(INSTALLED)
 	sh tools/install.sh $(VENV) ".[dev]"
+	touch $@
+
+# there is none but for Linux
+$(OLDEST_TRITON_FOLDER): $(OLDEST_TRITON_FOLDER)/.installed
+$(OLDEST_TRITON_FOLDER)/.installed: | $(TESTS)
+	rm -rf $(@D)
+	if [ "$$(uname -s)" = Linux ]; then \
+	    $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps \
+	        --target $(@D) triton==$(OLDEST_TRITON); \
+	fi
+	mkdir -p $(@D)
 	touch $@
 
 clean:

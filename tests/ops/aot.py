@@ -31,7 +31,7 @@ class Compiled:
     """A kernel as compiled for one architecture.
 
     Attributes:
-        capability: 80, 90 or 100.
+        capability: 80, 86, 89, 90, 100 or 120.
         shared_bytes: Shared memory of a block, as Triton asks for it.
         ttgir, ptx: Triton's own form and the assembly text.
         cubin: The machine code.
@@ -85,7 +85,7 @@ def compile_kernel(
         types: The type of each argument that is not a constant: `"*bf16"`, `"i32"`, ...; pointers
             and those whose type ends in `:16` are taken to be multiples of 16, as a launch sees.
         constants: The value of each of the others.
-        capability: 80, 90 or 100.
+        capability: 80, 86, 89, 90, 100 or 120.
         num_warps, num_stages, options: As for a launch, which takes 3 stages if none are given.
     """
     signature, attributes = {}, {}
@@ -149,6 +149,7 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
+    torch.bool: "*i1",
 }
 
 
