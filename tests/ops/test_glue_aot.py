@@ -1,4 +1,7 @@
-"""The Triton kernels of the glue ops, compiled for GPUs that are not there."""
+"""The Triton kernels of the glue ops, compiled for GPUs that are not there.
+
+As they are launched under autocast at BLIP-2's sizes: `test_kernels_compile.py`.
+"""
 
 from __future__ import annotations
 
@@ -35,40 +38,38 @@ def check(compiled: Compiled, wide_loads: bool) -> None:
         assert "st.global.v2" in compiled.ptx or "st.global.v4" in compiled.ptx
 
 
-def compile_norm(
-    C: int, capability: int, backward: bool, dropout: bool, copied: bool = False
-) -> Compiled:
-    """`copied`: residuals in fp32 beside products in bf16, as under autocast."""
+def compile_norm(C: int, capability: int, backward: bool, dropout: bool) -> Compiled:
+    """Products and residuals in bf16."""
     config = rows_config(C)
-    data, stream = "*bf16", "*fp32" if copied else "*bf16"
+    data = "*bf16"
     constants: dict[str, Any] = {
         "C": C,
         "BLOCK_R": config.block_r,
         "BLOCK_C": config.block_c,
         "DROPOUT": dropout,
         "THRESHOLD": threshold(0.1),
-        "COPY": copied,
+        "COPY": False,
     }
-    types = {"weight_ptr": "*fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "total_ptr": stream}
+    types = {"weight_ptr": "*fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "total_ptr": data}
     types |= {"R": "i32", "scale": "fp32"}
     if dropout:
         types["philox_ptr"] = "*i64"
     else:
         constants["philox_ptr"] = None
     if backward:
-        types |= {"dout_ptr": stream, "dresidual_ptr": stream, "dx_ptr": data, "sums_ptr": "*fp32"}
-        constants |= {"APART": dropout or copied, "PARAMETERS": True, "X_BIAS": True}
+        types |= {"dout_ptr": data, "dresidual_ptr": data, "dx_ptr": data, "sums_ptr": "*fp32"}
+        constants |= {"APART": dropout, "PARAMETERS": True, "X_BIAS": True}
         kernel = norm_backward._dropout_add_layer_norm_bwd_kernel
     else:
-        types |= {"x_ptr": data, "residual_ptr": stream, "out_ptr": stream, "eps": "fp32"}
+        types |= {"x_ptr": data, "residual_ptr": data, "out_ptr": data, "eps": "fp32"}
         types |= {"bias_ptr": "*fp32", "x_bias_ptr": "*fp32"}
         constants |= {"HAS_RESIDUAL": True, "HAS_X_BIAS": True}
         constants |= {"SAVE_TOTAL": True, "SAVE_STATISTICS": True}
         kernel = norm_forward._dropout_add_layer_norm_fwd_kernel
-    if backward and not copied:
+    if backward:
         constants["dcopy_ptr"] = None
     else:
-        types["dcopy_ptr" if backward else "copy_ptr"] = data
+        types["copy_ptr"] = data
     return compile_kernel(
         kernel, types, constants, capability, num_warps=config.num_warps, num_stages=3
     )
@@ -79,12 +80,6 @@ def compile_norm(
 @pytest.mark.parametrize("backward", [False, True])
 def test_layer_norm_compiles(C: int, capability: int, backward: bool, dropout: bool) -> None:
     check(compile_norm(C, capability, backward, dropout), wide_loads=C >= 768)
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("backward", [False, True])
-def test_layer_norm_with_a_copy_compiles(capability: int, backward: bool) -> None:
-    check(compile_norm(768, capability, backward, dropout=True, copied=True), wide_loads=True)
 
 
 def compile_gelu(width: int, capability: int, backward: bool) -> Compiled:
@@ -109,7 +104,6 @@ def compile_gelu(width: int, capability: int, backward: bool) -> Compiled:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("width", [100, 3072])
 @pytest.mark.parametrize("backward", [False, True])
-def test_gelu_compiles(width: int, capability: int, backward: bool) -> None:
-    check(compile_gelu(width, capability, backward), wide_loads=width == 3072)
+def test_gelu_of_a_width_that_no_tile_divides_compiles(capability: int, backward: bool) -> None:
+    check(compile_gelu(100, capability, backward), wide_loads=False)
