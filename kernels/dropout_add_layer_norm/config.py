@@ -15,8 +15,9 @@ from blip2fast.kernels.tuned import Tuned
 class RowsConfig:
     """A program works on BLOCK_R rows at a time, each whole.
 
-    Chosen by what compiles for sm_80, sm_90 and sm_100 without spilling registers
-    (`tests/ops/test_glue_aot.py`), not by time; what a sweep on a GPU chose is in `tuned.json`.
+    Chosen by what compiles without spilling registers, or hardly, for sm_80 to sm_120
+    (`tests/ops/test_kernels_compile.py`, `test_glue_aot.py`), not by time; what a
+    sweep on a GPU chose is in `tuned.json`.
 
     Attributes:
         block_r: Rows of a tile.

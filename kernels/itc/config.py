@@ -44,9 +44,9 @@ def chunked_config(device_type: str) -> ChunkedConfig:
 class TritonConfig:
     """Tiles of the `triton` backend: BLOCK_T texts by BLOCK_I images of BLOCK_Q queries each.
 
-    Chosen by what compiles for sm_80, sm_90 and sm_100 without spilling registers and within
-    shared memory, that of sm_86, sm_89 and sm_120 too (`tests/ops/test_itc_aot.py`), not by time;
-    what a sweep on a GPU chose is in `tuned.json`.
+    Chosen by what compiles without spilling registers, or hardly, and within shared memory for
+    sm_80 to sm_120 (`tests/ops/test_kernels_compile.py`, `test_itc_aot.py`), not by time; what a
+    sweep on a GPU chose is in `tuned.json`.
 
     Attributes:
         block_t: Texts of a tile, rows of the product.

@@ -1,7 +1,7 @@
 """Tiles and launches, with what each was chosen by.
 
-Chosen by what compiles for sm_80, sm_90 and sm_100 without spilling registers
-(`tests/ops/test_qformer_attention_aot.py`), not by time; what a sweep on a GPU chose for the calls
+Chosen by what compiles in 16 bits without spilling registers, or hardly, for sm_80 to sm_120
+(`tests/ops/test_kernels_compile.py`), not by time; what a sweep on a GPU chose for the calls
 of some classes (`TUNED`) is in `tuned.json`. Sizes enter as powers of two with a cap, so the number
 of compiled variants does not grow with batch, text length or tokens.
 """
