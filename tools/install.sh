@@ -43,6 +43,6 @@ fi
 # The extension (C++; CUDA too where nvcc is found) is built beside this torch, not beside another
 # one in an isolated environment. It is optional: the last line says what was built.
 echo "Installing blip2fast and its pinned dependencies"
-pip install --quiet -c constraints.txt setuptools ninja
+pip install --quiet -c constraints.txt setuptools ninja pybind11
 pip install --quiet -c constraints.txt --no-build-isolation --editable "$requirement"
 cat blip2fast/_C.txt
