@@ -178,7 +178,7 @@ def test_rehearsal(tmp_path: Path) -> None:
             "tests",
             "itc",
         ],
-        env=os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        env=outside | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,
