@@ -152,9 +152,11 @@ class Stage1Output(ModelOutput):
         text_features: `[B, D]`, normalised.
         query_output: `[B, Q, C]`, the queries' last states without text.
         accuracy_i2t, accuracy_t2i: Share of rows whose best column is a positive.
-        accuracy_itm: Share of the 3B pairs judged rightly.
+        accuracy_itm: Share judged rightly, of the 3B pairs that count (`losses.counted_pairs`); 0
+            where none does.
         accuracy_itg: Share of next tokens predicted rightly.
-        negative_image, negative_text: `[B]`, indices into the batch of all ranks.
+        negative_image, negative_text: `[B]`, indices into the batch of all ranks; -1 where every
+            pair of it has the image id of the row: ITM then leaves the row out.
         sim_i2t, sim_t2i: `[B, N]` similarities over temperature. A step never holds them: they are
             computed when first asked for, on all ranks or none.
         itg_logits: `[B, T, V]`; position t predicts token t+1, the last one nothing. Computed when

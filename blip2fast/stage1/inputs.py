@@ -154,35 +154,22 @@ def check_ranks_agree(sizes: HostCopy) -> int:
 
 
 def check_negatives(negatives: tuple[Tensor, Tensor], batch: int) -> tuple[Tensor, Tensor]:
-    """Validate negatives passed by the caller: indices into the global batch, not own pairs."""
+    """Validate negatives passed by the caller: into the global batch, not own pairs; -1: none."""
     world_batch = batch * world_size()
     for name, index in zip(("negative_image", "negative_text"), negatives, strict=True):
         if index.shape != (batch,) or is_float(index):
             raise ValueError(f"{name}: expected [B] = [{batch}] integers, got {describe(index)}")
-        outside = index.device.type == "cpu" and bool(((index < 0) | (index >= world_batch)).any())
+        outside = index.device.type == "cpu" and bool(((index < -1) | (index >= world_batch)).any())
         if outside:
             raise ValueError(
                 f"{name}: expected indices from 0 to {world_batch - 1} (the batch of all ranks), "
-                f"got {index.tolist()[:8]}"
+                f"or -1 for none, got {index.tolist()[:8]}"
             )
         own = torch.arange(batch, device=index.device) + rank() * batch
         if index.device.type == "cpu" and bool((index == own).any()):
             rows = (index == own).nonzero().flatten().tolist()
             raise ValueError(f"{name}: rows {rows[:8]} point at their own pair, which matches")
     return negatives[0].long(), negatives[1].long()
-
-
-def check_some_negative(without: Tensor, image_ids: Tensor | None) -> None:
-    """Require a negative for every row. Checked for CPU tensors only."""
-    if without.device.type == "cpu" and bool(without.any()):
-        rows = without.nonzero().flatten().tolist()
-        why = "every pair in the batch shares their image id"
-        if image_ids is None:
-            why = "their similarities are not finite: the step before this one went wrong"
-        raise ValueError(
-            f"no negative exists for rows {rows[:8]} of {len(without)}: {why}; use a larger batch "
-            "or one with more than one image"
-        )
 
 
 def check_new_tokens(max_new_tokens: int, limit: int) -> None:

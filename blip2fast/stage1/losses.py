@@ -83,24 +83,50 @@ def _check_features(image_features: Tensor, text_features: Tensor) -> None:
         )
 
 
+def counted_pairs(negatives: tuple[Tensor, Tensor]) -> Tensor:
+    """Which of ITM's 3b pairs count, `[3b]` bool.
+
+    A pair with a negative counts where there is one. A matching pair counts where its image or its
+    text has one: without any it would teach that everything matches.
+
+    Args:
+        negatives: Negative image and text of each pair, `[b]`; below 0 where there is none.
+    """
+    of_text, of_image = (index >= 0 for index in negatives)
+    return torch.cat([of_text | of_image, of_text, of_image])
+
+
 def itm_loss(
-    itm_logits: Tensor, negatives: tuple[Tensor, Tensor] | None = None
+    itm_logits: Tensor,
+    negatives: tuple[Tensor, Tensor] | None = None,
+    similarities: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Image-text matching loss over b matching pairs followed by 2b that do not match.
 
+    The mean over the pairs that count (`counted_pairs`); 0, with a gradient of 0, where none does.
+
     Args:
         itm_logits: `[3b, 2]`; class 1 is "match".
-        negatives: Negative image and text of each pair, `[b]`; where one is below 0 there was none
-            to draw, and its pair counts for nothing.
+        negatives: Negative image and text of each pair, `[b]`; below 0 where there is none. None:
+            all are there.
+        similarities: A scalar that is finite if what the negatives were drawn from is. Where it is
+            not and a negative is missing, the loss is NaN: that is no row without a negative.
 
     Returns:
         `(loss, accuracy)`: scalars; the accuracy without gradient.
     """
     pairs = itm_logits.shape[0]
     labels = (torch.arange(pairs, device=itm_logits.device) < pairs // 3).long()
-    if negatives is not None:
-        missing = torch.cat([labels[: pairs // 3] < 0, negatives[0] < 0, negatives[1] < 0])
-        labels = labels.masked_fill(missing, -100)
-    counted = labels >= 0
+    logits = wide(itm_logits)
+    if negatives is None:
+        right = itm_logits.detach().argmax(-1) == labels
+        return F.cross_entropy(logits, labels), right.sum() / pairs
+    counted = counted_pairs(negatives)
     right = (itm_logits.detach().argmax(-1) == labels) & counted
-    return F.cross_entropy(wide(itm_logits), labels), right.sum() / counted.sum()
+    number = counted.sum().clamp(min=1)
+    loss = F.cross_entropy(logits, labels.masked_fill(~counted, -100), reduction="sum") / number
+    # pairs that are left out must not hide what is not finite: 0 times that is NaN
+    hidden = (logits.detach() * 0).sum()
+    if similarities is not None:
+        hidden = hidden + (similarities.detach() * 0).masked_fill(counted.all(), 0)
+    return loss + hidden, right.sum() / number

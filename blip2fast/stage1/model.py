@@ -32,7 +32,6 @@ from blip2fast.stage1.inputs import (
     check_new_tokens,
     check_pairs,
     check_ranks_agree,
-    check_some_negative,
     check_training_batch,
     packed_texts,
     sizes_of_ranks,
@@ -177,7 +176,7 @@ class Blip2Stage1(nn.Module):
                 `input_ids` is not padding.
             image_ids: `[B]` integers; pairs of equal id are positives of one another.
             negatives: `(negative_image, negative_text)`, each `[B]`: indices into the batch of
-                all ranks, instead of sampled ones.
+                all ranks, instead of sampled ones; -1 where there is none.
             images: `[B, 3, h, w]` for the image encoder, instead of `image_embeds`.
             image_attention_mask: `[B, S]`, nonzero where an image token is real.
             cu_seqlens: `[B+1]`, where each text starts in a packed `input_ids`; on the CPU, so
@@ -189,7 +188,7 @@ class Blip2Stage1(nn.Module):
             A `Stage1Output`.
 
         Raises:
-            ValueError: an input is missing, has the wrong shape, or leaves no negative.
+            ValueError: an input is missing, has the wrong shape, or is a batch of 1 on 1 process.
         """
         image_embeds = self.image_tokens(image_embeds, images)
         texts = self.packed_texts(input_ids, attention_mask, cu_seqlens)
@@ -221,7 +220,6 @@ class Blip2Stage1(nn.Module):
                 products=product_dtype(reader.packed.dtype, image_embeds.device),
             )
         if negatives is None:
-            check_some_negative(itc.without_negative, image_ids)
             negatives = itc.negative_image, itc.negative_text
         else:
             negatives = check_negatives(negatives, texts.count)
@@ -234,7 +232,7 @@ class Blip2Stage1(nn.Module):
             )
             found["itm_logits"] = self._matching_logits(pairs)
             found["loss_itm"], found["accuracy_itm"] = losses.itm_loss(
-                found["itm_logits"], negatives
+                found["itm_logits"], negatives, itc.loss
             )
             found["loss"] = found["loss"] + found["loss_itm"]
         if with_itg:

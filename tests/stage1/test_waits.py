@@ -67,12 +67,14 @@ def autocast_of_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("autocast_of_meta")
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_step_with_texts_on_the_host(dropout: float) -> None:
+@pytest.mark.parametrize(("dropout", "with_ids"), [(0.0, False), (0.1, False), (0.0, True)])
+def test_a_step_with_texts_on_the_host(dropout: float, with_ids: bool) -> None:
     config = replace(SMALL, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     model = Blip2Stage1(config).to("meta")
     batch = make_batch(config, 6)
     batch["image_embeds"] = batch["image_embeds"].float().to("meta")
+    if with_ids:
+        batch["image_ids"] = torch.zeros(6).long().to("meta")
     with Copies() as copies, Assignments() as assignments:
         model(**batch).loss.backward()
     assert copies.blocking == []

@@ -55,7 +55,8 @@ class ITCOutput(NamedTuple):
         negative_text: `[b]` int64, likewise for image i a text, from the image's row.
         accuracy_i2t, accuracy_t2i: Scalars, share of rows whose best column is a positive.
         without_negative: `[b]` bool, true where a row has no negative to draw (every pair of the
-            batch is a positive of it, or its similarities are not numbers); an index is then -1.
+            batch is a positive of it; or its similarities are not numbers, and then neither is the
+            loss); an index is then -1.
     """
 
     loss: Tensor
@@ -122,8 +123,8 @@ def itc_loss(
         An `ITCOutput`.
 
     Raises:
-        ValueError: a shape, type, device or option does not fit; or no row has a negative, where
-            that can be seen without making the host wait (a batch of 1; image ids on the CPU).
+        ValueError: a shape, type, device or option does not fit; or negatives are to be drawn from
+            a batch of 1 pair. Rows without one because of their ids are no error, on any device.
         NotImplementedError: the backend asked for does not run this; says why.
     """
     _check_features(image_features, text_features, temp, image_ids, philox)
@@ -153,7 +154,10 @@ def itc_loss(
         column_ids = gather_detached(row_ids, group)
     sampling = negatives == "sample"
     if sampling:
-        _check_some_negative(N, column_ids)
+        if N == 1:
+            raise ValueError(
+                "negatives: a batch of 1 pair has none; use a larger batch, or negatives='none'"
+            )
         philox = _philox(generator, device) if philox is None else philox
     learning = torch.is_grad_enabled() and any(
         x.requires_grad for x in (image_features, text_features, temp)
@@ -248,19 +252,6 @@ def _philox(generator: torch.Generator | None, device: torch.device) -> Tensor:
     drawn = torch.randint(0, 2**63 - 1, (2,), generator=generator, device=device)
     drawn[1].zero_()
     return drawn
-
-
-def _check_some_negative(N: int, column_ids: Tensor | None) -> None:
-    alone = N == 1
-    if column_ids is not None and column_ids.device.type == "cpu":
-        alone = alone or (
-            not torch.compiler.is_compiling() and bool((column_ids == column_ids[0]).all())
-        )
-    if alone:
-        raise ValueError(
-            f"negatives: no row has one, every one of the {N} pairs in the batch belongs to the "
-            "same image; use a larger batch, one with more than one image, or negatives='none'"
-        )
 
 
 def _check_features(
