@@ -65,11 +65,17 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
         model.train(was_training)
 
 
-def chunks(count: int, batch_size: int) -> Iterator[Tensor]:
-    """Numbers 0..count-1 in pieces of at most batch_size."""
+def chunks(count: int, batch_size: int, least: int = 1) -> Iterator[Tensor]:
+    """Numbers 0..count-1 in pieces of at most batch_size.
+
+    A last piece of less than `least`, which could not be compared, joins the one before it.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    yield from torch.arange(count).split(batch_size)
+    pieces = list(torch.arange(count).split(batch_size))
+    if len(pieces) > 1 and len(pieces[-1]) < least:
+        pieces[-2:] = [torch.cat(pieces[-2:])]
+    yield from pieces
 
 
 def encode_all(

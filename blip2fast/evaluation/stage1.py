@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 from blip2fast.evaluation.retrieval import (
     ImageReader,
     TokenizedTexts,
+    chunks,
     encode_all,
     evaluating,
     rerank,
     retrieval_recall,
     swapped_match_accuracy,
 )
+from blip2fast.ops.collectives import alone
 from blip2fast.stage1.losses import max_query_similarity
 from blip2fast.stage1.model import Blip2Stage1
 
@@ -35,10 +38,70 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+class HeldOutMeans:
+    """Means of the scalar `loss*` and `accuracy*` of several batches, each over all it is of.
+
+    A batch's mean is weighted by what it is over, which the model's output says (`counts`: pairs,
+    or words); where it does not, by the rows of the batch. A `loss` that is a sum of others, as
+    stage 1's, is the sum of their means.
+
+    Attributes:
+        totals, counts: sums of means times weights, and of weights, by name.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
+        self.counts: dict[str, float] = {}
+
+    def add(self, output: Any, rows: int, share: float = 1.0) -> None:
+        """Add the output of a batch of `rows`; `share` scales its weight."""
+        counts = getattr(output, "counts", None)
+        for name, value in vars(output).items():
+            if not name.startswith(("loss", "accuracy")) or not isinstance(value, Tensor):
+                continue
+            if counts is not None and name not in counts:
+                continue
+            weight = share * float(rows if counts is None else counts[name])
+            self.totals[name] = self.totals.get(name, 0.0) + weight * value.item()
+            self.counts[name] = self.counts.get(name, 0.0) + weight
+
+    def means(self) -> dict[str, float]:
+        """The means; 0 of a loss that no batch had anything for."""
+        means = {name: total / (self.counts[name] or 1) for name, total in self.totals.items()}
+        parts = [value for name, value in means.items() if name.startswith("loss_")]
+        return {"loss": sum(parts), **means} if parts and "loss" not in means else means
+
+
+def held_out_means(
+    model: nn.Module, batches: Iterable[tuple[Mapping[str, Tensor], float]], seed: int = 0
+) -> HeldOutMeans:
+    """As `held_out_losses`, of this process's batches, before they are divided.
+
+    Args:
+        batches: keyword arguments of the model's forward, and the share of the batch that is
+            counted here; below 1, several processes compute it alike, each by itself.
+
+    Raises:
+        ValueError: when there is no batch.
+    """
+    found = HeldOutMeans()
+    with evaluating(model) as device, seeded(seed, device):
+        for batch, share in batches:
+            with alone() if share < 1 else nullcontext():
+                output = model(**{name: value.to(device) for name, value in batch.items()})
+            found.add(output, len(next(iter(batch.values()))), share)
+    if not found.totals:
+        raise ValueError("held-out losses need at least one batch, got none")
+    return found
+
+
 def held_out_losses(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], seed: int = 0
 ) -> dict[str, float]:
-    """Mean of every scalar `loss*` and `accuracy*` that the model returns, weighted by rows.
+    """Mean of every scalar `loss*` and `accuracy*` that the model returns (`HeldOutMeans`).
+
+    ITG and the language-modelling loss do not depend on how samples are batched. ITC and ITM do:
+    a pair is compared with those of its batch, so a smaller batch is an easier one.
 
     Stage 1 samples its negatives; they are drawn from `seed` here, and the caller's random state
     is left as it was, so evaluation neither varies nor disturbs training.
@@ -49,19 +112,7 @@ def held_out_losses(
     Raises:
         ValueError: when there is no batch.
     """
-    totals: dict[str, float] = {}
-    count = 0
-    with evaluating(model) as device, seeded(seed, device):
-        for batch in batches:
-            output = model(**{name: value.to(device) for name, value in batch.items()})
-            rows = len(next(iter(batch.values())))
-            count += rows
-            for name, value in vars(output).items():
-                if name.startswith(("loss", "accuracy")) and isinstance(value, Tensor):
-                    totals[name] = totals.get(name, 0.0) + rows * value.item()
-    if count == 0:
-        raise ValueError("held-out losses need at least one batch, got none")
-    return {name: total / count for name, total in totals.items()}
+    return held_out_means(model, ((batch, 1.0) for batch in batches), seed).means()
 
 
 def caption_batch(images: ImageReader, texts: TokenizedTexts, numbers: Tensor) -> dict[str, Tensor]:
@@ -79,12 +130,13 @@ def caption_batches(
     """Batches of one text per image, for `held_out_losses` of stage 1.
 
     Only the first text of each image is taken, so that no image stands twice in a batch as its
-    own false negative; a last batch of one, which has no negatives, is left out.
+    own false negative. The last batch may be smaller; one text that is left over, which alone has
+    no negatives, joins the batch before it.
     """
     first = {i: j for j, i in reversed(list(enumerate(texts.image.tolist())))}
-    for numbers in torch.tensor(sorted(first.values())).split(batch_size):
-        if len(numbers) > 1:
-            yield caption_batch(images, texts, numbers)
+    numbers = torch.tensor(sorted(first.values()))
+    for part in chunks(len(numbers), batch_size, least=2):
+        yield caption_batch(images, texts, numbers[part])
 
 
 def evaluate_stage1(

@@ -5,6 +5,8 @@ With one process (or no process group) every function returns its input.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -15,14 +17,32 @@ from torch.distributed import ProcessGroup
 GradMode = Literal["local", "full"]
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the block this process is the only one: a batch is compared with itself alone."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def _is_one_of_several() -> bool:
+    return not _alone and dist.is_available() and dist.is_initialized()
+
+
 def world_size(group: ProcessGroup | None = None) -> int:
-    """Number of ranks in a group (None: all of them); 1 without a process group."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    """Number of ranks in a group (None: all of them); 1 without a process group, or `alone`."""
+    return dist.get_world_size(group) if _is_one_of_several() else 1
 
 
 def rank(group: ProcessGroup | None = None) -> int:
-    """Index of this rank in a group (None: of all); 0 without a process group."""
-    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+    """Index of this rank in a group (None: of all); 0 without a process group, or `alone`."""
+    return dist.get_rank(group) if _is_one_of_several() else 0
 
 
 def gather_detached(x: Tensor, group: ProcessGroup | None = None) -> Tensor:

@@ -161,6 +161,8 @@ class Stage1Output(ModelOutput):
             computed when first asked for, on all ranks or none.
         itg_logits: `[B, T, V]`; position t predicts token t+1, the last one nothing. Computed when
             first asked for, in a padded pass of its own (which draws its own dropout).
+        counts: What each loss and accuracy is a mean over: the pairs of ITC, the pairs that ITM
+            counts, the words of ITG; scalars, by the names above. `loss` is a sum of means.
     """
 
     loss: Tensor | None = None
@@ -187,6 +189,16 @@ class Stage1Output(ModelOutput):
         self.__dict__["_similarities"] = functools.cache(similarities)
         self.__dict__["_itg_logits"] = functools.cache(itg_logits)
         return self
+
+    def set_counts(self, counts: Mapping[str, Tensor | int]) -> Stage1Output:
+        """Set what each loss and accuracy is a mean over."""
+        self.__dict__["_counts"] = dict(counts)
+        return self
+
+    @property
+    def counts(self) -> dict[str, Tensor | int]:
+        counts: dict[str, Tensor | int] = self.__dict__["_counts"]
+        return counts
 
     @property
     def sim_i2t(self) -> Tensor:

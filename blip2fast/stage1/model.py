@@ -250,6 +250,14 @@ class Blip2Stage1(nn.Module):
             negative_text=negatives[1],
             **found,
         )
+        of_itm = losses.counted_pairs(negatives).sum() if "itm" in self.losses else 0
+        output.set_counts(
+            {
+                **dict.fromkeys(("loss_itc", "accuracy_i2t", "accuracy_t2i"), texts.count),
+                **dict.fromkeys(("loss_itm", "accuracy_itm"), of_itm),
+                **dict.fromkeys(("loss_itg", "accuracy_itg"), len(first.labels)),
+            }
+        )
         length = attention_mask.shape[1] if attention_mask is not None else texts.longest
         return output.set_lazy(
             lambda: losses.itc_logits(*features, self.temp, self.config.grad_mode),

@@ -7,6 +7,7 @@ L language model width, V words.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,9 +107,20 @@ class Stage2Output(ModelOutput):
             images stand in the text), [B, T, V] of the decoder otherwise.
         query_output: [B, Q, C], the queries' last states; [N, Q, C] of N images in texts.
         prompts: [B, Q, L], the soft prompts; [N, Q, L] of N images in texts.
+        counts: What the loss is a mean over: its words, a scalar by the name "loss".
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     query_output: Tensor | None = None
     prompts: Tensor | None = None
+
+    def set_counts(self, counts: Mapping[str, Tensor | int]) -> Stage2Output:
+        """Set what the loss is a mean over."""
+        self.__dict__["_counts"] = dict(counts)
+        return self
+
+    @property
+    def counts(self) -> dict[str, Tensor | int]:
+        counts: dict[str, Tensor | int] = self.__dict__["_counts"]
+        return counts

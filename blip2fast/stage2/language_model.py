@@ -247,7 +247,7 @@ def text_loss(
     in_place: bool = False,
     return_logits: bool = False,
     without_padding: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | int]:
     """The loss of texts after soft prompts, decoder-only or encoder-decoder.
 
     Args:
@@ -260,12 +260,13 @@ def text_loss(
         without_padding: Let samples share rows (decoder-only).
 
     Returns:
-        The loss (none of an encoder-decoder without labels), and logits where asked for.
+        The loss (none of an encoder-decoder without labels), logits where asked for, and the
+        number of words that the loss is a mean over.
     """
     embeds, mask = sequence
     labels = targets.labels
     if is_encoder_decoder(language_model):
-        return decoder_loss(
+        loss, logits = decoder_loss(
             language_model,
             {"inputs_embeds": embeds, "attention_mask": mask},
             labels,
@@ -273,14 +274,16 @@ def text_loss(
             targets.decoder_attention_mask,
             return_logits,
         )
+        return loss, logits, 0 if labels is None else (labels != IGNORED).sum()
     refuse_decoder_inputs(language_model, targets.decoder_input_ids, targets.decoder_attention_mask)
     if labels is None:
         labels = default_labels(input_ids, mask, in_place)
     if in_place:
         labels = predictable(labels)
-    return continuation_loss(
+    loss, logits = continuation_loss(
         language_model, embeds, mask, labels, input_ids.shape[1], return_logits, without_padding
     )
+    return loss, logits, (labels != IGNORED).sum()
 
 
 def default_labels(input_ids: Tensor, mask: Tensor, in_place: bool) -> Tensor:

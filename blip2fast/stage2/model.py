@@ -301,7 +301,7 @@ class Blip2Stage2(nn.Module):
             qformer_input_ids=qformer_input_ids,
             qformer_attention_mask=qformer_attention_mask,
         )
-        loss, logits = text_loss(
+        loss, logits, words = text_loss(
             self.language_model,
             read_sequence(self.language_model, prompts, input_ids, attention_mask, image_counts),
             input_ids,
@@ -310,7 +310,8 @@ class Blip2Stage2(nn.Module):
             return_logits=return_logits,
             without_padding=self.config.pack_padding,
         )
-        return Stage2Output(loss=loss, logits=logits, query_output=query_output, prompts=prompts)
+        output = Stage2Output(loss=loss, logits=logits, query_output=query_output, prompts=prompts)
+        return output.set_counts({"loss": words})
 
     def encode_image(
         self,

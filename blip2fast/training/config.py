@@ -179,7 +179,7 @@ class RunConfig:
             quicker (docs/kernels.md); `never`; or `trust`, unchecked.
         eval_every, save_every: in steps; 0: only at the end (evaluation), never (checkpoints).
         keep_last: number of checkpoints to keep.
-        eval_batch_size: samples per evaluation batch, over all processes.
+        eval_batch_size: samples per evaluation batch, over all processes; the last may be smaller.
         resume: continue from the last checkpoint in `output_dir`, if there is one.
     """
 

@@ -1,7 +1,8 @@
 """Evaluation while training: held-out losses, retrieval (stage 1), captions or answers (stage 2).
 
-With several processes the losses are those of the whole batch, which they share, and each
-writes captions or answers to its share of the images. Retrieval every process computes alike.
+Losses are over all samples, of a last smaller batch too. With several processes they are those of
+the whole batch, which the processes share where it divides among them, and each writes captions or
+answers to its share of the images. Retrieval every process computes alike.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from blip2fast.data.records import CaptionRecord, images_of
 from blip2fast.data.texts import tokenize_captions
 from blip2fast.evaluation.retrieval import (
     TokenizedTexts,
+    chunks,
     encode_all,
     retrieval_recall,
 )
-from blip2fast.evaluation.stage1 import caption_batch, held_out_losses
+from blip2fast.evaluation.stage1 import caption_batch, held_out_means
 from blip2fast.evaluation.stage2 import generate_texts
 from blip2fast.stage1.losses import max_query_similarity
 from blip2fast.stage1.model import Blip2Stage1
@@ -47,7 +49,7 @@ def validate(
         a sample).
 
     Raises:
-        ValueError: no held-out data, or less than a batch of them.
+        ValueError: no held-out data, or one sample alone in stage 1.
     """
     if parts.held_out is None:
         raise ValueError("no held-out data: set data.eval_records")
@@ -73,27 +75,45 @@ class _HeldOutImages:
         return self._to_tokens(batch)["image_embeds"]
 
 
-def _shards(count: int, global_batch: int) -> Iterator[Tensor]:
-    """This process's rows of each whole batch; what does not fill one is left out.
+def _shards(count: int, global_batch: int, least: int) -> Iterator[tuple[Tensor, float]]:
+    """The rows of each batch that this process computes, and the share of them counted here.
+
+    The processes share a batch where each gets as many rows as the others. Where they cannot,
+    which only the last batch can be, each computes all of it by itself and counts its part.
+
+    Args:
+        least: rows that a batch needs.
 
     Raises:
-        ValueError: fewer than 2 rows for each process.
+        ValueError: fewer held-out samples than that.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    size = min(global_batch, count) // world
-    if size < 1 or size * world < 2:
-        raise ValueError(f"{count} held-out samples are too few for {world} process(es)")
-    for start in range(0, count - size * world + 1, size * world):
-        yield torch.arange(start + rank * size, start + (rank + 1) * size)
+    if count < least:
+        raise ValueError(f"{count} held-out sample(s) are too few: losses need {least} or more")
+    for rows in chunks(count, global_batch, least):
+        if len(rows) % world:
+            yield rows, 1 / world
+        else:
+            yield rows.chunk(world)[rank], 1.0
 
 
-def _mean_over_processes(metrics: dict[str, float]) -> dict[str, float]:
+def _sum_over_processes(values: dict[str, float]) -> dict[str, float]:
     if dist.get_world_size() == 1:
-        return metrics
+        return values
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return dict(zip(metrics, (values / dist.get_world_size()).tolist(), strict=True))
+    sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return dict(zip(values, sums.tolist(), strict=True))
+
+
+def _losses(
+    model: Blip2Stage1 | Blip2Stage2, batches: Iterator[tuple[dict[str, Tensor], float]]
+) -> dict[str, float]:
+    """Held-out losses over the batches of all processes."""
+    found = held_out_means(model, batches)
+    found.totals = _sum_over_processes(found.totals)
+    found.counts = _sum_over_processes(found.counts)
+    return found.means()
 
 
 def _stage1(
@@ -106,10 +126,10 @@ def _stage1(
     texts = TokenizedTexts(tokens["input_ids"], tokens["attention_mask"], torch.tensor(owner))
     first = torch.tensor([owner.index(n) for n in range(len(reader.keys))])
     batches = (
-        caption_batch(reader, texts, first[rows])
-        for rows in _shards(len(first), config.eval_batch_size)
+        (caption_batch(reader, texts, first[rows]), share)
+        for rows, share in _shards(len(first), config.eval_batch_size, least=2)
     )
-    results = _mean_over_processes(held_out_losses(model, batches))
+    results = _losses(model, batches)
     features = encode_all(model, reader, len(reader.keys), texts, config.eval_batch_size)
     similarity = max_query_similarity(*features, batch_size=config.eval_batch_size)
     return results | retrieval_recall(similarity, similarity, texts.image)
@@ -123,16 +143,16 @@ def _stage2(
     if config.data.task == "sequence":
         return _sequences(model, text, reader, config)
 
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for rows in _shards(len(records), config.eval_batch_size):
+    def batches() -> Iterator[tuple[dict[str, Tensor], float]]:
+        for rows, share in _shards(len(records), config.eval_batch_size, least=1):
             chosen = [records[i] for i in rows.tolist()]
             if on_questions:
                 tensors = text.train_batch([r.answer for r in chosen], [r.question for r in chosen])
             else:
                 tensors = text.train_batch([r.captions[0] for r in chosen], indices=rows.tolist())
-            yield {"image_embeds": reader(_numbers(reader, chosen)), **tensors}
+            yield {"image_embeds": reader(_numbers(reader, chosen)), **tensors}, share
 
-    results = _mean_over_processes(held_out_losses(model, batches()))
+    results = _losses(model, batches())
     mine = _share(records, config)
     written = generate_texts(
         model,
@@ -145,7 +165,7 @@ def _stage2(
     )
     right = float(sum(map(_is_right, written, mine)))
     if len(mine) < len(records):
-        right = dist.get_world_size() * _mean_over_processes({"right": right})["right"]
+        right = _sum_over_processes({"right": right})["right"]
     return results | {"exact": right / len(records)}
 
 
@@ -154,8 +174,8 @@ def _sequences(
 ) -> dict[str, float]:
     """The loss alone: a text about several images has no single right answer."""
 
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for rows in _shards(len(reader.records), config.eval_batch_size):
+    def batches() -> Iterator[tuple[dict[str, Tensor], float]]:
+        for rows, share in _shards(len(reader.records), config.eval_batch_size, least=1):
             chosen = [reader.records[i] for i in rows.tolist()]
             tensors = text.train_batch(
                 [r.captions[0] for r in chosen],
@@ -163,9 +183,9 @@ def _sequences(
                 indices=rows.tolist(),
                 image_counts=[len(r.images) for r in chosen],
             )
-            yield {**tensors, "image_embeds": reader(_numbers(reader, chosen))}
+            yield {**tensors, "image_embeds": reader(_numbers(reader, chosen))}, share
 
-    return _mean_over_processes(held_out_losses(model, batches()))
+    return _losses(model, batches())
 
 
 def _share(records: list[Any], config: RunConfig) -> list[Any]:

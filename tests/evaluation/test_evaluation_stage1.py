@@ -1,9 +1,11 @@
 """Evaluation and retrieval of stage 1 against brute-force computations written independently."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from stage1_cases import SMALL, make_batch
 from torch import nn
 
 from blip2fast.evaluation.retrieval import (
@@ -14,8 +16,9 @@ from blip2fast.evaluation.retrieval import (
     retrieval_recall,
     swapped_match_accuracy,
 )
-from blip2fast.evaluation.stage1 import caption_batches, evaluate_stage1, held_out_losses
+from blip2fast.evaluation.stage1 import caption_batches, evaluate_stage1, held_out_losses, seeded
 from blip2fast.stage1.losses import max_query_similarity
+from blip2fast.stage1.model import Blip2Stage1
 
 NUM_IMAGES, J, Q, T, E, D = 7, 11, 3, 5, 6, 4
 
@@ -200,13 +203,58 @@ def test_held_out_losses_are_row_weighted_reproducible_and_leave_the_random_stat
     assert first["loss"] == pytest.approx((5 * means[0] + 2 * means[1]) / 7, rel=1e-5)
 
 
-def test_caption_batches_take_one_text_per_image_and_no_batch_of_one(toy):
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(6, [7]), (5, [5, 2]), (3, [3, 4]), (2, [2, 2, 3])]
+)
+def test_caption_batches_take_one_text_of_every_image_and_no_batch_of_one(toy, batch_size, sizes):
     _, embeds, texts = toy
-    batches = list(caption_batches(embeds.__getitem__, texts, batch_size=6))
-    assert [len(b["input_ids"]) for b in batches] == [6]
-    expected = texts.input_ids[[0, 2, 3, 4, 7, 8]]
-    assert torch.equal(batches[0]["input_ids"], expected)
-    assert torch.equal(batches[0]["image_embeds"], embeds[:6])
+    batches = list(caption_batches(embeds.__getitem__, texts, batch_size))
+    assert [len(b["input_ids"]) for b in batches] == sizes
+    expected = texts.input_ids[[0, 2, 3, 4, 7, 8, 9]]
+    assert torch.equal(torch.cat([b["input_ids"] for b in batches]), expected)
+    assert torch.equal(torch.cat([b["image_embeds"] for b in batches]), embeds)
+
+
+def test_held_out_losses_of_stage1_are_over_pairs_and_words():
+    torch.manual_seed(0)
+    model = Blip2Stage1(SMALL).double().eval()
+    batches = [make_batch(SMALL, size, seed=size) for size in (4, 3)]
+    batches[0]["attention_mask"][:, 3:] = 0
+    batches[1]["image_ids"] = torch.zeros(3).long()  # without a negative: ITM counts the first
+    found = held_out_losses(model, batches)
+    with torch.no_grad(), seeded(0, torch.device("cpu")):
+        first, last = (model(**batch) for batch in batches)
+    words = [int(batch["attention_mask"].sum()) - len(batch["input_ids"]) for batch in batches]
+    assert words[0] == 8 < words[1]
+    itg = (words[0] * first.loss_itg + words[1] * last.loss_itg) / sum(words)
+    itc = (4 * first.loss_itc + 3 * last.loss_itc) / 7
+    assert found["loss_itg"] == pytest.approx(itg.item(), rel=1e-12)
+    assert found["loss_itc"] == pytest.approx(itc.item(), rel=1e-12)
+    assert found["loss_itm"] == pytest.approx(first.loss_itm.item(), rel=1e-12)
+    assert found["accuracy_itm"] == pytest.approx(first.accuracy_itm.item(), rel=1e-6)
+    assert found["loss"] == pytest.approx(sum(found[f"loss_{n}"] for n in ("itc", "itm", "itg")))
+
+
+def test_itg_of_held_out_data_does_not_depend_on_the_batch_size():
+    torch.manual_seed(0)
+    model = Blip2Stage1(SMALL).double().eval()
+    batch = make_batch(SMALL, 7)
+    texts = TokenizedTexts(batch["input_ids"], batch["attention_mask"], torch.arange(7))
+
+    def itg(batch_size):
+        batches = caption_batches(batch["image_embeds"].__getitem__, texts, batch_size)
+        return held_out_losses(model, batches)["loss_itg"]
+
+    assert [itg(size) for size in (2, 3, 5, 6)] == [pytest.approx(itg(7), rel=1e-12)] * 4
+
+
+def test_held_out_losses_that_are_not_finite_stay_so():
+    torch.manual_seed(0)
+    model = Blip2Stage1(SMALL).double().eval()
+    batches = [make_batch(SMALL, 4, seed=seed) for seed in (0, 1)]
+    batches[1]["image_embeds"][2] = torch.nan
+    found = held_out_losses(model, batches)
+    assert all(math.isnan(found[n]) for n in ("loss", "loss_itc", "loss_itm", "loss_itg"))
 
 
 def test_losses_refuse_no_batch(toy):

@@ -144,15 +144,19 @@ def test_continue_texts_refuses_an_empty_prompt(stage2):
         continue_texts(model.language_model, text, [[5], []])
 
 
-def test_the_loss_of_stage2_is_the_row_weighted_loss(stage2):
+def test_the_loss_of_stage2_is_over_words(stage2):
     model, tokenizer = stage2
     text = Stage2Text(tokenizer, model.language_model.config.is_encoder_decoder, prompt="{}")
     torch.manual_seed(2)
     batches = [
-        {"image_embeds": torch.randn(n, 4, E), **text.train_batch(["red"] * n, ["what ?"] * n)}
-        for n in (3, 1)
+        {"image_embeds": torch.randn(n, 4, E), **text.train_batch([answer] * n, ["what ?"] * n)}
+        for n, answer in ((3, "red"), (1, "red red red"))
     ]
+    words = [int((batch["labels"] != -100).sum()) for batch in batches]
+    assert words[0] != 3 * words[1]
     with torch.no_grad():
         losses = [model.eval()(**batch).loss.item() for batch in batches]
     result = held_out_losses(model, batches)
-    assert result == {"loss": pytest.approx((3 * losses[0] + losses[1]) / 4, rel=1e-6)}
+    assert result == {
+        "loss": pytest.approx((words[0] * losses[0] + words[1] * losses[1]) / sum(words), rel=1e-6)
+    }
