@@ -7,7 +7,7 @@ computed once for both. Shapes are named as in `config.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,10 @@ class Blip2Stage1(nn.Module):
     Attributes:
         ln_vision: Normalises the image tokens; trained, although the encoder is frozen.
         query_tokens: `[1, Q, C]`, the learned queries.
-        temp: The contrastive temperature, learned.
+        temp: The contrastive temperature, learned. `half`, `bfloat16` and `to` leave it in fp32: a
+            step of AdamW is smaller than the distance of its 16-bit neighbours.
+        exact_temp: The fp32 value of a `temp` that an engine holds in 16 bits, which the losses
+            are then computed with; None: `temp` itself.
 
     Raises:
         ValueError: `losses` without ITC, or with another name.
@@ -84,6 +87,7 @@ class Blip2Stage1(nn.Module):
         self.itm_head = nn.Linear(C, 2)
         self.lm_head = LMHead(config)
         self.temp = nn.Parameter(torch.tensor(config.initial_temp))
+        self.exact_temp: Tensor | None = None
         copy_text_ffn_to_queries(self.qformer)
 
         self._attach_image_encoder(image_encoder)
@@ -142,6 +146,23 @@ class Blip2Stage1(nn.Module):
         if self.image_encoder is not None:
             self.image_encoder.eval()
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Blip2Stage1:
+        before = self.temp.detach()
+        super()._apply(fn, recurse)
+        if self.temp.dtype.itemsize == 2 < before.dtype.itemsize:
+            self.temp.data = before.to(self.temp.device, torch.float32)
+        return self
+
+    def temperature(self) -> Tensor:
+        """The temperature of the losses: the value is `exact_temp`'s, the gradient goes to `temp`.
+
+        Without `exact_temp` it is `temp`.
+        """
+        if self.exact_temp is None:
+            return self.temp
+        wide_temp = self.temp.to(self.exact_temp.dtype)
+        return self.exact_temp + (wide_temp - wide_temp.detach())
 
     def gradient_checkpointing_enable(self) -> None:
         """Trade time for memory: recompute the Q-Former's layers in the backward pass."""
@@ -205,13 +226,14 @@ class Blip2Stage1(nn.Module):
         bos = self.config.bos_token_id if with_itg else None
         first = first_pass(reader, read, texts, philox, bos)
         features = self._image_features(first.queries), self._text_features(first.cls)
+        temp = self.temperature()
         # a device has the first pass to do while its host waits, and no collective has begun
         longest = check_ranks_agree(sizes)
         # beside the contrast of a whole step, that of this batch is there for negatives alone
         with torch.set_grad_enabled(torch.is_grad_enabled() and contrast is None):
             itc = itc_loss(
                 *features,
-                self.temp,
+                temp,
                 label_smoothing=self.config.label_smoothing,
                 image_ids=image_ids,
                 grad_mode=self.config.grad_mode,
@@ -223,7 +245,7 @@ class Blip2Stage1(nn.Module):
             negatives = itc.negative_image, itc.negative_text
         else:
             negatives = check_negatives(negatives, texts.count)
-        loss_itc = itc.loss if contrast is None else contrast.loss_of(*features, self.temp)
+        loss_itc = itc.loss if contrast is None else contrast.loss_of(*features, temp)
         found = {"loss": loss_itc, "loss_itc": loss_itc}
         if "itm" in self.losses:
             pad = self.config.pad_token_id
@@ -260,7 +282,7 @@ class Blip2Stage1(nn.Module):
         )
         length = attention_mask.shape[1] if attention_mask is not None else texts.longest
         return output.set_lazy(
-            lambda: losses.itc_logits(*features, self.temp, self.config.grad_mode),
+            lambda: losses.itc_logits(*features, temp, self.config.grad_mode),
             lambda: self._padded_logits(image_embeds, texts, length, visible),
         )
 
@@ -417,7 +439,7 @@ class Blip2Stage1(nn.Module):
         first = first_pass(reader, reader.images(image_embeds, visible), texts, philox)
         image, text = self._image_features(first.queries), self._text_features(first.cls)
         kind = product_dtype(reader.packed.dtype, image_embeds.device) or image.dtype
-        return image.to(kind), text.to(kind), self.temp.detach().reshape(()).clone()
+        return image.to(kind), text.to(kind), self.temperature().detach().reshape(()).clone()
 
     def _reader(self) -> Reader:
         """A reader of this step's weights; its compute dtype is autocast's if that is enabled."""

@@ -34,7 +34,12 @@ from blip2fast.training.build import Run, build_run
 from blip2fast.training.config import DTYPE_OF, RunConfig
 from blip2fast.training.config_files import config_values, save_config
 from blip2fast.training.engine import learning_rate, start_engine, start_processes
-from blip2fast.training.engine_state import master_parameters, optimizer_moments, restore
+from blip2fast.training.engine_state import (
+    keep_temperature,
+    master_parameters,
+    optimizer_moments,
+    restore,
+)
 from blip2fast.training.log import Progress, RunLog
 from blip2fast.training.placement import choose_placement
 from blip2fast.training.preflight import check_machine, prepare_kernels
@@ -147,6 +152,7 @@ class Trainer:
             restore(engine, self.model, checkpoint.parameters, checkpoint.moments, self.step)
             self._restore_random(checkpoint)
             self.say(f"resumed {checkpoint.path} at step {self.step}")
+        keep_temperature(engine, self.model)
         return engine
 
     def _restore_random(self, checkpoint: Checkpoint) -> None:
@@ -183,6 +189,13 @@ class Trainer:
             f"{plan.num_records}), {trained} trained tensors, {config.precision}, ZeRO "
             f"{config.zero_stage}, {self.world_size} process(es) on {self.device.type}"
         )
+        if config.precision != "fp32":
+            temperature = ", and the learned temperature of the losses (temp)"
+            self.say(
+                f"weights and products in {config.precision}; kept in fp32: AdamW's copy of the "
+                "trained weights, its moments, softmax and losses"
+                f"{temperature if isinstance(self.model, Blip2Stage1) else ''}"
+            )
         log = None
         if self.rank == 0:
             log = RunLog(self.folder, self.step, config.optim.max_steps, config.stage)
@@ -211,6 +224,7 @@ class Trainer:
                 self.engine.backward(loss)
                 self.engine.step()
                 progress.add(scalars)
+            keep_temperature(self.engine, self.model)
             self.step += 1
             if log is not None:
                 log.advance()
@@ -283,8 +297,9 @@ class Trainer:
         for name, child in whole.named_children():
             if name != "language_model":
                 child.to(self.device, self.dtype)
-        for parameter in whole.parameters(recurse=False):
-            parameter.data = parameter.data.to(self.device, self.dtype)
+        for name, parameter in whole.named_parameters(recurse=False):
+            kept = torch.float32 if name == "temp" else self.dtype
+            parameter.data = parameter.data.to(self.device, kept)
         return whole
 
     def tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
