@@ -1,8 +1,8 @@
 """BLIP-2, fast: the Q-Former between a frozen image encoder and a frozen LLM.
 
-`QFormer` takes the place of transformers' Q-Formers, `patch(model)` puts it into a transformers
-model; `Blip2Stage1` and `Blip2Stage2` train it, `Blip2` writes (arXiv 2301.12597). Everything is
-imported on first use, and so are the rooms of the library, such as `blip2fast.ops`.
+`QFormer` replaces transformers' Q-Formers, and `patch(model)` swaps it into a transformers model;
+`Blip2Stage1` and `Blip2Stage2` train it, `Blip2` generates text (arXiv 2301.12597). All names and
+subpackages, such as `blip2fast.ops`, are imported on first use.
 """
 
 from typing import TYPE_CHECKING

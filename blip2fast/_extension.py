@@ -1,7 +1,7 @@
 """The optional compiled library `blip2fast/_C.so`: C++ and, where nvcc was found, CUDA.
 
-`setup.py` builds it from `csrc/` and leaves `_C.txt` beside it, which says what was built or why
-nothing was. Everything works without it, more slowly.
+`setup.py` builds it from `csrc/` and writes `_C.txt` next to it, which states what was built or
+why nothing was. Everything also works without it, more slowly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _BUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 
 
 def _load(library: Path, note: Path) -> str:
-    """Load the operators; the reason why not, or an empty string."""
+    """Load the operators; returns why that failed, or an empty string."""
     if not library.exists():
         if note.exists():
             return note.read_text().strip()
@@ -37,7 +37,7 @@ def has_op(name: str) -> bool:
 
 
 def why_not(name: str | None = None) -> str:
-    """Why the extension, or its operator `name`, is not there; an empty string where it is."""
+    """Why the extension, or its operator `name`, is unavailable; an empty string if it is not."""
     if _WHY_NOT or name is None or has_op(name):
         return _WHY_NOT
     note = BUILD_NOTE.read_text().strip() if BUILD_NOTE.exists() else "rebuild the extension"

@@ -1,4 +1,4 @@
-"""Names that are imported on first use, and packages that some of them need."""
+"""Lazy imports, and error messages for missing optional packages."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-# what to install for an import name, where the two differ
+# import name -> package to install, where the two differ
 _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
 @contextmanager
 def needs(purpose: str, *packages: str) -> Iterator[None]:
-    """Around imports that need packages which not every user of this one has installed.
+    """Context manager around imports of optional packages.
 
     Args:
         purpose: what they are needed for, such as "read records".
-        packages: by their import names.
+        packages: their import names.
 
     Raises:
-        ModuleNotFoundError: one is not installed; says how to install it.
+        ModuleNotFoundError: a package is not installed; says how to install it.
     """
     for package in packages:
         if find_spec(package) is None:
@@ -42,8 +42,8 @@ def lazy(
 
     Args:
         package: its `__name__`.
-        names: what it offers, and the module below it that each name comes from.
-        modules: below it, that become its attributes on first use too.
+        names: its public names, each mapped to the submodule that defines it.
+        modules: submodules that are also imported on first use as attributes.
     """
 
     def get(name: str) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with one line of text on bad input."""
+    """Entry point; exits with a one-line message on bad input."""
     parser = argparse.ArgumentParser(
         prog="blip2fast", description="Plan and use runs of BLIP-2, and cache their image features."
     )
@@ -166,7 +166,7 @@ def _check_kernels(given: argparse.Namespace) -> str:
     made: list[Record] = []
 
     def tell(record: Record) -> None:
-        # as they come: a command that runs out of time leaves what it has
+        # save each record immediately: a command that is cut off keeps its results
         made.append(record)
         print(f"{record} ({record.seconds:.0f} s)", flush=True)
         if given.out is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 
 class _Runs(argparse.Action):
-    """`--config` begins a run, `--set` changes the one that was begun last."""
+    """`--config` starts a new run; `--set` overrides settings of the most recent one."""
 
     def __call__(
         self,
@@ -38,7 +38,7 @@ class _Runs(argparse.Action):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with one line of text on bad input."""
+    """Entry point; exits with a one-line message on bad input."""
     parser = argparse.ArgumentParser(description="Train stage 1 or stage 2 of BLIP-2.")
     parser.add_argument(
         "--config",
@@ -70,34 +70,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for run in [load_config(config, overrides) for config, overrides in given.runs]:
             train(run)
     except (ValueError, FloatingPointError) as error:
-        # The launcher ends all processes as soon as one has: each says why.
+        # The launcher kills all processes as soon as one exits, so each prints its own error.
         rank = os.environ.get("RANK", "0")
         sys.exit(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}")
 
 
 def _share_cores() -> None:
-    """Give each process its share of the cores; must run before PyTorch is imported.
+    """Limit each process to its share of the CPU cores; must run before PyTorch is imported.
 
-    Two processes of two threads each on two cores take sixty times as long for a step.
+    With two processes of two threads each on two cores, a step takes sixty times as long.
     """
-    # On this machine, as torchrun and as DeepSpeed's launcher say it; in all, as others do.
+    # Processes on this machine (torchrun, DeepSpeed's launcher), or in total (other launchers).
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
     processes = int(next((os.environ[name] for name in names if os.environ.get(name)), 1))
-    # Not on macOS, where a process cannot be bound to cores either.
+    # Missing on macOS, which has no CPU affinity anyway.
     bound = getattr(os, "sched_getaffinity", None)
     cores = len(bound(0)) if bound is not None else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
 
 def _import_from_repository() -> None:
-    """Put the repository on the path instead of this folder, whose modules are no packages."""
+    """Replace this folder, which is inside the package, by the repository root in `sys.path`."""
     here = Path(__file__).resolve().parent
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
     sys.path.insert(0, str(here.parent))
 
 
 def _leave_processes() -> None:
-    """End what connects the processes; nothing can train in this one afterwards."""
+    """Destroy the process group; no training is possible in this process afterwards."""
     import torch.distributed as dist
 
     if dist.is_initialized():

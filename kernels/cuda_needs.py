@@ -1,4 +1,4 @@
-"""What the kernels written in CUDA need: of the GPU, and of the rows that they read."""
+"""Requirements of the CUDA kernels: compute capability, and alignment of rows."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# csrc/rules.ninja: machine code for 8.x and 9.0, and what newer cards translate
+# csrc/rules.ninja: machine code for 8.x and 9.0, and PTX that newer cards compile
 OLDEST_CAPABILITY = 80
 
 
 def capability_of(device: torch.device) -> int:
-    """The GPU's compute capability times 10; 0 where `device` is none of this machine's."""
+    """The GPU's compute capability times 10; 0 if this machine has no such device."""
     return _capability(device.index) if device.type == "cuda" else 0
 
 
-# the same for as long as a graph lives
+# constant for the lifetime of a traced graph
 @torch.compiler.assume_constant_result
 def _capability(index: int | None) -> int:
     return _found_capability(index)
@@ -31,7 +31,7 @@ def _found_capability(index: int | None) -> int:
 
 
 def gpu_reasons(what: str, device: str, capability: int) -> list[str]:
-    """Why the kernels do not run where `what` are."""
+    """Why the kernels cannot run on the device of `what`."""
     if device != "cuda":
         return [f"{what} on {device}: needs a CUDA device"]
     if 0 < capability < OLDEST_CAPABILITY:
@@ -41,7 +41,7 @@ def gpu_reasons(what: str, device: str, capability: int) -> list[str]:
 
 
 def readable(x: Tensor) -> Tensor:
-    """Rows that start at multiples of 16 bytes, copied only where they do not."""
+    """x with rows aligned to 16 bytes; copied only if they are not."""
     steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     aligned = x.data_ptr() % 16 == 0 and all(step * x.itemsize % 16 == 0 for step in steps)
     return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

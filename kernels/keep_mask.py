@@ -1,6 +1,6 @@
-"""The dropout mask of `philox.keep_mask` in one Triton launch, for what no fused kernel drops.
+"""The dropout mask of `philox.keep_mask` in one Triton launch, for dropout outside fused kernels.
 
-The same bits as the formula in PyTorch, whose int64 temporaries take 129 launches on a GPU.
+Bit-identical to the PyTorch formula, whose int64 temporaries take 129 launches on a GPU.
 """
 
 # mypy: allow-untyped-defs
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blip2fast.kernels.launch import FP_FUSION
 
-# counters of a program; each gives 4 columns
+# counters per program; each gives 4 columns
 _BLOCK = 256
 
 
@@ -31,7 +31,7 @@ def _philox_keep_mask_kernel(
     THRESHOLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`out[n, columns]` bool; a counter is a row of `rows` and `heads` and a group of 4 columns."""
+    """`out[n, columns]` bool; one counter per entry of `rows`, `heads` and group of 4 columns."""
     seed, offset = tl.load(philox_ptr), tl.load(philox_ptr + 1)
     counter = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = counter < counters
@@ -63,7 +63,7 @@ def keep_mask(
 
     Args:
         philox: `[2]` int64, seed and offset.
-        least: The least word that is kept.
+        least: The smallest word that is kept.
         rows, heads: `[n]` int64, contiguous.
         columns, first_column: Number of columns, and the first one's index.
 

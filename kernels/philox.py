@@ -1,10 +1,10 @@
-"""Dropout masks as a function of a seed and a position: the same on every backend and device.
+"""Dropout masks as a function of seed and position, identical on every backend and device.
 
 Philox4x32 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011) with 7 rounds, the
 fewest that pass BigCrush. The counter of an element is `(column // 4, row, head, offset)`, the key
 the 64-bit seed; the four words of a counter serve four neighbouring columns. An element is kept
-where its word is at least `p * 2^32`. No generator state is read, so a backward pass, a replayed
-CUDA graph and a recomputed layer draw the same mask again.
+if its word is at least `p * 2^32`. No generator state is read, so a backward pass, a replayed
+CUDA graph and a recomputed layer reproduce the same mask.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROUNDS = 7
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
-# int64 temporaries of this many counters stay in a CPU core's second-level cache
+# int64 temporaries of this many counters fit a CPU core's L2 cache
 _CHUNK = 1 << 15
 _NATIVE = has_op("philox_keep_mask")
 _HAS_TRITON = find_spec("triton") is not None
@@ -32,12 +32,12 @@ _HAS_TRITON = find_spec("triton") is not None
 def philox_state(
     seed: int | None = None, offset: int = 0, device: torch.device | str | None = None
 ) -> Tensor:
-    """`[2]` int64: the seed and the offset that a dropout mask is a function of.
+    """The seed and offset of a dropout mask, as a `[2]` int64 tensor.
 
     Args:
-        seed: 0 to 2^63 - 1; None draws one from the device's default generator, without making
-            the host wait.
-        offset: 0 to 2^32 - 1, another for each use of a seed (layer, pass).
+        seed: 0 to 2^63 - 1; None draws one from the device's default generator, without a host
+            sync.
+        offset: 0 to 2^32 - 1, different for each use of a seed (layer, pass).
         device: Where the op runs.
 
     Raises:
@@ -50,22 +50,22 @@ def philox_state(
     if seed is not None:
         return torch.tensor([seed, offset], device=device)
     drawn = torch.randint(0, 2**63 - 1, (2,), device=device)
-    drawn[1].fill_(offset)  # an assignment would copy from the host, and wait
+    drawn[1].fill_(offset)  # an assignment would copy from the host and synchronise
     return drawn
 
 
 def with_offset(philox: Tensor, offset: int) -> Tensor:
-    """The same seed `[2]` at another offset, without making the host wait."""
+    """The Philox state `[2]` with the same seed and another offset, without a host sync."""
     moved = philox.clone()
     moved[1].fill_(offset)
     return moved
 
 
 def threshold(p: float) -> int:
-    """The least 32-bit word that is kept under dropout probability `p`.
+    """The smallest 32-bit word that is kept at dropout probability `p`.
 
     Raises:
-        ValueError: `p` is not from 0 to below 1.
+        ValueError: `p` is not in [0, 1).
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout_p: expected 0 to below 1, got {p}")
@@ -86,7 +86,7 @@ def philox_words(philox: Tensor, groups: Tensor, rows: Tensor, heads: Tensor) ->
 
 
 def _words(philox: Tensor, groups: Tensor, rows: Tensor, heads: Tensor) -> tuple[Tensor, ...]:
-    """The four words apart; what does not depend on all counters yet is kept small."""
+    """The four words as separate tensors; intermediates are broadcast as late as possible."""
     c0, c1, c2, c3 = groups, rows, heads, philox[1] & _WORD
     k0, k1 = philox[0] & _WORD, (philox[0] >> 32) & _WORD
     for _ in range(ROUNDS):
@@ -101,7 +101,7 @@ def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of `x * constant`, both below 2^32, in int64 that does not overflow."""
     # constants are above 2^31, so this is above -2^63; its low word is that of the full product
     product = x * (constant - 2**32)
-    high = (product >> 32).add_(x)  # 2^32 * x was taken away
+    high = (product >> 32).add_(x)  # 2^32 * x was subtracted
     return high, product.bitwise_and_(_WORD)
 
 
@@ -142,11 +142,11 @@ def keep_mask(
 
 
 def _launches(device: torch.device) -> bool:
-    """Whether one launch of Triton gives the mask on this CUDA device."""
+    """Whether the Triton kernel computes the mask on this CUDA device."""
     if not _HAS_TRITON:
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
-    # the first look makes the host wait, which ends a capture
+    # the first check synchronises the host, which would break a graph capture
     return index in _looked_at or (not torch.cuda.is_current_stream_capturing() and _agrees(index))
 
 
@@ -155,7 +155,7 @@ _looked_at: set[int] = set()
 
 @cache
 def _agrees(index: int) -> bool:
-    """Compile the kernel, and compare a mask with the formula's; false, with a warning, if not."""
+    """Whether the compiled kernel's mask matches the formula's; warns on failure."""
     device = torch.device("cuda", index)
     philox = philox_state(2**40 + 5, 2**31 + 3, device)
     rows = torch.arange(77, device=device) * 2**25
@@ -214,7 +214,7 @@ torch.library.define(
 def _keep_mask(
     philox: Tensor, rows: Tensor, heads: Tensor, least: int, columns: int, first_column: int
 ) -> Tensor:
-    # imported on use: Triton is optional
+    # imported on first use: Triton is optional
     from blip2fast.kernels import keep_mask as kernel
 
     return kernel.keep_mask(philox, least, rows, heads, columns, first_column)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64: what scores, statistics and losses are computed and kept in."""
+    """fp32, or fp64 for fp64: the dtype of scores, statistics and losses."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def wide(x: Tensor) -> Tensor:
-    """The tensor in fp32, or as it is in fp64."""
+    """x cast to fp32; fp64 stays fp64."""
     return x.to(wide_dtype(x.dtype))

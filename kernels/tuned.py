@@ -1,11 +1,10 @@
-"""Launch choices that a sweep on a GPU found quickest: `tuned.json` of an op's folder.
+"""Launch parameters that were fastest in a sweep on a GPU: `tuned.json` in an op's folder.
 
     {"90": {"self_forward/causal": [{"block_m": 32, "block_n": 64, "num_warps": 2, ...}]}}
 
-is: on compute capability 9.0, for calls of one class, an entry for each kernel or share of the work
-that has tiles of its own. Which calls a class has says `config.py` of the op, which computes
-whatever depends on sizes. Other calls and other GPUs get its formula. `benchmarks/tune.py` writes
-the files.
+holds, for compute capability 9.0 and one class of calls, an entry for each kernel or part of the
+work with its own tiles. The op's `config.py` defines the classes and computes whatever depends on
+sizes; other calls and other GPUs use its formula. `benchmarks/tune.py` writes the files.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 
 FILE_NAME = "tuned.json"
 Entry = Mapping[str, Any]
-# what is no count
+# fields that are not counts
 _FLAGS = {"interleaved"}
 _MAY_BE_NONE = {"max_registers"}
 _formula = [False]
@@ -27,7 +26,7 @@ _formula = [False]
 
 @contextmanager
 def formula_alone() -> Iterator[None]:
-    """Calls within get what the formula gives: that is what a sweep compares with."""
+    """Within the block, calls use the formula, which is the baseline of a sweep."""
     before = _formula[0]
     _formula[0] = True
     try:
@@ -37,12 +36,12 @@ def formula_alone() -> Iterator[None]:
 
 
 class Tuned:
-    """The choices of one op. The file is read when first asked for, once.
+    """The tuned parameters of one op. The file is read once, on first use.
 
     Args:
-        folder: Of the op; without the file nothing is tuned.
+        folder: The op's folder; without the file nothing is tuned.
         classes: The fields of each class's entries.
-        lists: How many entries a class may have, where that is not one.
+        lists: How many entries a class may have, if not one.
     """
 
     def __init__(
@@ -56,11 +55,11 @@ class Tuned:
         self.lists = lists or {}
 
     def entries(self, capability: int, name: str) -> tuple[Entry, ...]:
-        """Those of a class; none where nothing is tuned.
+        """The entries of a class; empty if nothing is tuned.
 
         Args:
             capability: The GPU's compute capability times 10.
-            name: Of the class.
+            name: Name of the class.
 
         Raises:
             ValueError: the file is malformed.
@@ -104,7 +103,7 @@ class Tuned:
             if field in _FLAGS:
                 right = isinstance(value, bool)
             elif isinstance(value, int):
-                # True is an int, too
+                # bool is a subclass of int
                 right = value is not True and value > 0
             if not right:
                 raise ValueError(f"{name}: {field} cannot be {value!r}")

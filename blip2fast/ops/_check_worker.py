@@ -1,8 +1,8 @@
-"""The process that checks kernels: `python -m blip2fast.ops._check_worker`.
+"""Worker process that checks kernels: `python -m blip2fast.ops._check_worker`.
 
-It reads a list of requests from standard input, as JSON, and writes a line of JSON where one
-begins and where it ends. What a kernel breaks, it breaks here: an exception is told and ends the
-process, a signal ends it untold, and a hang is ended from outside (`kernel_checks.py`).
+Reads a JSON list of requests from standard input and writes one line of JSON when a check starts
+and one when it ends. A broken kernel can only take down this process: an exception is reported and
+ends it, a signal ends it without a report, and the parent kills it on a hang (`kernel_checks.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from blip2fast.ops.kernel_proof import check
 
 
 def main() -> None:
-    """Serve the requests on standard input."""
-    # what a kernel prints must not get between the lines
+    """Run the checks requested on standard input."""
+    # kernels may print: keep their output out of the JSON lines
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
@@ -33,11 +33,11 @@ def main() -> None:
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = tell
-    # a rival may be a PyTorch function that is not deterministic
+    # the rival may be a nondeterministic PyTorch function
     warnings.filterwarnings("ignore", message=".*deterministic")
     for number, request in enumerate(json.load(sys.stdin)):
         if hasattr(signal, "alarm"):
-            # should nobody be left to end a hang
+            # ends a hang even if the parent process is gone
             signal.alarm(int(request["limit_s"]) + 30)
         _write(channel, {"began": number})
         started = time.perf_counter()

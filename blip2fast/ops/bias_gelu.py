@@ -43,9 +43,9 @@ BACKENDS: tuple[Backend[BiasGeluCall], ...] = (
 def bias_gelu(x: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tensor:
     """`F.gelu(x + bias)`, the exact GELU.
 
-    Computed in fp32 (fp64 for fp64 data). Saved for the backward pass: x alone, so the result may
-    be changed in place. The gradient of `bias` is summed in a fixed order. The type of the result
-    is that of x: autocast changes nothing.
+    Computed in fp32 (fp64 for fp64 data). Only x is saved for the backward pass, so the result may
+    be modified in place. The gradient of `bias` is summed in a fixed order. The result has the
+    dtype of x; autocast has no effect.
 
     Args:
         x: `[R, F]`, fp16, bf16, fp32 or fp64.
@@ -57,7 +57,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tens
 
     Raises:
         ValueError: a shape, type or device does not fit.
-        NotImplementedError: the backend asked for does not run this; says why.
+        NotImplementedError: the requested backend does not support the call; says why.
     """
     check_rows("x", x)
     check_like("bias", bias, (x.shape[1],), x)
@@ -81,7 +81,7 @@ torch.library.define(
 
 
 def _kernels() -> Any:
-    """The functions `forward` and `backward`; imported on use: Triton is optional."""
+    """The functions `forward` and `backward`, imported on first use: Triton is optional."""
     from blip2fast.kernels.bias_gelu import backward, forward
 
     return SimpleNamespace(forward=forward.forward, backward=backward.backward)

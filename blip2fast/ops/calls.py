@@ -1,4 +1,4 @@
-"""Calls of the ops: what the choice of a backend may depend on."""
+"""Descriptions of op calls, from which a backend is chosen."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 
 
 class AttentionCall(NamedTuple):
-    """What a choice of backend may depend on.
+    """An attention call, described for the choice of a backend.
 
     Attributes:
         queries: Q.
-        keys: The longest text of self-attention; S of cross-attention.
+        keys: Length of the longest text (self-attention) or S (cross-attention).
         heads, width: H and D.
         dtype, device: Of the data.
-        dropout: Whether weights are dropped.
-        key_mask: Whether some keys of cross-attention are hidden.
-        lse: Whether the log-sum-exp is asked for.
+        dropout: Whether dropout is applied to the attention weights.
+        key_mask: Whether cross-attention has a key mask.
+        lse: Whether the log-sum-exp is returned.
         cross: Whether this is cross-attention.
-        indexed: Whether blocks of cross-attention say which image they read.
+        indexed: Whether cross-attention has a `kv_index`.
         gpu: Index of the CUDA device.
         capability: The GPU's compute capability times 10; 0: unknown, or no GPU.
     """
@@ -40,7 +40,7 @@ class AttentionCall(NamedTuple):
 
 
 class BiasGeluCall(NamedTuple):
-    """What a choice of backend may depend on."""
+    """A `bias_gelu` call, described for the choice of a backend."""
 
     dtype: torch.dtype
     device: str
@@ -49,7 +49,7 @@ class BiasGeluCall(NamedTuple):
 
 
 class DropoutAddLayerNormCall(NamedTuple):
-    """What a choice of backend may depend on."""
+    """A `dropout_add_layer_norm` call, described for the choice of a backend."""
 
     width: int
     dtypes: tuple[torch.dtype, ...]
@@ -60,7 +60,7 @@ class DropoutAddLayerNormCall(NamedTuple):
 
 
 class ITCCall(NamedTuple):
-    """What decides whether a backend can run a sweep."""
+    """An ITC sweep, described for the choice of a backend."""
 
     images: int
     texts: int

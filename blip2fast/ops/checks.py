@@ -32,7 +32,7 @@ def check_rows(name: str, x: Tensor) -> None:
 
 
 def check_like(name: str, x: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raise `ValueError` unless x, where there is one, has this shape beside `like`."""
+    """Raise `ValueError` unless x is None or has this shape and matches `like`."""
     if x is None:
         return
     if x.shape != shape:
@@ -44,7 +44,7 @@ def check_like(name: str, x: Tensor | None, shape: tuple[int, ...], like: Tensor
 
 
 def check_dropout(dropout_p: float, philox: Tensor | None, like: Tensor) -> None:
-    """Raise `ValueError` where dropout is not fully described."""
+    """Raise `ValueError` unless `dropout_p` and `philox` are valid and complete."""
     threshold(dropout_p)
     if dropout_p > 0 and philox is None:
         raise ValueError(
@@ -58,6 +58,6 @@ def check_dropout(dropout_p: float, philox: Tensor | None, like: Tensor) -> None
 
 
 def check_device(name: str, x: Tensor, like: Tensor) -> None:
-    """Raise `ValueError` unless x is where the data is."""
+    """Raise `ValueError` unless x is on the device of `like`."""
     if x.device != like.device:
         raise ValueError(f"{name}: expected on {like.device} like the data, got {x.device}")

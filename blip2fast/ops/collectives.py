@@ -22,7 +22,7 @@ _alone = False
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within the block this process is the only one: a batch is compared with itself alone."""
+    """Within the block, act as a single process: collectives return only the local batch."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -59,9 +59,9 @@ def gather_detached(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 
 class HostCopy:
-    """An asynchronous copy to the host, which synchronises only when it is read.
+    """An asynchronous copy to the host that synchronises only when it is read.
 
-    What is queued on a GPU between the two keeps it busy while the host waits.
+    Work queued on the GPU between the copy and the read keeps it busy while the host waits.
 
     Args:
         x: On any device.
@@ -88,7 +88,7 @@ class _GatherWithGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # a rank's features are used by every rank's loss: sum what each of them sends back
+        # every rank's loss uses this rank's features: sum the gradients from all ranks
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)
         start = rank(ctx.group) * ctx.local_batch
@@ -123,9 +123,9 @@ class _Exchange(torch.autograd.Function):
 
 
 def exchange(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """Send `x[r]` of `x [ranks, ...]` to rank r; get what every rank had for this one, in order.
+    """All-to-all: send `x[r]` of `x [ranks, ...]` to rank r; receive one slice from every rank.
 
-    Differentiable: gradients go back the way the values came.
+    The slices received are in rank order. Differentiable: gradients take the reverse path.
     """
     if world_size(group) == 1:
         return x

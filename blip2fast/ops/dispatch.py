@@ -1,8 +1,8 @@
-"""Which backend runs an op: one ordered list, and an error that gives every reason.
+"""Chooses the backend of an op from one ordered list; an error lists every reason.
 
 An op describes a call as a named tuple (shapes, dtypes, device, options) and lists its
 backends, fastest first. `impl="auto"` takes the first that supports the call and has no reason to
-be passed over; a name forces one. There is no silent fallback.
+be skipped; a name forces that backend. There is no silent fallback.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Kernels = Literal["never", "check", "trust"]
 
 HALVES = (torch.float16, torch.bfloat16)
 HAS_TRITON = find_spec("triton") is not None
-# Triton's own switch: its kernels then run on the CPU, slowly, to be checked
+# Triton's own switch: kernels then run in the interpreter on the CPU, slowly, for testing
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 AS_DEFINED = "it is the definition, in several passes: force it with impl='reference'"
 ALL_PAIRS = "it is the definition, with every pair in memory: force it with impl='reference'"
@@ -33,20 +33,20 @@ INTERPRETED_ONLY = "Triton's interpreter runs its kernels, slowly: force it with
 NO_DEVICE = "there is no CUDA device to check its kernels on: force it with impl={name!r}"
 
 _kernels: Kernels = "check"
-# where kernels are checked
+# device types on which kernels are checked
 _CHECKED_ON = ("cuda",)
-# an op, `impl` and a call to a list of backends and the one of them that runs it
+# (op, `impl`, call) -> (backends, name of the chosen one)
 _decisions: dict[tuple[str, str, Any], tuple[Sequence[Backend[Any]], str]] = {}
 _MOST_DECISIONS = 4096
 
 
 def set_kernels(kernels: Kernels) -> None:
-    """Whether `impl="auto"` may take this library's own kernels, in the whole process.
+    """Set, process-wide, whether `impl="auto"` may choose this library's own kernels.
 
     Args:
-        kernels: `"never"`; `"check"` (the default): where they are known to be right and quicker
-            on this device; `"trust"`: wherever they support the call, unchecked. A backend forced
-            by name runs in any case.
+        kernels: `"never"`; `"check"` (the default): only kernels that a check on this device found
+            correct and faster; `"trust"`: whenever they support the call, unchecked. A backend
+            forced by name runs regardless.
 
     Raises:
         ValueError: `kernels` is none of these.
@@ -59,13 +59,13 @@ def set_kernels(kernels: Kernels) -> None:
 
 
 def forget_decisions() -> None:
-    """Choose anew: for what `choose` cannot know to have changed, such as a check made again."""
+    """Clear cached choices after a change that `choose` cannot detect, such as a repeated check."""
     _decisions.clear()
 
 
 @contextmanager
 def kernels_set_to(kernels: Kernels) -> Iterator[None]:
-    """`set_kernels` for the length of a `with` block."""
+    """`set_kernels` for the duration of a `with` block."""
     before = _kernels
     set_kernels(kernels)
     try:
@@ -76,13 +76,14 @@ def kernels_set_to(kernels: Kernels) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class KernelCheck(Generic[Call]):
-    """How `impl="auto"` finds out whether kernels may run a call.
+    """How `impl="auto"` decides whether kernels may run a call.
 
     Attributes:
-        folder: In `kernels/`; a change of its code makes records of it void.
-        kind: What stands for a call and its likes (`kernel_kinds`).
-        device: Where a call runs, `cuda:0` and so on, or `cpu`.
-        source: `module:function` that makes the problem of a kind and a device (`kernel_cases`).
+        folder: The kernels' folder in `kernels/`; changing its code invalidates their records.
+        kind: Maps a call to its kind, shared by equivalent calls (`kernel_kinds`).
+        device: Maps a call to its device: `cuda:0` and so on, or `cpu`.
+        source: `module:function` that builds the test problem for a kind and a device
+            (`kernel_cases`).
     """
 
     folder: str
@@ -101,7 +102,7 @@ def cuda_reasons(dtype: torch.dtype, missing: str) -> list[str]:
 
     Args:
         dtype: Of the data.
-        missing: Why the extension lacks the kernel; empty where it has it.
+        missing: Why the extension lacks the kernel; empty if it has it.
     """
     reasons = []
     if dtype not in HALVES:
@@ -116,7 +117,7 @@ def triton_reasons(device: str, *dtypes: torch.dtype, what: str = "tensors") -> 
 
     Args:
         device, dtypes: Of the data.
-        what: The data, for the message.
+        what: What to call the data in the message.
     """
     reasons = []
     if device != "cuda" and not INTERPRETED:
@@ -136,11 +137,11 @@ class Backend(Generic[Call]):
     """One way to compute an op.
 
     Attributes:
-        name: What `impl=` calls it.
-        not_supported_reasons: Why it cannot run a call; empty where it can.
-        not_automatic_reasons: Why `impl="auto"` passes over it although it could run a call.
-        check: Of a backend made of this library's own kernels: what `auto` asks before it takes
-            them, and makes sure of where nobody has (`set_kernels`).
+        name: Its name for `impl=`.
+        not_supported_reasons: Why it cannot run a call; empty if it can.
+        not_automatic_reasons: Why `impl="auto"` skips it although it could run a call.
+        check: For this library's own kernels: the check whose result `auto` requires, and which it
+            runs if there is no record yet (`set_kernels`).
     """
 
     name: str
@@ -150,21 +151,21 @@ class Backend(Generic[Call]):
 
 
 def choose(op: str, backends: Sequence[Backend[Call]], call: Call, impl: str) -> str:
-    """The name of the backend that runs a call.
+    """Choose the backend that runs a call.
 
     Args:
         op: The op's name, for messages.
         backends: In order of preference.
-        call: What is to be computed.
+        call: Description of the call.
         impl: `"auto"`, or the name of the backend to use.
 
     Returns:
         The backend's name.
 
     Raises:
-        ValueError: `impl` is no backend's name.
-        NotImplementedError: the backend asked for (or, for `"auto"`, every backend) does not run
-            this call; lists every backend with every reason.
+        ValueError: `impl` is not the name of a backend.
+        NotImplementedError: the requested backend (or, for `"auto"`, every backend) does not
+            support the call; lists every backend with every reason.
     """
     if torch.compiler.is_compiling():
         return _choose(op, backends, call, impl)[0]
@@ -180,7 +181,7 @@ def choose(op: str, backends: Sequence[Backend[Call]], call: Call, impl: str) ->
 
 
 def _choose(op: str, backends: Sequence[Backend[Call]], call: Call, impl: str) -> tuple[str, bool]:
-    """As `choose`, and whether the same call gets the same answer again."""
+    """As `choose`; also returns whether the choice is final and may be cached."""
     names = [backend.name for backend in backends]
     if impl != "auto" and impl not in names:
         near = difflib.get_close_matches(impl, names, n=1)
@@ -202,10 +203,10 @@ def _choose(op: str, backends: Sequence[Backend[Call]], call: Call, impl: str) -
 def passed_over(
     op: str, backends: Sequence[Backend[Call]], place: int, call: Call
 ) -> tuple[list[str], bool]:
-    """Why `auto` does not take `backends[place]` for a call that it supports.
+    """Why `auto` skips `backends[place]` for a call that this backend supports.
 
     Returns:
-        The reasons, and whether they stay the same.
+        The reasons, and whether they are final.
     """
     backend = backends[place]
     reasons, check = backend.not_automatic_reasons(call), backend.check
@@ -230,7 +231,7 @@ def passed_over(
 
 
 def rival_of(op: str, backends: Sequence[Backend[Call]], place: int, call: Call) -> str:
-    """The backend behind `backends[place]` that `auto` takes for a call; empty where none."""
+    """The backend after `backends[place]` that `auto` would choose; empty if there is none."""
     for other in range(place + 1, len(backends)):
         if backends[other].not_supported_reasons(call):
             continue
@@ -240,9 +241,9 @@ def rival_of(op: str, backends: Sequence[Backend[Call]], place: int, call: Call)
 
 
 def describe_choices() -> list[str]:
-    """Which kernels `auto` took in this process, and why it passed over others; for a `repr`.
+    """Which kernels `auto` chose in this process, and why it skipped others; for a `repr`.
 
-    Empty where there were none to take, as on a CPU.
+    Empty if no kernels were available, as on a CPU.
     """
     lines: dict[str, None] = {}
     for (op, impl, call), (backends, name) in list(_decisions.items()):

@@ -1,4 +1,4 @@
-"""Dropout, residual and LayerNorm behind a linear layer, in one pass each way.
+"""Dropout, residual and LayerNorm after a linear layer, fused into one pass each way.
 
 `LayerNorm(dropout(x) + residual)` closes every block of the Q-Former (post-norm, as in BERT).
 Shapes: R rows, C hidden width.
@@ -101,11 +101,11 @@ def dropout_add_layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`F.layer_norm(F.dropout(x + x_bias, dropout_p) + residual, (C,), weight, bias, eps)`.
 
-    Computed in fp32 (fp64 for fp64 data). Saved for the backward pass: the sum that is normalised
-    (none where that is x) and two statistics a row; the dropout mask is drawn again. Gradients of
-    `weight`, `bias` and `x_bias` are summed in a fixed order.
+    Computed in fp32 (fp64 for fp64 data). Saved for the backward pass: the input of the LayerNorm
+    (nothing extra if that is x) and two statistics per row; the dropout mask is regenerated.
+    Gradients of `weight`, `bias` and `x_bias` are summed in a fixed order.
 
-    Types come from the arguments alone: autocast changes nothing.
+    Dtypes depend on the arguments alone; autocast has no effect.
 
     Args:
         x: `[R, C]`, fp16, bf16, fp32 or fp64.
@@ -115,12 +115,12 @@ def dropout_add_layer_norm(
         eps: Added to the variance.
         dropout_p: Probability of dropping an element of `x + x_bias`, 0 to below 1.
         philox: `[2]` int64 seed and offset of the dropout mask (`ops.philox.philox_state`), a
-            different offset for each use; needed where `dropout_p` is above 0. The mask's row is
-            the row of x, its head 0.
-        out_dtype: Type of the result; by default the wider one of `x` and `residual`, in which the
-            sum is also saved.
-        copy_dtype: Type of a second copy of the result, written in the same pass: residuals are
-            added up in fp32 while the next product reads 16 bits. Gradients of both are summed
+            different offset for each use; required if `dropout_p` is above 0. In the mask's
+            counter, the row is the row of x and the head is 0.
+        out_dtype: Dtype of the result; by default the wider one of `x` and `residual`, in which
+            the sum is also saved.
+        copy_dtype: Dtype of a second copy of the result, written in the same pass: the residual
+            stream stays in fp32 while the next matmul reads 16 bits. Gradients of both are summed
             in fp32. None: no copy.
         impl: `"auto"`, `"triton"`, `"pytorch"` or `"reference"`.
 
@@ -129,7 +129,7 @@ def dropout_add_layer_norm(
 
     Raises:
         ValueError: a shape, type, device or option does not fit.
-        NotImplementedError: the backend asked for does not run this; says why.
+        NotImplementedError: the requested backend does not support the call; says why.
     """
     check_rows("x", x)
     check_like("residual", residual, tuple(x.shape), x)
@@ -189,7 +189,7 @@ torch.library.define(
 def _backend(impl: str) -> Any:
     """The functions `forward` and `backward` of a backend."""
     if impl == "triton":
-        # imported on use: Triton is optional
+        # imported on first use: Triton is optional
         from blip2fast.kernels.dropout_add_layer_norm import backward, forward
 
         return SimpleNamespace(forward=forward.forward, backward=backward.backward)
@@ -216,7 +216,7 @@ def _forward(
     )
     if not save:
         return out, copy, x.new_empty(0), mean.new_empty(0), mean.new_empty(0)
-    # an output of an op must not be one of its inputs
+    # a custom op must not return one of its inputs
     return out, copy, x.new_empty(0) if total is x else total, mean, rstd
 
 
@@ -249,7 +249,7 @@ def _forward_fake(
 
 
 def _is_x(residual: Tensor | None, x_bias: Tensor | None, philox: Tensor | None) -> bool:
-    """Whether x itself is what is normalised."""
+    """Whether the LayerNorm's input is x itself."""
     return residual is None and x_bias is None and philox is None
 
 

@@ -1,4 +1,4 @@
-"""The calls of both stages and of inference, so that their kernels can be checked beforehand."""
+"""The op calls of both stages and of inference, for checking their kernels in advance."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from blip2fast.ops.records import Record, code_hash
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a Q-Former and its data; by default BLIP-2's.
+    """Sizes of a Q-Former and its data; by default BLIP-2's.
 
     Attributes:
         hidden: C, width of the Q-Former.
         heads: H.
         queries: Q.
-        text: Tokens of the longest text, 0 for none.
+        text: Tokens of the longest text; 0: no text.
         images: S, tokens of an image.
-        features: Width of the contrastive features, 0 for no contrast.
-        dropout: Whether a training run drops anything.
+        features: Width of the contrastive features; 0: no contrastive loss.
+        dropout: Whether training uses dropout.
     """
 
     hidden: int = 768
@@ -48,21 +48,21 @@ OpCall = tuple[str, Sequence[Backend[Any]], Any]
 
 
 def usual_calls(device: torch.device, dtype: torch.dtype, sizes: Sizes = BLIP2) -> list[OpCall]:
-    """What both stages and inference ask of the ops, one call of each kind.
+    """The op calls that both stages and inference make, one of each kind.
 
     Args:
-        device: Where.
-        dtype: The computing precision; parameters of training are in fp32.
+        device: Device of the calls.
+        dtype: Compute precision; training keeps its parameters in fp32.
         sizes: Of the model.
 
     Returns:
-        The op's name, its backends and a call, each.
+        `(op name, backends, call)` tuples.
     """
     where: dict[str, Any] = {"device": device.type, "gpu": device.index}
     capability = capability_of(device)
     wide, drops = torch.float32, (False, True) if sizes.dropout else (False,)
     calls: list[OpCall] = []
-    # what takes longest to compile comes first
+    # slowest to compile first
     if sizes.features:
         # normalised features are multiplied in fp16 (`stage1_contrast`)
         products = wide if dtype == wide else torch.float16
@@ -75,11 +75,11 @@ def usual_calls(device: torch.device, dtype: torch.dtype, sizes: Sizes = BLIP2) 
     ):
         op = "qformer_cross_attention" if attention_call.cross else "qformer_attention"
         calls.append((op, ATTENTION_BACKENDS, attention_call))
-    # under autocast parameters are in fp32, in train.py and in inference all is in `dtype`
+    # parameters are fp32 under autocast; in train.py and in inference everything is in `dtype`
     for parameters in dict.fromkeys((wide, dtype)):
         gelu_call = BiasGeluCall(dtype, bias=parameters, **where)
         calls.append(("bias_gelu", GELU_BACKENDS, gelu_call))
-        # with a copy for the next product, and where there is none
+        # with and without a copy for the next matmul
         copies = (dtype,) if parameters == dtype else (dtype, wide)
         for copy, drop in [(copy, drop) for copy in copies for drop in drops]:
             norm_call = DropoutAddLayerNormCall(
@@ -121,20 +121,20 @@ def check_kernels(
     jobs: int | None = None,
     tell: Callable[[Record], None] | None = None,
 ) -> list[Record]:
-    """Check the kernels that both stages and inference would run, where nobody has yet.
+    """Check the kernels used by both stages and inference that have no record yet.
 
-    A first use does the same for the kind of its call; this does it beforehand, and faster.
+    The first call of a kind does the same for that kind; checking in advance is faster.
 
     Args:
         device: A CUDA device; by default the current one.
-        dtype: The computing precision.
+        dtype: Compute precision.
         sizes: Of the model.
-        again: Check all, whatever is known.
-        jobs: Processes that compile side by side; by default as many as there are cores, up to 8.
-        tell: Gets each record that is made, at once.
+        again: Check everything, even kernels that have a record.
+        jobs: Number of parallel compile processes; by default one per core, up to 8.
+        tell: Called with each new record as soon as it is made.
 
     Returns:
-        What is known afterwards, one record for each kind and backend; none without a GPU.
+        One record for each kind and backend, old and new; empty without a GPU.
     """
     place = _place(device)
     if place is None:
@@ -142,7 +142,7 @@ def check_kernels(
     jobs = min(os.cpu_count() or 1, 8) if jobs is None else jobs
     records: list[Record] = []
     with kernels_set_to("check"):
-        # who races against a kernel is known once those behind it are
+        # a kernel's rival is known only once the backends after it are checked
         rounds: dict[int, dict[Request, None]] = {}
         calls = usual_calls(place, dtype, sizes)
         for behind in range(max(len(backends) for _, backends, _ in calls)):
@@ -157,21 +157,21 @@ def check_kernels(
 
 
 def kernel_records(device: torch.device | str | None = None) -> list[Record]:
-    """What is known of the kernels on a device, of any kind of call; nothing is checked.
+    """The existing records of kernels on a device, for all kinds of calls; runs no check.
 
     Args:
         device: By default the current CUDA device.
 
     Returns:
-        The records of this process, of the user's file and of the package that hold for this
-        card, these versions and this code; none without a GPU.
+        Records from this process, the user's file and the package that match this card, these
+        versions and this code; empty without a GPU.
     """
     place = _place(device)
     return [] if place is None else checks().of_machine(str(place), current_codes())
 
 
 def current_codes() -> set[str]:
-    """Hashes of the code that there is now."""
+    """Hashes of the current kernel code."""
     tables: tuple[Sequence[Backend[Any]], ...]
     tables = (GELU_BACKENDS, NORM_BACKENDS, ATTENTION_BACKENDS, ITC_BACKENDS)
     return {
@@ -183,7 +183,7 @@ def current_codes() -> set[str]:
 
 
 def _place(device: torch.device | str | None) -> torch.device | None:
-    """The device with its index; None where no GPU is meant and none is there."""
+    """The device with its index; None if no device is given and there is no GPU."""
     if device is None and not torch.cuda.is_available():
         return None
     place = torch.device("cuda" if device is None else device)
@@ -193,7 +193,7 @@ def _place(device: torch.device | str | None) -> torch.device | None:
 
 
 def _request(op: str, backends: Sequence[Backend[Any]], behind: int, call: Any) -> Request | None:
-    """Of the kernels that have `behind` backends with kernels after them."""
+    """The request for the checked backend that has `behind` checked backends after it."""
     checked = [i for i, backend in enumerate(backends) if backend.check is not None]
     if behind >= len(checked):
         return None

@@ -1,7 +1,7 @@
-"""What kernels are checked on: for a kind of call, small cases with a rest in every tile, and one
-of a real size that is timed.
+"""Test problems for kernels: for each kind of call, small cases with partial tiles in every
+dimension, and one of realistic size that is timed.
 
-The kinds come from `kernel_kinds.py`. Imported by the process that checks alone. Shapes as in the
+The kinds come from `kernel_kinds.py`. Only the worker process imports this. Shapes as in the
 ops: R rows, N query blocks, Q queries, B images, S image tokens, T text tokens, H heads, D width.
 """
 
@@ -30,39 +30,39 @@ from blip2fast.ops.kernel_proof import Case, Problem
 from blip2fast.ops.qformer_attention.attention import qformer_attention, qformer_cross_attention
 
 P = 0.1
-# errors of gradients that an lse in fp32 makes, a unit of lse
+# relative gradient error from an lse stored in fp32, per unit of lse
 LSE_ROUNDING = torch.finfo(torch.float32).eps / 2
-# of normal numbers: the greatest score, and the logarithm of how many keys there are
+# bound on the lse for normal inputs: the largest score plus the log of the number of keys
 ATTENTION_ROUNDING = 12 * LSE_ROUNDING
-# a similarity is at most 1, the temperature 0.07
+# bound on the lse: similarities are at most 1, the temperature is 0.07
 ITC_ROUNDING = 16 * LSE_ROUNDING
-# sums over rows in fp32, in an order of their own
+# sums over rows in fp32, in a different order
 SUM_ROUNDING = 4 * torch.finfo(torch.float32).eps
 UNI, BI, CAUSAL = MaskKind.UNIMODAL, MaskKind.BIDIRECTIONAL, MaskKind.MULTIMODAL_CAUSAL
 
 
 def _leaf(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
-    """Random numbers that want a gradient."""
+    """A random leaf tensor that requires a gradient."""
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(shape, generator=generator, device=device)
     return x.to(dtype).requires_grad_()
 
 
 def _philox(p: float, device: torch.device) -> Tensor | None:
-    """A seed of more than 32 bits, where there is dropout."""
+    """A Philox state whose seed exceeds 32 bits; None without dropout."""
     return philox_state(2**40 + 7, 5, device) if p else None
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Dropout: its probability, and the seed of its mask where that is above 0."""
+    """Dropout probability, and the Philox state of its mask if that is above 0."""
 
     p: float
     philox: Tensor | None
 
 
 def _small(device: torch.device) -> bool:
-    """Whether kernels are interpreted, so that sizes and times of a GPU mean nothing."""
+    """Whether kernels run in the interpreter, so GPU sizes and timings do not apply."""
     return device.type == "cpu"
 
 
@@ -70,7 +70,7 @@ def _small(device: torch.device) -> bool:
 
 
 def gelu_problem(kind: str, device: torch.device) -> Problem:
-    """A tile of 8 x 256 and one more each way; on a GPU also rows in several turns."""
+    """One 8 x 256 tile plus a row and a column; on a GPU also several row tiles per program."""
     dtype, bias_type = (DTYPES[read_kind(kind)[name]] for name in ("dtype", "bias"))
 
     def case(name: str, R: int, width: int, with_bias: bool = True) -> Case:
@@ -102,7 +102,7 @@ def _gelu(impl: str, given: Sequence[Tensor]) -> list[Tensor]:
 
 
 def norm_problem(kind: str, device: torch.device) -> Problem:
-    """Rows with one left over; with residual and bias of x, and without either."""
+    """A partial last tile of one row; with both residual and bias of x, and with neither."""
     given = read_kind(kind)
     width, p = int(given["width"]), P if given["dropout"] == "1" else 0.0
     x_type, sum_type, out_type = (DTYPES[given[name]] for name in ("x", "sum", "out"))
@@ -196,7 +196,7 @@ def _true_norm(drop: Drop, copied: bool, given: Sequence[Tensor]) -> list[Tensor
 
 
 def self_problem(kind: str, device: torch.device) -> Problem:
-    """Layouts of one class of tiles: pairs, texts of all kinds, queries alone, text alone."""
+    """Layouts of one tile class: pairs, texts of all mask kinds, queries alone, text alone."""
     given = read_kind(kind)
     dtype, D, Q = DTYPES[given["dtype"]], int(given["width"]), int(given["queries"])
     p = P if given["dropout"] == "1" else 0.0
@@ -204,9 +204,9 @@ def self_problem(kind: str, device: torch.device) -> Problem:
 
     drop = Drop(p, _philox(p, device))
 
-    # 4 heads: a program of small tiles takes as many together as of 12
+    # 4 heads: with small tiles, a program handles as many at once as it does of 12
     def case(name: str, layout: AttentionLayout, H: int = 4, timed: bool = False) -> Case:
-        # nobody asks for the lse in training, and PyTorch's quickest form has none
+        # training does not request the lse, and PyTorch's fastest path does not return it
         return Case(
             name,
             [_leaf((layout.num_rows, 3, H, D), dtype, device, 0)],
@@ -234,7 +234,7 @@ def self_problem(kind: str, device: torch.device) -> Problem:
                 "texts that see no queries, and captions",
                 build(2, Q, lengths, (UNI, CAUSAL) * 2, (0, 0, 1, 1)),
             ),
-            # without causal texts the backward pass is another
+            # without causal texts a different backward variant runs
             case("pairs", build(3, Q, (most, max(least, 1), 0), BI)),
             case("text alone", build(0, Q, (most, 1, 0), UNI)),
         ]
@@ -246,7 +246,7 @@ def self_problem(kind: str, device: torch.device) -> Problem:
 
 
 def _text_lengths(Q: int, rows: int, keys: int) -> tuple[int, int]:
-    """The least and the greatest longest text of a class of tiles; see `kernel_kinds`."""
+    """Range of the longest text's length, `(min, max)`, in a tile class; see `kernel_kinds`."""
     fits = [T for T in range(513) if (self_rows(Q, T), self_keys(Q, T)) == (rows, keys)]
     if not fits:
         raise ValueError(f"no text length goes with {Q} queries, {rows} rows, {keys} keys")
@@ -281,11 +281,11 @@ def _plain_self(layout: AttentionLayout, drop: Drop, given: Sequence[Tensor]) ->
 def _plain_attend(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, keep: Tensor | None, p: float
 ) -> tuple[Tensor, Tensor]:
-    """What PyTorch makes of the definition in the type of the inputs; the lse in fp32."""
+    """The definition in plain PyTorch, in the dtype of the inputs; the lse in fp32."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     scores = scores.masked_fill(~visible, -torch.inf)
     lse = scores.detach().float().logsumexp(-1)
-    # a row that sees nothing gives 0
+    # a fully masked row gives 0
     weights = scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0)
     return (weights if keep is None else weights * keep / (1 - p)) @ v, lse
 
@@ -294,7 +294,7 @@ def _plain_attend(
 
 
 def cross_problem(kind: str, device: torch.device) -> Problem:
-    """Images read once, never and often; queries of their own and one block for all."""
+    """Images read once, never and several times; separate queries and one shared block."""
     given = read_kind(kind)
     dtype, D, Q, S = DTYPES[given["dtype"]], *(int(given[n]) for n in ("width", "queries", "keys"))
     p = P if given["dropout"] == "1" else 0.0
@@ -314,7 +314,7 @@ def cross_problem(kind: str, device: torch.device) -> Problem:
         if masked:
             draw = torch.rand(B, S, generator=torch.Generator().manual_seed(2))
             mask = draw > 0.4
-            # one image that is not there at all
+            # one image is fully masked
             mask[0] = False
             mask = mask.to(device)
         call = Crossing(N, index, mask, Drop(p, _philox(p, device)))
@@ -322,7 +322,7 @@ def cross_problem(kind: str, device: torch.device) -> Problem:
             name,
             [
                 _leaf((1 if shared else N, Q, H, D), dtype, device, 0),
-                # one layer's slice of a projection for several
+                # one layer's slice of a projection for several layers
                 _leaf((B, S, 2, 2, H, D), dtype, device, 1).detach()[:, :, 1].requires_grad_(),
             ],
             lambda impl: partial(_cross, impl, call, not timed),
@@ -347,10 +347,10 @@ def cross_problem(kind: str, device: torch.device) -> Problem:
         ]
         reads = None
     if S > 224 and not _small(device):
-        # with enough programs keys are not split among them
+        # with enough programs the keys are not split
         cases.append(case("many images", None if reads is None else list(range(24)), 24, 12))
         if reads is not None:
-            # tiles of several heights, and one image with more rows than any has
+            # tiles of several heights, and one image with more rows than the tallest
             often = [i for i, n in enumerate((3,) * 8 + (4, 4, 14) + (2,) * 13) for _ in range(n)]
             cases.append(case("many images read thrice on average", often, 24, 12))
     if _small(device):
@@ -362,13 +362,13 @@ def cross_problem(kind: str, device: torch.device) -> Problem:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Who reads what, and what is dropped.
+    """A cross-attention call: index, key mask and dropout.
 
     Attributes:
         blocks: N.
         index: The image of each block, or None.
-        mask: `[B, S]`, tokens that are there, or None.
-        drop: What is dropped of the weights.
+        mask: `[B, S]`, true for real tokens, or None.
+        drop: Dropout of the attention weights.
     """
 
     blocks: int
@@ -429,7 +429,7 @@ def _plain_cross(call: Crossing, given: Sequence[Tensor]) -> list[Tensor]:
 
 
 def attention_problem(kind: str, device: torch.device) -> Problem:
-    """Of either attention."""
+    """The problem of a self- or cross-attention kind."""
     return cross_problem(kind, device) if "index" in read_kind(kind) else self_problem(kind, device)
 
 
@@ -441,9 +441,9 @@ class Contrast:
     """A batch of pairs.
 
     Attributes:
-        ids: `[b]`, pairs of equal id are positives of one another; None: each its own.
+        ids: `[b]`, pairs with the same id are positives of each other; None: all ids differ.
         philox: Seed of the negatives.
-        budget: Bytes of similarities that may be kept.
+        budget: Most bytes of similarities that may be saved.
     """
 
     ids: Tensor | None
@@ -457,7 +457,7 @@ class Contrast:
 
 
 def itc_problem(kind: str, device: torch.device) -> Problem:
-    """A tile of pairs and one more, similarities kept and computed again."""
+    """One tile of pairs plus one pair, with similarities saved and recomputed."""
     given = read_kind(kind)
     dtype, D, Q = DTYPES[given["dtype"]], int(given["width"]), int(given["queries"])
 
@@ -485,7 +485,7 @@ _ITC_OUTPUTS = ("loss", "lse of images", "lse of texts", "negative texts", "nega
 
 
 def _features(b: int, Q: int, D: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Unit vectors, a text near one of its image's queries; a temperature any type holds."""
+    """Unit vectors, each text near one query of its image; a temperature exact in every dtype."""
     generator = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(b, Q, D, generator=generator), dim=-1)
     own = image[torch.arange(b), torch.arange(b) % Q]
@@ -518,7 +518,7 @@ def _itc(impl: str, call: Contrast, timed: bool, given: Sequence[Tensor]) -> lis
 
 
 def _plain_itc(call: Contrast, dtype: torch.dtype, given: Sequence[Tensor]) -> list[Tensor]:
-    """LAVIS's formula in a type, with PyTorch's gradient; as LAVIS, of a rank's own side alone."""
+    """LAVIS's formula in a given dtype, with autograd; gathered features carry no gradient."""
     image, text, temp = given
     b, smoothing = len(image), 0.1
     temp = temp.to(dtype)
@@ -538,10 +538,10 @@ def _plain_itc(call: Contrast, dtype: torch.dtype, given: Sequence[Tensor]) -> l
 
 
 def _worth(call: Contrast, given: Sequence[Tensor], chosen: Sequence[Tensor]) -> list[Tensor]:
-    """What the negatives that were drawn are worth: similarity and noise, of which the most counts.
+    """Scores, similarity plus Gumbel noise, of the sampled negatives; a row samples its argmax.
 
-    The definition's are worth most. What is no negative is worth -inf. In fp64 of the features as
-    they are, given in fp32 so that a rounding of fp32 is allowed.
+    The reference's negatives score highest; an invalid index or a positive scores -inf. Computed
+    in fp64 from the unrounded features and returned in fp32, so an fp32 rounding is tolerated.
     """
     image, text, temp = (x.detach().double() for x in given)
     b = len(image)

@@ -1,8 +1,8 @@
-"""Whether kernels are known to be right and quicker on a device; if not known, it is found out.
+"""Decides whether kernels are correct and faster on a device, from records or by a check.
 
-What is known comes from records: of this process, those that ship, and the user's file
-(`records.py`). What is not is checked in a process of its own (`_check_worker.py`), once a machine:
-other processes wait for the lock on the file, and read.
+Records come from this process, from the package, and from the user's file (`records.py`). Without
+a record, the kernels are checked in a worker process (`_check_worker.py`), once per machine: other
+processes wait for the lock on the file, then read the result.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from blip2fast.ops.records import (
 )
 
 PACKAGE = Path(__file__).parents[2]
-# a check compiles up to a dozen kernels, about a second each, on a busy machine
+# a check compiles up to a dozen kernels, about a second each, and the machine may be busy
 LIMIT_S = 180.0
-# PyTorch is imported and a device opened
+# to import PyTorch and initialise a device
 START_S = 120.0
 # another process may be checking all kinds
 WAIT_S = 1800.0
@@ -52,7 +52,7 @@ NOT_NOW = (
 )
 TRACED = "a program is traced"
 WORKER = "blip2fast.ops._check_worker"
-# what an exception says that has nothing to do with the kernels
+# signs in an exception that the kernels are not to blame
 _OF_THE_MOMENT = (
     "OutOfMemory",
     "out of memory",
@@ -69,15 +69,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be known.
+    """The check that is requested.
 
     Attributes:
         op, backend: Which kernels.
-        kind: For what kind of call (`kernel_kinds`).
+        kind: Kind of call (`kernel_kinds`).
         device: `cuda:0` and so on, or `cpu` for Triton's interpreter.
-        folder: Of `kernels/`, whose code counts.
-        source: `module:function` that makes the problem of a kind and a device.
-        rival: The backend that `auto` takes otherwise; empty: do not race.
+        folder: The folder in `kernels/` whose code is hashed.
+        source: `module:function` that builds the test problem for a kind and a device.
+        rival: The backend that `auto` would choose instead; empty: no race.
     """
 
     op: str
@@ -90,7 +90,7 @@ class Request:
 
     @property
     def key(self) -> Key:
-        """What a record of it is filed under."""
+        """The key of its record."""
         return Key(
             op=self.op,
             backend=self.backend,
@@ -101,14 +101,14 @@ class Request:
 
 
 class Checks:
-    """What is known in this process.
+    """The records available to this process.
 
     Args:
-        folder: Of the user's records; by default in the platform's folder for caches.
-        shipped: Records that come with the package, by `Key.relaxed`; by default those.
-        limit_s: Most seconds of one check.
-        wait_s: Most seconds to wait for another process that checks.
-        environment: Of the process that checks, beside this one's.
+        folder: Folder of the user's records; by default in the platform's cache folder.
+        shipped: Records by `Key.relaxed`; by default those that ship with the package.
+        limit_s: Time limit of one check, in seconds.
+        wait_s: Most seconds to wait for a check in another process.
+        environment: Extra environment variables of the worker process.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Checks:
         self._lock = threading.RLock()
 
     def find(self, requests: Sequence[Request]) -> list[Record | None]:
-        """The records that there are, without a check."""
+        """The existing record of each request, or None; runs no check."""
         with self._lock:
             if not self._read:
                 self._read = True
@@ -140,7 +140,7 @@ class Checks:
             return [self._find(request.key) for request in requests]
 
     def of_machine(self, device: str, codes: Collection[str]) -> list[Record]:
-        """The records that hold on a device, for code of these hashes."""
+        """The records that are valid on a device, for code with these hashes."""
         with self._lock:
             self.find([])
             here = machine(device)
@@ -171,13 +171,13 @@ class Checks:
         jobs: int = 1,
         tell: Callable[[Record], None] | None = None,
     ) -> list[Record]:
-        """The records of all requests, after a check of those that have none.
+        """The records of all requests; those without one are checked first.
 
         Args:
             requests: On devices of this process.
-            again: Check all, whatever is known.
-            jobs: Processes that compile before the checks, which run one after the other.
-            tell: Gets each record that is made, at once.
+            again: Check all requests, even those that have a record.
+            jobs: Parallel compile processes; the checks themselves run one at a time afterwards.
+            tell: Called with each new record as soon as it is made.
         """
         with self._lock:
             found = self.find(requests)
@@ -199,24 +199,24 @@ class Checks:
                 for request in requests:
                     self.known[request.key] = Record(request.key, fault, settled=False)
                 return
-            # what another process has found meanwhile
+            # another process may have added records in the meantime
             self.known |= self.file.read()
             left = [r for r in requests if again or self._find(r.key) is None]
             _log.info("checking %d kinds of kernels", len(left))
-            # what is written in CUDA was compiled when it was installed
+            # CUDA kernels were compiled at install time
             compiled_here = [request for request in left if request.backend != "cuda"]
             if jobs > 1 and len(compiled_here) > 1:
                 self._compile(compiled_here, jobs)
             for record in self._run(left):
                 self.known[record.key] = record
-                # each at once: a process that is killed leaves what it had
+                # write each record immediately: it survives if this process is killed
                 self.file.add([record])
                 yield record
 
     def _compile(self, requests: Sequence[Request], jobs: int) -> None:
-        """Run the kernels side by side, so that they are in the compiler's cache afterwards.
+        """Run the kernels in parallel processes, to fill the compiler's cache.
 
-        How that ends does not matter: the checks find out.
+        Failures are ignored here; the checks report them.
         """
 
         def compile_some(some: Sequence[Request]) -> None:
@@ -234,10 +234,10 @@ class Checks:
             thread.join()
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Record]:
-        """Check one after the other; where one ends the process, the rest gets another."""
+        """Check the requests in order; if one ends the worker, a new one runs the rest."""
         for device in {torch.device(request.device) for request in requests}:
             if device.type == "cuda":
-                # what was queued would slow down one side of a race
+                # queued work would slow down one side of the race
                 torch.cuda.synchronize(device)
         place = 0
         while place < len(requests):
@@ -256,7 +256,7 @@ class Checks:
                         break
 
     def say(self, request: Request, record: Record) -> None:
-        """One warning in a process where kernels are wrong; the log has the rest."""
+        """Log the record, and warn once per process if the kernels are wrong."""
         if request.key in self._said:
             return
         self._said.add(request.key)
@@ -275,7 +275,7 @@ _checks: Checks | None = None
 
 
 def checks() -> Checks:
-    """What this process knows; one object for all ops."""
+    """The `Checks` of this process, shared by all ops."""
     global _checks
     if _checks is None:
         _checks = Checks()
@@ -284,7 +284,7 @@ def checks() -> Checks:
 
 @contextmanager
 def use_checks(other: Checks) -> Iterator[Checks]:
-    """Ask `other` instead of `checks()`, for the length of a `with` block."""
+    """Use `other` instead of `checks()` for the duration of a `with` block."""
     global _checks
     before, _checks = _checks, other
     try:
@@ -294,11 +294,11 @@ def use_checks(other: Checks) -> Iterator[Checks]:
 
 
 def verdict(request: Request, rival: Callable[[], str]) -> tuple[str, bool]:
-    """Why `auto` passes over the kernels, empty where it takes them; and whether that stays so.
+    """Why `auto` skips the kernels, empty if it uses them; and whether the answer is final.
 
     Args:
         request: Without a rival.
-        rival: Names it; asked for where a check is needed only.
+        rival: Returns the rival's name; called only if a check is needed.
     """
     known = checks()
     (record,) = known.find([request])
@@ -314,7 +314,7 @@ def verdict(request: Request, rival: Callable[[], str]) -> tuple[str, bool]:
 
 @torch.compiler.assume_constant_result
 def recorded(op: str, backend: str, kind: str, device: str, folder: str, source: str) -> str:
-    """`verdict` of what is being traced: from records alone, a constant of the traced program."""
+    """`verdict` while tracing: from records alone, a constant of the traced program."""
     known, request = checks(), Request(op, backend, kind, device, folder, source)
     (record,) = known.find([request])
     if record is None:
@@ -324,7 +324,7 @@ def recorded(op: str, backend: str, kind: str, device: str, folder: str, source:
 
 
 def _busy() -> str:
-    """What goes on that a check must not get into."""
+    """What this process is doing that a check must not interrupt; empty if nothing."""
     traced = torch.compiler.is_compiling() or torch.jit._trace.is_tracing()
     if traced or get_proxy_mode() is not None:
         return TRACED
@@ -334,13 +334,13 @@ def _busy() -> str:
 
 
 class _Worker:
-    """The process that checks, and what it writes.
+    """A worker process that runs checks, and the lines that it writes.
 
     Args:
-        requests: What it is to check, in order.
-        limit_s: Most seconds of a check; the process ends itself a little later.
-        environment: Beside this process's own.
-        compile_only: Run the kernels, and look at nothing.
+        requests: The checks, in order.
+        limit_s: Time limit of a check, in seconds; the process ends itself a little later.
+        environment: Variables added to this process's own.
+        compile_only: Run the kernels without examining their results.
     """
 
     def __init__(
@@ -354,7 +354,7 @@ class _Worker:
         self._asked = [
             {**asdict(request), "card": request.key.card, **more} for request in requests
         ]
-        # the same modules as here, wherever the folder is that this process was started in
+        # import the same modules as this process, whatever its working directory
         paths = [str(PACKAGE), *(path for path in sys.path if path)]
         self._environment = {
             **os.environ,
@@ -367,14 +367,14 @@ class _Worker:
     def __enter__(self) -> _Worker:
         self._errors = tempfile.TemporaryFile("w+", errors="replace")
         self._process = subprocess.Popen(
-            # -P: the folder that this process happens to be in is no place to import from
+            # -P: do not import from the working directory
             [sys.executable, "-P", "-m", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
             env=self._environment,
-            # compilers that it starts end with it
+            # a process group, so that its compilers are killed with it
             start_new_session=True,
         )
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -397,7 +397,7 @@ class _Worker:
                 file.close()
 
     def line(self, limit_s: float) -> dict[str, Any]:
-        """The next line; `hung` (seconds) if none comes in time, `ended` (status, last words)."""
+        """The next line; `hung` (seconds) on a timeout; `ended` (status, last words) on exit."""
         try:
             text = self._lines.get(timeout=limit_s)
         except queue.Empty:
@@ -418,7 +418,7 @@ class _Worker:
 
 
 def _record(request: Request, line: Mapping[str, Any]) -> Record:
-    """The record of a check that began."""
+    """The record of a check that was started, from its final line."""
     if "number" in line:
         return Record(
             request.key,
@@ -432,7 +432,7 @@ def _record(request: Request, line: Mapping[str, Any]) -> Record:
 
 
 def _told(line: Mapping[str, Any]) -> str:
-    """How the process ended."""
+    """Describe how the process ended."""
     if "hung" in line:
         return f"hung: no result after {line['hung']:.0f} s"
     if "raised" in line:
@@ -444,9 +444,9 @@ def _told(line: Mapping[str, Any]) -> str:
 
 
 def _blames_kernels(line: Mapping[str, Any]) -> bool:
-    """Whether an end says something about the kernels, not about the moment."""
+    """Whether the kernels are to blame for the outcome, rather than a transient condition."""
     if "raised" in line:
         words = f"{line['raised']} {line['message']}"
         return not any(sign in words for sign in _OF_THE_MOMENT)
-    # from outside: no memory, or somebody ended it
+    # signals from outside: out of memory, or killed by a user
     return "hung" in line or -line["ended"] not in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -1,7 +1,7 @@
-"""Kinds of calls: those that run the same compiled kernels, in the same tiles, are checked once.
+"""Kinds of calls: calls that run the same compiled kernels in the same tiles share one check.
 
-A kind is a line of `name=value`, so that it is readable where it is written down. Nothing here
-looks at more than a call: programs that are traced ask, too.
+A kind is a line of `name=value` pairs, so that records are readable. The functions here read only
+the call's description, never data: they also run while a program is traced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 class _Placed(Protocol):
-    """What every call says."""
+    """The device fields that every call has."""
 
     @property
     def device(self) -> str: ...
@@ -32,7 +32,7 @@ class _Placed(Protocol):
 
 
 def device_of(call: _Placed) -> str:
-    """Where a call runs: `cuda:0` and so on, or its kind of device."""
+    """The device of a call: `cuda:0` and so on, or just the device type."""
     if call.device != "cuda":
         return call.device
     return f"cuda:{0 if call.gpu is None else call.gpu}"
@@ -44,7 +44,7 @@ def read_kind(kind: str) -> dict[str, str]:
 
 
 def _bucket(count: int, most: int) -> int:
-    """The least power of two from 16 to `most` that holds `count`; `most` where none does."""
+    """`count` rounded up to a power of two of at least 16, capped at `most`."""
     size = 16
     while size < count and size < most:
         size *= 2
@@ -52,9 +52,9 @@ def _bucket(count: int, most: int) -> int:
 
 
 def _exactly(count: int, most: int) -> int:
-    """The same number; of a traced program whose sizes are symbols, one that has become a constant.
+    """The same number, made a constant if it is a symbolic size of a traced program.
 
-    Asked for by halving, which leaves a few guards, not one for each number that it is not.
+    Found by bisection, which adds a few guards instead of one for each value ruled out.
     """
     if not torch.compiler.is_compiling():
         return count
@@ -73,19 +73,19 @@ def _flag(name: str, value: bool) -> str:
 
 
 def self_rows(Q: int, T: int) -> int:
-    """Rows of a tile of self-attention; a tile has 64 at most."""
+    """Rows of a self-attention tile, at most 64."""
     return _bucket(max(Q, T), 64)
 
 
 def self_keys(Q: int, T: int) -> int:
-    """Keys of a row: up to 128 may fit one tile."""
+    """Keys of a self-attention row; up to 128 may fit one tile."""
     return _bucket(Q + T, 256)
 
 
 def cross_keys(S: int) -> int:
-    """A number of image tokens that is tiled as S is, in tiles of 64 or 32 and a rest.
+    """A representative number of image tokens that is tiled like S: tiles of 64 or 32 and a tail.
 
-    With few tiles keys are not split among programs, with 8 or more they may be.
+    With few tiles the keys are not split among programs; with 8 or more they may be.
     """
     rest = _exactly(S % 64, 63)
     tiles = 0 if S < 64 else 2 if S <= 224 else 4 if S <= 448 else 9
@@ -93,7 +93,7 @@ def cross_keys(S: int) -> int:
 
 
 def self_kind(call: AttentionCall) -> str:
-    """Of a call of `qformer_attention`."""
+    """Kind of a `qformer_attention` call."""
     Q, T, D = _exactly(call.queries, 256), call.keys, _exactly(call.width, 128)
     return (
         f"dtype={NAMES[call.dtype]} width={D} queries={Q} rows={self_rows(Q, T)} "
@@ -102,7 +102,7 @@ def self_kind(call: AttentionCall) -> str:
 
 
 def cross_kind(call: AttentionCall) -> str:
-    """Of a call of `qformer_cross_attention`."""
+    """Kind of a `qformer_cross_attention` call."""
     Q, D = _exactly(call.queries, 256), _exactly(call.width, 128)
     return (
         f"dtype={NAMES[call.dtype]} width={D} queries={Q} keys={cross_keys(call.keys)} "
@@ -112,12 +112,12 @@ def cross_kind(call: AttentionCall) -> str:
 
 
 def attention_kind(call: AttentionCall) -> str:
-    """Of a call of either attention."""
+    """Kind of a self- or cross-attention call."""
     return cross_kind(call) if call.cross else self_kind(call)
 
 
 def norm_kind(call: DropoutAddLayerNormCall) -> str:
-    """Of a call of `dropout_add_layer_norm`."""
+    """Kind of a `dropout_add_layer_norm` call."""
     x, total, out, copy = (NAMES[dtype] for dtype in call.dtypes)
     width = _exactly(call.width, 8192)
     return (
@@ -127,13 +127,13 @@ def norm_kind(call: DropoutAddLayerNormCall) -> str:
 
 
 def gelu_kind(call: BiasGeluCall) -> str:
-    """Of a call of `bias_gelu`."""
+    """Kind of a `bias_gelu` call."""
     # without a bias the kernel has less to do
     bias = call.dtype if call.bias is None else call.bias
     return f"dtype={NAMES[call.dtype]} bias={NAMES[bias]}"
 
 
 def itc_kind(call: ITCCall) -> str:
-    """Of a call of `itc_loss`."""
+    """Kind of an `itc_loss` call."""
     Q, D = _exactly(call.queries, 256), _exactly(call.width, 1024)
     return f"dtype={NAMES[call.dtype]} width={D} queries={Q} {_flag('ids', call.ids)}"

@@ -1,6 +1,6 @@
-"""One check of kernels: exact, whole, repeatable, and quicker than what `auto` takes otherwise.
+"""One check of kernels: accurate, complete, deterministic, and faster than `auto`'s alternative.
 
-Runs in a process of its own (`_check_worker.py`), on cases from `kernel_cases.py`.
+Runs in the worker process (`_check_worker.py`), on cases from `kernel_cases.py`.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from torch import Tensor
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
-# of each, in a race
+# seconds to time each backend in a race
 RACE_S = 0.02
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 
 
 class NotCheckable(RuntimeError):
-    """This process cannot check; says nothing about the kernels."""
+    """The check cannot run in this process; says nothing about the kernels."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One computation, three ways.
+    """One computation in three implementations.
 
     Attributes:
         name: For messages.
-        inputs: Leaves, in the types that are checked; those that want a gradient say so.
-        run: From the name of a backend to the function of the inputs that it computes.
-        plain: What PyTorch makes of the same in these types: its error is the measure.
-        truth: The definition; gets the inputs in fp64.
-        outputs: Names of what these return; what carries a gradient gets a random one.
-        grad_rounding: What the interface rounds further in gradients, relative.
+        inputs: Leaf tensors in the dtypes under test, with `requires_grad` set where needed.
+        run: Maps a backend's name to its function of the inputs.
+        plain: The same in plain PyTorch and these dtypes: its error sets the tolerance.
+        truth: The definition; called with the inputs in fp64.
+        outputs: Names of the outputs; differentiable ones get a random gradient.
+        grad_rounding: Additional relative rounding of gradients that the interface causes.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kind of call is checked by.
+    """The test problem of a kind of call.
 
     Attributes:
-        cases: Small ones, each with a rest in every tile.
-        race: Of a real size, only run, for its time; None: times mean nothing here.
+        cases: Small cases, with partial tiles in every dimension.
+        race: A case of realistic size, only timed; None: timings mean nothing here.
     """
 
     cases: Sequence[Case]
@@ -65,17 +65,17 @@ class Problem:
 
 @dataclass
 class Results:
-    """Outputs and gradients of a case by name, and the gradients that went in."""
+    """Outputs and gradients of a case by name, and the output gradients that were used."""
 
     values: dict[str, Tensor]
     douts: list[Tensor] = field(default_factory=list)
 
 
 def check(request: Mapping[str, Any]) -> dict[str, Any]:
-    """One check, as `kernel_checks.Request` asks for it.
+    """Run the check that a `kernel_checks.Request` describes.
 
     Returns:
-        `fault`, empty where there is none, and `ours_us` and `rival_us`, 0 where not timed.
+        `fault`, empty if there is none, and `ours_us` and `rival_us`, 0 if not timed.
     """
     device = torch.device(request["device"])
     card = "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -110,7 +110,7 @@ def check(request: Mapping[str, Any]) -> dict[str, Any]:
 def examine(case: Case, backend: str, device: torch.device) -> str:
     """What is wrong with a backend's results; an empty string if nothing is.
 
-    Memory that is handed out holds NaN, so that what nobody writes is seen.
+    Allocated memory is filled with NaN, so that elements a kernel fails to write are detected.
     """
     with _PoisonedMemory(device):
         ours = compute(case.run(backend), case.inputs, case.outputs, seed=9)
@@ -143,13 +143,13 @@ def compute(
     douts: Sequence[Tensor] = (),
     seed: int = 0,
 ) -> Results:
-    """Outputs of a function, and the gradient of every leaf that wants one.
+    """Outputs of a function, and the gradient of every leaf that requires one.
 
     Args:
         function: Of the inputs.
         inputs: Leaves.
         names: Of the outputs.
-        douts: Gradients of the outputs that carry one; by default random, from `seed`.
+        douts: Gradients of the differentiable outputs; by default random, from `seed`.
     """
     outputs = dict(zip(names, function(inputs), strict=True))
     learning = [out for out in outputs.values() if out.requires_grad]
@@ -169,7 +169,7 @@ def compute(
 
 
 def _not_finite(results: Results) -> str:
-    """The first NaN: of memory that nobody wrote, or computed. Infinities are values."""
+    """Report the first NaN, from unwritten memory or computed. Infinities are valid values."""
     for name, value in results.values.items():
         if not value.is_floating_point() or value.numel() == 0:
             continue
@@ -188,9 +188,9 @@ def _not_finite(results: Results) -> str:
 
 
 def _inexact(ours: Tensor, plain: Tensor, exact: Tensor, rounding: float) -> str:
-    """Where the error is more than twice PyTorch's in this type, and one rounding.
+    """Where the error exceeds twice PyTorch's in this dtype plus one rounding.
 
-    Held to it are the largest error and, closer, the root of the sum of squares.
+    The limit applies to the largest error and, more tightly, to the root of the sum of squares.
     """
     if ours.shape != exact.shape or ours.dtype != plain.dtype:
         return f"expected {list(exact.shape)} {plain.dtype}, got {list(ours.shape)} {ours.dtype}"
@@ -209,7 +209,7 @@ def _inexact(ours: Tensor, plain: Tensor, exact: Tensor, rounding: float) -> str
         ("error", torch.linalg.vector_norm, torch.linalg.vector_norm(z)),
     ):
         allowed = 2 * of(other) + floor * size
-        # a NaN of PyTorch's own allows nothing
+        # a NaN in PyTorch's result grants no tolerance
         if not bool(of(error) <= allowed):
             place = torch.unravel_index(error.argmax(), error.shape)
             at = [int(index) for index in place]
@@ -221,7 +221,7 @@ def _inexact(ours: Tensor, plain: Tensor, exact: Tensor, rounding: float) -> str
 
 
 def race(case: Case, backends: tuple[str, str], device: torch.device) -> tuple[float, float]:
-    """Median time of forward and backward of two backends, in turns, microseconds."""
+    """Median forward plus backward time of two backends in microseconds, run alternately."""
     douts = compute(case.run(backends[0]), case.inputs, case.outputs, seed=9).douts
     runs = [
         partial(compute, case.run(name), case.inputs, case.outputs, douts=douts)
@@ -229,7 +229,7 @@ def race(case: Case, backends: tuple[str, str], device: torch.device) -> tuple[f
     ]
     host_s = 0.0
     for run in runs:
-        # compiles, fills caches
+        # warm-up: compiles and fills caches
         run()
         run()
         host_s = max(host_s, _host_time(run, device))
@@ -244,7 +244,7 @@ def race(case: Case, backends: tuple[str, str], device: torch.device) -> tuple[f
 
 
 def _host_time(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds until a call returns, whether or not a GPU is done with it."""
+    """Seconds until a call returns on the host, whether or not the GPU has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -253,12 +253,12 @@ def _host_time(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _time(run: Callable[[], object], device: torch.device, host_s: float) -> float:
-    """Seconds of one call; on a GPU its own, with the host ahead as it is in a large step."""
+    """Seconds of one call; on a GPU, device time with the host running ahead, as in a real step."""
     if device.type != "cuda":
         return _host_time(run, device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    # cycles, at 2 GHz or less, in which the host queues what is timed
+    # GPU sleep in cycles, at 2 GHz or less, while the host queues the timed work
     torch.cuda._sleep(int(3e9 * host_s) + 200_000)
     begin.record()
     run()
@@ -268,7 +268,7 @@ def _time(run: Callable[[], object], device: torch.device, host_s: float) -> flo
 
 
 class _PoisonedMemory:
-    """`torch.empty` gives NaN (integers: the greatest), within a `with` block."""
+    """Within a `with` block, `torch.empty` is filled with NaN (integers: the largest value)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -279,7 +279,7 @@ class _PoisonedMemory:
             torch.is_deterministic_algorithms_warn_only_enabled(),
         )
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # how PyTorch documents it; its module has no such attribute in the eyes of a type checker
+        # documented by PyTorch, but unknown to type checkers
         deterministic: Any = torch.utils.deterministic
         deterministic.fill_uninitialized_memory = True
         if not torch.empty(3, device=self.device).isnan().all():

@@ -1,8 +1,8 @@
-"""Linear layers in fp32 on a CPU by oneDNN, forward and backward.
+"""Linear layers in fp32 on a CPU with oneDNN, forward and backward.
 
-There PyTorch multiplies by MKL, and oneDNN is faster: by 5 to 25 % from 16 to 1,024 rows on one AMD
-EPYC, 1.5 to 2.2 times on a newer one (not timed on Intel). PyTorch reaches it through an operator
-of its compiler's, which is looked for, not relied on.
+PyTorch uses MKL there, and oneDNN is faster: by 5 to 25 % from 16 to 1,024 rows on one AMD
+EPYC, 1.5 to 2.2 times on a newer one (not timed on Intel). It is called through an operator that
+belongs to PyTorch's compiler; if that is missing, PyTorch's own linear runs.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-# A shape's first product costs oneDNN 0.3 to 7 ms more, and a batch's texts make new shapes every
-# step. So in training rows are padded to multiples of 64 (a step of 8 pairs, ViT-g: 3.9 s without,
-# 3.5 s with, 3.2 s where lengths never change, 5.2 s by MKL), and a product must take MKL 2 ms.
+# The first product of a shape costs oneDNN 0.3 to 7 ms more, and text lengths make new shapes every
+# step. So training pads rows to multiples of 64 (a step of 8 pairs, ViT-g: 3.9 s without, 3.5 s
+# with, 3.2 s with constant lengths, 5.2 s with MKL), and skips products that take MKL under 2 ms.
 _ROWS = 64
 _WORTH_FLOPS = 5e8
 _OPERATOR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def is_supported(x: Tensor, weight: Tensor) -> bool:
-    """Whether `onednn_product` can compute this: fp32 on a CPU, not empty, not transformed."""
+    """Whether `onednn_product` supports the call: fp32 on a CPU, not empty, no functorch."""
     return (
         x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -42,13 +42,13 @@ def is_supported(x: Tensor, weight: Tensor) -> bool:
 def onednn_product(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False
 ) -> Tensor:
-    """`x @ weight.T + bias`, optionally with exact GELU; without gradient.
+    """`x @ weight.T + bias`, optionally followed by exact GELU; not differentiable.
 
     Args:
         x: `[..., K]`.
         weight: `[N, K]`.
         bias: `[N]`, or None.
-        gelu: Whether to apply it.
+        gelu: Whether to apply GELU.
 
     Returns:
         `[..., N]`.
@@ -77,13 +77,13 @@ class _Linear(torch.autograd.Function):
 
 
 def _padded(x: Tensor) -> Tensor:
-    """`[rows, K]`, contiguous, with zeros up to the next multiple of `_ROWS`."""
+    """`[rows, K]`, contiguous, zero-padded to the next multiple of `_ROWS` rows."""
     missing = -len(x) % _ROWS
     return F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear(x, weight, bias)`, with first derivatives; small products are left to PyTorch.
+    """`F.linear(x, weight, bias)`, with first derivatives; PyTorch computes small products.
 
     Args:
         x: `[..., K]`.
@@ -103,6 +103,6 @@ def _flops(x: torch.Size, weight: torch.Size, *others: Any, **named: Any) -> int
     return 2 * x.numel() * weight[0]
 
 
-# FlopCounterMode counts what it has a formula for
+# FlopCounterMode counts only operators that have a registered formula
 if _OPERATOR is not None and _OPERATOR not in flop_registry:
     register_flop_formula(_OPERATOR)(_flops)

@@ -1,9 +1,9 @@
-"""The language-modelling head and its loss, without the logits of all rows at once.
+"""The language-modelling head and its loss, without materialising the logits of all rows.
 
-Shapes: R rows that have a label, C hidden width, V words.
+Shapes: R rows that have a label, C hidden width, V vocabulary size.
 
-`torch.nn.functional.linear_cross_entropy` (torch 2.13) is not what runs here: its form in chunks
-refuses label smoothing, it counts no correct words, and `torch.compile` leaves the graph at it.
+`torch.nn.functional.linear_cross_entropy` (torch 2.13) is not used: its chunked path rejects label
+smoothing, it does not count correct predictions, and it causes a graph break in `torch.compile`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from blip2fast.ops.dispatch import AS_DEFINED, Backend, choose, no_reasons
 
 @dataclass(frozen=True)
 class LMCrossEntropyCall:
-    """What a choice of backend may depend on."""
+    """An `lm_cross_entropy` call, described for the choice of a backend."""
 
     words: int
     dtype: torch.dtype
@@ -49,31 +49,31 @@ def lm_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, label_smoothing=...)`.
 
-    The mean over the labels that are not ignored, NaN where there is none. Logits exist for a few
-    rows at a time. Where a gradient is wanted it is computed then and there, up to the factor that
-    the backward pass brings, so no product is computed twice; for a frozen `weight` or `bias` none
-    is. Statistics are in fp32 (fp64 for fp64 data).
+    The mean over the labels that are not ignored; NaN if there are none. Logits are computed for
+    one chunk of rows at a time. Required gradients are computed in the forward pass, up to the
+    factor that the backward pass supplies, so no matmul is repeated; a frozen `weight` or `bias`
+    gets none. Statistics are in fp32 (fp64 for fp64 data).
 
-    The products are computed in the type of `hidden`, under autocast in autocast's; `weight` may
-    stay in fp32 beside a narrower `hidden`, and its gradient is then summed in fp32.
+    Matmuls run in the dtype of `hidden`, or in autocast's dtype under autocast; `weight` may stay
+    in fp32 next to a narrower `hidden`, and its gradient is then accumulated in fp32.
 
     Args:
         hidden: `[R, C]`, fp16, bf16, fp32 or fp64.
-        weight: `[V, C]`; the word embeddings where they are tied.
+        weight: `[V, C]`; the word embeddings if they are tied.
         bias: `[V]`, or None.
         labels: `[R]` int64, 0 to V - 1 or `ignore_index`.
         label_smoothing: s, 0 to 1: a target is `(1 - s) * label + s / V`.
-        ignore_index: The label of rows that do not count.
-        chunk_bytes: Most bytes of logits at once; by default what was measured best.
+        ignore_index: Label of rows to ignore.
+        chunk_bytes: Most bytes of logits in memory at once; the default was the fastest measured.
         impl: `"auto"`, `"chunked"` or `"reference"`.
 
     Returns:
-        `(loss, correct)`: scalar, fp32 or fp64; and the number of labels that no other word
-        outscores, scalar int64, without gradient.
+        `(loss, correct)`: the scalar loss, fp32 or fp64; and the number of labels whose logit is
+        the largest (ties count), scalar int64, without gradient.
 
     Raises:
-        ValueError: a shape, type, device, option or (looked at on the CPU only) label does not fit.
-        NotImplementedError: the backend asked for does not run this; says why.
+        ValueError: a shape, type, device, option or label (checked on the CPU only) does not fit.
+        NotImplementedError: the requested backend does not support the call; says why.
     """
     _check(hidden, weight, bias, labels, label_smoothing, chunk_bytes)
     device = hidden.device.type

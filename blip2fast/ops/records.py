@@ -1,7 +1,7 @@
-"""What checks of kernels found, and where it is kept: one JSON for a user, and one that ships.
+"""Records of kernel checks, and the JSON files that hold them: one per user, and one that ships.
 
-A record belongs to an op, a backend and a kind of call, on one card, with one set of versions and
-one state of the kernel's code. Anything else and it does not count.
+A record is for an op, a backend and a kind of call, on one card, with one set of versions and one
+hash of the kernel's code. If any of these differs, the record is not valid.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ import torch
 from blip2fast import __version__
 from blip2fast._extension import LIBRARY
 
-# raised where what a check asks for changes: older records then do not count
+# incremented when the rules of a check change: this invalidates older records
 RULES = 1
 FILE_NAME = "kernel_records.json"
 SHIPPED = Path(__file__).with_name("proven_kernels.json")
 KERNELS = Path(__file__).parents[1] / "kernels"
-# versions and kernels come and go; the oldest records go first
+# limit on the number of records in the user's file; the oldest are dropped first
 MOST_RECORDS = 1000
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a record is about. All text, `""` where there is none.
+    """The key of a record. All fields are strings; `""` means none.
 
     Attributes:
-        op, backend, kind: Which kernels, and for what kind of call.
+        op, backend, kind: Which kernels, and for which kind of call.
         code: Hash of the kernel's code.
         card, capability, driver: The GPU's name, its compute capability, the driver's version.
         torch, cuda, triton, package: Versions; `cuda` is what PyTorch was built with.
@@ -61,11 +61,11 @@ class Key:
     rules: int = RULES
 
     def relaxed(self) -> Key:
-        """What a record that ships is matched by.
+        """The reduced key that shipped records are matched by.
 
-        The kernel's code, the card and Triton (which compiles it, patch releases alike) decide
-        what runs; the driver only loads that. PyTorch is the rival: its patch releases do not
-        change kernels, its minor ones do. The package is held by the hash of the code.
+        The kernel's code, the card and Triton's version (the compiler, without the patch number)
+        determine what runs; the driver only loads it. PyTorch is the rival: its kernels change in
+        minor releases, not in patch releases. The code hash stands for the package's version.
         """
         return Key(
             op=self.op,
@@ -85,16 +85,16 @@ class Key:
 
 @dataclass(frozen=True)
 class Record:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-        key: What it is about.
-        fault: Why the kernels are passed over; empty: they are right and quicker.
-        settled: Whether this says something about the kernels. What does not (no memory left for
-            the check, say) is never written down.
-        rival: The backend that `auto` takes otherwise.
-        ours_us, rival_us: Median time of forward and backward, microseconds; 0: not timed.
-        seconds: What the check took, compiling included.
+        key: What was checked, and where.
+        fault: Why the kernels are skipped; empty: they are correct and faster.
+        settled: Whether the result is about the kernels. Others (the check ran out of memory, for
+            example) are never written to disk.
+        rival: The backend that `auto` would choose instead.
+        ours_us, rival_us: Median time of forward plus backward, microseconds; 0: not timed.
+        seconds: Duration of the check, including compilation.
     """
 
     key: Key
@@ -107,7 +107,7 @@ class Record:
 
     @property
     def reason(self) -> str:
-        """Why `auto` passes over the kernels; empty where it takes them."""
+        """Why `auto` skips the kernels; empty if it uses them."""
         if not self.fault:
             return ""
         verdict = "its kernels were checked" if self.settled else "its kernels could not be checked"
@@ -141,7 +141,7 @@ def from_json(values: Mapping[str, Any]) -> Record:
 
 
 def cache_folder() -> Path:
-    """Where this user's records are: `blip2fast` in the platform's folder for caches."""
+    """The folder of this user's records: `blip2fast` in the platform's cache folder."""
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
     elif sys.platform == "darwin":
@@ -166,7 +166,7 @@ class Machine:
 
 @cache
 def machine(device: str) -> Machine:
-    """Card and versions of `cuda:0` and so on; `cpu` is where the interpreter runs."""
+    """Card and versions of a device, `cuda:0` and so on; `cpu` is for Triton's interpreter."""
     card, capability, driver = "the CPU", "", ""
     place = torch.device(device)
     if place.type == "cuda":
@@ -178,11 +178,11 @@ def machine(device: str) -> Machine:
 
 @cache
 def code_hash(folder: str, backend: str) -> str:
-    """Hash of what is compiled for a backend: `kernels/<folder>`, and `_C.so` for `cuda`.
+    """Hash of a backend's code: `kernels/<folder>`, and `_C.so` for `cuda`.
 
-    What is tuned there counts: it chooses what runs.
+    The folder's `tuned.json` is included, because it chooses what runs.
 
-    The rival of `cuda` may be Triton's kernels, so these count for it, too.
+    For `cuda`, the Triton kernels are included because they may be its rival.
     """
     digest = hashlib.sha256()
     files = [*sorted(KERNELS.glob("*.py")), *sorted((KERNELS / folder).glob("*.py"))]
@@ -196,10 +196,10 @@ def code_hash(folder: str, backend: str) -> str:
 
 
 class RecordFile:
-    """The records of one user, in one folder. What cannot be written is kept in memory.
+    """The records of one user, in one folder. If they cannot be written, they stay in memory.
 
     Args:
-        folder: Where `kernel_records.json` is; made when first written to.
+        folder: Folder of `kernel_records.json`; created on the first write.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -207,11 +207,11 @@ class RecordFile:
         self._warned = False
 
     def read(self) -> dict[Key, Record]:
-        """All records; none where there is no file, or one that is not ours (which is said)."""
+        """All records; none if there is no file, or, with a warning, if it is not ours."""
         return {record.key: record for record in read_records(self.path, self._warn)}
 
     def add(self, records: Iterable[Record]) -> None:
-        """Write records beside those that are there; call it within `locked`."""
+        """Add records to the file; call this within `locked`."""
         kept = [record for record in records if record.settled]
         if not kept:
             return
@@ -223,11 +223,11 @@ class RecordFile:
 
     @contextmanager
     def locked(self, wait_s: float) -> Iterator[bool]:
-        """Hold the file alone among processes, as long as the `with` block lasts.
+        """Hold an exclusive lock on the file, across processes, for the `with` block.
 
         Yields:
-            Whether it is held or cannot be (a folder that is read-only): go on. False: another
-            process held it for `wait_s`.
+            True if the lock is held or cannot be taken (a read-only folder): the caller proceeds.
+            False if another process held it for `wait_s`.
         """
         import filelock
 
@@ -258,7 +258,7 @@ _IN_MEMORY = (
 
 
 def read_records(path: Path, complain: Any = warnings.warn) -> list[Record]:
-    """The records of a file, oldest first; none where it is not there or not readable."""
+    """The records of a file, oldest first; none if it is missing or unreadable."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -274,7 +274,7 @@ def read_records(path: Path, complain: Any = warnings.warn) -> list[Record]:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Replace a file, in one step: a reader sees the old records or the new ones."""
+    """Replace a file atomically: a reader sees either the old records or the new ones."""
     lines = ",\n".join(json.dumps(as_json(record)) for record in records)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
@@ -292,7 +292,7 @@ def shipped_records(path: Path = SHIPPED) -> dict[Key, Record]:
 
 
 def _triton_version() -> str:
-    """From what is installed: importing Triton takes a second."""
+    """Triton's version from package metadata: importing it takes a second."""
     for package in ("triton", "pytorch-triton", "triton-windows"):
         try:
             return version(package)
@@ -306,7 +306,7 @@ def _minor(text: str) -> str:
 
 
 def _driver() -> str:
-    """The NVIDIA driver's version, or that of CUDA which it offers."""
+    """The NVIDIA driver's version, or else the CUDA version that it supports."""
     try:
         found = re.search(
             r"\s(\d+\.\d+(\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text()

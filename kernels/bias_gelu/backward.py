@@ -1,4 +1,4 @@
-"""Bias and exact GELU in Triton, backward: from x again; then sums of the programs' sums.
+"""Bias and exact GELU in Triton, backward: recomputed from x; partial sums are reduced in order.
 
 `gelu'(t) = cdf(t) + t * pdf(t)` of the standard normal distribution.
 """
@@ -60,7 +60,7 @@ def backward(
     needs_bias: bool,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(dx [R, F], dbias [F])`; the latter in fp32, empty where it is not needed."""
+    """`(dx [R, F], dbias [F])`; the latter in fp32, empty if not needed."""
     R, F = x.shape
     config = config or backward_tile(x)
     blocks = triton.cdiv(F, config.block_f)
@@ -84,5 +84,5 @@ def backward(
                 num_warps=config.num_warps,
                 enable_fp_fusion=FP_FUSION,
             )
-    # the second stage, in the order of the programs
+    # second stage: reduce the partial sums in the order of the programs
     return dx, sums.sum(0)

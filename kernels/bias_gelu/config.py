@@ -1,4 +1,4 @@
-"""Sizes of tiles."""
+"""Tile sizes and launch parameters."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from blip2fast.kernels.tuned import Tuned
 
 @dataclass(frozen=True)
 class TileConfig:
-    """A program works on a block of columns, BLOCK_R rows at a time.
+    """Tile of a program, which processes a block of columns BLOCK_R rows at a time.
 
-    Chosen by what compiles without spilling registers, or hardly, for sm_80 to sm_120
-    (`tests/ops/test_kernels_compile.py`, `test_glue_aot.py`), not by time; what a
-    sweep on a GPU chose is in `tuned.json`.
+    The defaults compile with few or no register spills for sm_80 to sm_120
+    (`tests/ops/test_kernels_compile.py`, `test_glue_aot.py`); they were not timed. Choices
+    from a sweep on a GPU are in `tuned.json`.
 
     Attributes:
         block_r: Rows of a tile.
         block_f: Columns of a tile.
         num_warps: Triton's.
-        programs: Most programs of a backward pass; each keeps sums over rows of its own.
+        programs: Most programs of a backward pass; each keeps partial sums over its rows.
     """
 
     block_r: int
@@ -32,10 +32,10 @@ class TileConfig:
     programs: int
 
 
-# 16 elements a thread; 528 programs are four for each multiprocessor of an H100
+# 16 elements per thread; 528 programs are four per multiprocessor of an H100
 TILE = TileConfig(block_r=8, block_f=256, num_warps=4, programs=528)
 
-# "forward", "backward": 2-byte data, whatever the sizes
+# "forward", "backward": 2-byte data of any size
 TUNED = Tuned(
     Path(__file__).parent,
     {

@@ -1,4 +1,4 @@
-"""Bias and exact GELU as defined, in plain PyTorch: what every backend is held to."""
+"""Reference for bias and exact GELU in plain PyTorch; every backend is tested against it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`gelu(x + bias)`, the exact one: `t * (1 + erf(t / sqrt(2))) / 2`.
+    """`gelu(x + bias)` with the exact GELU, `t * (1 + erf(t / sqrt(2))) / 2`.
 
     Args:
         x: `[R, F]`.

@@ -1,7 +1,7 @@
-"""Dropout, residual and LayerNorm in Triton, backward: one pass, then sums of the programs' sums.
+"""Dropout, residual and LayerNorm in Triton, backward: one pass, then a sum over partial sums.
 
-With `u = (total - mean) * rstd` and `g = dout * weight`, of a row of C:
-`dtotal = (g - mean(g) - u * mean(g * u)) * rstd`, and dx is what dropout keeps of that.
+With `u = (total - mean) * rstd` and `g = dout * weight`, for a row of width C:
+`dtotal = (g - mean(g) - u * mean(g * u)) * rstd`, and dx is dtotal under the dropout mask.
 """
 
 # mypy: allow-untyped-defs
@@ -60,7 +60,7 @@ def _dropout_add_layer_norm_bwd_kernel(
         if COPY:
             dout += tl.load(dcopy_ptr + at, mask=there, other=0.0).to(tl.float32)
         total = tl.load(total_ptr + at, mask=there, other=0.0).to(tl.float32)
-        # rows that are not there have an rstd of 0, columns that are not there a g of 0
+        # out-of-range rows have an rstd of 0, out-of-range columns a g of 0
         unit = (total - mean[:, None]) * rstd[:, None]
         if PARAMETERS:
             dweight += dout * unit
@@ -101,7 +101,7 @@ def backward(
     needs_x_bias: bool,
     config: RowsConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `pytorch.backward`; dx is empty where it is not `apart`."""
+    """As `pytorch.backward`; dx is empty unless `apart`."""
     R, C = total.shape
     config = config or backward_rows(C, x_dtype, total.device)
     programs = min(triton.cdiv(R, config.block_r), config.programs)
@@ -135,7 +135,7 @@ def backward(
                 num_warps=config.num_warps,
                 enable_fp_fusion=FP_FUSION,
             )
-    # the second stage, in the order of the programs
+    # second stage: reduce the partial sums in the order of the programs
     dweight, dbias, dx_bias = sums.sum(0)
     nothing = dweight.new_empty(0)
     return (

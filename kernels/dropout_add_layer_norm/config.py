@@ -1,4 +1,4 @@
-"""Sizes of tiles."""
+"""Tile sizes and launch parameters."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from blip2fast.kernels.tuned import Tuned
 
 @dataclass(frozen=True)
 class RowsConfig:
-    """A program works on BLOCK_R rows at a time, each whole.
+    """Tile of a program, which processes BLOCK_R full rows at a time.
 
-    Chosen by what compiles without spilling registers, or hardly, for sm_80 to sm_120
-    (`tests/ops/test_kernels_compile.py`, `test_glue_aot.py`), not by time; what a
-    sweep on a GPU chose is in `tuned.json`.
+    The defaults compile with few or no register spills for sm_80 to sm_120
+    (`tests/ops/test_kernels_compile.py`, `test_glue_aot.py`); they were not timed. Choices
+    from a sweep on a GPU are in `tuned.json`.
 
     Attributes:
         block_r: Rows of a tile.
-        block_c: C up to a power of two, columns of a tile.
+        block_c: Columns of a tile: C rounded up to a power of two.
         num_warps: Triton's.
-        programs: Most programs of a backward pass; each keeps sums over rows of its own.
+        programs: Most programs of a backward pass; each keeps partial sums over its rows.
     """
 
     block_r: int
@@ -32,9 +32,9 @@ class RowsConfig:
     programs: int
 
 
-# 16 elements a thread of 8 warps
+# 16 elements per thread with 8 warps
 _TILE = 4096
-# four for each multiprocessor of an H100: the partial sums stay a small part of the traffic
+# four per multiprocessor of an H100, which keeps the traffic of the partial sums small
 _PROGRAMS = 528
 
 

@@ -17,7 +17,7 @@ from blip2fast.kernels.philox import threshold
 def kept_tile(
     philox_ptr, rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, THRESHOLD: tl.constexpr
 ):
-    """What dropout keeps of whole rows, [BLOCK_R, BLOCK_C] bool."""
+    """The dropout mask of full rows, [BLOCK_R, BLOCK_C] bool."""
     seed, offset = tl.load(philox_ptr), tl.load(philox_ptr + 1)
     zero = tl.zeros([BLOCK_R, BLOCK_C // 4], tl.int32)
     group = zero + tl.arange(0, BLOCK_C // 4)[None, :]
@@ -25,7 +25,7 @@ def kept_tile(
         seed, group, zero + rows[:, None], zero, zero + offset.to(tl.int32), 7
     )
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK_R, BLOCK_C])
-    # unsigned words up to 2^32 - 1 in a type that holds them
+    # int64 holds unsigned words up to 2^32 - 1
     return (words.to(tl.int64) & 0xFFFFFFFF) >= THRESHOLD
 
 
@@ -102,9 +102,9 @@ def forward(
     save: bool,
     config: RowsConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `pytorch.forward`, for fp16, bf16 and fp32 on a GPU; `total` is x where nothing is added.
+    """As `pytorch.forward`, for fp16, bf16 and fp32 on a GPU; `total` is x if nothing is added.
 
-    What is not to be saved is empty.
+    Tensors that are not to be saved are returned empty.
     """
     R, C = x.shape
     config = config or forward_rows(C, x.dtype, x.device)

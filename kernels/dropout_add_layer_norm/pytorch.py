@@ -18,13 +18,13 @@ def without_dropout(
     eps: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The op in PyTorch's differentiable functions, which `torch.compile` can fuse; `[R, C]`."""
+    """The op as differentiable PyTorch functions, which `torch.compile` can fuse; `[R, C]`."""
     if x_bias is not None:
         x = x + _as(x_bias, x.dtype)
     total = x if residual is None else x + residual
     wide = torch.promote_types(total.dtype, torch.float32)
     normed = _as(total, _norm_dtype(total, out_dtype))
-    # fp32 parameters beside half-precision data: the statistics are then kept in fp32
+    # fp32 parameters with half-precision data: statistics are then in fp32
     weight, bias = _as(weight, wide), _as(bias, wide)
     return _as(F.layer_norm(normed, normed.shape[-1:], weight, bias, eps), out_dtype)
 
@@ -42,11 +42,11 @@ def forward(
     copy_dtype: torch.dtype | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, its copy and what the backward pass needs.
+    """The output, its copy and the tensors that the backward pass needs.
 
     Returns:
         `(out [R, C], copy [R, C], total [R, C], mean [R], rstd [R])`: `copy` is empty without
-        `copy_dtype`, `total` the sum that was normalised, in the wider type of `x` and `residual`.
+        `copy_dtype`; `total` is the LayerNorm's input, in the wider type of `x` and `residual`.
     """
     total = x if x_bias is None else x + x_bias.to(x.dtype)
     kept, scale = _keep(x, philox, dropout_p), 1 / (1 - dropout_p)
@@ -59,7 +59,7 @@ def forward(
     out, mean, rstd = torch.native_layer_norm(
         normed, normed.shape[-1:], weight.to(wide), bias.to(wide), eps
     )
-    # an output of its own even where the types are the same
+    # a separate output even if the dtypes are the same
     copy = x.new_empty(0, dtype=out_dtype) if copy_dtype is None else out.to(copy_dtype, copy=True)
     return out.to(out_dtype), copy, total, mean.flatten(), rstd.flatten()
 
@@ -82,17 +82,17 @@ def backward(
     """Gradients of `forward`.
 
     Args:
-        dout: `[R, C]`, of the output.
-        dcopy: `[R, C]`, of its copy, or None.
-        total, mean, rstd: As `forward` gave them.
-        weight, philox, dropout_p: As they were.
-        residual_dtype, x_dtype: Types of the gradients.
-        apart: Whether the gradient of x is another than that of the residual; true under dropout.
+        dout: `[R, C]`, gradient of the output.
+        dcopy: `[R, C]`, gradient of its copy, or None.
+        total, mean, rstd: As returned by `forward`.
+        weight, philox, dropout_p: As passed to `forward`.
+        residual_dtype, x_dtype: Dtypes of the gradients.
+        apart: Whether the gradients of x and of the residual differ; true under dropout.
         needs_parameters, needs_x_bias: Which sums over rows to compute.
 
     Returns:
-        `(dresidual [R, C], dx [R, C], dweight [C], dbias [C], dx_bias [C])`; sums that were not
-        asked for are empty; they are in fp32 or fp64.
+        `(dresidual [R, C], dx [R, C], dweight [C], dbias [C], dx_bias [C])`; the sums are in fp32
+        or fp64, and empty if not requested.
     """
     wide = torch.promote_types(total.dtype, torch.float32)
     if dcopy is not None:
@@ -121,15 +121,15 @@ def backward(
 
 
 def _norm_dtype(total: Tensor, out_dtype: torch.dtype) -> torch.dtype:
-    """The type that a LayerNorm of PyTorch reads and writes."""
-    # on a GPU it takes data and parameters of one type only
+    """The dtype in which PyTorch's LayerNorm runs."""
+    # on a GPU, data and parameters must have the same dtype
     if total.dtype == out_dtype and total.device.type == "cpu":
         return total.dtype
     return torch.promote_types(total.dtype, torch.float32)
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, without the microsecond that a call costs where there is nothing to do."""
+    """`x.to(dtype)`, without the microsecond that a no-op call costs."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

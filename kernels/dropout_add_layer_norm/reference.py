@@ -1,4 +1,4 @@
-"""Dropout, residual and LayerNorm as defined, in plain PyTorch: what every backend is held to."""
+"""Reference for dropout, residual and LayerNorm in plain PyTorch; all backends must match it."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def dropout_add_layer_norm(
 
 
 def keep(R: int, C: int, philox: Tensor, dropout_p: float) -> Tensor:
-    """`[R, C]` bool: what dropout keeps."""
+    """The dropout mask, `[R, C]` bool, true where an element is kept."""
     rows = torch.arange(R, device=philox.device)
     return keep_mask(philox, dropout_p, rows, torch.zeros_like(rows), C)

@@ -1,7 +1,7 @@
-"""Gradients of the ITC sweep in Triton: dense products with what each pair gives its best query.
+"""Gradients of the ITC sweep in Triton: dense matmuls with each pair's gradient at its best query.
 
 Two kernels, one that owns images and one that owns texts: no atomics, every sum in a fixed order.
-Similarity and query are read where the sweep saved them, and computed again where not.
+Similarities and query indices are read if the sweep saved them, and recomputed otherwise.
 """
 
 # mypy: allow-untyped-defs
@@ -57,7 +57,7 @@ def _tile_gradient(
     SAVED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x, its gradient through the row, that through the column, and the best query of a tile."""
+    """For a tile: x, its gradients through row and column statistics, and the best query."""
     i = first + tl.arange(0, BLOCK_I)
     image_there, text_there = i < M, j < N
     there = text_there[:, None] & image_there[None, :]
@@ -91,7 +91,7 @@ def _tile_gradient(
     positive = is_positive(i, j, first_row, row_ids_ptr, column_ids_ptr, M, N, HAS_IDS)
     belongs = tl.where(positive, 1.0, 0.0)
 
-    # exp of what is not there must not overflow: its lse is +inf
+    # out-of-range entries have an lse of +inf, so that exp does not overflow
     row_lse = tl.load(row_lse_ptr + i, mask=image_there, other=float("inf"))
     w0 = tl.load(row_weight_ptr + i, mask=image_there, other=0.0)
     w1 = tl.load(row_weight_ptr + M + i, mask=image_there, other=0.0)
@@ -112,7 +112,7 @@ def _tile_gradient(
 def _on_best_query(
     gradient, arg, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
-    """A pair's gradient in its best query's column, 0 elsewhere: [BLOCK_T, BLOCK_I * BLOCK_Q]."""
+    """Scatter a pair's gradient to its best query's column: [BLOCK_T, BLOCK_I * BLOCK_Q]."""
     q = tl.arange(0, BLOCK_Q)[None, None, :]
     spread = tl.where(arg[:, :, None] == q, gradient[:, :, None], 0.0)
     return tl.reshape(spread, [BLOCK_T, BLOCK_I * BLOCK_Q])
@@ -303,7 +303,7 @@ def _itc_bwd_text_kernel(
 
 
 def loads_ahead(has_saved: bool) -> bool:
-    """Whether the compiler keeps a tile of saved similarities that is loaded ahead in registers."""
+    """Whether to prefetch the next tile; older Triton spills prefetched saved similarities."""
     return not has_saved or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
@@ -320,8 +320,8 @@ def sweep_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.sweep_grad`, for fp16, bf16 and fp32 on a GPU.
 
-    `config` is of the kernel that owns images, `text_config` of that which owns texts: where only
-    the first is given, the same.
+    `config` is for the kernel that owns images, `text_config` for the one that owns texts; the
+    latter defaults to `config` if only that is given.
     """
     (M, Q, D), N, device = image.shape, text.shape[0], image.device
     has_saved = saved[0].numel() > 0

@@ -1,8 +1,8 @@
-"""The ITC sweep in Triton: product, maximum over queries and both softmaxes' statistics in one.
+"""The ITC sweep in Triton: matmul, max over queries and the statistics of both softmaxes, fused.
 
-A program owns a block of texts and walks over the images of its share. What it keeps of its texts
-stays in registers; what it knows of each image it writes out once. `statistics.join` puts the
-parts together, in a fixed order.
+A program owns a block of texts and loops over its share of the images. The statistics of its texts
+stay in registers; those of each image are written out once. `statistics.join` merges the parts in
+a fixed order.
 """
 
 # mypy: allow-untyped-defs
@@ -149,7 +149,7 @@ def _itc_fwd_kernel(
             positive_sum += tl.sum(belongs * x_or_0, 1)
             positive_count += tl.sum(belongs, 1)
         else:
-            # at most one: the texts find it, and the host hands it to the images
+            # at most one: the kernel finds it per text, and the host copies it to the images
             positive_sum += tl.sum(tl.where(positive, x_or_0, 0.0), 1)
 
         if SAMPLE:
@@ -188,7 +188,7 @@ def _itc_fwd_kernel(
 
 
 def shares(M: int, N: int, config: TritonConfig) -> tuple[int, int]:
-    """Into how many parts the images are split, and how many blocks of images a part has."""
+    """The number of parts that the images are split into, and the image blocks per part."""
     blocks = triton.cdiv(M, config.block_i)
     wanted = max(1, config.programs // triton.cdiv(N, config.block_t))
     per_share = triton.cdiv(blocks, min(wanted, blocks))
@@ -196,7 +196,7 @@ def shares(M: int, N: int, config: TritonConfig) -> tuple[int, int]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 features are multiplied: as PyTorch does by default."""
+    """The matmul precision: for fp32 features, PyTorch's default."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
@@ -208,7 +208,7 @@ def sweep(
     options: Options,
     config: TritonConfig | None = None,
 ) -> Sweep:
-    """As `reference.sweep`, for fp16, bf16 and fp32 on a GPU; `legacy` is not there."""
+    """As `reference.sweep`, for fp16, bf16 and fp32 on a GPU; `legacy` is not supported."""
     (M, Q, D), N, device = image.shape, text.shape[0], image.device
     if config is None:
         config = forward_tiles(Q, D, image.dtype.itemsize, capability(device), options.save)
@@ -268,7 +268,7 @@ def sweep(
 
 
 def _hand_over_diagonal(rows: Tensor, columns: Tensor, first: int) -> None:
-    """Without ids the one positive of an image is that of the text of its index."""
+    """Without ids, copy the statistic of each image's only positive from the text of its index."""
     own = slice(first, first + rows.shape[1])
     rows[POSITIVE_COUNT].fill_(1)
     columns[POSITIVE_COUNT, own].fill_(1)

@@ -1,8 +1,8 @@
-"""Gumbel noise as a function of a seed and of the pair: every backend draws the same negatives.
+"""Gumbel noise as a function of seed and pair, so that all backends sample the same negatives.
 
 One Philox counter serves two neighbouring texts and one image: `(text // 2, image, TAG, offset)`,
-indices over all ranks. Of its four words the first two are the noise of the image's row for the
-even and the odd text, the last two that of the texts' columns for the image.
+with global indices. Of its four words, the first two are the noise of the image's row for the
+even and the odd text, and the last two the noise of the texts' columns for the image.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blip2fast.kernels.philox import philox_words
 
-# where dropout masks count heads: numbers no head has
+# takes the head's place in the counter of dropout masks, with values that no head has
 TAG, COIN_TAG = 0x49544300, 0x49544301
 
 
@@ -22,9 +22,9 @@ def uniform(word: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gumbel(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """A word as a draw from the standard Gumbel distribution: `-log(-log(1 - u))`.
+    """A word as a sample of the standard Gumbel distribution: `-log(-log(1 - u))`.
 
-    The large values, which decide an argmax, come from small u, where floats are dense.
+    The large values, which decide the argmax, come from small u, where floats are dense.
     """
     return torch.log1p(-uniform(word, dtype)).neg_().log_().neg_()
 
@@ -36,7 +36,7 @@ def pair_noise(
 
     Args:
         philox: `[2]` int64, seed and offset.
-        rows, columns: First and last-plus-one image and text, counted over all ranks.
+        rows, columns: Start and end (exclusive) of the images and texts, as global indices.
         dtype: fp32 or fp64.
 
     Returns:

@@ -1,6 +1,6 @@
-"""The ITC sweep as defined, every pair in memory: plain PyTorch, any device, fp32 or fp64.
+"""Reference for the ITC sweep, all pairs in memory: plain PyTorch, any device, fp32 or fp64.
 
-Tests, benchmarks and the other backends are held against it. Memory is `M * Q * N`.
+Tests and benchmarks compare the other backends with it. Memory is `M * Q * N`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from blip2fast.kernels.precision import wide_dtype
 
 
 def similarity(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """`sim[i, j] = max_q <image[i, q], text[j]>`, and the lowest q it is reached at.
+    """`sim[i, j] = max_q <image[i, q], text[j]>`, and the lowest q that reaches it.
 
     Args:
         image: `[M, Q, D]`.
@@ -38,7 +38,7 @@ def sweep(image: Tensor, text: Tensor, temp: Tensor, pairs: Pairs, options: Opti
         text: `[N, D]`, normalised.
         temp: Scalar, fp32 or fp64.
         pairs: The positives.
-        options: Seed of the negatives, what to keep.
+        options: Seed of the negatives, and which results to keep.
     """
     (M, N), first = (image.shape[0], text.shape[0]), pairs.first_row
     sim, arg = similarity(image, text)
@@ -65,17 +65,17 @@ def sweep_grad(
     local: bool,
     saved: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a loss from those with respect to the statistics of rows and columns.
+    """Gradients of a loss, given its gradients with respect to the row and column statistics.
 
     Args:
         image, text, temp, pairs: As in `sweep`.
-        sides: Of the rows and of the columns.
-        local: The image's gradient comes from the rows alone and the text's from the columns
-            alone, as in LAVIS, where what was gathered carries none; otherwise from both.
+        sides: `Weights` of the rows and of the columns.
+        local: Whether images get gradients from rows alone and texts from columns alone, as in
+            LAVIS, where gathered features carry no gradient; otherwise both get both.
         saved: `sim` and `arg` of the sweep, or empty.
 
     Returns:
-        `[M, Q, D]` and `[N, D]` in the types of the features, and the temperature's, scalar.
+        `[M, Q, D]` and `[N, D]` in the dtypes of the features, and the temperature's, scalar.
     """
     sim, arg = saved if saved[0].numel() else similarity(image, text)
     M, N = sim.shape

@@ -1,4 +1,4 @@
-"""Statistics of a part of a row or column, and how two parts are one."""
+"""Statistics of a part of a row or column, and merging of parts."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def of_tile(
 
     Args:
         x: `[R, C]` similarities over temperature; for columns, their transpose.
-        positive: `[R, C]` bool; None where there are none.
-        noise: `[R, C]` Gumbel noise; None draws no negatives.
+        positive: `[R, C]` bool; None if there are none.
+        noise: `[R, C]` Gumbel noise; None: no negatives are sampled.
         first: The index of the first column.
         legacy: As in `Options`.
 
@@ -62,17 +62,17 @@ def _greatest_negative(key: Tensor, positive: Tensor | None, first: int) -> tupl
     if positive is not None:
         key = key.masked_fill(positive, -torch.inf)
     best, where = key.max(1)
-    # not above -inf: all are positives, or not a number
+    # not above -inf: all are positives, or NaN
     return best, torch.where(best > -torch.inf, where + first, -1)
 
 
 def join(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Statistics of P parts of the same rows as those of the whole.
+    """Merge the statistics of P parts of the same rows.
 
     Differentiable in the first `DIFFERENTIABLE` statistics.
 
     Args:
-        values: `[P, 6 or 8, R]`, what `of_tile` gives for each part, in the order of its columns.
+        values: `[P, 6 or 8, R]`, from `of_tile` for each part, in column order.
         index: `[P, 2 or 3, R]`, likewise.
 
     Returns:
@@ -84,7 +84,7 @@ def join(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     if values.shape[1] > UNIFORM_KEY:
         choices.append((UNIFORM_KEY, UNIFORM_INDEX))
     for value_row, index_row in choices:
-        # the first part of those that tie: the lowest index
+        # the first part wins a tie: the lowest index
         best, part = values[:, value_row].max(0)
         joined.append(best)
         where.append(index[:, index_row].gather(0, part[None])[0])
@@ -94,7 +94,7 @@ def join(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def empty(count: int, like: Tensor, legacy: bool) -> tuple[Tensor, Tensor]:
-    """Statistics of no columns at all, for `count` rows: what a merge starts from."""
+    """Statistics of zero columns for `count` rows: the identity of `join`."""
     rows, rows_index = statistics_shape(legacy)
     values = like.new_full((rows, count), -torch.inf)
     values[SUM:BEST].zero_()
@@ -102,11 +102,11 @@ def empty(count: int, like: Tensor, legacy: bool) -> tuple[Tensor, Tensor]:
 
 
 def gradient(x: Tensor, positive: Tensor | None, lse: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of a loss with respect to x, from that with respect to its rows' statistics.
+    """Gradient of a loss with respect to x, given that with respect to the row statistics.
 
     Args:
         x: `[R, C]`.
-        positive: `[R, C]` bool; None where there are none.
+        positive: `[R, C]` bool; None if there are none.
         lse: `[R]`.
         weight: `[3, R]`, the gradient with respect to log-sum-exp, sum and positive sum.
 

@@ -1,6 +1,6 @@
-"""Triton functions that the sweep and its gradient share: one tile of pairs.
+"""Triton functions shared by the sweep and its gradient, for one tile of pairs.
 
-A tile is BLOCK_T texts by BLOCK_I images. Queries stand on the column axis of the product, padded
+A tile is BLOCK_T texts by BLOCK_I images. Queries are on the column axis of the product, padded
 to BLOCK_Q, so that the maximum over an image's queries stays within a thread and its neighbours.
 Offsets into data are int64.
 """
@@ -68,7 +68,7 @@ def similarity_tile(
 ):
     """Products of texts j with every query of images first..: [BLOCK_T, BLOCK_I, BLOCK_Q].
 
-    `texts` and `images` are their features where D fits BLOCK_D, and otherwise not looked at.
+    `texts` and `images` are the features if D fits BLOCK_D, and are ignored otherwise.
     Padded queries are -inf.
     """
     if D > BLOCK_D:
@@ -102,14 +102,14 @@ def is_positive(i, j, first_row, row_ids_ptr, column_ids_ptr, M, N, HAS_IDS: tl.
 def gumbel(word):
     """`-log(-log(1 - u))` of a 32-bit word as a number u in (0, 1)."""
     u = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
-    # 1 - u loses the small u that decide an argmax: four terms of the series are exact there
+    # 1 - u rounds away the small u that decide the argmax: four terms of the series are exact there
     series = u * (1.0 + u * (0.5 + u * (0.33333333 + u * 0.25)))
     return -tl.log(tl.where(u < 0.00390625, series, -tl.log(1.0 - u)))
 
 
 @triton.jit
 def interleave(even, odd, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr):
-    """Rows of two [BLOCK_T / 2, BLOCK_I] in turn: [BLOCK_T, BLOCK_I]."""
+    """Interleave the rows of two [BLOCK_T / 2, BLOCK_I] tiles: [BLOCK_T, BLOCK_I]."""
     return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 1)), [BLOCK_T, BLOCK_I])
 
 

@@ -1,10 +1,10 @@
-"""The chunks of `lm_cross_entropy`: logits of a few rows, their loss and gradient, then the next.
+"""Chunked `lm_cross_entropy`: logits, loss and gradient of a few rows at a time.
 
 For one row with logits x, label y and smoothing s the loss is
 `lse(x) - (1 - s) * x[y] - s * mean(x)`, its gradient `softmax(x) - (1 - s) * onehot(y) - s / V`.
 
-Gradients are kept without the factor `dloss / count`: it is known only later, and in half precision
-it would make the small ones vanish. Shapes: R rows, C hidden width, V words.
+Gradients are stored without the factor `dloss / count`: it is known only later, and small gradients
+would underflow with it in half precision. Shapes: R rows, C hidden width, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# bytes of logits at once, by whether they are on a CPU; the GPU's was not measured on one
+# bytes of logits per chunk, by whether they are on a CPU; the GPU's value was not measured
 DEFAULT_BYTES = {True: 128 * 2**20, False: 512 * 2**20}
-# words are padded to a multiple of this where rows of logits would start unaligned on a GPU
+# V is padded to a multiple of this if rows of logits would otherwise be unaligned on a GPU
 ALIGNMENT = 64
 FP16_SHIFT = 64
 
@@ -36,19 +36,20 @@ def forward(
 
     Args:
         hidden, weight, bias, labels, label_smoothing, ignore_index: As for `lm_cross_entropy`.
-        chunk_bytes: Most bytes of logits at once.
+        chunk_bytes: Most bytes of logits in memory at once.
         needs_hidden, needs_weight, needs_bias: Which gradients to compute.
-        pad: Whether to pad the words to a multiple of `ALIGNMENT`; None where that pays.
+        pad: Whether to pad V to a multiple of `ALIGNMENT`; None: if that is faster.
 
     Returns:
-        `(loss, correct, count, dhidden, dweight, dbias)`: mean loss, labels that no word outscores,
-        labels that count, and the gradients of the *sum* of losses: `[R, C]` in the type of hidden,
-        `[V, C]` in `weight_grad_dtype`, `[V]` in fp32 or fp64; empty where not needed.
+        `(loss, correct, count, dhidden, dweight, dbias)`: mean loss, number of labels with the
+        largest logit, number of labels not ignored, and the gradients of the *sum* of losses:
+        `[R, C]` in the type of hidden, `[V, C]` in `weight_grad_dtype`, `[V]` in fp32 or fp64;
+        empty if not needed.
     """
     R, V = hidden.shape[0], weight.shape[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     counts = labels != ignore_index
-    # a row that does not count then adds nothing to any product, whatever it held
+    # ignored rows then contribute nothing to any matmul, whatever their values
     hidden = hidden.masked_fill(~counts[:, None], 0)
     safe_labels = labels.where(counts, 0)[:, None]
     pad = _pays(hidden, V) if pad is None else pad
@@ -77,10 +78,10 @@ def forward(
 
 
 class _Gradients:
-    """Gradients of the sum of losses, added up chunk by chunk.
+    """Gradients of the sum of losses, accumulated chunk by chunk.
 
     Attributes:
-        hidden, bias: `[R, C]` and `[V]`, empty where not needed.
+        hidden, bias: `[R, C]` and `[V]`, empty if not needed.
     """
 
     def __init__(
@@ -93,20 +94,20 @@ class _Gradients:
         self._weight: Tensor | None = None
         held = step if any(needs) else 0
         self._wide = rows.new_zeros(held, len(table), dtype=wide)
-        # columns of padding stay 0
+        # padding columns stay 0
         self._narrow = self._wide if rows.dtype == wide else rows.new_zeros(held, len(table))
 
     def add(
         self, rows: slice, x: Tensor, top: Tensor, label: Tensor, counts: Tensor, smoothing: float
     ) -> Tensor:
-        """Take in the gradient of a chunk.
+        """Add the gradient of a chunk.
 
         Args:
-            rows: Which rows it is.
+            rows: The rows of the chunk.
             x: `[n, V]` logits.
-            top: `[n, 1]`, the greatest of each row.
-            label: `[n, 1]`, a valid one also where the row does not count.
-            counts: `[n]` bool.
+            top: `[n, 1]`, maximum of each row.
+            label: `[n, 1]`, valid even for ignored rows.
+            counts: `[n]` bool, false for ignored rows.
             smoothing: s.
 
         Returns:
@@ -118,7 +119,7 @@ class _Gradients:
             return x.to(wide).logsumexp(1, keepdim=True)
         dx = self._wide[:n, :V]
         torch.softmax(x, 1, dtype=wide, out=dx)
-        # the greatest probability is 1 / sum(exp(x - top))
+        # the largest probability is 1 / sum(exp(x - top))
         lse = top.to(wide) - dx.amax(1, keepdim=True).log()
         if smoothing > 0:
             dx.sub_(smoothing / V)
@@ -142,7 +143,7 @@ class _Gradients:
             else:
                 self._weight.addmm_(dx, rows)
             return
-        # sums over many rows would leave fp16's range, and no loss scale is in them yet
+        # sums over many rows may overflow fp16, and the loss scale is not applied yet
         shift = FP16_SHIFT if rows.dtype == torch.float16 else 1
         part = torch.mm(dx, rows / shift if shift > 1 else rows)
         if self._weight is not None:
@@ -153,7 +154,7 @@ class _Gradients:
             self._weight = part.to(self._wide.dtype).mul_(shift)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """`[V, C]` in this type; empty where not needed."""
+        """The weight gradient `[V, C]` in this dtype; empty if not needed."""
         if not self.needs[1]:
             return self._rows.new_empty(0, dtype=dtype)
         if self._weight is None:
@@ -162,7 +163,7 @@ class _Gradients:
 
 
 def weight_grad_dtype(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
-    """In what the gradient of the weight waits for its factor: bf16, or fp32 or wider."""
+    """Dtype in which the unscaled weight gradient is stored: bf16, or fp32 or wider."""
     wide = torch.promote_types(hidden, torch.float32)
     return weight if weight == torch.bfloat16 else wide
 
@@ -170,11 +171,11 @@ def weight_grad_dtype(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
 def backward(
     dloss: Tensor, count: Tensor, gradients: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...]
 ) -> tuple[Tensor, ...]:
-    """The gradients that `forward` gave times `dloss / count`, each in a type of its own."""
-    # no label, no gradient: a NaN loss then leaves the parameters as they are
+    """The gradients from `forward` times `dloss / count`, each in its own dtype."""
+    # no labels, no gradient: a NaN loss then leaves the parameters unchanged
     scale = dloss / count.clamp(min=1)
     if dloss.device.type == "cpu":
-        # a number goes into the product unrounded, also where the gradient is in 16 bits
+        # a Python scalar is not rounded, even if the gradient is in 16 bits
         factor = scale.item()
         return tuple(torch.mul(x, factor).to(t) for x, t in zip(gradients, dtypes, strict=True))
     scale = scale[None]
@@ -182,14 +183,14 @@ def backward(
 
 
 def _pays(hidden: Tensor, V: int) -> bool:
-    """Whether rows of logits would start unaligned where tensor cores want them aligned."""
+    """Whether padding is faster: rows of logits would be unaligned for the tensor cores."""
     return hidden.device.type == "cuda" and hidden.dtype.itemsize == 2 and V % 8 > 0
 
 
 def _table(
     weight: Tensor, bias: Tensor | None, dtype: torch.dtype, pad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias in the type of the products, with rows of zeros up to `ALIGNMENT` words."""
+    """Weight and bias in the matmul's dtype, with V zero-padded to a multiple of `ALIGNMENT`."""
     V, C = weight.shape
     words = -(-V // ALIGNMENT) * ALIGNMENT if pad else V
     offset = weight.new_zeros(words, dtype=dtype)

@@ -1,6 +1,6 @@
-"""`lm_cross_entropy` as defined: the logits of all rows at once.
+"""Reference for `lm_cross_entropy`, with the logits of all rows at once.
 
-Shapes: R rows, C hidden width, V words.
+Shapes: R rows, C hidden width, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def reference(
     label_smoothing: float = 0.1,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
-    """The same as defined, all logits at once; arguments and result as in `lm_cross_entropy`."""
+    """Loss with all logits in memory; arguments and result as in `lm_cross_entropy`."""
     dtype = hidden.dtype
     logits = F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
     logits = logits.to(wide_dtype(logits.dtype))

@@ -1,8 +1,8 @@
 """Self-attention of a token buffer in Triton, backward: no atomics, every sum in a fixed order.
 
-A program owns keys (dk, dv) and walks over the rows that see them: its unit's, then, for a block,
-those of each text that sees it, in order. Where a unit's keys fit one tile it computes its rows' dq
-from the same weights; otherwise a kernel that owns rows goes before.
+A program owns keys (dk, dv) and loops over the rows that see them: its unit's, then, for a block,
+those of each text that sees it, in order. If a unit's keys fit one tile, it also computes its rows'
+dq from the same weights; otherwise a kernel that owns rows runs first.
 """
 
 # mypy: allow-untyped-defs
@@ -148,15 +148,15 @@ def _add_rows(
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk (without its scale) and dv of a tile of keys, with a tile of rows added.
+    """Add a tile of rows to dk (without its scale) and dv of a tile of keys.
 
-    With FRESH dk and dv are nothing yet; with STORE_DQ the rows see no other keys.
+    FRESH: dk and dv are not initialised yet. STORE_DQ: the rows see no other keys.
     """
     place = first_place + tl.arange(0, BLOCK_M)
     there = place < end
     row = row_of(place, block, text_row, Q)
     at = row * H + head
-    # always true, but not to the compiler: keys kept over a loop take 128 registers a thread
+    # always true, but the compiler cannot tell: keys live across a loop cost 128 registers a thread
     key_there = key_there & (key < tl.where(first_place < end, 2147483647, 0))
     key_at = key_row * stride_row + (H + head) * D
     k = load_rows(qkv_ptr, key_at, key_there, D, BLOCK_D)
@@ -238,8 +238,8 @@ def _qformer_attention_bwd_kernel(
     block, text_row, first_row, first_key, end, kind = find_unit(
         unit, cu_seqlens_ptr, kinds_ptr, blocks_ptr, block_text_ptr, N, Q, HAS_BIDIRECTIONAL
     )
-    # a unit owns its rows as keys; for a text's dq the one tile has its block's queries too;
-    # dropout wants a multiple of 4
+    # a unit owns its rows as keys; for a text's dq the single tile includes its block's queries;
+    # dropout needs a multiple of 4
     if SINGLE:
         c0 = first_key // 4 * 4
     else:
@@ -250,8 +250,8 @@ def _qformer_attention_bwd_kernel(
     key = c0 + tl.arange(0, BLOCK_N)
     key_there = (key >= first_key) & (key < end)
     key_row = row_of(key, block, text_row, Q)
-    # without causal texts nobody but a unit's own rows sees its keys: dk and dv are not kept over a
-    # second loop, which takes 64 registers a thread
+    # without causal texts only a unit's own rows see its keys: dk and dv need not live across a
+    # second loop, which would cost 64 registers a thread
     if HAS_CAUSAL:
         causal = kind == 2
         has_queries = (unit < N) & (c0 < Q)
@@ -302,7 +302,7 @@ def _qformer_attention_bwd_kernel(
                 THRESHOLD,
                 PRECISION,
             )
-        # the texts that see the block's queries; a BIDIRECTIONAL one is among the block's own rows
+        # texts that see the block's queries; a BIDIRECTIONAL text is part of the block's own rows
         if HAS_CAUSAL:
             for i in tl.range(begin, stop):
                 reader = tl.load(order_ptr + i)
@@ -364,9 +364,9 @@ def self_backward(
 
     Args:
         dout: `[R, H, D]`, the gradient of `out`.
-        qkv, layout, scale, dropout_p, philox: What `self_forward` had.
-        out, lse: What it returned.
-        tiles: Other than those of `config.py`.
+        qkv, layout, scale, dropout_p, philox: As passed to `self_forward`.
+        out, lse: As returned by it.
+        tiles: Override those of `config.py`.
     """
     R, _, H, _ = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -398,7 +398,7 @@ def self_backward(
             READER_M=min(tiles.block_m, tiles.reader_m),
             SINGLE=tiles.single,
             WHOLE=tiles.single and rows <= tiles.block_m,
-            # without them fewer sums are kept in registers; a causal text needs a block
+            # without causal texts fewer sums are held in registers; a causal text needs a block
             HAS_CAUSAL=layout.has_causal and layout.num_blocks > 0 and layout.num_texts > 0,
             **options,
         )

@@ -1,9 +1,9 @@
-"""Tiles and launches, with what each was chosen by.
+"""Tile sizes and launch parameters, with the reason for each choice.
 
-Chosen by what compiles in 16 bits without spilling registers, or hardly, for sm_80 to sm_120
-(`tests/ops/test_kernels_compile.py`), not by time; what a sweep on a GPU chose for the calls
-of some classes (`TUNED`) is in `tuned.json`. Sizes enter as powers of two with a cap, so the number
-of compiled variants does not grow with batch, text length or tokens.
+The defaults compile in 16 bits with few or no register spills for sm_80 to sm_120
+(`tests/ops/test_kernels_compile.py`); they were not timed. Choices from a sweep on a GPU, for some
+classes of calls (`TUNED`), are in `tuned.json`. Sizes are rounded to powers of two with a cap, so
+the number of compiled variants does not grow with batch, text length or image tokens.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from blip2fast.kernels.launch import capability
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout
 from blip2fast.kernels.tuned import Entry, Tuned
 
-# the least that a matrix product takes
+# the smallest dimension of a matrix product (`tl.dot`)
 MIN_TILE = 16
 # with fewer programs than these (two for each of an H100's 132 processors) keys are split
 PROGRAMS = 264
-# a part has enough tiles that putting parts together costs little beside it
+# a part has enough tiles to make the cost of combining parts small
 MIN_TILES_OF_SPLIT = 4
 # rows of a tile of a text that sees a block's queries: beside the block's own gradients, 64 spill
 READER_ROWS = 32
-# rows of a program that puts parts together
+# rows of a program that combines parts
 COMBINE_ROWS = 16
 # tuned cross-attention has more keys than these: with fewer, small tiles are split or not by how
 # many programs there are, which the check at first use does not try
@@ -61,18 +61,19 @@ TUNED = Tuned(
 
 @dataclass(frozen=True)
 class Tiles:
-    """One program's share.
+    """Tile of one program.
 
     Attributes:
         block_m: Rows of a tile.
         block_n: Keys of a tile.
-        block_d: D up to a power of two.
-        heads: Heads that a program takes one after the other; divides H.
+        block_d: D rounded up to a power of two.
+        heads: Heads that a program processes in sequence; divides H.
         single: Whether all keys of a row fit one tile.
         num_warps, num_stages: Triton's.
         reader_m: Rows of a tile of a text that sees a block's queries; self-attention's backward
             pass takes the lesser of this and `block_m`.
-        max_registers: Of a thread, so that one program more fits a processor; None: the compiler's.
+        max_registers: Limit per thread, so that one more program fits a multiprocessor; None: no
+            limit.
     """
 
     block_m: int
@@ -88,15 +89,15 @@ class Tiles:
 
 @dataclass(frozen=True)
 class CrossTiles(Tiles):
-    """One program's share of cross-attention: full tiles of keys, then one of what is left.
+    """Tile of one cross-attention program: full tiles of keys, then a smaller tail tile.
 
     257 image tokens are 4 tiles of 64 and one of 16, not 5 of 64.
 
     Attributes:
         full: Whether there are full tiles.
-        tail: Keys of the last tile; 0: none.
-        interleaved: Whether further chunks of an image's rows start near its first, not after the
-            first chunks of all images: its keys are then likelier to be in the cache still.
+        tail: Keys of the tail tile; 0: none.
+        interleaved: Whether further chunks of an image's rows are launched near its first chunk,
+            not after the first chunks of all images, so that its keys are likelier still in cache.
     """
 
     full: bool = False
@@ -106,12 +107,12 @@ class CrossTiles(Tiles):
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest tile of a kernel, and what it runs with.
+    """The largest tile of a kernel, and its launch parameters.
 
     Attributes:
         block_m, block_n: Rows and keys.
         num_warps, num_stages: Triton's.
-        keys_owned: Whether sums are kept of keys, too, not of rows alone.
+        keys_owned: Whether the kernel accumulates sums for keys as well as for rows.
     """
 
     block_m: int
@@ -122,7 +123,7 @@ class Largest:
 
 
 def _has_shared_operands(device: torch.device) -> bool:
-    """Whether matrix products read their operands from shared memory, and leave registers free.
+    """Whether matmuls read their operands from shared memory, which leaves registers free.
 
     sm_90 and sm_100 do; sm_80 to sm_89 and sm_120 do not.
     """
@@ -130,14 +131,14 @@ def _has_shared_operands(device: torch.device) -> bool:
 
 
 def power_of_two(count: int, cap: int) -> int:
-    """The least power of two that holds `count`, from 16 to `cap`."""
+    """`count` rounded up to a power of two, between 16 and `cap`."""
     return min(max(MIN_TILE, 1 << (count - 1).bit_length()), cap)
 
 
 def heads_together(H: int, block_m: int, block_n: int) -> int:
-    """Heads of a program: with tiny tiles, several, so that starting it is not most of the work.
+    """Heads per program: several for tiny tiles, to amortise the cost of starting a program.
 
-    16 x 16 x 64 in bf16 are 8 KB in and out.
+    A 16 x 16 x 64 problem in bf16 moves only 8 KB.
     """
     most = max(1, 1024 // (block_m * block_n))
     return max(heads for heads in range(1, most + 1) if H % heads == 0)
@@ -157,7 +158,7 @@ def self_forward_tiles(layout: AttentionLayout, qkv: Tensor) -> Tiles:
     """Tiles of `_qformer_attention_fwd_kernel`."""
     rows, keys = self_sizes(layout)
     largest = _forward_largest(qkv)
-    # a single tile has nothing to rescale, and may be wider
+    # a single tile needs no rescaling and may be wider
     if largest.block_n < keys <= 128 and qkv.dtype.itemsize == 2:
         largest = Largest(largest.block_m, 128, 8)
     return _tuned_self("forward", layout, qkv, _self_tiles(rows, keys, qkv, largest))
@@ -170,7 +171,7 @@ def self_backward_tiles(layout: AttentionLayout, qkv: Tensor) -> Tiles:
 
 
 def _tuned_self(direction: str, layout: AttentionLayout, qkv: Tensor, formula: Tiles) -> Tiles:
-    """The tiles of the call's class; those of the formula where it has none."""
+    """The tuned tiles of the call's class, or the formula's if it has none."""
     rows, keys = self_sizes(layout)
     name = ""
     if layout.num_blocks and 32 < keys <= 64:
@@ -212,7 +213,7 @@ def cross_forward_tiles(q: Tensor, kv: Tensor, N: int) -> CrossTiles:
 
 
 def cross_backward_tiles(q: Tensor, kv: Tensor, N: int) -> tuple[CrossTiles, ...]:
-    """Tiles of images whose rows fit one tile, and of those with more readers."""
+    """Tiles for images whose rows fit one tile, and for images with more readers."""
     largest = _backward_largest(q)
     return _tuned_cross("backward", q, kv, N) or (
         _cross_tiles(_rows_of_image(q, kv, N), q, kv, largest),
@@ -221,7 +222,7 @@ def cross_backward_tiles(q: Tensor, kv: Tensor, N: int) -> tuple[CrossTiles, ...
 
 
 def _tuned_cross(direction: str, q: Tensor, kv: Tensor, N: int) -> tuple[CrossTiles, ...]:
-    """The tiles of the call's class; none where it has none."""
+    """The tuned tiles of the call's class; empty if it has none."""
     (Q, H, D), (B, S) = q.shape[-3:], kv.shape[:2]
     uses = _rows_of_image(q, kv, N) // max(Q, 1)
     name = {1: "one_use", 3: "several_uses", 4: "several_uses"}.get(uses)
@@ -244,7 +245,7 @@ def _tuned_cross(direction: str, q: Tensor, kv: Tensor, N: int) -> tuple[CrossTi
 
 
 def _cross_tiles(rows: int, q: Tensor, kv: Tensor, largest: Largest) -> CrossTiles:
-    """Full tiles of keys and the tail; several heads where one tile is all there is."""
+    """Full tiles of keys and a tail; several heads per program if there is only one tile."""
     (H, D), S, block_n = q.shape[-2:], kv.shape[1], largest.block_n
     block_m = power_of_two(rows, largest.block_m)
     full, rest = block_n <= S, S % block_n
@@ -265,14 +266,14 @@ def _cross_tiles(rows: int, q: Tensor, kv: Tensor, largest: Largest) -> CrossTil
 
 
 def _rows_of_image(q: Tensor, kv: Tensor, N: int) -> int:
-    """Rows that read an image, on average."""
+    """Average number of rows that read an image."""
     return max(1, q.shape[1] * max(1, round(N / max(kv.shape[0], 1))))
 
 
 def _warps(largest: Largest, block_m: int, block_n: int, data: Tensor) -> int:
-    """In halves a warp's product has 16 rows; fewer warps make room for more programs.
+    """Number of warps. In 16 bits a warp's product has 16 rows; fewer warps fit more programs.
 
-    Sums of keys beside those of rows take twice the registers, so twice the warps.
+    Accumulating sums for keys as well doubles the registers, and so the warps.
     """
     if data.dtype.itemsize != 2:
         return largest.num_warps
@@ -299,7 +300,7 @@ def _backward_largest(data: Tensor) -> Largest:
 
 
 def splits(programs: int, key_tiles: int, full: bool) -> tuple[int, int]:
-    """Into how many parts the keys are split, and how many tiles a part has."""
+    """The number of parts that the keys are split into, and the tiles per part."""
     if not full or programs >= PROGRAMS or key_tiles < 2 * MIN_TILES_OF_SPLIT:
         return 1, key_tiles
     parts = min(-(-PROGRAMS // programs), key_tiles // MIN_TILES_OF_SPLIT)

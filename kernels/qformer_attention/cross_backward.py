@@ -1,8 +1,8 @@
 """Attention of query blocks to image tokens in Triton, backward: no atomics, sums in a fixed order.
 
-Where all the rows that read an image fit one tile, one program holds them and walks over the keys:
+If all the rows that read an image fit one tile, one program holds them and loops over the keys:
 keys and values are read once, every weight is computed once. For an image with more readers, one
-kernel owns chunks of rows (dq), the next owns tiles of keys and adds up the readers in order.
+kernel owns chunks of rows (dq), and a second owns tiles of keys and sums over the readers in order.
 """
 
 # mypy: allow-untyped-defs
@@ -90,9 +90,9 @@ def _qformer_cross_attention_bwd_kernel(
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """OWN_KEYS: images with more than `below` and at most `above` rows, a program each.
+    """With OWN_KEYS: one program per image with more than `below` and at most `above` rows.
 
-    Else: chunks of images with more than `above` rows.
+    Otherwise: one program per chunk of images with more than `above` rows.
     """
     program = tl.program_id(0)
     split = tl.program_id(1)
@@ -124,7 +124,7 @@ def _qformer_cross_attention_bwd_kernel(
         dout = load_rows(dout_ptr, at * D, there, D, BLOCK_D)
         out = load_rows(out_ptr, at * D, there, D, BLOCK_D)
         delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-        # every split computes the same
+        # every split computes the same value
         if not OWN_KEYS and split == 0:
             tl.store(delta_ptr + at, delta, mask=there)
         lse = load_lse(lse_ptr, at, there)
@@ -303,10 +303,10 @@ def cross_backward(
 
     Args:
         dout: `[N, Q, H, D]`, the gradient of `out`.
-        q, kv, index, key_mask, scale, dropout_p, philox: What `cross_forward` had.
-        out, lse: What it returned.
-        tiles: Other than those of `config.py`: of images whose rows fit one tile, from the fewest
-            rows to the most, the last of those whose rows fit none; with the same `block_n` where
+        q, kv, index, key_mask, scale, dropout_p, philox: As passed to `cross_forward`.
+        out, lse: As returned by it.
+        tiles: Override those of `config.py`: first for images whose rows fit one tile, in order of
+            increasing rows, and last for images whose rows fit none; with the same `block_n` if
             keys are split.
 
     Returns:
@@ -328,7 +328,7 @@ def cross_backward(
     programs = B * (H // first.heads) if owners else row_programs
     count, tiles_of_split = splits(programs, triton.cdiv(S, first.block_n), first.full)
     shared = q.shape[0] != N
-    # parts of dq, and those of queries that all blocks share, are added up before they are rounded
+    # parts of dq, and contributions to shared queries, are summed before rounding
     dq_type = torch.float32 if count > 1 or shared else q.dtype
     dq = torch.empty(count, N, Q, H, D, dtype=dq_type, device=q.device)
     statistics = (out.contiguous(), lse.contiguous(), torch.empty_like(lse))

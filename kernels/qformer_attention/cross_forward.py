@@ -1,8 +1,8 @@
 """Attention of query blocks to image tokens in Triton, forward.
 
-A program takes a chunk of the rows that read one image (`uses.py`), so an image that several
-blocks read is read from memory once or nearly so. Where there are few rows and many keys, the keys
-are split among programs, and a second kernel puts the parts together in order.
+A program processes a chunk of the rows that read one image (`uses.py`), so an image shared by
+several blocks is read from memory about once. With few rows and many keys, the keys are split among
+programs, and a second kernel combines the parts in order.
 """
 
 # mypy: allow-untyped-defs
@@ -222,12 +222,12 @@ def cross_forward(
     Args:
         q: `[N, Q, H, D]` or `[1, Q, H, D]`, fp16, bf16 or fp32, on a GPU.
         kv: `[B, S, 2, H, D]`, any strides with D contiguous.
-        index: Which image each block reads; None: its own.
+        index: The image that each block reads; None: block i reads image i.
         key_mask: `[B, S]` bool, or None.
         num_blocks: N.
         scale: Factor of the scores.
         dropout_p, philox: Of the dropout mask; None: no dropout.
-        tiles: Other than those of `config.py`.
+        tiles: Override those of `config.py`.
 
     Returns:
         `(out [N, Q, H, D], lse [N, Q, H])`, the lse in fp32.
@@ -293,25 +293,25 @@ def cross_forward(
 
 
 def chunks(N: int, B: int, Q: int, block_m: int, index: KVIndex | None) -> int:
-    """Number of chunks of `uses.find_chunk`, empty ones among them."""
+    """Number of chunks of `uses.find_chunk`, empty ones included."""
     return N * triton.cdiv(Q, block_m) if index is None else B + triton.cdiv(N * Q, block_m)
 
 
 def unpack(index: KVIndex | None, key_mask: Tensor | None) -> tuple[Tensor | None, ...]:
     """Index, order, offsets and the mask in 32 bits.
 
-    Triton 3.6 lays a product's operands out by the narrowest type that anything before them was
-    loaded in. Beside dropout, a mask of bytes gave wrong products of 16 and 32 keys on an H200.
+    Triton 3.6 chooses the layout of a product's operands by the narrowest type loaded anywhere
+    before them. With dropout, a byte mask gave wrong products of 16 and 32 keys on an H200.
     """
     uses = (None, None, None) if index is None else (index.index, index.order, index.offsets)
     return (*uses, None if key_mask is None else key_mask.to(torch.int32).contiguous())
 
 
 def query_strides(q: Tensor, N: int) -> tuple[int, int, int]:
-    """Block, query, head; queries that all blocks share are 0 apart."""
+    """Strides of block, query and head; the block stride of shared queries is 0."""
     return (q.stride(0) if q.shape[0] == N else 0), q.stride(1), q.stride(2)
 
 
 def key_strides(kv: Tensor) -> tuple[int, int, int, int]:
-    """Image, token, keys to values, head."""
+    """Strides of image, token, keys to values, and head."""
     return kv.stride(0), kv.stride(1), kv.stride(2), kv.stride(3)

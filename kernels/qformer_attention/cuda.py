@@ -21,7 +21,7 @@ def cross_forward(
     dropout_p: float,
     philox: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`(out [N, Q, H, D], lse [N, Q, H])`; kernels/qformer_attention/README.md has the tensors."""
+    """`(out [N, Q, H, D], lse [N, Q, H])`; inputs as in kernels/qformer_attention/README.md."""
     image = None if index is None else index.index
     mask = None if key_mask is None else key_mask.contiguous()
     out, lse = _OPS.qformer_cross_attention_fwd(

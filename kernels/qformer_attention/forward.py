@@ -66,7 +66,7 @@ def _qformer_attention_fwd_kernel(
     place = first_place + tl.arange(0, BLOCK_M)
     row_there = place < end
     row = row_of(place, block, text_row, Q)
-    # dropout wants a multiple of 4
+    # dropout needs a multiple of 4
     c_begin = first_key // 4 * 4
     if SINGLE:
         key_tiles = 1
@@ -118,10 +118,10 @@ def self_forward(
 
     Args:
         qkv: `[R, 3, H, D]`, fp16, bf16 or fp32, on a GPU; any row stride, the rest contiguous.
-        layout: Who sees whom.
+        layout: Which rows attend to which.
         scale: Factor of the scores.
         dropout_p, philox: Of the dropout mask; None: no dropout.
-        tiles: Other than those of `config.py`.
+        tiles: Override those of `config.py`.
 
     Returns:
         `(out [R, H, D], lse [R, H])`, the lse in fp32.
@@ -158,7 +158,7 @@ def self_forward(
 
 
 def dense_heads(qkv: Tensor) -> Tensor:
-    """`[R, 3, H, D]` with each row contiguous: the kernel takes any row stride."""
+    """`[R, 3, H, D]` with each row contiguous; the kernel accepts any row stride."""
     H, D = qkv.shape[-2:]
     return qkv if qkv.stride()[1:] == (H * D, D, 1) else qkv.contiguous()
 
@@ -175,7 +175,7 @@ def constants(
         "BLOCK_D": tiles.block_d,
         "HEADS": tiles.heads,
         "THRESHOLD": 0 if philox is None else threshold(dropout_p),
-        # fp32 is multiplied as fp32, not rounded to tf32
+        # fp32 matmuls run in fp32, not TF32
         "PRECISION": "ieee" if data.dtype == torch.float32 else "tf32",
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,

@@ -6,8 +6,8 @@ image-text pair), then texts end to end without padding::
     row      0 .. Q-1   Q .. 2Q-1  ...  (N-1)Q .. NQ-1 | NQ ..
              block 0    block 1         block N-1      | text 0   text 1   ...
 
-Both classes are built once for a pass and serve all its layers. Their tensors live on the device;
-nothing in them makes the host wait.
+Both classes are built once per pass and serve all its layers. Their tensors live on the device;
+building them needs no host sync.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 class MaskKind(enum.Enum):
     """Which tokens see which in the Q-Former's self-attention (arXiv 2301.12597, Figure 2).
 
-    Rows are what attends, columns are what is attended to; `#` is visible, `.` is not::
+    Rows are queries, columns are keys; `#` is visible, `.` is not::
 
         UNIMODAL (ITC)        BIDIRECTIONAL (ITM)   MULTIMODAL_CAUSAL (ITG)
               Q Q t t t             Q Q t t t             Q Q t t t
@@ -52,9 +52,9 @@ class AttentionLayout:
         num_blocks: N, number of query blocks; 0 for text alone.
         num_queries: Q, rows of a block.
         num_text_rows: T_total, rows of all texts.
-        max_seqlen: No text is longer.
-        has_bidirectional: Whether a query may see text at all.
-        has_causal: Whether a text may be MULTIMODAL_CAUSAL.
+        max_seqlen: Upper bound of the text lengths.
+        has_bidirectional: Whether any text may be BIDIRECTIONAL.
+        has_causal: Whether any text may be MULTIMODAL_CAUSAL.
         cu_seqlens: `[n+1]` int32, where each text starts, counted from the first text row.
         kinds: `[n]` int32, `KIND_CODES` of each text.
         blocks: `[n]` int32, the block whose queries a text sees; ignored where UNIMODAL.
@@ -99,7 +99,7 @@ class AttentionLayout:
         max_seqlen: int | None = None,
         device: torch.device | str | None = None,
     ) -> AttentionLayout:
-        """Lay out a pass.
+        """Build the layout of a pass.
 
         Args:
             num_blocks: N.
@@ -107,14 +107,14 @@ class AttentionLayout:
             lengths: `[n]`, tokens of each text; 0 is allowed.
             kinds: Mask kind of each text, or of all.
             blocks: `[n]`, which block's queries each text sees. By default text i sees block i;
-                UNIMODAL texts see none, whatever stands here.
-            num_text_rows: The sum of `lengths`, where they are on an accelerator.
+                UNIMODAL texts see none, whatever is given here.
+            num_text_rows: The sum of `lengths`; pass it if they are on an accelerator.
             max_seqlen: The largest of `lengths`, or an upper bound of them; likewise.
-            device: Where the token buffer is; by default where `lengths` is.
+            device: Device of the token buffer; by default that of `lengths`.
 
         Raises:
             ValueError: lengths, kinds and blocks do not fit together, a block does not exist, or
-                two BIDIRECTIONAL texts share a block (a query sees one text at most).
+                two BIDIRECTIONAL texts share a block (a query sees at most one text).
         """
         given = torch.as_tensor(lengths, dtype=torch.int32)
         n = given.shape[0]
@@ -140,7 +140,7 @@ class AttentionLayout:
         if sees.device.type == "cpu":
             _check_blocks(codes, sees, num_blocks)
         codes, sees, given = (x.to(device, non_blocking=True) for x in (codes, sees, given))
-        # UNIMODAL texts see no block: sorted behind all others
+        # UNIMODAL texts see no block: sort them last
         block = torch.where(codes == KIND_CODES[MaskKind.UNIMODAL], num_blocks, sees)
         bidirectional = codes == KIND_CODES[MaskKind.BIDIRECTIONAL]
         block_text = torch.full((num_blocks + 1,), -1, dtype=torch.int32, device=device)
@@ -179,14 +179,14 @@ class KVIndex:
 
     @classmethod
     def build(cls, index: Sequence[int] | Tensor, num_images: int) -> KVIndex:
-        """Sort the uses of each image, so that a backward pass can add them up in order.
+        """Sort blocks by image, so that the backward pass can sum over them in order.
 
         Args:
             index: `[N]`, the image that each query block reads.
             num_images: B.
 
         Raises:
-            ValueError: an index is not from 0 to B-1 (looked at on the CPU only).
+            ValueError: an index is not in 0 to B-1 (checked on the CPU only).
         """
         index = torch.as_tensor(index).to(torch.int32)
         if index.dim() != 1:

@@ -1,6 +1,6 @@
 """The backend `xformers`: its memory-efficient attention under its own block-diagonal masks.
 
-Those masks are built from lengths on the host, so the host waits for them. Shapes: R rows of the
+Those masks are built from lengths on the host, which needs a sync. Shapes: R rows of the
 token buffer, N query blocks, Q queries, B images, S image tokens, H heads, D head width.
 """
 
@@ -17,10 +17,10 @@ from blip2fast.kernels.qformer_attention.layout import KIND_CODES, AttentionLayo
 def self_attention(qkv: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
     """`[R, H, D]` from `qkv` `[R, 3, H, D]`.
 
-    What sees all of itself is one call; a causal text sees the block's queries and then itself,
-    which is a causal mask that ends in the bottom right corner.
+    Segments that fully see themselves take one call; a causal text sees the block's queries, then
+    itself, which is a causal mask aligned to the bottom right corner.
     """
-    # imported on use: it is optional
+    # imported on first use: xformers is optional
     from xformers.ops.fmha.attn_bias import (
         BlockDiagonalCausalFromBottomRightMask,
         BlockDiagonalMask,
@@ -61,7 +61,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float) -> Tensor:
 
 
 def _segments(layout: AttentionLayout) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Rows that all see each other; and rows of causal texts with the keys that the last sees."""
+    """Segments of rows that all see each other; and rows and keys of each causal text."""
     N, Q = layout.num_blocks, layout.num_queries
     bounds, kinds = layout.cu_seqlens.tolist(), layout.kinds.tolist()
     blocks = layout.blocks.tolist()

@@ -1,8 +1,8 @@
 """The backend `sdpa` on an accelerator: PyTorch's attention on padded tensors, under autograd.
 
-Everything is an index computation on the device; the host waits for nothing. Memory is that of the
-padded tensors and, where blocks share images, of gathered keys and values; under dropout, and where
-the lse is asked for, of the scores too. Shapes: R rows of the token buffer, N query blocks,
+Indices are computed on the device, without a host sync. Memory holds the padded tensors and, if
+blocks share images, the gathered keys and values; with dropout, or if the lse is requested, also
+the scores. Shapes: R rows of the token buffer, N query blocks,
 Q queries, n texts padded to T, B images, S image tokens, H heads, D head width.
 """
 
@@ -25,7 +25,7 @@ def self_attention(
     philox: Tensor | None,
     with_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """`(out [R, H, D], lse [R, H])` from `qkv` `[R, 3, H, D]`; None for the lse where unasked."""
+    """`(out [R, H, D], lse [R, H])` from `qkv` `[R, 3, H, D]`; lse is None if not requested."""
     N, Q, R, H = layout.num_blocks, layout.num_queries, layout.num_rows, qkv.shape[2]
     results: list[tuple[Tensor, Tensor | None]] = []
     device = qkv.device
@@ -68,12 +68,12 @@ def _texts(
     philox: Tensor | None,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`(out [n, T, H, D], lse [n, T, H])`; padding rows mean nothing."""
+    """`(out [n, T, H, D], lse [n, T, H])`; padding rows are undefined."""
     N, Q = layout.num_blocks, layout.num_queries
     kinds, T = layout.kinds, text_rows.shape[1]
     causal = kinds == KIND_CODES[MaskKind.MULTIMODAL_CAUSAL]
     not_later = torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril()
-    # a padding row sees everything, so that it is a number and takes no gradient
+    # a padding row sees everything, so that it is finite; it gets no gradient
     visible = (~causal[:, None, None] | not_later) & real[:, None, :] | ~real[:, :, None]
     keys, first_column = text_rows, Q
     if N * Q:
@@ -117,7 +117,7 @@ def attend(
     dropout_p: float,
     with_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Padded attention in which every row sees something.
+    """Padded attention; every row must see at least one key.
 
     Args:
         q: `[m, L, H, D]`.
@@ -126,7 +126,7 @@ def attend(
         keep: `[m, H, L, M]` bool, the weights that dropout keeps, or None.
         scale: Factor of the scores.
         dropout_p: Probability of dropping.
-        with_lse: Whether to compute the lse, which takes the scores; else it is None.
+        with_lse: Whether to compute the lse, which needs the scores; otherwise it is None.
 
     Returns:
         `(out [m, L, H, D], lse [m, L, H])`.
@@ -161,14 +161,14 @@ def cross_attention(
     with_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """`(out [N, Q, H, D], lse [N, Q, H])` from `q` `[N or 1, Q, H, D]`, `kv` `[B, S, 2, H, D]`."""
-    # indexing, whose gradient adds up in a fixed order; index_select's does not on a GPU
+    # indexing has a deterministic gradient; index_select's is not deterministic on a GPU
     read = kv if kv_index is None else kv[kv_index.long()]
     (N, S), (_, Q, H, _) = read.shape[:2], q.shape
     visible = blind = keep = None
     if key_mask is not None:
         visible = key_mask if kv_index is None else key_mask[kv_index.long()]
         blind = ~visible.any(1)[:, None, None, None]
-        # a blind block attends to every key, and its results are then replaced
+        # a fully masked block attends to every key, and its results are then replaced
         visible = visible[:, None, None] | blind
     if dropout_p > 0 and philox is not None:
         rows = torch.arange(N * Q, device=q.device).view(N, 1, Q)

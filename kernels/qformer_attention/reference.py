@@ -1,4 +1,4 @@
-"""The Q-Former's attentions as defined, in plain PyTorch: what every kernel is held to.
+"""Reference for the Q-Former's attentions in plain PyTorch; every kernel is tested against it.
 
 Scores, softmax and sums are computed in fp32 (fp64 where the inputs are fp64). Shapes: R rows of
 the token buffer, N query blocks, Q queries, B images, S image tokens, H heads, D head width.
@@ -15,11 +15,11 @@ from blip2fast.kernels.qformer_attention.layout import KIND_CODES, AttentionLayo
 
 
 def visible_pairs(layout: AttentionLayout) -> tuple[Tensor, Tensor]:
-    """The self-attention mask of a token buffer, written out.
+    """The dense self-attention mask of a token buffer.
 
     Returns:
         `(visible [R, R] bool, position [R])`: whether a row may attend to a column, and each row's
-        place among the keys of whoever sees it (queries from 0, text from Q), int64.
+        position as a key (queries from 0, text from Q), int64.
     """
     device, Q, N = layout.kinds.device, layout.num_queries, layout.num_blocks
     text_row = torch.arange(layout.num_text_rows, device=device)
@@ -43,7 +43,7 @@ def visible_pairs(layout: AttentionLayout) -> tuple[Tensor, Tensor]:
 
 
 def self_attention_keep(layout: AttentionLayout, heads: int, philox: Tensor, p: float) -> Tensor:
-    """The dropout mask of `qformer_attention`, `[H, R, R]` bool; means nothing where masked.
+    """The dropout mask of `qformer_attention`, `[H, R, R]` bool; undefined where masked.
 
     The counter's row is the row of the token buffer, its column the key's `position`.
     """
@@ -70,13 +70,13 @@ def cross_attention_keep(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, keep: Tensor | None, p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked softmax attention; a row that sees nothing gives 0 and an lse of -inf.
+    """Masked softmax attention; a fully masked row gives 0 and an lse of -inf.
 
     Args:
         q: `[..., L, D]`, already scaled; fp32 or fp64, like `k` and `v`.
         k, v: `[..., M, D]`.
         visible: `[..., L, M]` bool, or None.
-        keep: `[..., L, M]` bool, what dropout keeps, or None.
+        keep: `[..., L, M]` bool, the dropout mask, or None.
         p: Dropout probability.
 
     Returns:
@@ -87,7 +87,7 @@ def attend(
         scores = scores.masked_fill(~visible, -torch.inf)
     lse = scores.logsumexp(-1)
     blind = lse == -torch.inf
-    # a finite lse in blind rows keeps NaN out of their gradients
+    # a finite lse in fully masked rows keeps NaN out of their gradients
     finite = lse.masked_fill(blind, 0.0)
     probabilities = (scores - finite[..., None]).exp()
     dropped = probabilities if keep is None else probabilities * keep / (1 - p)
@@ -105,7 +105,7 @@ def qformer_attention(
 
     Args:
         qkv: `[R, 3, H, D]`.
-        layout: Who sees whom.
+        layout: Which rows attend to which.
         scale: Factor of the scores.
         dropout_p: Probability of dropping an attention weight.
         philox: `[2]` int64 seed and offset of the dropout mask.

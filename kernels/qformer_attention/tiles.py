@@ -1,4 +1,4 @@
-"""Triton functions that the attention kernels share: one tile of rows by keys.
+"""Triton functions shared by the attention kernels, for one tile of rows by keys.
 
 Scores are kept in base 2, `scale * log2(e) * q.k`, because a GPU's exponential is `exp2`. Rows and
 keys past the end are loaded as 0 and are not visible. Offsets into data are int64.
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(ptr, offsets, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[M, BLOCK_D] from where each row starts, `offsets` [M]; 0 outside."""
+    """Load rows [M, BLOCK_D], given the offset of each row [M]; 0 outside."""
     d = tl.arange(0, BLOCK_D)
     mask = there[:, None]
     if BLOCK_D > D:
@@ -72,12 +72,12 @@ def softmax_step(
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Take a tile of keys into the greatest score, the sum of weights and the sum of values.
+    """Online softmax: update the running maximum, sum of weights and weighted sum of values.
 
-    With `ONLY` the tile is the first and the last: nothing is there to be rescaled.
+    With `ONLY` the tile is the only one, so nothing is rescaled.
     """
     new_top = tl.maximum(top, tl.max(scores, 1))
-    # a row that has seen nothing yet subtracts 0
+    # a row without a visible key so far subtracts 0
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - shift[:, None])
     tile_total = tl.sum(weights, 1)
@@ -97,7 +97,7 @@ def softmax_step(
 
 @triton.jit
 def softmax_end(top, total, mixed, keep_scale):
-    """Output [M, BLOCK_D] and natural-log lse [M]: 0 and -inf where a row saw nothing."""
+    """Output [M, BLOCK_D] and natural-log lse [M]; 0 and -inf for a fully masked row."""
     seen = total > 0.0
     some = tl.where(seen, total, 1.0)
     factor = tl.where(seen, keep_scale / some, 0.0)
@@ -107,7 +107,7 @@ def softmax_end(top, total, mixed, keep_scale):
 
 @triton.jit
 def load_lse(ptr, offsets, there):
-    """The lse in base 2; 0, which nothing comes of, where a row saw nothing."""
+    """The lse in base 2; 0 for a fully masked row, where it has no effect."""
     lse = tl.load(ptr + offsets, mask=there, other=0.0)
     return tl.where(lse == float("-inf"), 0.0, lse * 1.4426950408889634)
 
@@ -130,7 +130,7 @@ def gradient_tile(
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Weights after dropout, and gradients of scores without their scale, [M, N] in data's type.
+    """Weights after dropout, and score gradients without the scale factor, [M, N], data's dtype.
 
     `lse` is in base 2; `delta` is the product of output and its gradient, row by row.
     """

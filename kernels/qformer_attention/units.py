@@ -1,8 +1,8 @@
 """Triton functions that find the rows and keys of a unit of self-attention.
 
 A unit is a block (its queries, and the BIDIRECTIONAL text that they see) or a text of another kind.
-Its rows and keys are numbered by place: queries 0..Q-1, text Q and on. That is the column of the
-dropout mask, and `c <= r` is the causal mask as it stands.
+Its rows and keys are numbered by place: queries 0..Q-1, text from Q on. The place of a key is its
+column in the dropout mask, and `c <= r` is the causal mask.
 """
 
 # mypy: allow-untyped-defs
@@ -32,13 +32,13 @@ def find_unit(
     Q,
     HAS_BIDIRECTIONAL: tl.constexpr,
 ):
-    """Unit 0..N-1 is a block, the rest are texts.
+    """Find a unit: units 0..N-1 are blocks, the rest are texts.
 
     Returns:
         `(block, text_row, first_row, first_key, end, kind)`: the block whose queries are seen,
-        where the text starts in the token buffer, the first place that is a row, the first that is
-        a key, the end of both; a block's kind is BIDIRECTIONAL, code 1. A BIDIRECTIONAL text has no
-        rows: they are its block's.
+        the text's first row in the token buffer, the first place that is a row, the first that is
+        a key, and the end of both; a block's kind is BIDIRECTIONAL, code 1. A BIDIRECTIONAL text
+        has no rows of its own: they belong to its block.
     """
     is_text = unit >= N
     text = unit - N

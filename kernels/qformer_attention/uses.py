@@ -1,8 +1,8 @@
-"""Triton functions that find who reads an image, and its keys: cross-attention.
+"""Triton functions that find the rows and keys of an image in cross-attention.
 
-The rows of all the blocks that read an image stand one after the other, `offsets[image] * Q` and
-on, in the order of `order`: an image's keys then serve them together. Shapes: N blocks, B images,
-Q queries, S image tokens.
+The rows of all blocks that read an image are numbered consecutively from `offsets[image] * Q`, in
+the order of `order`, so that one load of an image's keys serves them all. Shapes: N blocks,
+B images, Q queries, S image tokens.
 """
 
 # mypy: allow-untyped-defs
@@ -16,7 +16,7 @@ from blip2fast.kernels.qformer_attention.tiles import gradient_tile, load_rows, 
 
 @triton.jit
 def rows_of_image(image, offsets_ptr, Q, HAS_INDEX: tl.constexpr):
-    """The first and the end of an image's rows; without an index block i reads image i."""
+    """Start and end of an image's rows; without an index, block i reads image i."""
     if HAS_INDEX:
         first = tl.load(offsets_ptr + image) * Q
         end = tl.load(offsets_ptr + image + 1) * Q
@@ -39,12 +39,12 @@ def find_chunk(
     HAS_INDEX: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Which image's rows a chunk has: `(image, first, end of the image's rows)`.
+    """The image and rows of a chunk: `(image, first, end of the image's rows)`.
 
-    Chunks 0..B-1 are the first BLOCK_M rows of each image. Of further chunks, at most one starts in
-    any window of BLOCK_M rows, because chunks of an image are that far apart and the first of an
-    image is not among them: chunk B + j is the one that starts in window j, and empty if none does.
-    INTERLEAVED, images and windows take turns in proportion to how many there are of each.
+    Chunks 0..B-1 are the first BLOCK_M rows of each image. At most one further chunk starts in any
+    window of BLOCK_M rows, because chunks of an image are that far apart and an image's first chunk
+    is not among them: chunk B + j is the one that starts in window j, and is empty if none does.
+    With INTERLEAVED, images and windows alternate in proportion to their numbers.
     """
     if HAS_INDEX:
         own = chunk < B
@@ -77,7 +77,7 @@ def find_chunk(
 
 @triton.jit
 def place_rows(first, end, order_ptr, Q, BLOCK_M: tl.constexpr, HAS_INDEX: tl.constexpr):
-    """BLOCK_M rows: which are there, their block, query, and `block * Q + query`, all int64."""
+    """BLOCK_M rows: which are valid, their block, query, and `block * Q + query`, all int64."""
     position = first + tl.arange(0, BLOCK_M)
     there = position < end
     block = position // Q
@@ -106,9 +106,9 @@ def load_keys(
     HAS_MASK: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
-    """Keys and values of an image's tokens, [BLOCK_N, BLOCK_D] each, and which are there.
+    """Keys and values of an image's tokens, [BLOCK_N, BLOCK_D] each, and which are visible.
 
-    With `BOUNDED` no token is past the last.
+    With `BOUNDED` no token is out of range.
     """
     key = first_key + tl.arange(0, BLOCK_N)
     there = tl.full([BLOCK_N], True, tl.int1)
@@ -137,7 +137,7 @@ def store_key_gradients(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dk and dv [BLOCK_N, BLOCK_D] of an image's tokens, to dkv [B, S, 2, H, D]."""
+    """Store dk and dv [BLOCK_N, BLOCK_D] of an image's tokens to dkv [B, S, 2, H, D]."""
     key = first_key + tl.arange(0, dk.shape[0])
     at = ((image.to(tl.int64) * S + key) * 2 * H + head) * D
     store_rows(dkv_ptr, at, dk, key < S, D, BLOCK_D)
@@ -176,7 +176,7 @@ def gradients_of_keys(
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq without its scale, with this tile of keys added; with STORE write the keys' dk and dv."""
+    """Add this tile of keys to dq (without its scale); with STORE, also write their dk and dv."""
     k, v, key_there = load_keys(
         kv_ptr,
         key_mask_ptr,

@@ -44,19 +44,18 @@ Side = tuple[Tensor, Tensor]
 
 
 class ITCOutput(NamedTuple):
-    """The contrastive loss of this rank's b pairs, and what its sweep gives besides.
+    """The contrastive loss of this rank's b pairs, and the sweep's other results.
 
     Attributes:
         loss: Scalar, fp32 (fp64 for fp64 features); only it carries a gradient.
-        lse_i2t, lse_t2i: `[b]`, log-sum-exp of the similarities over temperature of image i with
-            all texts, and of text i with all images.
-        negative_image: `[b]` int64, for text i an image to tell it from, as an index into the
-            batch of all ranks; drawn from the softmax of the text's row without its positives.
-        negative_text: `[b]` int64, likewise for image i a text, from the image's row.
-        accuracy_i2t, accuracy_t2i: Scalars, share of rows whose best column is a positive.
-        without_negative: `[b]` bool, true where a row has no negative to draw (every pair of the
-            batch is a positive of it; or its similarities are not numbers, and then neither is the
-            loss); an index is then -1.
+        lse_i2t, lse_t2i: `[b]`, log-sum-exp of `similarity / temp` of image i with all texts, and
+            of text i with all images.
+        negative_image: `[b]` int64, the hard negative image of text i, as an index into the global
+            batch; sampled from the softmax over the text's row, positives excluded.
+        negative_text: `[b]` int64, the hard negative text of image i, sampled from the image's row.
+        accuracy_i2t, accuracy_t2i: Scalars, fraction of rows whose top match is a positive.
+        without_negative: `[b]` bool, true for a row without a negative (the whole batch is
+            positive, or its similarities are NaN, and then so is the loss); its index is -1.
     """
 
     loss: Tensor
@@ -86,46 +85,46 @@ def itc_loss(
     products: torch.dtype | None = None,
     impl: str = "auto",
 ) -> ITCOutput:
-    """Cross-entropy both ways over the pairs of all ranks, averaged, and one negative a row.
+    """Symmetric cross-entropy over the global batch, and one hard negative per row.
 
     `sim = einsum("iqd,jd->ijq", image_features, all_text_features).amax(-1) / temp` and, on one
     rank without image ids, `(cross_entropy(sim, eye, s) + cross_entropy(sim.T, eye, s)) / 2`,
-    without `[b, N, Q]`, and without `[b, N]` above `save_budget_bytes`. Image features never leave
-    their rank: texts are gathered, and what a text's row needs of each rank's images is a few
-    numbers, merged through log-sum-exp.
+    without materialising `[b, N, Q]`, or `[b, N]` above `save_budget_bytes`. Image features never
+    leave their rank: texts are gathered, and a text's row needs only a few statistics of each
+    rank's images, merged through log-sum-exp.
 
-    Every rank of the group must call it, with the same b, and with the same options.
+    Every rank of the group must call it, with the same b and the same options.
 
     Args:
         image_features: `[b, Q, D]`, normalised over D; fp16, bf16, fp32 or fp64.
         text_features: `[b, D]`, likewise, of the same type.
-        temp: Scalar temperature above 0, learned: it gets a gradient. In a job of several ranks
-            that is this rank's part of the sum of all ranks' losses.
+        temp: Scalar temperature above 0; it gets a gradient. With several ranks, that is this
+            rank's part of the gradient of the summed loss.
         label_smoothing: s, 0 to 1: a target is `(1 - s) * positives / count + s / N`.
-        image_ids: `[b]` integers; pairs of equal id are positives of one another.
+        image_ids: `[b]` integers; pairs with the same id are positives of each other.
         group: The ranks whose pairs are each other's negatives; None: all.
-        grad_mode: `"local"`: what was gathered carries no gradient (LAVIS): an image's gradient
-            comes from its own row and a text's from its own. `"full"`: from all.
+        grad_mode: `"local"`: gathered features carry no gradient (as in LAVIS), so an image or a
+            text gets its gradient from its own row alone. `"full"`: from all rows.
         negatives: `"sample"`, or `"none"`: indices are then -1 and `without_negative` true.
         generator: Draws the seed of the negatives; by default the device's own.
-        philox: `[2]` int64 seed and offset (`ops.philox.philox_state`) instead: the negatives are
-            then a function of it and of the features, the same on every backend but for ties of
-            rounding, and the same on any number of ranks that pass the same one.
+        philox: `[2]` int64 seed and offset (`ops.philox.philox_state`), instead of `generator`.
+            Negatives then depend only on it and on the features: they are the same on every
+            backend, up to rounding ties, and on any number of ranks that pass the same state.
         legacy_epsilon: Add this to every negative's softmax weight; the first LAVIS release: 1e-4.
-        save_budget_bytes: Keep similarities and queries for the backward pass (5 bytes a pair) if
-            they fit, otherwise compute them again.
-        products: Round fp32 features to this type, fp16 or bf16, before they are multiplied, and
-            gradients back to fp32. Normalised features lose nothing in fp16 that TF32 products
-            would keep: both have ten bits of mantissa, and no element is above 1. None: as given.
+        save_budget_bytes: Save similarities and query indices for the backward pass (5 bytes a
+            pair) if they fit this budget; otherwise recompute them.
+        products: Cast fp32 features to this dtype, fp16 or bf16, before the matmul, and gradients
+            back to fp32. For normalised features fp16 is as precise as TF32: both have ten bits of
+            mantissa, and no element is above 1. None: no cast.
         impl: `"auto"`, `"reference"`, `"chunked"`, `"triton"` or `"cuda"`.
 
     Returns:
         An `ITCOutput`.
 
     Raises:
-        ValueError: a shape, type, device or option does not fit; or negatives are to be drawn from
-            a batch of 1 pair. Rows without one because of their ids are no error, on any device.
-        NotImplementedError: the backend asked for does not run this; says why.
+        ValueError: a shape, type, device or option does not fit; or negatives are requested from a
+            batch of 1 pair. A row whose ids leave it no negative is not an error, on any device.
+        NotImplementedError: the requested backend does not support the call; says why.
     """
     _check_features(image_features, text_features, temp, image_ids, philox)
     _check_options(label_smoothing, grad_mode, negatives, legacy_epsilon, philox, generator)
@@ -149,7 +148,7 @@ def itc_loss(
     impl = choose("itc_loss", BACKENDS, call, impl)
     row_ids = column_ids = None
     if image_ids is not None:
-        # kernels read ids one after the other
+        # kernels read ids with stride 1
         row_ids = image_ids.to(torch.int64).contiguous()
         column_ids = gather_detached(row_ids, group)
     sampling = negatives == "sample"
@@ -163,7 +162,7 @@ def itc_loss(
         x.requires_grad for x in (image_features, text_features, temp)
     )
     pair_bytes = dtype.itemsize + index_dtype(Q).itemsize
-    # an exported graph serves every size: it cannot ask whether one fits
+    # an exported graph has symbolic sizes: it cannot test whether they fit
     save = learning and not torch.compiler.is_exporting()
     rows, columns, row_index, column_index, _, _ = torch.ops.blip2fast.itc_sweep(
         image_features,
@@ -202,12 +201,12 @@ def itc_loss(
 def _gather_texts(text: Tensor, group: ProcessGroup | None) -> Tensor:
     if world_size(group) == 1:
         return text
-    # ranks add up their parts of a text's gradient: in fp32
+    # the parts of a text's gradient are summed across ranks, in fp32
     return gather_with_grad(text.to(wide_dtype(text.dtype)), group).to(text.dtype)
 
 
 def _merge_ranks(columns: Side, group: ProcessGroup | None) -> Side:
-    """Statistics of this rank's b texts over all images, from every rank's over its own images."""
+    """Merge each rank's partial statistics into those of this rank's b texts over all images."""
     ranks = world_size(group)
     if ranks == 1:
         return columns
@@ -226,13 +225,13 @@ def _cross_entropy(values: Tensor, smoothing: float, N: int) -> Tensor:
 def _negatives(
     sides: tuple[Side, Side], philox: Tensor | None, N: int, first: int, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """For each row and for each column of this rank, the negative drawn."""
+    """The sampled negative of each row and of each column of this rank."""
     drawn = [index[NEGATIVE_INDEX] for _, index in sides]
     if epsilon > 0 and philox is not None:
         values = sides[0][0]
         coins = noise.coins(philox, first, values.shape[1], values.dtype)
         for k, (values, index) in enumerate(sides):
-            # softmax + epsilon is a mixture: of the softmax's negatives, and of all alike
+            # softmax + epsilon is a mixture of the softmax and a uniform distribution
             from_softmax = -torch.expm1(values[POSITIVE_LSE] - values[LSE])
             alike = epsilon * (N - values[POSITIVE_COUNT])
             kept = coins[k] * (from_softmax + alike) < from_softmax
@@ -329,15 +328,15 @@ def _check_products(products: torch.dtype | None, features: Tensor) -> None:
 def itc_loss_and_grads(
     image_features: Tensor, text_features: Tensor, temp: Tensor, **options: object
 ) -> tuple[ITCOutput, Tensor, Tensor, Tensor]:
-    """Loss and its gradients with respect to the features, from one call.
+    """The loss and its gradients with respect to the features, in one call.
 
-    For batches larger than the encoders' memory: encode in chunks without gradient, call this on
-    all features, then encode each chunk again and call `features.backward(gradient)` on it (Gao et
+    For batches that do not fit the encoders' memory: encode in chunks under `no_grad`, call this
+    on all features, then re-encode each chunk and call `features.backward(gradient)` (Gao et
     al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
 
     Args:
-        image_features, text_features, temp: As for `itc_loss`; graphs behind them are not
-            followed.
+        image_features, text_features, temp: As for `itc_loss`; treated as leaves, so nothing is
+            backpropagated past them.
         options: As for `itc_loss`.
 
     Returns:
@@ -352,11 +351,11 @@ def itc_loss_and_grads(
 
 
 class ITCLoss(nn.Module):
-    """`itc_loss` with a temperature of its own.
+    """`itc_loss` with a learned temperature.
 
     Args:
         label_smoothing, grad_mode, impl: As for `itc_loss`.
-        initial_temp: Where the learned temperature starts.
+        initial_temp: Initial value of the learned temperature.
 
     Attributes:
         temp: Scalar parameter, fp32.

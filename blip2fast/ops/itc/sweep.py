@@ -1,6 +1,6 @@
-"""The ITC sweep as a PyTorch op: one look at all pairs, by the backend that is named.
+"""The ITC sweep as a PyTorch op: one pass over all pairs, on a named backend.
 
-`kernels/itc/interface.py` says what goes in and comes out; `ops/itc/loss.py` makes the loss of it.
+`kernels/itc/interface.py` defines its inputs and outputs; `ops/itc/loss.py` computes the loss.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WHY_NO_CUDA = why_not("itc_sweep")
 
 
 def _kernel_reasons(call: ITCCall) -> list[str]:
-    """What no hand-written kernel runs."""
+    """Why none of the hand-written kernels can run the call."""
     reasons = []
     if call.legacy_epsilon:
         reasons.append(f"legacy_epsilon {call.legacy_epsilon}: only 0")
@@ -94,7 +94,7 @@ torch.library.define(
 def _backend(impl: str) -> Any:
     """The functions `sweep` and `sweep_grad` of a backend."""
     if impl == "triton":
-        # imported on use: Triton is optional
+        # imported on first use: Triton is optional
         from blip2fast.kernels.itc import backward, forward
 
         return SimpleNamespace(sweep=forward.sweep, sweep_grad=backward.sweep_grad)
@@ -214,7 +214,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     image, text, temp, row_ids, column_ids, _, ctx.first_row, ctx.local, *_ = inputs
     ctx.products, ctx.impl = inputs[-2:]
     swept = Sweep(*output)
-    # zeros for the gradient of `sim` would be as large as all pairs
+    # a zero gradient materialised for `sim` would be [M, N]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(image, text, temp, row_ids, column_ids, *swept)
 
@@ -232,8 +232,8 @@ def _backward(
     image, text = _rounded(image, ctx.products), _rounded(text, ctx.products)
     scale = None
     if image.dtype.itemsize == 2:
-        # a pair's gradient is about 1 / N^2, which 16 bits do not hold: brought near 1 by a power
-        # of two, which rounds nothing, and back in fp32
+        # a pair's gradient is about 1 / N^2, which underflows in 16 bits: scale it near 1 by a
+        # power of two, which is exact, and scale back in fp32
         most = torch.maximum(row_weight.abs().amax(), column_weight.abs().amax())
         scale = torch.where(most > 0, most / torch.frexp(most).mantissa, 1.0)
         row_weight, column_weight = row_weight / scale, column_weight / scale

@@ -1,6 +1,6 @@
-"""The Q-Former's attentions: self-attention of a token buffer, and queries to image tokens.
+"""The Q-Former's attentions: self-attention over a token buffer, and cross-attention to images.
 
-Masks are computed from indices, scores are not kept, and a gradient adds up in a fixed order.
+Masks are computed from indices, scores are not stored, and gradients are summed in a fixed order.
 Shapes: R rows of the token buffer, N query blocks, Q queries, B images, S image tokens, H heads,
 D head width.
 """
@@ -61,11 +61,11 @@ def qformer_attention(
     impl: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Self-attention of queries and packed texts, every text under a mask of its own.
+    """Self-attention of queries and packed texts, each text with its own mask kind.
 
-    A block's Q queries see each other; a text sees itself; the rest is the text's kind (arXiv
-    2301.12597, Figure 2; `q` a query of the block that the text goes with, `t` a text token, `#`
-    seen)::
+    A block's Q queries see each other, and a text sees itself; the mask kind of the text decides
+    the rest (arXiv 2301.12597, Figure 2; `q` is a query of the text's block, `t` a text token, `#`
+    visible)::
 
         UNIMODAL            BIDIRECTIONAL       MULTIMODAL_CAUSAL
              q q t t t           q q t t t           q q t t t
@@ -81,13 +81,13 @@ def qformer_attention(
 
     Args:
         qkv: `[R, 3, H, D]`: queries, keys and values of every row of the token buffer, first the
-            blocks, then the texts; fp16, bf16, fp32 or fp64. Rows may have any stride; of the
-            rest the kernels want D contiguous.
-        layout: Which rows are whose, and the kind of each text.
+            blocks, then the texts; fp16, bf16, fp32 or fp64. Rows may have any stride; the
+            kernels need D contiguous.
+        layout: The rows of each block and text, and the mask kind of each text.
         scale: Factor of the scores; by default `D ** -0.5`.
         dropout_p: Probability of dropping an attention weight, 0 to below 1.
         philox: `[2]` int64 seed and offset of the dropout mask (`ops.philox.philox_state`), a
-            different offset for each layer; needed where `dropout_p` is above 0.
+            different offset for each layer; required if `dropout_p` is above 0.
         impl: `"auto"`, `"cuda"`, `"triton"`, `"xformers"`, `"sdpa"` or `"reference"`.
         return_lse: Also return the log-sum-exp of every row's scores.
 
@@ -97,7 +97,7 @@ def qformer_attention(
 
     Raises:
         ValueError: a shape, type, device or option does not fit.
-        NotImplementedError: the backend asked for does not run this; says why.
+        NotImplementedError: the requested backend does not support the call; says why.
     """
     check_self(qkv, layout)
     check_dropout(dropout_p, philox, qkv)
@@ -180,10 +180,10 @@ def qformer_cross_attention(
     impl: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of query blocks to the tokens of images, several blocks to one image if need be.
+    """Cross-attention of query blocks to image tokens; several blocks may share an image.
 
-    Block i reads image `kv_index[i]`, so an image that is the positive of one pair and the
-    negative of others is projected to keys and values once::
+    Block i attends to image `kv_index[i]`, so an image that is the positive of one pair and a
+    negative of others is projected to keys and values only once::
 
         kv_index = [0, 1, 2, 1]      image 0   image 1   image 2
                           block 0       #         .         .
@@ -191,19 +191,19 @@ def qformer_cross_attention(
                           block 2       .         .         #
                           block 3       .         #         .
 
-    The same, for N blocks: `k, v = kv[kv_index].unbind(2)`, then
+    Equivalent to `k, v = kv[kv_index].unbind(2)`, then
     `F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask[kv_index][:, None, None])` with H
-    and Q, S transposed. A row that sees no key gives 0, an lse of -inf and no gradient; an image
-    that nobody reads gets a gradient of 0.
+    and Q, S transposed. A fully masked row gives 0, an lse of -inf and no gradient; an image that
+    no block reads gets a gradient of 0.
 
     Args:
         q: `[N, Q, H, D]`, or `[1, Q, H, D]`: the same queries for every block; fp16, bf16, fp32
             or fp64.
         kv: `[B, S, 2, H, D]`, keys and values of the same type; any strides with D contiguous,
             such as `merged[:, :, layer]` of a `[B, S, layers, 2, H, D]` projection.
-        kv_index: `[N]` integers, the image that each block reads, best as a `KVIndex`, which is
-            built once for all layers; by default N = B and block i reads image i.
-        key_lengths: `[B]` integers: only the first tokens of an image are real; or
+        kv_index: `[N]` integers, the image that each block reads, preferably a `KVIndex` built
+            once for all layers; by default N = B and block i reads image i.
+        key_lengths: `[B]` integers, number of real tokens at the start of each image; or
         key_mask: `[B, S]` bool, true where an image token is real.
         scale, dropout_p, philox, impl, return_lse: As in `qformer_attention`.
 
@@ -212,9 +212,9 @@ def qformer_cross_attention(
         fp64) and without gradient.
 
     Raises:
-        ValueError: a shape, type, device or option does not fit, or (looked at on the CPU only)
-            an index names no image.
-        NotImplementedError: the backend asked for does not run this; says why.
+        ValueError: a shape, type, device or option does not fit, or an index is out of range
+            (checked on the CPU only).
+        NotImplementedError: the requested backend does not support the call; says why.
     """
     index = build_index(kv_index, kv)
     N = check_cross(q, kv, index, key_lengths, key_mask)
@@ -265,18 +265,19 @@ def qformer_cross_attention(
 def _is_one_call(
     q: Tensor, kv: Tensor, index: KVIndex | None, key_mask: Tensor | None, dropout_p: float
 ) -> bool:
-    """Whether this is what PyTorch's function computes, its gradient included."""
+    """Whether one call of PyTorch's attention computes this, gradient included."""
     if index is not None or key_mask is not None or dropout_p > 0:
         return False
     if q.numel() == 0 or kv.numel() == 0:
         return False
     if not (torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad)):
         return True
-    # on few keys our gradient is quicker and closer; on shared queries it is summed unrounded
+    # with few keys our gradient is faster and more accurate; with shared queries it is summed
+    # before rounding
     return q.shape[0] == kv.shape[0] and kv.shape[1] >= WIDEN_BELOW_KEYS
 
 
 def _runs_at_once(x: Tensor) -> bool:
-    """Whether nobody traces or differentiates what follows: an operator then has no use."""
+    """Whether the call is neither traced nor differentiated, so no custom operator is needed."""
     untraced = type(x) is Tensor and not torch.compiler.is_compiling()
     return untraced and not (torch.is_grad_enabled() and x.requires_grad)

@@ -28,7 +28,7 @@ WHY_NO_CUDA = why_not("qformer_cross_attention_fwd") or why_not("qformer_cross_a
 
 
 def _kernel_reasons(call: AttentionCall) -> list[str]:
-    """What no hand-written kernel runs."""
+    """Why none of the hand-written kernels can run the call."""
     reasons = []
     if not MIN_WIDTH <= call.width <= MAX_WIDTH:
         reasons.append(f"head width {call.width}: only {MIN_WIDTH} to {MAX_WIDTH}")

@@ -1,4 +1,4 @@
-"""Checks of what users pass to the Q-Former's attentions."""
+"""Validation of the arguments of the Q-Former's attentions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blip2fast.ops.checks import FLOATS, check_device, describe
 
 
 def check_self(qkv: Tensor, layout: AttentionLayout) -> None:
-    """Raise `ValueError` where `qkv` does not fit `layout`."""
+    """Raise `ValueError` unless `qkv` fits `layout`."""
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv: expected [R, 3, H, D], got shape {list(qkv.shape)}")
     _check_float("qkv", qkv)
@@ -30,7 +30,7 @@ def check_cross(
     key_lengths: Tensor | None,
     key_mask: Tensor | None,
 ) -> int:
-    """Raise `ValueError` where the inputs do not fit together; the number of blocks N."""
+    """Raise `ValueError` unless the inputs fit together; returns the number of blocks N."""
     if q.dim() != 4:
         raise ValueError(f"q: expected [N, Q, H, D], got shape {list(q.shape)}")
     if kv.dim() != 5 or kv.shape[2] != 2 or kv.shape[3:] != q.shape[2:]:
@@ -76,7 +76,7 @@ def check_cross(
 
 
 def build_index(kv_index: KVIndex | Tensor | None, kv: Tensor) -> KVIndex | None:
-    """The `KVIndex` of what a user passed."""
+    """The `kv_index` argument as a `KVIndex`."""
     if kv_index is None or isinstance(kv_index, KVIndex):
         return kv_index
     if kv_index.is_floating_point() or kv_index.dtype == torch.bool:

@@ -1,7 +1,7 @@
-"""The Q-Former's attentions as operators of PyTorch: schema, fake, autograd.
+"""The Q-Former's attentions as PyTorch custom operators: schema, fake, autograd.
 
-One boundary forward and one backward; a layout crosses it as its tensors and integers. Saved for
-the backward pass: the inputs, the output and the lse.
+One operator for the forward and one for the backward pass; a layout is passed as its tensors and
+integers. Saved for the backward pass: the inputs, the output and the lse.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _backend(impl: str) -> Any:
     if impl == "sdpa":
         own, cross = (self_attention, self_attention), (cross_attention, cross_attention)
     else:
-        # imported on use: Triton is optional
+        # imported on first use: Triton is optional
         from blip2fast.kernels.qformer_attention import (
             backward,
             cross_backward,

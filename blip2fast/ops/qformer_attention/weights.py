@@ -1,7 +1,7 @@
-"""Attention weights and dropout masks written out: for pictures and tests, layer by layer.
+"""Attention weights and dropout masks as dense tensors, for visualisation and tests.
 
-The ops keep neither; this computes them again from what the ops were given. Shapes: R rows of the
-token buffer, N query blocks, Q queries, B images, S image tokens, H heads, D head width.
+The ops store neither; they are recomputed here from the ops' inputs. Shapes: R rows of the token
+buffer, N query blocks, Q queries, B images, S image tokens, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def attention_weights(
 
     Args:
         qkv: `[R, 3, H, D]`.
-        layout: Which rows are whose, and the kind of each text.
+        layout: The rows of each block and text, and the mask kind of each text.
         scale: Factor of the scores; by default `D ** -0.5`.
 
     Returns:
@@ -57,7 +57,7 @@ def cross_attention_weights(
         q, kv, kv_index, key_lengths, key_mask, scale: As in `qformer_cross_attention`.
 
     Returns:
-        `[N, H, Q, S]`, fp32 or fp64; all 0 in a row that sees nothing.
+        `[N, H, Q, S]`, fp32 or fp64; a fully masked row is all 0.
 
     Raises:
         ValueError: a shape, type or device does not fit.
@@ -77,19 +77,19 @@ def cross_attention_weights(
 def attention_keep_mask(
     layout: AttentionLayout, heads: int, philox: Tensor, dropout_p: float
 ) -> Tensor:
-    """The weights of `qformer_attention` that dropout keeps.
+    """The dropout mask of `qformer_attention`: which weights are kept.
 
     Args:
-        layout: As the op was given.
+        layout: As passed to the op.
         heads: H.
         philox: `[2]` int64, seed and offset.
         dropout_p: Probability of dropping.
 
     Returns:
-        `[H, R, R]` bool; means nothing where a row does not see a column.
+        `[H, R, R]` bool; undefined where a row does not see a column.
 
     Raises:
-        ValueError: `philox` or `dropout_p` is not what a mask is made of.
+        ValueError: `philox` or `dropout_p` is invalid.
     """
     check_dropout(dropout_p, philox, layout.kinds)
     return reference.self_attention_keep(layout, heads, philox, dropout_p)
@@ -98,7 +98,7 @@ def attention_keep_mask(
 def cross_attention_keep_mask(
     shape: tuple[int, int, int, int], philox: Tensor, dropout_p: float
 ) -> Tensor:
-    """The weights of `qformer_cross_attention` that dropout keeps.
+    """The dropout mask of `qformer_cross_attention`: which weights are kept.
 
     Args:
         shape: `(N, H, Q, S)`.
@@ -109,7 +109,7 @@ def cross_attention_keep_mask(
         `[N, H, Q, S]` bool.
 
     Raises:
-        ValueError: `philox` or `dropout_p` is not what a mask is made of.
+        ValueError: `philox` or `dropout_p` is invalid.
     """
     check_dropout(dropout_p, philox, philox)
     N, H, Q, S = shape

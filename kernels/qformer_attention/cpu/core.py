@@ -1,6 +1,6 @@
 """Padded attention problems on a CPU, forward and backward.
 
-Without dropout PyTorch's flash kernel; with it explicit weights, in pieces that stay in a cache.
+Without dropout, PyTorch's flash kernel; with dropout, explicit weights in cache-sized pieces.
 Shapes: m problems of L rows and M keys, H heads, D head width.
 """
 
@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 
 # a call costs about 50 us, and a core does 20 GFLOP/s: measured, torch 2.13, one core
 WORTH_A_CALL_FLOP = 4e6
-# what one core gathers or converts at once
+# elements that one core gathers or converts at once
 CHUNK_ELEMENTS = 1 << 21
 # PyTorch's backward in 16 bits is slower than in fp32 up to this many keys, and less exact:
 # 16 x 12 heads of 64 x 64 took 70 ms in bf16, 21 in fp32 (torch 2.13, one core)
@@ -30,13 +30,13 @@ _PIECE_ELEMENTS = 1 << 19
 
 
 class Dropout(NamedTuple):
-    """Where a problem's dropout mask is in the numbering of the whole op.
+    """Dropout of padded problems, with their positions in the op's mask.
 
     Attributes:
         philox: `[2]` int64, seed and offset.
         p: Probability of dropping.
-        rows: `[m, L]` int64, the number of each row.
-        first_column: The number of key 0.
+        rows: `[m, L]` int64, mask row of each row.
+        first_column: Mask column of key 0.
     """
 
     philox: Tensor
@@ -48,7 +48,7 @@ class Dropout(NamedTuple):
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention in which every row sees something.
+    """Softmax attention; every row must see at least one key.
 
     Args:
         q: `[m, L, H, D]`, any strides with D contiguous, like `k` and `v`.
@@ -58,7 +58,7 @@ def attend(
         dropout: The mask of the weights, or None.
 
     Returns:
-        `(output [m, L, H, D], lse [m, L, H])`, in fp32 or wider where that is what was computed.
+        `(output [m, L, H, D], lse [m, L, H])`, in fp32 or wider if computed that way.
     """
     if dropout is not None:
         q, k, v = _widen(q, k, v)
@@ -195,14 +195,14 @@ def _explicit_backward(
 
 
 def even_pieces(count: int, most: int) -> Iterator[slice]:
-    """Slices of `count` things, as few as hold at most `most` each, and about equally many."""
+    """Split `count` items into the fewest slices of at most `most`, of about equal size."""
     pieces = -(-count // max(1, most))
     for piece in range(pieces):
         yield slice(piece * count // pieces, (piece + 1) * count // pieces)
 
 
 def run_of(indices: Ints) -> slice | None:
-    """The slice that takes what `indices` do, where they are consecutive."""
+    """The slice equivalent to `indices` if they are consecutive, or None."""
     flat = indices.ravel()
     first, last = int(flat[0]), int(flat[-1])
     if last - first == len(flat) - 1 and (flat[1:] - flat[:-1] == 1).all():
@@ -211,13 +211,13 @@ def run_of(indices: Ints) -> slice | None:
 
 
 def pick(x: Tensor, indices: Ints) -> Tensor:
-    """`x[indices.ravel()]`, a view where they are consecutive."""
+    """`x[indices.ravel()]`; a view if the indices are consecutive."""
     run = run_of(indices)
     return x.index_select(0, torch.from_numpy(indices.ravel())) if run is None else x[run]
 
 
 def put(x: Tensor, indices: Ints, values: Tensor) -> None:
-    """`x[indices.ravel()] = values`, by one copy where they are consecutive."""
+    """`x[indices.ravel()] = values`; one copy if the indices are consecutive."""
     run = run_of(indices)
     if run is None:
         x[torch.from_numpy(indices.ravel())] = values.to(x.dtype)

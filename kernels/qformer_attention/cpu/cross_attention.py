@@ -1,7 +1,7 @@
-"""Cross-attention of the backend `sdpa` on a CPU: who reads which image.
+"""Cross-attention of the backend `sdpa` on a CPU, grouped by image.
 
-The uses of an image are folded into the rows of one problem, which reads its keys and values once
-and adds up their gradient. Control flow looks at index tensors, which on a CPU makes nobody wait.
+All blocks that read an image are folded into the rows of one problem, which reads its keys and
+values once and sums their gradient. Control flow reads index tensors; on a CPU that needs no sync.
 
 Shapes: N query blocks, Q queries, B images, S image tokens, H heads, D head width; m images.
 """
@@ -34,7 +34,7 @@ from blip2fast.kernels.qformer_attention.layout import KVIndex
 
 @dataclass(frozen=True)
 class _Uses:
-    """Images that are read equally often, and the blocks that read them.
+    """Images with the same number of readers, and the blocks that read them.
 
     Attributes:
         images: `[m]`.
@@ -48,10 +48,10 @@ class _Uses:
 def _uses(
     index: KVIndex | None, kv: Tensor, flop_per_use: float, converted: bool = False
 ) -> Iterator[_Uses]:
-    """Every block once, in pieces of a size that is worth a call.
+    """Every block once, in pieces large enough to be worth a call.
 
     Args:
-        converted: Whether the keys and values of a piece are copied to another type.
+        converted: Whether the keys and values of a piece are copied to another dtype.
     """
     if index is None:
         images = np.arange(kv.shape[0])
@@ -70,7 +70,7 @@ def _uses(
         if index is None and not converted:
             most = len(group.images)
         elif run_of(group.images) is None and flop_per_use * uses > WORTH_A_CALL_FLOP * threads:
-            # one by one, which copies nothing
+            # one at a time, which needs no copy
             most = 1
         for chosen in even_pieces(len(group.images), most):
             yield _Uses(group.images[chosen], group.blocks[chosen])
@@ -90,19 +90,19 @@ def _unfold(x: Tensor, blocks: Ints, values: Tensor) -> None:
 
 
 def _is_all(uses: _Uses, num_blocks: int) -> bool:
-    """Whether these are all blocks in order, so that results are already where they belong."""
+    """Whether these are all blocks in order, so that results need no scatter."""
     return uses.blocks.shape == (num_blocks, 1) and run_of(uses.blocks) is not None
 
 
 def _key_bias(key_mask: Tensor | None, uses: _Uses) -> tuple[Tensor | None, Tensor | None]:
-    """What hides keys, and which images `[m]` show none; None where nothing is hidden."""
+    """The additive key mask, and which images `[m]` are fully masked; None if nothing is masked."""
     if key_mask is None:
         return None, None
     visible = pick(key_mask, uses.images)
     if visible.all():
         return None, None
     blind = ~visible.any(1)
-    # a blind image is attended to like any other, and its results are then replaced
+    # a fully masked image is computed like any other, and its results are then replaced
     bias = torch.zeros(visible.shape).masked_fill_(~(visible | blind[:, None]), -torch.inf)
     return bias[:, None, None], blind[:, None, None]
 
@@ -161,13 +161,13 @@ def cross_backward(
     """`(dq, dkv [B, S, 2, H, D])`, `dq` of the shape of `q`."""
     N, Q, H, D = out.shape
     S = kv.shape[1]
-    # an image that no block reads gets no gradient
+    # an image that no block reads gets a zero gradient
     all_read = index is None or bool((index.offsets.diff() > 0).all())
     dkv = kv.new_empty(kv.shape) if all_read and out.numel() and S else kv.new_zeros(kv.shape)
     shared = q.shape[0] == 1 and N != 1
     if out.numel() == 0 or S == 0:
         return q.new_zeros(q.shape), dkv
-    # queries that all blocks share add up before they are rounded
+    # the gradient of shared queries is summed before rounding
     dq = q.new_zeros(q.shape, dtype=lse.dtype) if shared else q.new_empty(q.shape)
     converted = dropout_p > 0 or S < WIDEN_BELOW_KEYS
     for uses in _uses(index, kv, 4.0 * Q * S * H * D, converted):

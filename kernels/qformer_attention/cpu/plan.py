@@ -1,7 +1,7 @@
-"""Which calls make up self-attention of the backend `sdpa` on a CPU, and on which rows.
+"""Plans self-attention of the backend `sdpa` on a CPU as padded calls.
 
-Padding costs what it computes, so texts of like length are padded together. Control flow looks at
-index tensors, which on a CPU makes nobody wait. A plan serves all layers of a pass.
+Padding is computed like real rows, so texts of similar length are padded together. Control flow
+reads index tensors; on a CPU that needs no sync. A plan serves all layers of a pass.
 
 Shapes: R rows of the token buffer, N query blocks, Q queries, n texts; m problems of L rows and M
 keys.
@@ -27,8 +27,8 @@ from blip2fast.kernels.qformer_attention.cpu.core import (
 from blip2fast.kernels.qformer_attention.layout import KIND_CODES, AttentionLayout, MaskKind
 
 _MAX_BUCKETS = 8
-# what one core gathers at once; a backward pass, which has four times as much at hand, took a tenth
-# longer in pieces of the forward's size (torch 2.13, two cores, 64 x 64 rows of 12 heads)
+# elements that one core gathers at once; the backward pass, with a working set four times as large,
+# took a tenth longer with the forward's pieces (torch 2.13, two cores, 64 x 64 rows of 12 heads)
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 1 << 21, 1 << 19
 # of the two passes of a step, each way
 _PLANS_KEPT = 4
@@ -40,7 +40,7 @@ class Rows:
 
     Attributes:
         shape: `(m, L)`.
-        index: `[m * L]`, or a slice where they are consecutive.
+        index: `[m * L]`, or a slice if they are consecutive.
     """
 
     shape: tuple[int, int]
@@ -54,7 +54,7 @@ class Rows:
         return cls((m, L), torch.from_numpy(rows.ravel()) if run is None else run)
 
     def take(self, x: Tensor) -> Tensor:
-        """`[m, L, ...]` of `x` `[R, ...]`; a view where rows are consecutive."""
+        """`[m, L, ...]` of `x` `[R, ...]`; a view if the rows are consecutive."""
         index = self.index
         taken = x[index] if isinstance(index, slice) else x.index_select(0, index)
         return taken.unflatten(0, self.shape)
@@ -65,13 +65,13 @@ class Part:
     """One call: m padded problems, whose rows are the last L of their M keys.
 
     Attributes:
-        keys: `[m, M]`; padding names row 0.
-        rows: `[m, L]`; padding names the last row of the token buffer.
-        padding: `[m, L]` bool, which rows are padding; None where none is.
-        bias: Added to scores, fp32 `[m or 1, 1, L or 1, M]`: 0 or -inf; None where all is seen.
-        numbers: `[m, L]` int64, what dropout calls each row.
-        first_column: The first key's place among the keys that dropout numbers.
-        seen_blocks: `[m]`, whose queries the rows see without being among them, or None.
+        keys: `[m, M]`; padding points to row 0.
+        rows: `[m, L]`; padding points to the last row of the token buffer.
+        padding: `[m, L]` bool, which rows are padding; None if none are.
+        bias: Added to scores, fp32 `[m or 1, 1, L or 1, M]`: 0 or -inf; None if all is visible.
+        numbers: `[m, L]` int64, row of the dropout mask for each row.
+        first_column: Column of the dropout mask for the first key.
+        seen_blocks: `[m]`, blocks whose queries are keys but not rows of the call, or None.
     """
 
     keys: Rows
@@ -83,7 +83,7 @@ class Part:
     seen_blocks: Tensor | None
 
     def dropout(self, philox: Tensor | None, p: float) -> Dropout | None:
-        """Where the mask of this call's weights is."""
+        """Dropout of this call's weights, or None."""
         if philox is None or p == 0:
             return None
         return Dropout(philox, p, self.numbers, self.first_column)
@@ -95,20 +95,20 @@ class Plan:
 
     Attributes:
         parts: The calls.
-        order: `[R]`, where each row is among the rows of all parts; None: in its place.
+        order: `[R]`, position of each row in the concatenated parts; None: already in order.
     """
 
     parts: tuple[Part, ...]
     order: Tensor | None
 
     def rows(self) -> int:
-        """Rows of all parts, padding among them."""
+        """Number of rows of all parts, padding included."""
         return sum(part.numbers.numel() for part in self.parts)
 
 
 @dataclass(frozen=True)
 class _Request:
-    """A layout by what its index tensors hold, since every layer brings it anew."""
+    """A layout keyed by the contents of its index tensors, since each layer passes new ones."""
 
     contents: tuple[bytes, ...]
     counts: tuple[int, ...]
@@ -116,12 +116,12 @@ class _Request:
 
 
 def plan_of(layout: AttentionLayout, head_elements: int, gathered: int) -> Plan:
-    """The plan for a pass, kept for the next layer.
+    """The plan for a pass, cached for the next layer.
 
     Args:
         layout: Of the token buffer, on the CPU.
         head_elements: H * D.
-        gathered: How many elements of the token buffer a core takes at once.
+        gathered: Elements of the token buffer that a core gathers at once.
     """
     indices = (layout.cu_seqlens, layout.kinds, layout.blocks, layout.block_text)
     request = _Request(
@@ -151,7 +151,7 @@ def _kept_plan(request: _Request) -> Plan:
     if not groups:
         return Plan((), None)
     R = layout.num_rows
-    # no tensor of a plan may be one of inference mode: a later call may train
+    # a cached plan must hold no inference-mode tensors: a later call may train
     with torch.inference_mode(False):
         rows = np.concatenate([group.rows.ravel() for group in groups])
         order = np.empty(R + 1, np.int64)
@@ -168,10 +168,10 @@ class _Group:
     """m padded problems over the token buffer; their rows are the last L of their M keys.
 
     Attributes:
-        keys: `[m, M]`, rows of the token buffer; padding names row 0.
-        rows: `[m, L]`, rows that are computed; padding names row R, past the buffer's end.
-        lengths: `[m]`, keys that are real.
-        causal: Whether a row sees no key after its own.
+        keys: `[m, M]`, rows of the token buffer; padding points to row 0.
+        rows: `[m, L]`, rows that are computed; padding points to row R, past the buffer's end.
+        lengths: `[m]`, number of real keys.
+        causal: Whether the mask is causal.
         first_column: As in `Part`.
         seen_blocks: As in `Part`.
     """
@@ -184,7 +184,7 @@ class _Group:
     seen_blocks: Ints | None = None
 
     def pieces(self, keys: int) -> Iterator[_Group]:
-        """The same in parts of so many keys."""
+        """Split into groups of at most this many keys, padding included."""
         m, M = self.keys.shape
         for piece in even_pieces(m, keys // M):
             seen = None if self.seen_blocks is None else self.seen_blocks[piece]
@@ -197,7 +197,7 @@ class _Group:
             )
 
     def part(self, num_rows: int) -> Part:
-        """As a call on a token buffer of R rows."""
+        """Convert to a call on a token buffer of R rows."""
         padding = self.rows == num_rows
         return Part(
             Rows.of(self.keys),
@@ -212,7 +212,7 @@ class _Group:
     def _bias(self) -> Tensor | None:
         L, M = self.rows.shape[1], self.keys.shape[1]
         if self.causal:
-            # padding comes last: what is not later than a real row is real
+            # padding comes last: keys up to a real row are real
             return torch.full((1, 1, L, M), -torch.inf).triu_(M - L + 1)
         if (self.lengths == M).all():
             return None
@@ -221,7 +221,7 @@ class _Group:
 
 
 def _groups(layout: AttentionLayout, head_elements: int) -> list[_Group]:
-    """Problems in which every row of the token buffer is a row once."""
+    """Padded problems that together compute every row of the token buffer exactly once."""
     N, Q = layout.num_blocks, layout.num_queries
     if layout.has_bidirectional:
         alone = np.flatnonzero(layout.block_text.numpy() < 0)
@@ -237,7 +237,7 @@ def _groups(layout: AttentionLayout, head_elements: int) -> list[_Group]:
     lengths, kinds = np.diff(starts), layout.kinds.numpy()
     for kind, code in KIND_CODES.items():
         seen = 0 if kind is MaskKind.UNIMODAL else Q
-        # an empty BIDIRECTIONAL text leaves its block's queries to be computed
+        # with an empty BIDIRECTIONAL text, the block's queries still have to be computed
         rows_of_queries = seen > 0 and kind is MaskKind.BIDIRECTIONAL
         chosen = np.flatnonzero((kinds == code) & ((lengths > 0) | rows_of_queries))
         groups += [
@@ -248,7 +248,7 @@ def _groups(layout: AttentionLayout, head_elements: int) -> list[_Group]:
 
 
 def _buckets(lengths: Ints, seen: int, head_elements: int) -> list[Ints]:
-    """Split texts, given their `lengths` `[m]` and the queries that each sees, by length."""
+    """Bucket texts by length, given their `lengths` `[m]` and the queries that each sees."""
     if not len(lengths):
         return []
     by_length = np.argsort(lengths, kind="stable")

@@ -1,4 +1,4 @@
-"""Self-attention of the backend `sdpa` on a CPU: the calls of a plan, and their results in order.
+"""Self-attention of the backend `sdpa` on a CPU: runs a plan's calls and reorders their results.
 
 Shapes: R rows of the token buffer, N query blocks, Q queries, H heads, D head width; m problems of
 L rows and M keys.
@@ -23,8 +23,8 @@ class _Collected:
     """Results of all parts of a plan.
 
     Args:
-        plan: Whose parts come in order.
-        like: Of the type of the results.
+        plan: The plan; its parts are added in order.
+        like: Tensor with the dtype of the results.
         row: Shape of a row.
     """
 
@@ -34,14 +34,14 @@ class _Collected:
         self._end = 0
 
     def add(self, result: Tensor) -> None:
-        """`[m, L, ...]` of the next part; of a part alone it is kept as it is."""
+        """Add the next part's result, `[m, L, ...]`; a single part is stored without a copy."""
         if len(self._plan.parts) == 1:
             self._buffer = result.to(self._like.dtype).flatten(0, 1)
         else:
             self.room(*result.shape[:2]).copy_(result)
 
     def room(self, m: int, L: int) -> Tensor:
-        """`[m, L, ...]` to write the next part to."""
+        """Buffer `[m, L, ...]` for the result of the next part."""
         if self._buffer is None:
             self._buffer = self._like.new_empty(self._plan.rows(), *self._row)
         start, self._end = self._end, self._end + m * L
@@ -89,7 +89,7 @@ def self_backward(
     N, Q = layout.num_blocks, layout.num_queries
     plan = plan_of(layout, H * D, BACKWARD_ELEMENTS)
     collected = _Collected(plan, qkv, (3, H, D))
-    # what queries get from texts that only read them, added up before it is rounded
+    # gradients of queries from texts that only read them, summed before rounding
     seen = None
     for part in plan.parts:
         m, L = part.rows.shape
