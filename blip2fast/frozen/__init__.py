@@ -1,4 +1,4 @@
-"""Frozen image encoders and language models, and their identity."""
+"""Frozen image encoders and language models, and checks of their identity."""
 
 from typing import TYPE_CHECKING
 

@@ -13,9 +13,9 @@ def not_found(what: str, name: object, why: Exception | str = "") -> str:
     """The error message for a model or tokenizer that cannot be loaded.
 
     Args:
-        what: it is, such as "language model", or the configuration key that names it.
+        what: kind of model, such as "language model", or the configuration key that names it.
         name: folder or hub name.
-        why: as transformers says; its first line is quoted.
+        why: transformers' error; its first line is quoted.
     """
     message = (
         f"{what} {str(name)!r}: not found: give a local folder or a hub name that can be reached"
@@ -26,7 +26,8 @@ def not_found(what: str, name: object, why: Exception | str = "") -> str:
 def check_pretrained(key: str, name: str) -> str | None:
     """Why the transformers model or tokenizer `name` cannot be loaded; None if it can be.
 
-    A folder is looked into; any other name is asked of the hub or its local cache.
+    Checks for a config file in a local folder; looks up any other name on the hub or in its local
+    cache.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():

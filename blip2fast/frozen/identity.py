@@ -1,19 +1,20 @@
-"""Identity of frozen models: a trained part must not be used with another one.
+"""Identity of frozen models: a trained part must only be used with the models it was trained with.
 
-A soft prompt is trained for one language model, a Q-Former for the tokens of one image encoder.
-With others of the same width they load without an error, and the output is nonsense.
+Soft prompts are trained for one language model, and a Q-Former for the tokens of one image encoder.
+With other models of the same width they load without an error, and the output is nonsense.
 
-Weights are identified by a digest of samples: of every tensor its shape and 256 of its values, in 8
-runs from its start to its end (all of a smaller one), in the order of the model, equal tensors
-once. Reading these takes a second or two where hashing a hundred gigabytes takes minutes, at every
-start of a run. It distinguishes any two trainings, also fine-tuned copies and merged adapters,
-which change all values of a tensor, and any change of shape or order. It does not detect single
-values that were changed between the samples: it guards against mistakes, not against an attacker or
-a failing disk.
+The identity of the weights is a hash of samples: the shape of every tensor and 256 of its values,
+in 8 runs spread from start to end (all values of a smaller tensor), in model order, equal tensors
+once. Reading the samples takes a second or two at the start of each run; hashing a hundred
+gigabytes would take minutes. The hash distinguishes any two training runs, fine-tuned copies and
+merged adapters (which change all values of a tensor), and any change of shape or order. It does not
+detect changes of single values between the samples: it guards against mistakes, not against an
+attacker or a failing disk.
 
-A model is the same in whatever precision it is loaded or stored, so the samples are hashed once
-as fp32, once rounded to bf16, once to fp16, and two models are the same where one of these agrees.
-Names of tensors and files do not count: they change with versions of transformers and with folders.
+The identity does not depend on the precision that a model is loaded or stored in: the samples are
+hashed as fp32, rounded to bf16 and rounded to fp16, and two models are the same if any of the three
+hashes agrees. Tensor and file names are not hashed: they change with transformers versions and
+folders.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _RUNS, _RUN = 8, 32
-# attributes: the identity noted of a model; on a module whose weights are stored in 8 or 4 bits
+# attribute names: a model's recorded identity; the mark of a module with 8- or 4-bit weights
 _MARK, _ENCODED = "_frozen_identity", "_weights_encoded"
-# What a configuration says beside the function that the model computes.
+# Config keys that do not affect the function that the model computes.
 _NO_MATTER = {
     *("_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype"),
     *("torch_dtype", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
@@ -40,7 +41,7 @@ _NO_MATTER = {
     *("_attn_implementation_autoset", "auto_map", "quantization_config"),
 }
 
-Sample = tuple[tuple[int, ...], Tensor]  # shape of a tensor, and the values sampled of it
+Sample = tuple[tuple[int, ...], Tensor]  # shape of a tensor, and values sampled from it
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ class FrozenIdentity:
     """A frozen model: where it came from, its configuration, and its weights.
 
     Attributes:
-        name: folder or hub name; for messages, two names may be of one model.
-        config: what its configuration says of the function it computes, as `a.b` keys.
-        weights: digests of sampled values (see above), by precision.
-        values: elements of its distinct tensors (all biases of zeros of one shape are one).
+        name: folder or hub name; for messages only, not compared.
+        config: config entries that affect the function it computes, with `a.b` keys.
+        weights: hashes of the sampled values (see above), by precision.
+        values: number of elements in distinct tensors (equal tensors, such as zero biases of one
+            shape, count once).
     """
 
     name: str
@@ -60,13 +62,13 @@ class FrozenIdentity:
     values: int
 
     def same_weights(self, other: FrozenIdentity) -> bool:
-        """Whether the sampled weights agree in some precision."""
+        """Whether the sampled weights agree in any of the precisions."""
         return any(self.weights[p] == other.weights[p] for p in _PRECISIONS)
 
     def differences(self, other: FrozenIdentity) -> list[str]:
-        """What differs, with both values; keys that only one configuration has are passed over.
+        """The differences, with both values. Keys that only one config has are ignored.
 
-        transformers adds and removes keys with its versions.
+        Versions of transformers add and remove config keys.
         """
         found = [
             f"{key} is {self.config[key]!r} there, {other.config[key]!r} here"
@@ -89,16 +91,17 @@ def refuse_other(
     source: str,
     remedy: str,
 ) -> None:
-    """Refuse a frozen model that a trained one was not trained with.
+    """Refuse a frozen model other than the one used in training.
 
     Args:
-        part: what it is, such as "language model".
-        trained_with, given: None: not known, and nothing is refused.
-        source: where the trained model is.
+        part: kind of model, such as "language model".
+        trained_with, given: identities to compare; if either is None (unknown), the check is
+            skipped.
+        source: location of the trained model.
         remedy: what the caller can do, a sentence.
 
     Raises:
-        ValueError: both are named, with what differs.
+        ValueError: names both models and their differences.
     """
     if trained_with is None or given is None:
         return
@@ -115,9 +118,9 @@ def identify(name: str, config: Any, samples: Iterable[Sample]) -> FrozenIdentit
     """The identity of a model, from samples of its tensors.
 
     Args:
-        name: of its folder or hub.
-        config: of transformers, or any with `to_dict`; None: it has none.
-        samples: of each tensor in the order of the model; see `sampled_parts`.
+        name: folder or hub name.
+        config: a transformers config, or any object with `to_dict`; None: no config.
+        samples: one per tensor, in model order; see `sampled_parts`.
     """
     digests = {precision: hashlib.sha256() for precision in _PRECISIONS}
     seen: dict[str, set[bytes]] = {precision: set() for precision in _PRECISIONS}
@@ -127,7 +130,7 @@ def identify(name: str, config: Any, samples: Iterable[Sample]) -> FrozenIdentit
             rounded = sample.to(dtype) if sample.is_floating_point() else sample
             data = rounded.contiguous().view(torch.uint8).numpy().tobytes()
             digest = hashlib.sha256(repr(tuple(shape)).encode() + data).digest()
-            # a tied weight is in one place or in two, depending on the file and the version
+            # a tied weight is stored once or twice, depending on the file and the version
             if digest in seen[precision]:
                 continue
             seen[precision].add(digest)
@@ -140,7 +143,7 @@ def identify(name: str, config: Any, samples: Iterable[Sample]) -> FrozenIdentit
 
 
 def sampled_parts(count: int) -> list[slice]:
-    """Which of the `count` elements of a tensor, flattened, are its sample."""
+    """Slices of a flattened tensor of `count` elements that form its sample."""
     if count <= _RUNS * _RUN:
         return [slice(0, count)]
     starts = ((count - _RUN) * run // (_RUNS - 1) for run in range(_RUNS))
@@ -150,15 +153,15 @@ def sampled_parts(count: int) -> list[slice]:
 def identify_model(model: nn.Module, name: str | None = None) -> FrozenIdentity:
     """The identity of a model in memory, from its current values.
 
-    Of a model whose values are not available (partitioned by ZeRO-3, stored in 8 or 4 bits) it is
-    the identity noted when it was loaded; see `note_identity`.
+    If the values are not available (partitioned by ZeRO-3, stored in 8 or 4 bits), returns the
+    identity recorded when the model was loaded; see `note_identity`.
 
     Args:
         model: a `transformers` model, or any module.
-        name: of its folder or hub; by default what the model says.
+        name: folder or hub name; by default the model's `name_or_path`.
 
     Raises:
-        ValueError: the values are not available, and no identity was noted.
+        ValueError: the values are not available, and no identity was recorded.
     """
     noted: FrozenIdentity | None = vars(model).get(_MARK)
     if not has_own_values(model):
@@ -178,7 +181,8 @@ def note_identity(model: nn.Module, identity: FrozenIdentity | None = None) -> N
 
     Args:
         model: as in `identify_model`.
-        identity: by default that of its values, if it has them and none is noted.
+        identity: by default computed from its values, if they are available and no identity is
+            recorded yet.
     """
     if identity is None and (_MARK in vars(model) or not has_own_values(model)):
         return
@@ -186,7 +190,7 @@ def note_identity(model: nn.Module, identity: FrozenIdentity | None = None) -> N
 
 
 def mark_encoded(module: nn.Module, encoded: bool = True) -> None:
-    """Mark a module whose state dict holds decoded weights, not those that were loaded."""
+    """Mark a module whose state dict contains decoded weights instead of the loaded ones."""
     if encoded:
         vars(module)[_ENCODED] = True
     else:
@@ -194,7 +198,7 @@ def mark_encoded(module: nn.Module, encoded: bool = True) -> None:
 
 
 def has_own_values(model: nn.Module) -> bool:
-    """Whether the state dict of a model has its weights as they were loaded."""
+    """Whether a model's state dict contains its weights as they were loaded."""
     if any(p.device.type == "meta" or hasattr(p, "ds_id") for p in model.parameters()):
         return False
     return not any(_ENCODED in vars(module) for module in model.modules())

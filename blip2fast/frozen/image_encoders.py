@@ -1,8 +1,8 @@
-"""Frozen image encoders from transformers' checkpoints: images to the tokens that a Q-Former reads.
+"""Frozen image encoders from transformers checkpoints: images to the tokens a Q-Former reads.
 
-BLIP-2 reads ViT-g/14 (EVA-CLIP) with its last block removed, and CLIP's ViT-L/14 up to its
-second-to-last block (paper, section 3.4). The last norm is never applied: `ln_vision` takes its
-place and is trained.
+BLIP-2 uses ViT-g/14 (EVA-CLIP) without its last block, and CLIP's ViT-L/14 up to its second-to-last
+block (paper, section 3.4). The encoder's final norm is not applied: the trained `ln_vision`
+replaces it.
 
 Legend: B images, S image tokens (the class token first), E their width.
 """
@@ -32,12 +32,12 @@ class _Kind:
     """How to load and truncate one family of vision models."""
 
     model: type[PreTrainedModel]
-    skipped_blocks: int = 0  # at the end
+    skipped_blocks: int = 0  # number of final blocks to drop
     load: dict[str, Any] | None = None
 
 
 _CLIP = _Kind(CLIPVisionModel, skipped_blocks=1)
-# The published BLIP-2 checkpoints hold the 39 blocks that are used, of 40.
+# The published BLIP-2 checkpoints contain only the 39 blocks that are used, of 40.
 _BLIP2 = _Kind(Blip2VisionModel)
 _KINDS = {
     "blip-2": _BLIP2,
@@ -50,16 +50,16 @@ _KINDS = {
 
 
 class FrozenImageEncoder(nn.Module):
-    """A frozen vision model, truncated after a block and without its last norm.
+    """A frozen vision model, truncated after a block and without its final norm.
 
     Args:
-        model: a transformers vision model; it is cut in place.
-        num_blocks: blocks that run.
-        encoder_id: what it is, for the manifest of a feature cache.
+        model: a transformers vision model; truncated in place.
+        num_blocks: number of blocks to run.
+        encoder_id: name of the encoder, for the manifest of a feature cache.
 
     Attributes:
-        width, image_size: E, and the side of the images it takes, in pixels.
-        identity: of the weights that it was made with.
+        width, image_size: E, and the side of its input images, in pixels.
+        identity: identity of the truncated model's weights at construction.
     """
 
     def __init__(self, model: PreTrainedModel, num_blocks: int, encoder_id: str) -> None:
@@ -83,7 +83,7 @@ class FrozenImageEncoder(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """S: the patches of an image, and the class token."""
+        """S: the number of patches of an image, plus the class token."""
         return (self.image_size // int(self.model.config.patch_size)) ** 2 + 1
 
     def train(self, mode: bool = True) -> FrozenImageEncoder:
@@ -95,14 +95,14 @@ class FrozenImageEncoder(nn.Module):
         """Normalised images [B, 3, h, w] to tokens [B, S, E].
 
         Raises:
-            ValueError: images of another size than the encoder's.
+            ValueError: the image size is not the encoder's.
         """
         expected = (3, self.image_size, self.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, *{expected})")
         more = {}
         if isinstance(self.model, ViTMAEModel):
-            # Rising noise keeps the patches in order; nothing is masked.
+            # Increasing noise keeps the patches in order; nothing is masked.
             order = torch.arange(self.num_tokens - 1, device=images.device, dtype=torch.float32)
             more["noise"] = order.expand(len(images), -1)
         parameter = next(self.model.parameters())
@@ -118,12 +118,12 @@ def load_image_encoder(
     Args:
         name_or_path: folder or hub name of a BLIP-2 (whole or its vision model), CLIP, ViT or
             ViTMAE checkpoint.
-        layer: how many blocks to run; None: BLIP-2's choice, all but the last for CLIP, all for
-            the others.
-        dtype: of its weights and tokens.
+        layer: number of blocks to run; None: BLIP-2's choice, which is all but the last for CLIP
+            and all for the others.
+        dtype: dtype of the weights and tokens.
 
     Raises:
-        ValueError: not found, of a family not known here, or without that many blocks.
+        ValueError: not found, an unsupported model family, or fewer blocks than `layer`.
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path)
@@ -136,12 +136,12 @@ def load_image_encoder(
     except OSError as error:
         raise ValueError(not_found("image encoder", name_or_path, error)) from error
     num_blocks = len(_blocks(model)) - kind.skipped_blocks if layer is None else layer
-    # cast here and not while loading: what it is identified by must not depend on the precision
+    # cast after loading, not while loading: the identity must not depend on the precision
     return FrozenImageEncoder(model, num_blocks, name_or_path).to(dtype)
 
 
 def _load(kind: _Kind, name: str, config: Any) -> PreTrainedModel:
-    # A whole BLIP-2 or CLIP checkpoint holds the vision model's configuration inside its own.
+    # A whole BLIP-2 or CLIP config contains the vision config.
     config = getattr(config, "vision_config", config)
     more = {"key_mapping": {r"^vision_model\.": ""}} if kind is _BLIP2 else {}
     model, report = kind.model.from_pretrained(
@@ -162,7 +162,7 @@ def _load(kind: _Kind, name: str, config: Any) -> PreTrainedModel:
 
 
 def _blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer blocks, wherever this version of transformers keeps them."""
+    """The list of transformer blocks; its attribute path depends on the transformers version."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
             return module

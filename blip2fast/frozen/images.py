@@ -1,4 +1,4 @@
-"""Image files to the tensors that a frozen image encoder takes, with PIL and NumPy.
+"""Reads and transforms images to the tensors that a frozen image encoder takes (PIL and NumPy).
 
 Legend: h = w the encoder's image size, in pixels.
 """
@@ -18,7 +18,7 @@ from blip2fast._imports import needs
 with needs("read images", "PIL"):
     from PIL import Image, UnidentifiedImageError
 
-# Of CLIP, whose encoders BLIP-2 uses; per channel, for pixels in [0, 1].
+# CLIP's statistics, which BLIP-2's encoders use; per channel, for pixels in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -28,8 +28,8 @@ class ImageTransform:
     """PIL image to a normalised tensor [3, h, w].
 
     Evaluation resizes the whole image to a square, bicubic. Training (`augment`) takes a random
-    crop of half the area or more, of aspect 3:4 to 4:3, and mirrors every other image (paper,
-    section 3.4); the randomness comes from the generator that is passed in.
+    crop of at least half the area, with aspect ratio 3:4 to 4:3, and flips it horizontally with
+    probability 0.5 (paper, section 3.4), using the random generator passed in.
 
     Args:
         size: h = w.
@@ -63,7 +63,7 @@ class ImageTransform:
 
 
 def transform_for(encoder: str, size: int, augment: bool = False) -> ImageTransform:
-    """The transform of an encoder's checkpoint: its own mean and deviation, else CLIP's.
+    """The transform of an encoder's checkpoint: its own mean and standard deviation, else CLIP's.
 
     Args:
         encoder: folder or hub name.
@@ -103,7 +103,7 @@ def read_image(folder: Path, key: str) -> Image.Image:
 def _random_crop(
     width: int, height: int, draws: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """A box of 0.5 to 1 of the area and aspect 3:4 to 4:3; the whole image where none fits."""
+    """A random box of 0.5 to 1 of the area, aspect 3:4 to 4:3; the whole image if none fits."""
     for _ in range(10):
         area = width * height * draws.uniform(0.5, 1.0)
         aspect = np.exp(draws.uniform(np.log(3 / 4), np.log(4 / 3)))

@@ -1,4 +1,4 @@
-"""Language models of transformers, by folder or hub name."""
+"""Loads transformers language models by folder or hub name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from blip2fast.frozen.hub import not_found
 
 
 def load_language_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal or an encoder-decoder language model, by folder or hub name.
+    """Load a causal or encoder-decoder language model by folder or hub name.
 
     Raises:
         ValueError: not found.
@@ -27,15 +27,15 @@ def load_language_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 def quantised_fault(what: str, name: str, config: Any) -> str | None:
     """Why a model quantised by torchao, bitsandbytes or another library cannot be moved.
 
-    Its tensors have other names, types and shapes than those that it computes with.
+    Its stored tensors have other names, dtypes and shapes than the weights it computes with.
 
     Args:
         what: as in `not_found`.
         name: folder or hub name.
-        config: of transformers.
+        config: the model's transformers config.
 
     Returns:
-        None where the weights are plain.
+        The error message; None if the model is not quantised.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is None:

@@ -1,4 +1,4 @@
-"""Frozen language models that do not fit on the device: streamed blocks, 8 and 4 bits."""
+"""Frozen language models that do not fit on the device: block streaming, 8- and 4-bit storage."""
 
 from typing import TYPE_CHECKING
 

@@ -12,14 +12,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blip2fast.offload.quantised import STORAGES, Storage, decode, encode, is_encoded, parts_of
 
-ALIGNMENT = 256  # bytes; what CUDA's own allocations have, so that views suit every kernel
+ALIGNMENT = 256  # bytes; as CUDA's own allocations, so that views are aligned for every kernel
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks: outermost checkpointable layers, encoder before decoder.
 
     Raises:
-        ValueError: none.
+        ValueError: the model has none.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -39,11 +39,12 @@ def own_parameters(
 ) -> list[dict[str, list[tuple[nn.Module, str]]]]:
     """For each block, the parameters that are not shared outside it.
 
-    A parameter that two blocks share, or a block and the rest of the model, belongs to neither.
+    A parameter shared between two blocks, or between a block and the rest of the model, is
+    excluded.
 
     Returns:
-        For each block, from a parameter's name in it to the places (module, attribute) that hold
-        it: several where the block ties it to itself.
+        For each block, a dict from parameter name to its locations (module, attribute); several if
+        it is tied within the block.
     """
     users: Counter[int] = Counter()
     places: list[dict[int, tuple[str, list[tuple[nn.Module, str]]]]] = []
@@ -67,7 +68,7 @@ def own_parameters(
 
 @dataclass(frozen=True)
 class Part:
-    """A plain tensor inside a flat buffer of bytes."""
+    """A plain tensor inside a flat byte buffer."""
 
     offset: int
     dtype: torch.dtype
@@ -88,9 +89,9 @@ class StoredWeight:
     """The layout of one parameter in its block's buffer.
 
     Attributes:
-        places: modules and attributes that hold it.
-        parts: in the block's buffer; one where the weight is stored as it is.
-        dense: the decoded weight in the scratch buffer; None where it is stored as it is.
+        places: its locations (module, attribute).
+        parts: its tensors in the block's buffer; one if the weight is not quantised.
+        dense: the decoded weight in the scratch buffer; None if the weight is not quantised.
     """
 
     places: list[tuple[nn.Module, str]]
@@ -103,9 +104,9 @@ class BlockLayout:
     """The layout of a block's weights in one flat buffer.
 
     Attributes:
-        weights: by their names in the block.
-        nbytes: of the buffer.
-        dense_nbytes: of the scratch buffer that encoded weights are decoded into.
+        weights: layouts by parameter name in the block.
+        nbytes: size of the buffer.
+        dense_nbytes: size of the scratch buffer for decoded weights.
     """
 
     weights: dict[str, StoredWeight]
@@ -114,7 +115,7 @@ class BlockLayout:
     dense_nbytes: int
 
     def write(self, buffer: Tensor, name: str, weight: Tensor) -> None:
-        """Store a weight, in its precision or encoded."""
+        """Store a weight in the buffer, quantised if the layout says so."""
         stored = self.weights[name]
         plain = stored.dense is None
         tensors = [weight] if plain else encode(self.storage, weight)
@@ -122,7 +123,7 @@ class BlockLayout:
             part.view(buffer).copy_(tensor)
 
     def read(self, buffer: Tensor, scratch: Tensor, name: str) -> Tensor:
-        """A weight: a view of `buffer`, or decoded into its place in `scratch`."""
+        """A weight: a view of `buffer`, or if quantised, decoded into `scratch`."""
         stored = self.weights[name]
         parts = [part.view(buffer) for part in stored.parts]
         if stored.dense is None:

@@ -1,8 +1,8 @@
 """Prefetching: copies of whole blocks from host memory into device buffers.
 
-Three implementations of one interface: a separate stream on CUDA, where a copy from pinned memory
-is one asynchronous transfer; the C++ thread of `csrc/block_stream.cpp` on the CPU; and a Python
-thread there where that module was not built.
+Three implementations of one interface: on CUDA, a separate stream with one asynchronous copy from
+pinned memory; on the CPU, the C++ thread of `csrc/block_stream.cpp`; and a Python thread if that
+module was not built.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Slot:
 
     Attributes:
         buffer: uint8, on the device.
-        block: number of the block that it holds or is being filled with; None at first.
-        last_used: counts uses; the slot used longest ago is filled next.
-        pending: the copy under way, as its copier knows it.
-        ready: CUDA event: the copy is done.
+        block: index of the block in the slot or being copied into it; None if empty.
+        last_used: use counter; the least recently used slot is filled next.
+        pending: copier-specific handle of the copy in flight.
+        ready: CUDA event, recorded after the copy.
     """
 
     buffer: Tensor
@@ -45,21 +45,22 @@ class Copier(Protocol):
     def start(self, slot: Slot, source: Tensor) -> None:
         """Begin to copy `source` [n] uint8 into the first n bytes of the slot.
 
-        What has been started until now may still read the slot; what comes later may not.
+        The copy is ordered after work already queued, which may still read the slot. Later work
+        must call `wait` before it reads the slot.
         """
 
     def wait(self, slot: Slot) -> None:
-        """Make later computation wait for the copy."""
+        """Make subsequent computation wait for the copy."""
 
     def finish(self, slot: Slot) -> None:
         """Block the host until the copy is complete."""
 
     def close(self) -> None:
-        """End the copies under way."""
+        """Wait for copies in flight and release the copier's thread, if any."""
 
 
 class ThreadCopier:
-    """A Python thread; PyTorch's copy runs without the GIL."""
+    """A Python thread; PyTorch's copy releases the GIL."""
 
     name = "python thread"
 
@@ -99,7 +100,7 @@ class NativeCopier:
                 "room for it, on the CPU"
             )
         self.wait(slot)  # an earlier copy that was never waited for must not finish after this one
-        # the source is held until the copy is done
+        # keep a reference to the source until the copy is done
         ticket = self._thread.start(slot.buffer.data_ptr(), source.data_ptr(), size)
         slot.pending = (ticket, source)
 
@@ -152,7 +153,7 @@ def why_not_native() -> str:
 
 
 def copier_for(device: torch.device) -> Copier:
-    """The copier that suits a device.
+    """The copier for a device.
 
     Raises:
         ValueError: a device that is neither CUDA nor the CPU.
@@ -168,8 +169,8 @@ def host_buffer(nbytes: int, pinned: bool) -> Tensor:
     """Host memory for a block, [nbytes] uint8.
 
     Args:
-        pinned: page-locked, for asynchronous copies to CUDA. Registered after its allocation,
-            because PyTorch's own pinned allocations are rounded up to a power of two.
+        pinned: page-lock it, for asynchronous copies to CUDA. It is registered after allocation,
+            because PyTorch rounds its own pinned allocations up to a power of two.
     """
     buffer = torch.empty(nbytes, dtype=torch.uint8)
     if pinned and nbytes:

@@ -1,12 +1,12 @@
-"""Loads frozen language models tensor by tensor, each directly to its final place.
+"""Loads frozen language models tensor by tensor, each directly to its final location.
 
-transformers maps a file into memory and copies where the precision differs, so that for a while a
-process holds the weights twice. Here the model is built without weights, and every tensor is read
-from its file straight into the streamed blocks (`load_streamed`), or handed to DeepSpeed,
+transformers memory-maps a checkpoint and copies tensors whose dtype differs, so that a process
+temporarily holds the weights twice. Here the model is built without weights, and every tensor is
+read from its file directly into the streamed blocks (`load_streamed`), or passed to DeepSpeed,
 which partitions it before the next one is read (`load_partitioned`).
 
-A checkpoint whose names are not the model's (one that transformers would rename, or not of
-safetensors) is loaded by transformers instead, and then moved.
+A checkpoint whose tensor names do not match the model's (transformers would rename them), or that
+is not in safetensors format, is loaded by transformers and then moved.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def empty_language_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 def build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Like `empty_language_model`, from a transformers configuration."""
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    # draws nothing: the trained part starts as if transformers had loaded the model
+    # restore the RNG state, so that the trained part is initialised as if transformers had loaded
+    # the model
     with torch.random.fork_rng([]), _EmptyOnMeta():
         model = kind.from_config(config, dtype=dtype)
     model.requires_grad_(False)
@@ -74,8 +75,8 @@ def build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 def source_identity(name: str) -> FrozenIdentity | None:
     """The identity of the model at `name`, from samples of its files, without loading it.
 
-    None where transformers would rename or convert its tensors, or they are quantised or not of
-    safetensors: then `identify_model` tells it once it is loaded.
+    None if transformers would rename or convert its tensors, or if they are quantised or not in
+    safetensors format: then load the model and call `identify_model`.
 
     Raises:
         ValueError: not found, or the files do not belong to its configuration.
@@ -103,14 +104,14 @@ def load_streamed(
 
     Args:
         name: folder or hub name.
-        dtype: of its weights.
+        dtype: dtype of its weights.
         device, buffers, storage, recompute: as in `stream_blocks`.
 
     Returns:
         The model and its stream.
 
     Raises:
-        ValueError: not found, damaged, quantised by a library, or what `stream_blocks` refuses.
+        ValueError: not found, damaged, quantised by a library, or refused by `stream_blocks`.
     """
     model = empty_language_model(name, dtype)
     _refuse_quantised(model, name)
@@ -138,11 +139,11 @@ def load_partitioned(
 ) -> PreTrainedModel:
     """Load a frozen language model whose blocks ZeRO-3 partitions as they are read.
 
-    Every process calls this. The rest of the model is partitioned when the engine starts.
+    Every process must call this. The rest of the model is partitioned when the engine starts.
 
     Args:
         name: folder or hub name.
-        dtype: of its weights.
+        dtype: dtype of its weights.
         deepspeed_values: DeepSpeed's configuration, with ZeRO stage 3.
 
     Returns:
@@ -167,7 +168,7 @@ def load_partitioned(
 
     def spread(parameter: nn.Parameter) -> None:
         if first:
-            # it knows how: one swapper serves all where they go to nvme
+            # reuse the first parameter's converter, so that NVMe offload has a single swapper
             first[0].convert_to_zero_parameters(param_list=[parameter])
             return
         holder = nn.ParameterList([parameter])
@@ -207,7 +208,7 @@ def _sources(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Sources |
         if not present:
             return None
         first, *others = dict.fromkeys(present.values())
-        # a model that ties them by default may come with two tensors after all (FlanT5's head)
+        # a checkpoint may store two different tensors for tied weights (FlanT5's head)
         equal = {first: first} | {o: first if _equal(o, first) else o for o in others}
         sources |= {full: equal[present.get(full, first)] for full in tied}
     for full, source in sources.items():
@@ -243,8 +244,8 @@ def _fill(
     """Load every parameter and saved buffer, except those that ZeRO-3 has partitioned.
 
     Args:
-        module, prefix: what is filled, and the start of its names.
-        sources, dtype: where from, and in which precision.
+        module, prefix: the module to fill, and the prefix of its tensor names.
+        sources, dtype: file locations of the tensors, and the dtype to load them in.
         then: called with each parameter before the next one is read.
     """
     filled: dict[TensorFile, nn.Parameter] = {}
@@ -252,7 +253,7 @@ def _fill(
         start = f"{prefix}{path}." if path else prefix
         for name, parameter in list(inner.named_parameters(recurse=False)):
             if hasattr(parameter, "ds_id"):
-                continue  # ZeRO-3 has spread it
+                continue  # already partitioned by ZeRO-3
             source = sources[start + name]
             if source not in filled:
                 filled[source] = nn.Parameter(source.read(dtype), requires_grad=False)
@@ -268,7 +269,7 @@ def _finish(model: PreTrainedModel, name: str, sources: Sources) -> None:
     ties = model.all_tied_weights_keys
     for target, source in list(ties.items()):
         if sources[target] != sources[source]:
-            del ties[target]  # else saving would drop it
+            del ties[target]  # otherwise saving would drop it
     model.name_or_path = model.config.name_or_path = name
     if model.can_generate() and file_of(name, "generation_config.json") is not None:
         model.generation_config = GenerationConfig.from_pretrained(name)

@@ -1,11 +1,12 @@
 """Frozen weights in 8 or 4 bits, in plain PyTorch.
 
-int8: a row of the weight is its rounded quotient by a scale, the row's largest magnitude / 127.
-int4: the same for every group of 64 numbers of a row, / 7, two numbers a byte.
+int8: each row is divided by a scale, its absolute maximum / 127, and rounded.
+int4: the same per group of 64 values of a row, with scale absolute maximum / 7; two values per
+byte.
 
-Only matrices of linear layers are encoded; norms, biases and embeddings keep their precision. The
-bytes of a weight are a few plain tensors, so that a transformer block stays one flat buffer that
-one copy moves, which is why no quantisation library's own weight classes are used.
+Only the weight matrices of linear layers are quantised; norms, biases and embeddings keep their
+precision. A quantised weight is a few plain tensors, so that a transformer block is one flat buffer
+that a single copy moves. The weight classes of quantisation libraries do not allow this.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from torch import Tensor, nn
 
 Storage = Literal["as_is", "int8", "int4"]
 STORAGES: tuple[Storage, ...] = ("as_is", "int8", "int4")
-GROUP = 64  # numbers that share a scale in int4
+GROUP = 64  # values that share a scale in int4
 
 
 def parts_of(storage: Storage, shape: torch.Size) -> list[tuple[torch.dtype, tuple[int, ...]]]:
     """Dtypes and shapes of the tensors that encode a weight [R, K].
 
     Returns:
-        int8: [R, K] int8 and [R, 1] fp32 scales. int4: [R, G, GROUP / 2] uint8 and [R, G, 1] fp32,
-        G groups a row.
+        int8: [R, K] int8 and [R, 1] fp32 scales. int4: [R, G, GROUP / 2] uint8 and [R, G, 1] fp32
+        scales, with G groups per row.
     """
     rows, columns = shape
     if storage == "int8":
@@ -44,7 +45,7 @@ def encode(storage: Storage, weight: Tensor) -> list[Tensor]:
     grouped = nn.functional.pad(values, (0, missing)).unflatten(1, (-1, GROUP))
     scale = _scale(grouped.abs().amax(dim=2, keepdim=True), 7)
     levels = ((grouped / scale).round() + 8).to(torch.uint8)
-    # the halves of a group share bytes, so that each is decoded in one piece
+    # a byte holds one value from each half of a group, so each half is decoded contiguously
     low, high = levels.chunk(2, dim=2)
     return [low | (high << 4), scale]
 
@@ -66,7 +67,7 @@ def decode(storage: Storage, parts: list[Tensor], out: Tensor) -> Tensor:
 
 
 def is_encoded(module: nn.Module, name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is quantised: the weight of a linear layer is."""
+    """Whether a parameter is quantised, which holds for the weights of linear layers."""
     return (
         name == "weight"
         and parameter.ndim == 2

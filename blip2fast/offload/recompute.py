@@ -1,7 +1,7 @@
-"""Gradient checkpointing of a frozen block: it keeps its inputs only.
+"""Gradient checkpointing of a frozen block: only its inputs are saved.
 
-Unlike `torch.utils.checkpoint`, the gradient is taken inside the recomputation, so that the block's
-weights are needed between two moments that are known: nothing of it outlives the call.
+Unlike `torch.utils.checkpoint`, the gradient is computed inside the recomputation, so the block's
+weights are needed only during that call and nothing of the recomputed graph outlives it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import Cache
 # inference: no backward pass will follow
 Pass = Literal["inference", "forward", "backward"]
 Resident = Callable[[Pass], AbstractContextManager[None]]
-_TENSOR = object()  # stands for a tensor where only the rest is kept
+_TENSOR = object()  # placeholder for a tensor in a list of other arguments
 
 
 def recomputed(
@@ -32,13 +32,13 @@ def recomputed(
     """Checkpointed `forward(*args, **kwargs)` of a frozen block, with gradients to its inputs.
 
     Args:
-        block: tells whether random numbers are drawn (training mode).
-        forward: its computation.
-        resident: a context in which its weights are there, given the pass that needs them.
-        args, kwargs: of the forward, nested as they like.
+        block: its training mode decides whether the RNG state is saved.
+        forward: the block's forward.
+        resident: context manager that makes its weights resident, given the pass that needs them.
+        args, kwargs: arguments of the forward; may be nested.
 
     Raises:
-        ValueError: a cache of keys and values while gradients are needed.
+        ValueError: a KV cache is passed while gradients are needed.
     """
     leaves, structure = tree_flatten((tuple(args), dict(kwargs)))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -51,7 +51,7 @@ def recomputed(
             "gradients are computed, and would extend it twice: call the model with "
             "use_cache=False, or under no_grad"
         )
-    # tensors are kept by autograd, which notices when they are changed
+    # tensors are saved by autograd, which detects in-place changes
     fixed = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     produced: list[Any] = []
 
@@ -69,7 +69,7 @@ def recomputed(
 
 
 class _Recomputed(torch.autograd.Function):
-    """Forward and backward of `recomputed`; inputs and outputs are the tensors alone."""
+    """Autograd function of `recomputed`; its inputs and outputs are flat lists of tensors."""
 
     @staticmethod
     def forward(
@@ -138,7 +138,7 @@ def _random_states(device: torch.device) -> tuple[torch.device, Tensor, Tensor |
 def _drawn_again(
     states: tuple[torch.device, Tensor, Tensor | None] | None,
 ) -> AbstractContextManager[None]:
-    """Restore the random state of the forward pass within the block."""
+    """Context manager that restores the RNG state of the forward pass."""
     return nullcontext() if states is None else _random_state(*states)
 
 

@@ -19,7 +19,7 @@ class StorageLoss:
     """The loss with and without quantised storage.
 
     Attributes:
-        as_is, stored: mean loss over the batches, with the weights as they are and as decoded.
+        as_is, stored: mean loss over the batches, with the original and with the decoded weights.
     """
 
     storage: str
@@ -44,18 +44,18 @@ def loss_difference(
     storage: Storage,
     blocks: Iterable[nn.Module] | None = None,
 ) -> StorageLoss:
-    """Compare a model's loss with its frozen blocks as they are and in 8 or 4 bits.
+    """Compare a model's loss with and without 8- or 4-bit storage of its frozen blocks.
 
-    One block at a time is decoded, so a second copy of the model is never held.
+    Decodes one block at a time, so there is never a second copy of the model in memory.
 
     Args:
-        model: called with a batch, gives `.loss`: a language model, or a `Blip2Stage2`.
-        batches: keyword arguments of the model, at least one.
+        model: returns an output with `.loss`: a language model, or a `Blip2Stage2`.
+        batches: keyword arguments of the model, at least one batch.
         storage: int8 or int4.
         blocks: by default the blocks that `stream_blocks` finds in the model.
 
     Raises:
-        ValueError: as_is, an unknown storage, or no batches.
+        ValueError: storage "as_is" or unknown, or no batches.
     """
     if storage not in ("int8", "int4"):
         raise ValueError(f"storage {storage!r}: expected int8 or int4, whose loss can differ")
@@ -76,7 +76,7 @@ def _mean_loss(model: nn.Module, batches: list[Mapping[str, Any]]) -> float:
 def as_stored(
     model: nn.Module, storage: Storage, blocks: Iterable[nn.Module] | None = None
 ) -> Iterator[None]:
-    """Run every block with quantised and dequantised weights; restores them after each call."""
+    """Run each block with its weights quantised and dequantised; restores them after each call."""
     originals: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
 
     def before(block: nn.Module, _: Any) -> None:

@@ -4,15 +4,15 @@
     ...                                      # train through the model, evaluate, generate
     stream.undo()
 
-The weights of a block are one flat buffer in host memory. Just before the block runs they are in a
-device buffer, and while it runs the next block is copied into another one. The backward pass
-fetches the blocks again, in reverse order, and takes the gradient with respect to their inputs;
-nothing else is computed for frozen weights. With `recompute` the forward pass keeps the inputs of
-blocks only, and the backward pass computes a block again; without, it keeps all activations, and
-weights that autograd would save are replaced by their location in the block.
+The weights of a block are one flat buffer in host memory. Before the block runs, they are copied to
+a device buffer; while it runs, the next block is prefetched into another one. The backward pass
+fetches the blocks again in reverse order and computes gradients with respect to their inputs only,
+because the weights are frozen. With `recompute`, the forward pass saves only the inputs of blocks,
+and the backward pass recomputes each block. Without it, all activations are saved, and weights that
+autograd would save are replaced by their location in the block.
 
-Two blocks are on the device at a time (`buffers`), with int8 or int4 a third, the decoded one.
-Embeddings, the last norm, the head, and weights that blocks share stay on the device.
+The device holds two blocks at a time (`buffers`), and with int8 or int4 the decoded weights of one
+block. Embeddings, the final norm, the head, and weights shared between blocks stay on the device.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _MARK = "_block_stream"  # attribute of a streamed module
 
 @dataclass
 class Fetches:
-    """Counters of copies, for tests and benchmarks.
+    """Copy counters, for tests and benchmarks.
 
     Attributes:
-        forward, backward: for each block, how often it was copied for that pass.
-        late: copies that were not begun before the block was needed.
-        most_live: the most blocks that were on the device, or being copied, at once.
+        forward, backward: number of copies of each block for that pass.
+        late: number of copies that were not prefetched before the block was needed.
+        most_live: peak number of blocks on the device, including those being copied.
     """
 
     forward: list[int]
@@ -81,24 +81,26 @@ def stream_blocks(
 ) -> BlockStream:
     """Move a frozen model's blocks to host memory and stream them; the rest goes to the device.
 
-    Parameters on the meta device are laid out, and are to be filled with `BlockStream.write`.
+    Parameters on the meta device only reserve space in the host buffers; fill it with
+    `BlockStream.write`.
 
     Args:
-        language_model: any frozen model of `transformers` blocks; it is changed in place.
-        device: where it computes; by default CUDA where there is one.
-        buffers: device buffers for blocks, at least 2: one computes while another is filled.
+        language_model: any frozen model of `transformers` blocks; modified in place.
+        device: compute device; by default CUDA if available.
+        buffers: device buffers for blocks, at least 2: one is computed from while another is
+            filled.
         storage: "as_is", "int8" or "int4"; see `blip2fast.offload.quantised`.
-        blocks: in the order of their execution; found by `find_blocks` by default.
-        recompute: compute a block again in the backward pass, which needs the least memory; else
-            keep its activations.
+        blocks: in execution order; by default those of `find_blocks`.
+        recompute: recompute blocks in the backward pass, which needs the least memory; else save
+            their activations.
 
     Returns:
         The stream; it lives as long as the model, or until `undo`.
 
     Raises:
-        ValueError: fewer than two buffers, an unknown storage or device, no blocks, a model that is
-            not frozen, is streamed already, recomputes its layers, is partitioned by ZeRO-3, or is
-            quantised by a library.
+        ValueError: fewer than two buffers, an unknown storage or device, no blocks, or a model that
+            is not frozen, already streamed, uses gradient checkpointing, is partitioned by ZeRO-3,
+            or is quantised by a library.
     """
     if buffers < 2:
         raise ValueError(f"buffers {buffers}: expected at least 2, one to compute and one to fill")
@@ -109,27 +111,27 @@ def stream_blocks(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if storage != "as_is":
-        note_identity(language_model)  # its values are not to be had afterwards
+        note_identity(language_model)  # its original values are not available afterwards
     stream = BlockStream(language_model, modules, torch.device(device), buffers, storage)
     stream.recompute = recompute
     return stream
 
 
 def stream_of(module: nn.Module) -> BlockStream | None:
-    """The stream that a block belongs to; None where it is not streamed."""
+    """The stream that a block belongs to; None if it is not streamed."""
     stream: BlockStream | None = vars(module).get(_MARK)
     return stream
 
 
 class BlockStream:
-    """The blocks of a model, streamed; made by `stream_blocks`.
+    """Streams the blocks of a model; created by `stream_blocks`.
 
     Attributes:
-        device: where the blocks compute.
-        storage: of their weights.
-        recompute: whether the backward pass computes blocks again; may be changed between steps.
-        fetches: what was copied so far.
-        host_bytes, device_bytes: held for blocks, in bytes.
+        device: compute device of the blocks.
+        storage: storage format of their weights.
+        recompute: whether the backward pass recomputes blocks; may be changed between steps.
+        fetches: copy counters.
+        host_bytes, device_bytes: memory allocated for blocks, in bytes.
     """
 
     def __init__(
@@ -159,7 +161,7 @@ class BlockStream:
         ]
         self._scratch = torch.empty(dense, dtype=torch.uint8, device=device)
         self._uses = 0
-        self._decoded: int | None = None  # the block that is in the scratch buffer
+        self._decoded: int | None = None  # index of the block in the scratch buffer
         self.fetches = Fetches([0] * len(modules), [0] * len(modules))
         self.host_bytes = sum(len(block.host) for block in self._blocks)
         self.device_bytes = buffers * size + dense
@@ -176,7 +178,7 @@ class BlockStream:
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The streamed modules, in the order of their execution."""
+        """The streamed modules, in execution order."""
         return [block.module for block in self._blocks]
 
     @property
@@ -195,7 +197,7 @@ class BlockStream:
         block.layout.write(block.host, name, weight)
 
     def read(self, index: int, name: str) -> Tensor:
-        """A weight of block `index` on the host, decoded where it is stored in fewer bits."""
+        """A weight of block `index` on the host, decoded if it is stored in 8 or 4 bits."""
         block = self._blocks[index]
         scratch = torch.empty(block.layout.dense_nbytes, dtype=torch.uint8)
         return block.layout.read(block.host, scratch, name)
@@ -207,7 +209,7 @@ class BlockStream:
     def undo(self) -> None:
         """Stop streaming: restore the blocks' parameters on the device.
 
-        Weights that were stored in fewer bits come back as decoded.
+        Weights stored in 8 or 4 bits are restored as decoded.
         """
         self._forget()
         self._copier.close()
@@ -226,7 +228,7 @@ class BlockStream:
 
     @contextmanager
     def resident(self, index: int, needed_by: Pass = "inference") -> Iterator[None]:
-        """Make block `index` resident within the block, and prefetch the next ones."""
+        """Put block `index`'s weights on the device in this context; prefetches the next ones."""
         slot = self._bring(index, needed_by)
         layout = self._blocks[index].layout
         try:
@@ -256,8 +258,9 @@ class BlockStream:
     def _following(self, index: int, needed_by: Pass) -> list[int]:
         """The blocks to prefetch while this one computes, in order.
 
-        After the last block of a forward pass comes the backward pass, whose first blocks are
-        still there; in inference the stack begins again, with the next token.
+        A forward pass prefetches nothing past its last block: the backward pass starts with blocks
+        that are still resident. Inference wraps around to the start of the stack, for the next
+        token.
         """
         ahead, number = len(self._slots) - 1, len(self._blocks)
         step = -1 if needed_by == "backward" else 1
@@ -307,17 +310,17 @@ class BlockStream:
             return forward(*args, **kwargs)
 
     def _pack(self, index: int, tensor: Tensor) -> Tensor | _KeptWeight:
-        """Pack hook: a weight is replaced by its location, other tensors are kept."""
+        """Pack hook: replaces a weight with its location; other tensors are saved as usual."""
         at = tensor.untyped_storage().data_ptr()
         slot = next(slot for slot in self._slots if slot.block == index)
         for buffer, decoded in ((slot.buffer, False), (self._scratch, True)):
             if len(buffer) and at == buffer.untyped_storage().data_ptr():
                 view = (tensor.size(), tensor.stride(), int(tensor.storage_offset()))
                 return _KeptWeight(index, decoded, tensor.dtype, view)
-        return tensor.detach()  # an output itself would keep its own graph alive
+        return tensor.detach()  # saving an output itself would keep its graph alive
 
     def _unpack(self, kept: Tensor | _KeptWeight) -> Tensor:
-        """Unpack hook: a weight is fetched again with its block."""
+        """Unpack hook: fetches the block of a saved weight again."""
         if isinstance(kept, Tensor):
             return kept
         buffer = self._bring(kept.index, "backward").buffer

@@ -1,4 +1,4 @@
-"""Locations of tensors in safetensors files, to read them one by one or sample them."""
+"""Locations of tensors in safetensors files, for reading or sampling them one at a time."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
 }
-_OWN_PAGES = 1 << 20  # bytes from which a tensor gets pages of its own
-_PIECE = 4 << 20  # bytes read at a time where the precision differs
+_OWN_PAGES = 1 << 20  # minimum size in bytes for a tensor to get its own mapping
+_PIECE = 4 << 20  # bytes read at a time if the dtype is converted
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TensorFile:
     shape: tuple[int, ...]
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor, in `dtype` if it is a floating-point one; a copy of its own in memory.
+        """Read the tensor into new memory, converted to `dtype` if it is floating-point.
 
         Raises:
             ValueError: the file ends before the tensor does.
@@ -79,7 +79,8 @@ class TensorFile:
 def _own_pages(shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
     """An empty tensor; a large one gets its own mapping and is returned to the OS when freed.
 
-    malloc would keep it: between weights that stay, a third of a model has been seen lying idle.
+    malloc would keep freed memory between live weights: up to a third of a model's size has been
+    seen unused.
     """
     dtype = dtype or torch.float32
     nbytes = math.prod(shape) * dtype.itemsize
@@ -92,7 +93,7 @@ Sources = dict[str, TensorFile]
 
 
 def tensor_files(name: str) -> dict[str, TensorFile]:
-    """Every tensor of a checkpoint, by its name; empty where it is not of safetensors.
+    """Every tensor of a checkpoint by name; empty if it is not in safetensors format.
 
     Args:
         name: folder or hub name.

@@ -1,8 +1,8 @@
 """Frozen linear layers under ZeRO-3 that save no inputs for the backward pass.
 
-DeepSpeed replaces PyTorch's linear function by one that keeps the weight itself and not a view of
-it, so that the memory of a fetched weight can be given back. It keeps the layer's input as well,
-which only a weight gradient needs; of a frozen model that is most of what its layers keep.
+DeepSpeed replaces PyTorch's linear function with one that saves the weight itself instead of a view
+of it, so that the memory of a gathered weight can be released. It also saves the layer's input,
+which is needed only for weight gradients; in a frozen model, that is most of the saved memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blip2fast._imports import needs
 def keep_no_inputs(model: nn.Module) -> None:
     """Stop the linear layers of a frozen model under ZeRO-3 from saving their inputs.
 
-    Without ZeRO-3 there is nothing to do: PyTorch's own keeps none where the weight is frozen.
+    Without ZeRO-3 this is not needed: PyTorch's linear saves no input if the weight is frozen.
     """
     for module in model.modules():
         frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
@@ -33,7 +33,7 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 @cache
 def _function() -> Any:
-    """DeepSpeed's function of a spread linear layer, without the input."""
+    """DeepSpeed's autograd function for a partitioned linear layer, without the saved input."""
     with needs("train", "deepspeed"):
         from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 

@@ -1,9 +1,10 @@
 """Cross-attention without keys and values: their projections are absorbed into queries and output.
 
 `q (W_K x + b_K)^T = (q W_K) x^T + constant`, and `sum_s p_s (W_V x_s + b_V)` is
-`(sum_s p_s x_s) W_V^T + b_V`: an image's tokens are read as they are. That is less arithmetic where
-an image is attended to once, by few queries: 0.69 against 1.14 GFLOP a layer and image for BLIP-2's
-32 queries on ViT-g. It is more where an image serves several passes, as in training.
+`(sum_s p_s x_s) W_V^T + b_V`: attention runs on the raw image tokens. This takes fewer FLOPs when
+few queries attend to an image once: 0.69 instead of 1.14 GFLOP per layer and image for BLIP-2's 32
+queries on ViT-g. It takes more when several passes share an image's keys and values, as in
+training.
 
 Shapes: B images, L queries, S image tokens, E image token width, C hidden width, H heads, D head
 width.
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 from blip2fast.qformer.fused_linear import is_plain
 
-# Absorption's products are narrower. On a CPU (benchmarks/README.md, "Q-Former, forward") in fp32
-# it is a draw or loses by up to 1.2 times at 0.61 of the operations, BLIP-2's own shape; at 0.5 it
-# won by 1.4 times on one machine and lost by 1.1 on another; at 0.3 it wins or draws. In bf16 it
-# wins by 1.05 to 1.36 times at all three. No GPU was timed.
+# Absorption's GEMMs are narrower. On a CPU (benchmarks/README.md, "Q-Former, forward") in fp32, at
+# 0.61 of the operations (BLIP-2's own shape) it is on par or up to 1.2 times slower; at 0.5 it was
+# 1.4 times faster on one machine and 1.1 times slower on another; at 0.3 it is faster or on par. In
+# bf16 it is 1.05 to 1.36 times faster at all three. No GPU was timed.
 _FEWER_OPERATIONS = 0.6
 _FEWER_OPERATIONS_CPU_BF16 = 0.65
 
@@ -27,16 +28,16 @@ _FEWER_OPERATIONS_CPU_BF16 = 0.65
 def is_cheaper(
     query: Tensor, tokens: Tensor, heads: int, key: nn.Module, value: nn.Module, weights: bool
 ) -> bool:
-    """Whether absorption is faster than projection for a call.
+    """Whether to expect absorption to be faster than projection for a call.
 
-    It is where it needs under 0.6 of the operations; in bf16 on a CPU, under 0.65.
+    The threshold is 0.6 of projection's operations; 0.65 in bf16 on a CPU.
 
     Args:
         query: `[B or 1, L, C]`, projected queries.
         tokens: `[B or 1, S, E]`.
         heads: H.
         key, value: The layers that would project the tokens.
-        weights: Whether attention weights are wanted.
+        weights: Whether attention weights must be returned.
     """
     if torch.is_grad_enabled() or weights or not (is_plain(key) and is_plain(value)):
         return False
@@ -61,7 +62,7 @@ def absorbed_attention(
         mask: Boolean (true: may be seen) or additive, broadcastable to `[B, H, L, S]`.
 
     Returns:
-        `[B, H, L, D]`; a row that may see nothing gives zeros.
+        `[B, H, L, D]`; fully masked rows are zero.
     """
     blocks, H, L, D = query.shape
     S, E = tokens.shape[1:]

@@ -1,4 +1,4 @@
-"""Checks of what the Q-Former of either stage is given: images, masks and state dicts."""
+"""Input validation shared by both stages: images, masks and state dicts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from blip2fast.ops.checks import describe
 
 
 def check_state(what: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are missing, unknown or of another shape.
+    """Refuse a state dict with missing, unexpected or mis-shaped tensors.
 
     Args:
-        what: Where the state comes from, for the message.
+        what: Source of the state dict, for the message.
         state: Tensors by name.
-        wanted: Tensors of the model, by the same names.
+        wanted: The model's tensors, by the same names.
 
     Raises:
-        ValueError: naming the first few, with both shapes.
+        ValueError: lists the first five mismatches, with both shapes.
     """
     wrong = [
         f"{name}: expected {tuple(value.shape)}, got {tuple(state[name].shape)}"
@@ -39,7 +39,7 @@ def check_state(what: str, state: Mapping[str, Tensor], wanted: Mapping[str, Ten
 def image_tokens(
     image_embeds: Tensor | None, images: Tensor | None, encoder: nn.Module | None, width: int
 ) -> Tensor:
-    """Image tokens `[B, S, E]`, as passed or computed by the encoder; validated."""
+    """Validated image tokens `[B, S, E]`, passed in or computed by the encoder."""
     if (image_embeds is None) == (images is None):
         given = "neither" if image_embeds is None else "both"
         raise ValueError(f"expected either image_embeds or images, got {given}")
@@ -68,7 +68,7 @@ def check_gathered(query_tokens: Tensor) -> None:
     """Refuse parameters that DeepSpeed ZeRO-3 has partitioned.
 
     Raises:
-        RuntimeError: they are; says how to gather them.
+        RuntimeError: if they are partitioned; explains how to gather them.
     """
     if query_tokens.dim() != 3:
         raise RuntimeError(

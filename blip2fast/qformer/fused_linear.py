@@ -1,8 +1,7 @@
-"""Several linear layers as one product; weights are cast to the compute dtype once a step.
+"""Several linear layers fused into one GEMM; weights are cast to the compute dtype once per step.
 
-Only plain `nn.Linear` modules can be read this way. A module that is something else (a LoRA
-wrapper, a quantised layer, a parametrised weight, one with a user's hook) is called instead, and
-`not_plain` names it.
+Only plain `nn.Linear` modules can be fused. Any other module (a LoRA wrapper, a quantised layer, a
+parametrised weight, a module with a user's hook) is called instead and listed by `not_plain`.
 
 Shapes: C hidden width, E image token width, H heads, D head width, B images, S image tokens.
 """
@@ -30,7 +29,7 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return (
         type(module) is nn.Linear
         and not is_parametrized(module)
-        # ZeRO's own hooks fetch partitioned weights; the engine keeps the Q-Former's whole
+        # ZeRO's own hooks gather partitioned weights; the engine keeps the Q-Former unpartitioned
         and all((getattr(h, "__module__", "") or "").startswith("deepspeed") for h in hooks)
     )
 
@@ -48,18 +47,18 @@ def not_plain(root: nn.Module) -> list[str]:
     return names
 
 
-# what becomes of `ln_vision` before the image's keys and values
+# how `ln_vision` is applied when computing image keys and values
 FOLDED = "ln_vision folded into the keys' and values' weights"
 TRAINED = "ln_vision not folded: the image tokens need a gradient"
 CALLED = "ln_vision not folded: layers of keys or values are called"
 
 
 def describe_fusion(root: nn.Module, image_form: str) -> str:
-    """What is fused, what is called instead, and what the last pass over images did; for a `repr`.
+    """Which layers are fused, which are called, and the last `image_form`; for a `repr`.
 
     Args:
         root: The Q-Former.
-        image_form: One of the three above, or empty before the first pass.
+        image_form: One of the three constants above, or empty before the first pass.
     """
     called = not_plain(root)
     how = "linear layers fused"
@@ -105,7 +104,7 @@ class Linear:
 
     Args:
         module: The layer.
-        dtype: The computing precision.
+        dtype: The compute dtype.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
@@ -123,18 +122,18 @@ class Linear:
         return linear(x, self.weight, self.bias)
 
     def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The product without its bias, and the bias for the next op; None if already added."""
+        """The output without bias, and the bias for the next op; None if already added."""
         if self.weight is None:
             return self(x), None
         return linear(x, self.weight), self.bias
 
 
 class FusedLinear:
-    """Linear layers that share an input, as one product if all of them are plain.
+    """Linear layers that share an input, fused into one GEMM if all of them are plain.
 
     Args:
         modules: The layers, of equal widths.
-        dtype: The computing precision.
+        dtype: The compute dtype.
     """
 
     def __init__(self, modules: list[nn.Module], dtype: torch.dtype) -> None:
@@ -155,7 +154,7 @@ class FusedLinear:
 
 
 def image_form(image_embeds: Tensor, projections: list[tuple[nn.Module, nn.Module]]) -> str:
-    """`FOLDED`, `TRAINED` or `CALLED`: the form of `image_keys_values` for these arguments."""
+    """`FOLDED`, `TRAINED` or `CALLED`: the path `image_keys_values` takes for these arguments."""
     if not all(is_plain(module) for pair in projections for module in pair):
         return CALLED
     return TRAINED if image_embeds.requires_grad else FOLDED
@@ -178,12 +177,12 @@ def image_keys_values(
     Args:
         image_embeds: `[B, S, E]`, the encoder's tokens before `ln_vision`.
         ln_vision: Normalises them.
-        projections: The key and value layer of each cross-attention.
+        projections: The key and value layers of each cross-attention.
         heads: H.
-        dtype: The computing precision.
+        dtype: The compute dtype.
 
     Returns:
-        For each layer `[B, S, 2, H, D]`, views of one tensor where the fast form ran.
+        `[B, S, 2, H, D]` per layer; views of one tensor if the layers were fused.
     """
     modules = [module for pair in projections for module in pair]
     split = (len(projections), 2, heads, -1)

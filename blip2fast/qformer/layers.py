@@ -1,13 +1,12 @@
 """The layers of the Q-Former (arXiv 2301.12597, section 3.1), post-norm as in BERT.
 
-One layer, with cross-attention in every `cross_attention_frequency`-th::
+One layer; every `cross_attention_frequency`-th has cross-attention::
 
     queries [B, Q, C] --+                    +-- queries -- cross-attention -- query FFN --+
                         +-- self-attention --+              (image tokens)                 +--
     text    [B, T, C] --+                    +-- text ----------------------- text FFN ----+
 
-Module and parameter names are those of BERT as transformers' Q-Formers spell them, so that
-checkpoints load unchanged.
+Module and parameter names match transformers' Q-Formers, so checkpoints load unchanged.
 """
 
 from collections.abc import Callable
@@ -28,10 +27,10 @@ from blip2fast.qformer.fused_linear import is_plain
 def linear(
     layer: nn.Module, x: Tensor, activation: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """`activation(layer(x))`; in inference by oneDNN where supported, with GELU fused.
+    """`activation(layer(x))`; inference uses oneDNN where supported, with GELU fused.
 
     Args:
-        layer: A linear layer, or whatever stands in its place.
+        layer: A linear layer, or a module that replaces one.
         x: `[..., K]`.
         activation: None: the identity.
     """
@@ -59,7 +58,7 @@ def attention(
 
     Args:
         query: `[B, H, L, D]`.
-        key: `[B, H, S, D]`; the batch of any operand may be 1, it is broadcast without a copy.
+        key: `[B, H, S, D]`; any operand may have batch 1 and is then broadcast without a copy.
         value: as key.
         mask: boolean (True: may be seen) or additive, broadcastable to `[B, H, L, S]`.
         dropout: probability that an attention weight is dropped.
@@ -76,7 +75,7 @@ def attention(
     query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
     blind = None
     if mask is not None and mask.dtype == torch.bool and query.device.type != "cpu":
-        # in 16 bits a GPU's attention (H200, PyTorch 2.11) gives anything where nothing is seen
+        # 16-bit SDPA on GPU (H200, PyTorch 2.11) returns garbage for fully masked rows
         blind = ~mask.any(-1, keepdim=True)
         mask = mask | blind
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
@@ -86,14 +85,14 @@ def attention(
 def _explicit_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    # The lowest half-precision number, a usual mask, and a score can add up to -inf.
+    # In half precision, a score plus the lowest finite value (a common mask) can give -inf.
     dtype = torch.promote_types(query.dtype, torch.float32)
     scores = (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).to(dtype)
     if mask is None:
         weights = scores.softmax(-1)
     else:
-        # The lowest finite score, not -inf: a row without any visible token then makes no NaN,
-        # and its weights are zeroed afterwards.
+        # The lowest finite score, not -inf: a fully masked row then gives no NaN, and its weights
+        # are zeroed afterwards.
         lowest = torch.finfo(dtype).min
         if mask.dtype == torch.bool:
             hidden = ~mask
@@ -202,7 +201,7 @@ class QFormerIntermediate(nn.Module):
 
 
 class QFormerLayer(GradientCheckpointingLayer):
-    """One Q-Former layer: see the drawing at the top of this module."""
+    """One Q-Former layer; see the diagram in the module docstring."""
 
     def __init__(self, config: PreTrainedConfig, index: int, has_text: bool) -> None:
         super().__init__()
@@ -228,7 +227,7 @@ class QFormerLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """Maps `[B, Q+T, C]` to the same shape; the first `query_length` rows are queries.
 
-        Masks come prepared (`masks.prepare_mask`).
+        Masks must be in the form that `masks.prepare_mask` returns.
         """
         hidden_states = self.attention(
             hidden_states, hidden_states, attention_mask, output_attentions
@@ -245,7 +244,7 @@ class QFormerLayer(GradientCheckpointingLayer):
         if text.shape[1] == 0:
             return queries
         text = self.output(self.intermediate(text), text)
-        # Queries that came with batch 1 have met the images by now, their text has not.
+        # With a query batch of 1, cross-attention has expanded the queries but not the text.
         return torch.cat([queries, text.expand(queries.shape[0], -1, -1)], dim=1)
 
 
@@ -287,7 +286,7 @@ class QFormerEmbeddings(nn.Module):
         position_ids: Tensor | None = None,
         query_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Token ids `[B, T]` and queries `[B, Q, C]`, either of them optional, to `[B, Q+T, C]`."""
+        """Embeds token ids `[B, T]` after queries `[B, Q, C]`, either optional: `[B, Q+T, C]`."""
         if input_ids is None:
             embeds = query_embeds
         else:

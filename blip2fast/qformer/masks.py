@@ -1,7 +1,7 @@
 """Attention masks of the Q-Former: converts every accepted form to the one that the kernels take.
 
-A mask reaches `scaled_dot_product_attention` as `[B, 1|H, 1|L, S]`, boolean (True: may be seen) or
-floating and additive, or not at all when nothing is hidden. Forms that users write:
+`scaled_dot_product_attention` gets a mask `[B, 1|H, 1|L, S]`, either boolean (True: may be seen) or
+additive floating-point, or None when nothing is masked. Accepted input forms:
 
 ==============  ==========================  ====================================================
 mask            shape                       meaning
@@ -34,7 +34,7 @@ def prepare_mask(
 
     Args:
         mask: any of the forms in this module's table, or None.
-        batch: B, the largest batch in the call; a mask of batch 1 serves them all.
+        batch: B, the largest batch in the call; a mask of batch 1 is broadcast.
         heads: H, number of attention heads.
         rows: number of attending rows (L; Q for cross-attention).
         keys: number of tokens attended to (L, or S image tokens).
@@ -74,7 +74,7 @@ def prepare_mask(
 
 
 def _is_additive(mask: Tensor) -> bool:
-    """Whether a float mask is additive: read as 0/1 it would be inverted. CPU only."""
+    """Whether a float mask has negative values, so is additive rather than 0/1. CPU only."""
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return bool((mask < 0).any())
@@ -107,7 +107,7 @@ def _check_shape(mask: Tensor, *, batch: int, rows: int, keys: int, name: str) -
 
 
 def pad_ragged(states: list[Tensor] | tuple[Tensor, ...], width: int) -> tuple[Tensor, Tensor]:
-    """Pads the image tokens of each sample, `[S_b, E]`, to `[B, S, E]`; with the lengths `[B]`.
+    """Pads per-sample image tokens `[S_b, E]` to `[B, S, E]`; also returns the lengths `[B]`.
 
     Raises:
         ValueError: when the list is empty or a member is not `[S_b, width]`.
@@ -154,7 +154,7 @@ def qformer_mask(kind: MaskKind, num_queries: int, text_mask: Tensor) -> Tensor:
     elif kind is MaskKind.UNIMODAL:
         visible = text_rows[:, None] == text_rows[None, :]
     else:
-        # queries are all before the text, so "not later" shows every query to every text row
+        # all queries come before the text, so the causal mask lets text rows see every query
         not_later = torch.ones(L, L, dtype=torch.bool, device=device).tril()
         visible = torch.where(text_rows[:, None], not_later, ~text_rows[None, :])
 

@@ -35,18 +35,18 @@ QFORMER_CONFIGS: dict[str, type[PreTrainedConfig]] = {
 class QFormer(PreTrainedModel):
     """Queries (and text) that attend to each other and, in some layers, to image tokens.
 
-    Takes the place of `transformers.Blip2QFormerModel` and, with their configs, of
+    Drop-in replacement for `transformers.Blip2QFormerModel` and, given their configs, for
     `InstructBlipQFormerModel` and `InstructBlipVideoQFormerModel`: same configs, parameter names,
-    arguments, outputs and files. Two forms, chosen by the config's class:
+    arguments, outputs and checkpoint files. The config class selects one of two forms:
 
     * `Blip2QFormerConfig`: takes embeddings only. The text feed-forward networks exist if
       `config.use_qformer_text_input`.
-    * `InstructBlipQFormerConfig`, `InstructBlipVideoQFormerConfig`: own word and position
-      embeddings, so that it takes `input_ids` too; always with text feed-forward networks.
+    * `InstructBlipQFormerConfig`, `InstructBlipVideoQFormerConfig`: has its own word and position
+      embeddings, so it also takes `input_ids`; always has text feed-forward networks.
 
-    Beyond transformers: image tokens of different lengths and encoder masks together with text
-    rows, pair masks `[B, L, L]`, attention weights from any `attn_implementation`, zeros for a row
-    that may see nothing, and no wait for the device in `forward`.
+    Beyond transformers, it supports variable-length image tokens, encoder masks together with text
+    rows, pairwise masks `[B, L, L]`, and attention weights from any `attn_implementation`. Fully
+    masked rows give zeros. `forward` does not synchronise with the device.
 
     Args:
         config: sizes; see `transformers.Blip2QFormerConfig`.
@@ -58,13 +58,13 @@ class QFormer(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules: ClassVar = ["QFormerLayer", "QFormerEmbeddings"]
-    # The rest of a full BLIP-2 checkpoint that a Q-Former is read from.
+    # Keys of a full BLIP-2 checkpoint that are not part of the Q-Former.
     _keys_to_ignore_on_load_unexpected: ClassVar = [
         r"(^|\.)(vision_model|language_model|language_projection|vision_projection)\.",
         r"(^|\.)(text_projection|itm_head)\.|(^|\.)query_tokens$|^embeddings\.",
     ]
-    # `attentions` also receives the cross-attention weights, in layer order: so records
-    # transformers, whose pattern ".attention" matches both kinds of block.
+    # `attentions` also receives the cross-attention weights, in layer order. This matches
+    # transformers, where the pattern ".attention" matches both kinds of block.
     _can_record_outputs: ClassVar = {
         "hidden_states": QFormerLayer,
         "attentions": [OutputRecorder(QFormerMultiHeadAttention, index=1, layer_name=".attention")],
@@ -102,19 +102,20 @@ class QFormer(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: folder or hub name; the `model_type` in its config
-                decides which config class is read.
-            model_args: as `transformers.PreTrainedModel.from_pretrained`, like all that follow.
+                selects the config class.
+            model_args: as in `transformers.PreTrainedModel.from_pretrained`, as are the arguments
+                below.
             config: the config to use instead of the saved one.
-            ignore_mismatched_sizes: re-initialise tensors of another shape instead of raising.
-            output_loading_info: return a report beside the model.
-            kwargs: precision, hub access, and fields of the config to change.
+            ignore_mismatched_sizes: re-initialise tensors whose shapes differ instead of raising.
+            output_loading_info: also return a loading report.
+            kwargs: dtype, hub options, and config fields to override.
 
         Returns:
-            The Q-Former in evaluation mode; with `output_loading_info` a pair of it and a dict.
+            The Q-Former in evaluation mode; with `output_loading_info`, the pair (model, dict).
 
         Raises:
-            ValueError: when the files belong to a model that holds no Q-Former of these kinds, or
-                hold tensors of other shapes than the config says.
+            ValueError: if the checkpoint's model type has no supported Q-Former, or its tensor
+                shapes do not match the config.
         """
         where = pretrained_model_name_or_path
         if config is None and where is not None:
@@ -136,20 +137,20 @@ class QFormer(PreTrainedModel):
         return (model, report) if output_loading_info else model
 
     def recompute_layers(self) -> None:
-        """Enable gradient checkpointing, whatever this version of transformers calls it."""
+        """Enable gradient checkpointing under the name this version of transformers uses."""
         renamed = hasattr(self, "activation_checkpointing_enable")  # transformers 5.23
         name = "activation" if renamed else "gradient"
         getattr(self, f"{name}_checkpointing_enable")({"use_reentrant": False})
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """The word embeddings, None where the Q-Former owns none."""
+        """The word embeddings; None if the Q-Former has none."""
         return self.embeddings.word_embeddings if self.has_embeddings else None
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replaces the word embeddings.
 
         Raises:
-            NotImplementedError: where the Q-Former owns none.
+            NotImplementedError: if the Q-Former has none.
         """
         if not self.has_embeddings:
             raise NotImplementedError(
@@ -171,31 +172,31 @@ class QFormer(PreTrainedModel):
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Runs the Q-Former over L = Q + T rows.
 
-        The order of the arguments is that of `Blip2QFormerModel`; for the InstructBLIP forms,
-        whose order differs in transformers, pass them by name.
+        The argument order follows `Blip2QFormerModel`. The InstructBLIP classes of transformers
+        use another order, so pass their arguments by name.
 
         Args:
-            query_embeds: `[B, L, C]`, queries first, then embedded text. Batch 1 serves every
-                image. With `input_ids` the queries alone, `[B, Q, C]`.
-            query_length: Q, how many rows are queries; they alone see the images. Default: all
+            query_embeds: `[B, L, C]`, queries first, then embedded text. A batch of 1 is broadcast
+                over the images. With `input_ids`, the queries only, `[B, Q, C]`.
+            query_length: Q, the number of query rows; only these attend to the image. Default: all
                 rows of `query_embeds`. 0: text only.
             attention_mask: `[B, L]` (1: real token), `[B, L, L]` (1: row may see column), or
-                `[B, 1 or H, L, L]` (boolean, integer 0/1, or a float that is added to the scores).
+                `[B, 1 or H, L, L]` (boolean, integer 0/1, or a float added to the scores).
             encoder_hidden_states: image tokens `[B, S, E]`, or one `[S_b, E]` per sample.
-            encoder_attention_mask: `[B, S]` (1: real token), `[B]` integers (numbers of real
-                tokens), `[B, Q, S]` or `[B, 1 or H, Q, S]` as above.
+            encoder_attention_mask: `[B, S]` (1: real token), `[B]` integers (the number of real
+                tokens per sample), or `[B, Q, S]` or `[B, 1 or H, Q, S]` as above.
             input_ids: token ids `[B, T]`, for a Q-Former with embeddings.
             position_ids: `[B, T]` or `[1, T]`, positions of `input_ids`; default 0 to T-1.
-            kwargs: `output_attentions`, `output_hidden_states`, `return_dict` as everywhere in
-                transformers; others are ignored.
+            kwargs: `output_attentions`, `output_hidden_states`, `return_dict` as in transformers;
+                others are ignored.
 
         Returns:
-            `last_hidden_state` `[B, L, C]`, `pooler_output` `[B, C]` (the first row), and where
-            asked for `hidden_states`, `attentions` and `cross_attentions`. As in transformers,
-            `attentions` lists every block's weights in order, cross-attention included.
+            `last_hidden_state` `[B, L, C]`, `pooler_output` `[B, C]` (the first row), and on
+            request `hidden_states`, `attentions` and `cross_attentions`. As in transformers,
+            `attentions` lists the weights of every block in order, cross-attention included.
 
         Raises:
-            ValueError: on shapes that do not fit the config or each other.
+            ValueError: on shapes that do not match the config or each other.
         """
         hidden_states, query_length = self._embed(
             query_embeds, query_length, input_ids, position_ids
@@ -253,7 +254,7 @@ class QFormer(PreTrainedModel):
         input_ids: Tensor | None,
         position_ids: Tensor | None,
     ) -> tuple[Tensor, int]:
-        """The first layer's input `[B, L, C]` and the number Q of its rows that are queries."""
+        """The first layer's input `[B, L, C]`, and Q, the number of query rows in it."""
         if query_embeds is not None:
             _check_rows("query_embeds", query_embeds, self.config.hidden_size)
         if input_ids is not None:
@@ -356,7 +357,7 @@ _HUB_ARGUMENTS = {
 def _read_config(
     where: str | PathLike[str], kwargs: dict[str, Any]
 ) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The saved config with the changes named in `kwargs`, and the `kwargs` that are none."""
+    """The saved config with overrides from `kwargs`, and the remaining `kwargs`."""
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS & kwargs.keys()}
     saved, _ = PreTrainedConfig.get_config_dict(where, **hub)
     model_type = saved.get("model_type")

@@ -1,8 +1,8 @@
 """The Q-Former over a token buffer: queries first, then texts without padding, in one pass.
 
-The same function as `blip2fast.QFormer` with less work: nothing is padded, no mask is written out,
-the image's keys and values come from outside (once for all passes of a step), and the last layer
-computes only the rows that are asked for. The weights are those of a `QFormer`, read in place.
+Computes the same function as `blip2fast.QFormer` with less work: no padding, no materialised mask,
+image keys and values computed once per step and passed in, and only the requested rows in the last
+layer. It reads the weights of a `QFormer` in place.
 
 Shapes: N query blocks, Q queries, T rows of all texts, R = N*Q + T rows of the buffer, C hidden
 width, B images, S image tokens, H heads, D head width.
@@ -43,7 +43,7 @@ class PackedPass:
         layout: Which rows attend to which.
         kv_index: The image that each query block reads; None: block i reads image i.
         image_mask: `[B, S]` bool, true where an image token is real; None: everywhere.
-        kept_text: Text rows wanted of the last layer, int64 `[K]`; None: all.
+        kept_text: Text rows to keep in the last layer, int64 `[K]`; None: all.
     """
 
     layout: AttentionLayout
@@ -57,8 +57,8 @@ class PassDropout:
     """The dropout of one pass: probabilities, and the seed of the mask at each dropout site.
 
     Attributes:
-        hidden_p, attention_p: Probabilities of dropping, of states and of attention weights.
-        philox: `[places, 2]` int64 seeds and offsets.
+        hidden_p, attention_p: Dropout probabilities of hidden states and attention weights.
+        philox: `[places, 2]` int64 seeds and offsets, one row per dropout site.
     """
 
     hidden_p: float
@@ -67,12 +67,12 @@ class PassDropout:
 
     @classmethod
     def of(cls, qformer: QFormer, philox: Tensor, number: int) -> PassDropout | None:
-        """The dropout of pass `number` of a step, or None where the Q-Former drops nothing.
+        """The dropout of pass `number` of a step; None if dropout is off.
 
         Args:
-            qformer: Says the probabilities, and whether it is being trained.
+            qformer: Provides the probabilities and the training mode.
             philox: `[2]` int64, the step's seed.
-            number: Another for each pass of a step.
+            number: Index of the pass, unique within a step.
         """
         config = qformer.config
         hidden_p, attention_p = config.hidden_dropout_prob, config.attention_probs_dropout_prob
@@ -90,13 +90,13 @@ class PassDropout:
 class States(NamedTuple):
     """Hidden states between two blocks, in two precisions.
 
-    LayerNorm's results are added to by the next block and read by its products. Under autocast
-    PyTorch keeps the former in fp32 and rounds for the latter, and so do we: rounded residuals
-    cost gradients three times the error of rounded products (docs/precision.md).
+    The next block uses a LayerNorm output both as its residual and as a GEMM input. As under
+    PyTorch autocast, the residual stays in fp32 and the GEMM input is rounded: rounding the
+    residuals gives three times the gradient error of rounding the products (docs/precision.md).
 
     Attributes:
-        rows: `[R, C]` in the wider type of the products and of LayerNorm's weights.
-        rounded: `[R, C]` in the computing precision; `rows` itself where the types are the same.
+        rows: `[R, C]` in the wider of the compute dtype and the dtype of LayerNorm's weights.
+        rounded: `[R, C]` in the compute dtype; `rows` itself if the dtypes are equal.
     """
 
     rows: Tensor
@@ -104,7 +104,7 @@ class States(NamedTuple):
 
 
 def states_dtype(norm: nn.LayerNorm, dtype: torch.dtype) -> torch.dtype:
-    """The type of `States.rows`: that of this LayerNorm's results where products are of `dtype`."""
+    """The dtype of `States.rows` after this LayerNorm, for compute dtype `dtype`."""
     return torch.promote_types(norm.weight.dtype, dtype)
 
 
@@ -112,10 +112,10 @@ class PackedLayer:
     """One layer: its weights in the compute dtype, and its forward over a token buffer.
 
     Args:
-        layer: Whose weights are read.
+        layer: The layer whose weights are read.
         heads: H.
-        dtype: The computing precision.
-        is_last: Whether no layer comes after it, so that no product reads its rows.
+        dtype: The compute dtype.
+        is_last: Whether this is the last layer, whose output needs no rounded copy.
     """
 
     def __init__(
@@ -149,9 +149,9 @@ class PackedLayer:
         blocks: int,
         dropout: PassDropout | None,
     ) -> States:
-        """`[R, C]` to `[R, C]`, or fewer text rows where the pass keeps some.
+        """`[R, C]` to `[R, C]`, with fewer text rows if the pass has `kept_text`.
 
-        A layout of one block that stands for `blocks` equal ones gives the rows of them all.
+        A one-block layout shared by `blocks` equal blocks is expanded to the rows of all blocks.
         """
         layout = packed.layout
         first_text = layout.num_blocks * layout.num_queries
@@ -199,7 +199,7 @@ class _Residual:
     def __init__(self, module: QFormerResidual, dtype: torch.dtype, is_last: bool = False) -> None:
         self.dense = Linear(module.dense, dtype)
         self.norm = module.LayerNorm
-        # of a copy for the next product
+        # dtype of the rounded copy for the next GEMM; None: no copy
         self.rounded = None if is_last or states_dtype(self.norm, dtype) == dtype else dtype
 
     def __call__(self, x: Tensor, residual: Tensor, p: float, philox: Tensor | None) -> States:
@@ -230,7 +230,7 @@ class _FeedForward:
     ) -> None:
         self.widen = Linear(widen.dense, dtype)
         self.activation = widen.intermediate_act_fn
-        # the exact GELU alone has a fused form
+        # only the exact GELU has a fused kernel
         self.exact_gelu = isinstance(self.activation, GELUActivation | nn.GELU) and (
             getattr(self.activation, "approximate", "none") == "none"
         )
@@ -252,7 +252,7 @@ def _join(queries: States, text: States) -> States:
 
 
 def _keep(rows: Tensor, first_text: int, kept: Tensor) -> Tensor:
-    """All query rows, and the selected text rows."""
+    """Keep all query rows and the selected text rows."""
     queries, text = rows[:first_text], rows[first_text:]
     return torch.cat([queries, text.index_select(0, kept)]) if len(kept) else queries
 
@@ -267,11 +267,11 @@ class PackedQFormer:
     """The weights of a `QFormer`, fused and cast once per step, for all passes of that step.
 
     Args:
-        qformer: Whose weights are read. Its own `forward` stays what it is.
-        dtype: The computing precision; statistics and softmax are in fp32 whatever it is.
+        qformer: The module whose weights are read. Its own `forward` is not changed.
+        dtype: The compute dtype; LayerNorm statistics and softmax are always in fp32.
 
     Attributes:
-        image_form: How the image's keys and values were computed last (`fused_linear`), or empty.
+        image_form: How image keys and values were last computed (`fused_linear`); empty if not yet.
     """
 
     def __init__(self, qformer: QFormer, dtype: torch.dtype) -> None:
@@ -290,7 +290,7 @@ class PackedQFormer:
     def image_keys_values(
         self, image_embeds: Tensor, ln_vision: nn.LayerNorm
     ) -> list[Tensor | None]:
-        """Each layer's keys and values `[B, S, 2, H, D]`, None where it has no cross-attention.
+        """Keys and values `[B, S, 2, H, D]` per layer; None for layers without cross-attention.
 
         Args:
             image_embeds: `[B, S, E]`, the encoder's tokens before `ln_vision`.
@@ -316,18 +316,18 @@ class PackedQFormer:
 
         Args:
             queries: `[Q, C]`, the learned queries, the same for every block.
-            text: `[T, C]`, embedded words plus positions.
-            keys_values: Each layer's `[B, S, 2, H, D]`, from `image_keys_values`; empty without
-                query blocks.
-            packed: What the pass sees.
-            dropout: None to drop nothing.
+            text: `[T, C]`, word plus position embeddings.
+            keys_values: `[B, S, 2, H, D]` per layer, from `image_keys_values`; empty if there are
+                no query blocks.
+            packed: The attention pattern of the pass.
+            dropout: None: no dropout.
 
         Returns:
             `(query states [N, Q, C], text states [T or K, C])`.
         """
         layout = packed.layout
         N, Q = layout.num_blocks, layout.num_queries
-        # until a layer shows them text or images, equal queries have equal states
+        # all blocks have equal states until a layer attends to text or images: compute one block
         shared = N > 1 and not layout.has_bidirectional and not (dropout and dropout.hidden_p)
         shared = shared and not (dropout and dropout.attention_p)
         shared = shared and self.layers[0].has_cross_attention
@@ -376,7 +376,7 @@ def _bound(
 
 
 def _one_block(layout: AttentionLayout) -> AttentionLayout:
-    """The layout in which a single block stands for all equal blocks."""
+    """A layout with a single block in place of N equal blocks."""
     joint = (layout.offsets[-1] - layout.offsets[0]).view(1)
     return replace(
         layout,

@@ -1,10 +1,9 @@
-"""Replaces the Q-Formers inside transformers models by blip2fast's, and restores them.
+"""Replaces the Q-Formers inside transformers models with blip2fast's, and restores them.
 
-Both Q-Formers have the same tree of modules. Only its inner nodes are replaced (attention blocks,
-layers, the Q-Former itself): the leaves (`nn.Linear`, `nn.LayerNorm`, `nn.Embedding`, or whatever
-an adapter put in their place) are the very same objects in both trees. So no parameter is copied,
-state dict keys stay, an optimizer built before the swap keeps its parameters, and nothing needs to
-be kept in step while either tree is in use.
+Both Q-Formers have the same module tree. Only inner nodes are replaced (attention blocks, layers,
+the Q-Former itself). The leaves (`nn.Linear`, `nn.LayerNorm`, `nn.Embedding`, or an adapter's
+replacement for one) are shared by both trees. So no parameter is copied, state dict keys do not
+change, an optimizer built before the swap stays valid, and the two trees need no synchronisation.
 """
 
 from collections.abc import Iterator
@@ -47,9 +46,9 @@ _INNER_NODES = (
     QFormerResidual,
     nn.ModuleList,
 )
-# What an inner node carries besides its children. The hook tables are shared rather than copied,
-# so that a handle obtained before the swap still removes its hook after it. The last one tells
-# transformers that its recording hooks are already among them.
+# State of an inner node besides its children. The hook dicts are shared rather than copied, so a
+# handle obtained before the swap still removes its hook afterwards. The last entry tells
+# transformers that its output-capturing hooks are already installed.
 _STATE = (
     "training",
     "_forward_hooks",
@@ -67,22 +66,22 @@ _STATE = (
 
 
 def patch(model: Model) -> Model:
-    """Replaces every transformers Q-Former inside a model by a `QFormer` on the same parameters.
+    """Replaces every transformers Q-Former inside a model with a `QFormer` on the same parameters.
 
-    Works on any module that holds a `Blip2QFormerModel`, `InstructBlipQFormerModel` or
+    Works on any module that contains a `Blip2QFormerModel`, `InstructBlipQFormerModel` or
     `InstructBlipVideoQFormerModel` at any depth: the BLIP-2, InstructBLIP and InstructBLIP-Video
-    models, Granite Speech, Granite Vision, or your own. Outputs stay what they were. Training
-    mode, gradient checkpointing, and hooks carry over.
+    models, Granite Speech, Granite Vision, or your own. Outputs do not change. Training mode,
+    gradient checkpointing, and hooks carry over.
 
     Args:
-        model: changed in place. A bare Q-Former cannot be: use what is returned.
+        model: modified in place, unless it is itself a Q-Former: then use the returned module.
 
     Returns:
-        The model.
+        The patched model.
 
     Raises:
-        ValueError: if the model holds no Q-Former, is patched already, or holds one that cannot be
-            replaced without changing what it does. The model is then left as it was.
+        ValueError: if the model contains no Q-Former, is already patched, or contains a Q-Former
+            that cannot be replaced without changing its behaviour. The model is then unchanged.
     """
     if _patched(model):
         raise ValueError(f"{type(model).__name__} is patched already: call unpatch(model) first")
@@ -97,10 +96,10 @@ def unpatch(model: Model) -> Model:
     """Restores the original Q-Formers; they keep the current parameter values.
 
     Args:
-        model: what `patch` returned, changed in place (unless it is a bare Q-Former).
+        model: the return value of `patch`, modified in place unless it is itself a Q-Former.
 
     Returns:
-        The model.
+        The restored model.
 
     Raises:
         ValueError: if the model was not patched, or modules were added inside its Q-Former.
@@ -112,7 +111,7 @@ def unpatch(model: Model) -> Model:
     for qformer in patched:
         original: PreTrainedModel = vars(qformer)["_replaced"]
         _carry(list(_inner_nodes(qformer, original)))
-        # Buffers of the original were out of the model's sight when it moved between devices.
+        # The original's buffers were not in the model, so `.to(device)` did not move them.
         for node in original.modules():
             for name, buffer in node._buffers.items():
                 if buffer is not None:
@@ -130,7 +129,7 @@ def _patched(model: nn.Module) -> list[QFormer]:
 
 
 def _swap(model: Model, swaps: dict[nn.Module, nn.Module]) -> Model:
-    """Replaces each key by its value, wherever it occurs in the model."""
+    """Replaces each key of `swaps` with its value, wherever it occurs in the model."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in swaps:
@@ -139,12 +138,12 @@ def _swap(model: Model, swaps: dict[nn.Module, nn.Module]) -> Model:
 
 
 def _replacement(original: PreTrainedModel) -> QFormer:
-    """A `QFormer` on the leaves of `original`."""
+    """A `QFormer` that shares the leaves of `original`."""
     _check_replaceable(original)
     with torch.device("meta"):
         qformer = QFormer(original.config)
     _carry([(theirs, ours) for ours, theirs in _inner_nodes(qformer, original)])
-    # Not a child: its parameters are already in the model, once.
+    # Not registered as a submodule: its parameters are already in the model.
     object.__setattr__(qformer, "_replaced", original)
     return qformer
 
@@ -168,7 +167,7 @@ def _check_replaceable(original: PreTrainedModel) -> None:
 
 
 def _inner_nodes(qformer: nn.Module, original: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Pairs of inner nodes in the same place of both trees, parents first."""
+    """Pairs of corresponding inner nodes of both trees, parents first."""
     if qformer._modules.keys() != original._modules.keys():
         differing = sorted(qformer._modules.keys() ^ original._modules.keys())
         raise ValueError(

@@ -31,8 +31,8 @@ class Stage1Config:
         hidden_size: C.
         encoder_hidden_size: E, width of the image tokens (1408 for ViT-g/14, 1024 for ViT-L/14).
         num_query_tokens: Q.
-        vocab_size: V; bert-base-uncased and [DEC].
-        bos_token_id: [DEC], which replaces [CLS] where text is generated.
+        vocab_size: V; bert-base-uncased plus [DEC].
+        bos_token_id: [DEC], which replaces [CLS] in text generation.
         embed_dim: D, width of the contrastive features.
         cross_attention_frequency: Layers 0, k, 2k, ... attend to the image.
     """
@@ -88,7 +88,7 @@ class Stage1Config:
         return cls(**values)
 
     def qformer_config(self) -> Blip2QFormerConfig:
-        """The configuration of the Q-Former inside, in transformers' terms."""
+        """The transformers configuration of the Q-Former."""
         shared = {f.name for f in dataclasses.fields(self)} - {
             "num_query_tokens",
             "bos_token_id",
@@ -108,7 +108,7 @@ def check_sizes(config: Any) -> None:
     Token ids may be 0. The hidden width must be a multiple of the number of heads.
 
     Raises:
-        ValueError: naming field and value.
+        ValueError: names the field and its value.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -125,10 +125,10 @@ def check_sizes(config: Any) -> None:
 
 
 def check_losses(names: Sequence[str]) -> tuple[str, ...]:
-    """Validate the names of losses; returns them in the order of `LOSSES`.
+    """Validate loss names; returns them in the order of `LOSSES`.
 
     Raises:
-        ValueError: another name, or no ITC.
+        ValueError: an unknown name, or ITC is missing.
     """
     unknown = [name for name in names if name not in LOSSES]
     if unknown or "itc" not in names:
@@ -141,28 +141,29 @@ def check_losses(names: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass
 class Stage1Output(ModelOutput):
-    """What a stage-1 step computes.
+    """Outputs of a stage-1 step.
 
     Attributes:
-        loss: The sum of the losses that the model computes, scalars with gradient.
-        loss_itc, loss_itm, loss_itg: Each one; None where the model's `losses` lack it, like what
-            belongs to it.
-        itm_logits: `[3B, 2]`; B matching pairs, B with another image, B with another text.
+        loss: Sum of the enabled losses, a scalar with gradient.
+        loss_itc, loss_itm, loss_itg: The individual losses. A loss that is not in the model's
+            `losses` is None, as are its logits and accuracy.
+        itm_logits: `[3B, 2]`; B matching pairs, B with a negative image, B with a negative text.
         image_features: `[B, Q, D]`, normalised.
         text_features: `[B, D]`, normalised.
-        query_output: `[B, Q, C]`, the queries' last states without text.
-        accuracy_i2t, accuracy_t2i: Share of rows whose best column is a positive.
-        accuracy_itm: Share judged rightly, of the 3B pairs that count (`losses.counted_pairs`); 0
-            where none does.
-        accuracy_itg: Share of next tokens predicted rightly.
-        negative_image, negative_text: `[B]`, indices into the batch of all ranks; -1 where every
-            pair of it has the image id of the row: ITM then leaves the row out.
-        sim_i2t, sim_t2i: `[B, N]` similarities over temperature. A step never holds them: they are
-            computed when first asked for, on all ranks or none.
-        itg_logits: `[B, T, V]`; position t predicts token t+1, the last one nothing. Computed when
-            first asked for, in a padded pass of its own (which draws its own dropout).
-        counts: What each loss and accuracy is a mean over: the pairs of ITC, the pairs that ITM
-            counts, the words of ITG; scalars, by the names above. `loss` is a sum of means.
+        query_output: `[B, Q, C]`, last hidden states of the queries, without text.
+        accuracy_i2t, accuracy_t2i: Fraction of rows whose top-scoring column is a positive.
+        accuracy_itm: Fraction classified correctly, among the counted ones of the 3B pairs
+            (`losses.counted_pairs`); 0 if no pair is counted.
+        accuracy_itg: Fraction of next tokens predicted correctly.
+        negative_image, negative_text: `[B]`, indices into the global batch; -1 if every pair in it
+            has the row's image id, in which case ITM skips the row.
+        sim_i2t, sim_t2i: `[B, N]` similarities over temperature. Not materialised in a step: they
+            are computed on first access, which must happen on all ranks or none.
+        itg_logits: `[B, T, V]`; position t predicts token t+1, the last position predicts nothing.
+            Computed on first access, in a separate padded pass (which draws its own dropout).
+        counts: Number of items that each loss and accuracy is averaged over, as scalars by the
+            names above: pairs for ITC, counted pairs for ITM, words for ITG. `loss` is a sum of
+            means and has none.
     """
 
     loss: Tensor | None = None
@@ -185,13 +186,13 @@ class Stage1Output(ModelOutput):
         similarities: Callable[[], tuple[Tensor, Tensor]],
         itg_logits: Callable[[], Tensor],
     ) -> Stage1Output:
-        """Set how to compute the outputs that a step does not need itself."""
+        """Set the functions that compute similarities and ITG logits on first access."""
         self.__dict__["_similarities"] = functools.cache(similarities)
         self.__dict__["_itg_logits"] = functools.cache(itg_logits)
         return self
 
     def set_counts(self, counts: Mapping[str, Tensor | int]) -> Stage1Output:
-        """Set what each loss and accuracy is a mean over."""
+        """Set the number of items that each loss and accuracy is averaged over."""
         self.__dict__["_counts"] = dict(counts)
         return self
 

@@ -1,10 +1,11 @@
 """ITC over more pairs than fit into memory at once (GradCache).
 
-A contrastive loss needs all its pairs at once, but its encoders do not: features of every
-micro-batch first, without gradient; the loss of all and its gradients with respect to features;
-then each micro-batch again, which hands its own down (Gao et al., "Scaling Deep Contrastive
-Learning Batch Size under Memory Limited Setup", arXiv 2101.06983). Shapes as in `config.py`;
-B pairs of a micro-batch, D width of features.
+A contrastive loss needs the features of all pairs at once, but the encoders can run on one
+micro-batch at a time. First, compute the features of every micro-batch without gradient. Then,
+compute the loss over all pairs and its gradients with respect to the features. Last, run each
+micro-batch again and backpropagate its share of these gradients (Gao et al., "Scaling Deep
+Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983). Shapes as in
+`config.py`; B pairs of a micro-batch, D width of features.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from blip2fast.kernels.philox import philox_state
 from blip2fast.ops.itc.loss import itc_loss_and_grads
 from blip2fast.stage1.config import Stage1Config
 
-# `Blip2Stage1.features`, or the same through an engine: `(image features, text features,
-# temperature)` of a dropout seed `philox=` and the keyword arguments of a batch
+# `Blip2Stage1.features`, or a wrapper that calls it through an engine: takes a dropout seed
+# `philox=` and a batch's keyword arguments, returns (image features, text features, temperature)
 Encode = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """The dtype in which ITC multiplies normalised features; None: as they are.
+    """The dtype in which ITC multiplies normalised features; None: their own dtype.
 
     Args:
-        dtype: Of the model's products.
-        device: Where they are computed. A CPU has no use for fp16.
+        dtype: The model's compute dtype.
+        device: Compute device. fp16 is used on CUDA only.
     """
     return torch.float16 if dtype.itemsize == 2 and device.type == "cuda" else None
 
@@ -40,10 +41,11 @@ class StepContrast:
     """One micro-batch's share of the ITC loss of a whole optimizer step.
 
     Attributes:
-        philox: `[2]`, seed and offset of the dropout with which its features were computed.
+        philox: `[2]`, dropout seed and offset that the features were computed with.
         loss, accuracy_i2t, accuracy_t2i: Of the whole step, scalars.
-        d_image, d_text: `[B, Q, D]` and `[B, D]`, gradient of the loss with respect to its
-            features, times the number of micro-batches, since their losses are averaged.
+        d_image, d_text: `[B, Q, D]` and `[B, D]`, gradient of the loss with respect to the
+            micro-batch's features, times the number of micro-batches, because their losses are
+            averaged.
         d_temp: Gradient with respect to the temperature, a scalar.
     """
 
@@ -59,7 +61,7 @@ class StepContrast:
         """The loss of the step, whose backward gives this micro-batch's share of the gradient.
 
         Raises:
-            ValueError: The features are not of the micro-batch that this was made for.
+            ValueError: The feature shapes are not those of this object's micro-batch.
         """
         for name, given, gradient in (
             ("image", image_features, self.d_image),
@@ -73,7 +75,7 @@ class StepContrast:
                 )
         handed_down = (image_features * self.d_image).sum()
         handed_down = handed_down + (text_features * self.d_text).sum()
-        # DeepSpeed holds it as [1]
+        # DeepSpeed stores temp as [1]
         handed_down = handed_down + (temp * self.d_temp).sum()
         return self.loss + (handed_down - handed_down.detach())
 
@@ -81,22 +83,22 @@ class StepContrast:
 def step_contrast(
     encode: Encode, batches: Sequence[Mapping[str, Any]], config: Stage1Config
 ) -> list[StepContrast]:
-    """ITC over all pairs of an optimizer step, of all micro-batches and processes.
+    """ITC over all pairs of an optimizer step, across micro-batches and processes.
 
-    Every process must call this, with as many batches of the same sizes. For the sum over batches
-    of `forward(**batch, contrast=...).loss / len(batches)`, ITC's gradient is that of one batch
-    with all the pairs.
+    Every process must call this with the same number of batches, of the same sizes. Summing
+    `forward(**batch, contrast=...).loss / len(batches)` over batches then gives the ITC gradient of
+    a single batch with all pairs.
 
     Args:
         encode: `Blip2Stage1.features` of the model.
-        batches: Keyword arguments of `Blip2Stage1.forward`, image tokens given.
-        config: Of the model.
+        batches: Keyword arguments of `Blip2Stage1.forward`, with `image_embeds`.
+        config: The model's config.
 
     Returns:
-        One for each batch, for `forward(contrast=...)`.
+        One `StepContrast` per batch, for `forward(contrast=...)`.
 
     Raises:
-        ValueError: There is no batch, or some but not all have image ids.
+        ValueError: `batches` is empty, or only some batches have image ids.
     """
     if not batches:
         raise ValueError("batches: expected one or more, got none")

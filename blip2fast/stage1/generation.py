@@ -26,12 +26,12 @@ def generate(
 
     Args:
         reader: The Q-Former.
-        lm_head: Scores of words from text states.
-        words: `[V, C]`, the word embeddings, which the head shares.
-        config: Says which tokens begin and pad a text.
-        images: What to caption.
+        lm_head: Maps text states to vocabulary logits.
+        words: `[V, C]`, the word embeddings, tied to the head's decoder.
+        config: Provides `bos_token_id` and `pad_token_id`.
+        images: The images to caption.
         eos_token_id: Ends a text.
-        max_new_tokens: Most tokens to write.
+        max_new_tokens: Maximum number of tokens to generate.
     """
     B, device = len(images.tokens), images.tokens.device
     ids = torch.full((B, 1), config.bos_token_id, device=device)

@@ -1,6 +1,6 @@
-"""Validation of stage-1 inputs; messages name the offending values.
+"""Validation of stage-1 inputs; error messages show the offending values.
 
-Checks that would synchronise a GPU are made for CPU tensors only.
+Checks that would synchronise a GPU run for CPU tensors only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def packed_texts(
     vocab_size: int,
     max_positions: int,
 ) -> PackedTexts:
-    """The texts without padding, from padded `[B, T]` or packed `[T_total]` ids."""
+    """Validate padded `[B, T]` or packed `[T_total]` ids and return packed texts."""
     if input_ids is None:
         raise ValueError("input_ids: expected [B, T] token ids, got none")
     if cu_seqlens is not None:
@@ -96,7 +96,7 @@ def check_pairs(image_embeds: Tensor, texts: PackedTexts) -> None:
 
 
 def check_training_batch(texts: PackedTexts, image_ids: Tensor | None) -> None:
-    """Require what the losses need: at least one negative and one token to predict."""
+    """Require at least one negative and one token to predict, which the losses need."""
     B = texts.count
     if B * world_size() < 2:
         raise ValueError(
@@ -117,7 +117,7 @@ def sizes_of_ranks(
 ) -> HostCopy:
     """Gather the batch sizes of all ranks, for `check_ranks_agree`.
 
-    Every rank must call this, whatever its batch.
+    A collective: every rank must call it.
     """
     B, S, _ = image_embeds.shape
     own = [[B, S, image_ids is not None, visible is not None, texts.longest]]
@@ -132,14 +132,13 @@ def sizes_of_ranks(
 def check_ranks_agree(sizes: HostCopy) -> int:
     """Require equal batch shapes on all ranks; returns the longest T of any rank.
 
-    A mismatch found by the collectives themselves would hang or abort the processes: this must
-    come before the first of them.
+    With mismatched shapes the later collectives would hang or abort, so call this before them.
 
     Args:
-        sizes: Of `sizes_of_ranks`; the host waits for them here.
+        sizes: Result of `sizes_of_ranks`; the host waits for it here.
 
     Raises:
-        ValueError: on every rank, with the values of all.
+        ValueError: on every rank, with the values of all ranks.
     """
     ranks = list(zip(*sizes.tolist(), strict=True))
     names = ("batch size", "image tokens", "image_ids given", "image_attention_mask given")
@@ -154,7 +153,7 @@ def check_ranks_agree(sizes: HostCopy) -> int:
 
 
 def check_negatives(negatives: tuple[Tensor, Tensor], batch: int) -> tuple[Tensor, Tensor]:
-    """Validate negatives passed by the caller: into the global batch, not own pairs; -1: none."""
+    """Validate caller-provided negatives: global batch indices, not the own pair; -1 for none."""
     world_batch = batch * world_size()
     for name, index in zip(("negative_image", "negative_text"), negatives, strict=True):
         if index.shape != (batch,) or is_float(index):
@@ -173,6 +172,6 @@ def check_negatives(negatives: tuple[Tensor, Tensor], batch: int) -> tuple[Tenso
 
 
 def check_new_tokens(max_new_tokens: int, limit: int) -> None:
-    """Require between one token and as many as the position table holds."""
+    """Require `max_new_tokens` from 1 to `limit`, the size of the position table."""
     if not 1 <= max_new_tokens <= limit:
         raise ValueError(f"max_new_tokens: expected 1 to {limit}, got {max_new_tokens}")

@@ -1,4 +1,4 @@
-"""LAVIS's names for the parameters of stage 1, both ways.
+"""Renames stage-1 parameters to and from LAVIS's names.
 
 LAVIS wraps a BERT language model: its word embeddings, layers and generation head live under
 `Qformer.bert` and `Qformer.cls`. The tensors are the same; only the names differ.
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# (LAVIS prefix, our prefix); the first that fits is used
+# (LAVIS prefix, our prefix); the first match is used
 _PREFIXES = (
     ("Qformer.bert.embeddings.LayerNorm.", "qformer.layernorm."),
     ("Qformer.bert.embeddings.", "embeddings."),
@@ -22,10 +22,10 @@ _PREFIXES = (
     ("text_proj.", "text_projection."),
 )
 
-# what LAVIS saves besides parameters of the Q-Former: a buffer of positions, and the image encoder
+# LAVIS checkpoint entries that we drop: the position-id buffer and the image encoder
 _IGNORED = ("Qformer.bert.embeddings.position_ids", "visual_encoder.")
 
-# LAVIS saves tied tensors under both of their names
+# LAVIS saves tied tensors under both names
 _TIED = {
     "Qformer.cls.predictions.decoder.weight": "Qformer.bert.embeddings.word_embeddings.weight",
     "Qformer.cls.predictions.decoder.bias": "Qformer.cls.predictions.bias",
@@ -33,7 +33,7 @@ _TIED = {
 
 
 def from_lavis_name(name: str) -> str:
-    """Our name of a LAVIS parameter."""
+    """Our name for a LAVIS parameter."""
     for theirs, ours in _PREFIXES:
         if name.startswith(theirs):
             name = ours + name[len(theirs) :]
@@ -42,7 +42,7 @@ def from_lavis_name(name: str) -> str:
 
 
 def to_lavis_name(name: str) -> str:
-    """LAVIS's name of one of our parameters."""
+    """LAVIS's name for one of our parameters."""
     name = re.sub(r"\.(attention|crossattention)\.attention\.", r".\1.self.", name)
     for theirs, ours in _PREFIXES:
         if name.startswith(ours):
@@ -54,8 +54,8 @@ def from_lavis(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a LAVIS stage-1 state dict.
 
     Args:
-        state_dict: Parameters under LAVIS's names; a whole checkpoint's `["model"]` may be
-            given, its image encoder is left out.
+        state_dict: Parameters under LAVIS's names, for example a checkpoint's `["model"]`; its
+            image encoder is dropped.
 
     Returns:
         The same tensors under our names.

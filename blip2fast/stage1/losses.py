@@ -1,4 +1,4 @@
-"""The three stage-1 losses, as defined (arXiv 2301.12597, section 3.1): plain PyTorch, any device.
+"""Reference stage-1 losses (arXiv 2301.12597, section 3.1) in plain PyTorch, for any device.
 
 Shapes: b images on this rank, N images on all ranks, Q queries, D feature width, T text tokens,
 V words. Similarities, softmaxes and losses are computed in fp32 (fp64 where the inputs are).
@@ -15,7 +15,7 @@ from blip2fast.ops.collectives import GradMode, gather_detached, gather_with_gra
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """L2-normalise the last dimension, in fp32 or fp64; half precision is off by 4e-3."""
+    """L2-normalise the last dimension in fp32 or fp64; half precision has an error of 4e-3."""
     return F.normalize(wide(x), dim=-1)
 
 
@@ -27,7 +27,7 @@ def max_query_similarity(
     Args:
         image_features: `[M, Q, D]`, normalised.
         text_features: `[N, D]`, normalised.
-        batch_size: Images at a time, so that `[M, Q, N]` is never held; None: all.
+        batch_size: Images per chunk, so that `[M, Q, N]` is not materialised; None: all at once.
 
     Returns:
         `[M, N]`, fp32 or fp64.
@@ -51,15 +51,14 @@ def itc_logits(
         image_features: `[b, Q, D]`, normalised.
         text_features: `[b, D]`, normalised.
         temp: Scalar temperature, learned.
-        grad_mode: `"local"`: features of other places in the gathered batch carry no gradient
-            (what LAVIS trains with); `"full"`: they do.
+        grad_mode: `"local"`: gathered features carry no gradient (as in LAVIS); `"full"`: they do.
 
     Returns:
         `(sim_i2t, sim_t2i)`, each `[b, N]`: image i against every text, text i against every
         image.
 
     Raises:
-        ValueError: shapes do not fit together, or `grad_mode` is unknown.
+        ValueError: shapes do not match, or `grad_mode` is unknown.
     """
     _check_features(image_features, text_features)
     if grad_mode not in ("local", "full"):
@@ -84,13 +83,13 @@ def _check_features(image_features: Tensor, text_features: Tensor) -> None:
 
 
 def counted_pairs(negatives: tuple[Tensor, Tensor]) -> Tensor:
-    """Which of ITM's 3b pairs count, `[3b]` bool.
+    """Which of ITM's 3b pairs count towards the loss, `[3b]` bool.
 
-    A pair with a negative counts where there is one. A matching pair counts where its image or its
-    text has one: without any it would teach that everything matches.
+    A negative pair counts if its negative exists. A matching pair counts if its image or its text
+    has a negative; otherwise it would only teach the model to predict "match".
 
     Args:
-        negatives: Negative image and text of each pair, `[b]`; below 0 where there is none.
+        negatives: Negative image and text of each pair, `[b]`; below 0 for none.
     """
     of_text, of_image = (index >= 0 for index in negatives)
     return torch.cat([of_text | of_image, of_text, of_image])
@@ -103,17 +102,18 @@ def itm_loss(
 ) -> tuple[Tensor, Tensor]:
     """Image-text matching loss over b matching pairs followed by 2b that do not match.
 
-    The mean over the pairs that count (`counted_pairs`); 0, with a gradient of 0, where none does.
+    The mean over the counted pairs (`counted_pairs`); 0, with zero gradient, if none is counted.
 
     Args:
         itm_logits: `[3b, 2]`; class 1 is "match".
-        negatives: Negative image and text of each pair, `[b]`; below 0 where there is none. None:
-            all are there.
-        similarities: A scalar that is finite if what the negatives were drawn from is. Where it is
-            not and a negative is missing, the loss is NaN: that is no row without a negative.
+        negatives: Negative image and text of each pair, `[b]`; below 0 for none. None:
+            every pair has both.
+        similarities: A scalar that is finite only if the similarities that the negatives were
+            sampled from are. If it is not finite and a negative is missing, the loss is NaN,
+            because the missing negative is then an effect of the non-finite similarities.
 
     Returns:
-        `(loss, accuracy)`: scalars; the accuracy without gradient.
+        `(loss, accuracy)`: scalars; the accuracy has no gradient.
     """
     pairs = itm_logits.shape[0]
     labels = (torch.arange(pairs, device=itm_logits.device) < pairs // 3).long()
@@ -125,7 +125,7 @@ def itm_loss(
     right = (itm_logits.detach().argmax(-1) == labels) & counted
     number = counted.sum().clamp(min=1)
     loss = F.cross_entropy(logits, labels.masked_fill(~counted, -100), reduction="sum") / number
-    # pairs that are left out must not hide what is not finite: 0 times that is NaN
+    # excluded pairs must not hide non-finite logits: 0 * inf and 0 * NaN are NaN
     hidden = (logits.detach() * 0).sum()
     if similarities is not None:
         hidden = hidden + (similarities.detach() * 0).masked_fill(counted.all(), 0)

@@ -1,8 +1,8 @@
 """Stage 1 of BLIP-2: the Q-Former learns from image-text pairs (arXiv 2301.12597, section 3.1).
 
 Three losses on frozen image features: contrastive (ITC), matching (ITM), generation (ITG), in two
-passes over token buffers without padding (`passes.py`). The keys and values of an image are
-computed once for both. Shapes are named as in `config.py`.
+passes over token buffers without padding (`passes.py`). Both passes share the image keys and
+values, which are computed once. Shapes are named as in `config.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from blip2fast.stage1.modules import LMHead, TextEmbeddings, copy_text_ffn_to_qu
 from blip2fast.stage1.passes import Reader, first_pass, matching_pass, second_pass
 from blip2fast.stage1.texts import PackedTexts
 
-# beyond every offset of a dropout mask: negatives and masks share a step's seed
+# larger than any dropout offset: negative sampling and dropout share a step's seed
 _NEGATIVES_OFFSET = 2**31
 
 
@@ -51,19 +51,19 @@ class Blip2Stage1(nn.Module):
         config: Sizes.
         image_encoder: Optional frozen module from images `[B, 3, h, w]` to tokens `[B, S, E]`,
             for `forward(images=...)`. Without it, pass precomputed `image_embeds`.
-        losses: Which of "itc", "itm" and "itg" a step computes and adds up. ITC is always one of
-            them: ITM's negatives come from its similarities.
+        losses: Which of "itc", "itm" and "itg" a step computes and sums. ITC is required: ITM
+            samples its negatives from ITC's similarities.
 
     Attributes:
         ln_vision: Normalises the image tokens; trained, although the encoder is frozen.
         query_tokens: `[1, Q, C]`, the learned queries.
-        temp: The contrastive temperature, learned. `half`, `bfloat16` and `to` leave it in fp32: a
-            step of AdamW is smaller than the distance of its 16-bit neighbours.
-        exact_temp: The fp32 value of a `temp` that an engine holds in 16 bits, which the losses
-            are then computed with; None: `temp` itself.
+        temp: The learned contrastive temperature. `half`, `bfloat16` and `to` leave it in fp32: an
+            AdamW step is smaller than the spacing of 16-bit floats at its value.
+        exact_temp: The fp32 value used in the losses if an engine stores `temp` in 16 bits; None:
+            use `temp` itself.
 
     Raises:
-        ValueError: `losses` without ITC, or with another name.
+        ValueError: `losses` lacks ITC or contains an unknown name.
     """
 
     def __init__(
@@ -115,8 +115,8 @@ class Blip2Stage1(nn.Module):
             The model, in fp32, or fp64 if the state dict is.
 
         Raises:
-            ValueError: an unknown config key; a tensor that is missing, unknown, or of a shape
-                that is not the config's.
+            ValueError: an unknown config key; a tensor that is missing, unexpected, or whose shape
+                does not match the config.
         """
         if not isinstance(config, Stage1Config):
             config = Stage1Config.from_dict(config)
@@ -130,9 +130,9 @@ class Blip2Stage1(nn.Module):
         return model
 
     def to_lavis_state_dict(self) -> dict[str, Tensor]:
-        """Every trained tensor under LAVIS's name, temperature and generation head included.
+        """Every trained tensor under its LAVIS name, including temperature and generation head.
 
-        The image encoder is not part of it, and the tied output embedding is there once, as
+        The image encoder is excluded. The tied output embedding is stored once, as
         `Qformer.bert.embeddings.word_embeddings.weight`.
         """
         own = (
@@ -155,9 +155,9 @@ class Blip2Stage1(nn.Module):
         return self
 
     def temperature(self) -> Tensor:
-        """The temperature of the losses: the value is `exact_temp`'s, the gradient goes to `temp`.
+        """The temperature used in the losses: the value of `exact_temp`, with gradient to `temp`.
 
-        Without `exact_temp` it is `temp`.
+        Returns `temp` if `exact_temp` is None.
         """
         if self.exact_temp is None:
             return self.temp
@@ -192,18 +192,18 @@ class Blip2Stage1(nn.Module):
             image_embeds: `[B, S, E]`, the frozen encoder's tokens before `ln_vision`.
             input_ids: `[B, T]`, each text as [CLS] words [SEP] padding; or `[T_total]`,
                 without padding, together with `cu_seqlens`. Texts on the CPU are packed there,
-                which spares an accelerator's host the wait for their lengths.
-            attention_mask: `[B, T]`, nonzero where a token is real; by default, where
-                `input_ids` is not padding.
-            image_ids: `[B]` integers; pairs of equal id are positives of one another.
-            negatives: `(negative_image, negative_text)`, each `[B]`: indices into the batch of
-                all ranks, instead of sampled ones; -1 where there is none.
+                which avoids a device synchronisation for their lengths.
+            attention_mask: `[B, T]`, nonzero where a token is real; defaults to
+                `input_ids` not being padding.
+            image_ids: `[B]` integers; pairs with equal ids are positives of each other.
+            negatives: `(negative_image, negative_text)`, each `[B]`: indices into the global
+                batch to use instead of sampled negatives; -1 for none.
             images: `[B, 3, h, w]` for the image encoder, instead of `image_embeds`.
             image_attention_mask: `[B, S]`, nonzero where an image token is real.
-            cu_seqlens: `[B+1]`, where each text starts in a packed `input_ids`; on the CPU, so
-                that the host need not wait for the device.
-            contrast: ITC of all batches of an optimizer step, of `step_contrast`, instead of this
-                one's; ITM's negatives stay those of this batch.
+            cu_seqlens: `[B+1]`, the start of each text in packed `input_ids`; on the CPU, to avoid
+                a device synchronisation.
+            contrast: From `step_contrast`: ITC over all micro-batches of an optimizer step instead
+                of this batch only. ITM negatives are still sampled from this batch.
 
         Returns:
             A `Stage1Output`.
@@ -227,9 +227,9 @@ class Blip2Stage1(nn.Module):
         first = first_pass(reader, read, texts, philox, bos)
         features = self._image_features(first.queries), self._text_features(first.cls)
         temp = self.temperature()
-        # a device has the first pass to do while its host waits, and no collective has begun
+        # the device runs the first pass while the host waits here; no collective has started yet
         longest = check_ranks_agree(sizes)
-        # beside the contrast of a whole step, that of this batch is there for negatives alone
+        # if the whole step's contrast is given, this batch's ITC only provides the negatives
         with torch.set_grad_enabled(torch.is_grad_enabled() and contrast is None):
             itc = itc_loss(
                 *features,
@@ -291,7 +291,7 @@ class Blip2Stage1(nn.Module):
         image_embeds: Tensor,
         image_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Image features, from a pass of the queries over the image alone.
+        """Image features from a pass of the queries over the image, without text.
 
         Args:
             image_embeds: `[B, S, E]`, before `ln_vision`.
@@ -349,8 +349,8 @@ class Blip2Stage1(nn.Module):
             image_embeds: `[B, S, E]`, before `ln_vision`.
             input_ids, attention_mask: `[B, T]`.
             image_attention_mask: `[B, S]`, nonzero where an image token is real.
-            image_index: `[B]`, the image of each text, where `image_embeds` `[images, S, E]` holds
-                each image once: its keys and values then serve all its texts. Default: image i.
+            image_index: `[B]`, the image index of each text into `image_embeds` `[images, S, E]`,
+                so that texts of one image share its keys and values. Default: text i, image i.
         """
         image_embeds = self.image_tokens(image_embeds)
         texts = self.packed_texts(input_ids, attention_mask)
@@ -383,15 +383,15 @@ class Blip2Stage1(nn.Module):
 
         Args:
             image_embeds: `[B, S, E]`, before `ln_vision`.
-            eos_token_id: [SEP]; a text ends there.
-            max_new_tokens: Most tokens to write, [SEP] included.
+            eos_token_id: [SEP], which ends a text.
+            max_new_tokens: Maximum number of tokens to generate, including [SEP].
             image_attention_mask: `[B, S]`, nonzero where an image token is real.
 
         Returns:
             `[B, <= max_new_tokens]` token ids, padded after the end token.
 
         Raises:
-            ValueError: `max_new_tokens` is below 1 or over the position table.
+            ValueError: `max_new_tokens` is below 1 or exceeds the position table.
         """
         check_new_tokens(max_new_tokens, self.config.max_position_embeddings)
         image_embeds = self.image_tokens(image_embeds)
@@ -421,15 +421,15 @@ class Blip2Stage1(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The ITC features of `forward`, without gradient, for `step_contrast`.
 
-        In training mode it has the dropout of `philox`.
+        In training mode, dropout masks are drawn from the seed `philox`.
 
         Args:
             philox: `[2]`, as in `StepContrast`.
-            image_embeds, input_ids, attention_mask, image_ids: As in `forward`, like the rest.
+            image_embeds, input_ids, attention_mask, image_ids: As in `forward`, as are the others.
 
         Returns:
-            Image features `[B, Q, D]`, text features `[B, D]`, rounded as `product_dtype` says, and
-            the temperature, a scalar.
+            Image features `[B, Q, D]`, text features `[B, D]`, both in `product_dtype`, and the
+            temperature, a scalar.
         """
         image_embeds = self.image_tokens(image_embeds)
         texts = self.packed_texts(input_ids, attention_mask, cu_seqlens)
@@ -442,7 +442,7 @@ class Blip2Stage1(nn.Module):
         return image.to(kind), text.to(kind), self.temperature().detach().reshape(()).clone()
 
     def _reader(self) -> Reader:
-        """A reader of this step's weights; its compute dtype is autocast's if that is enabled."""
+        """A `Reader` of the current weights, in the autocast dtype if autocast is enabled."""
         check_gathered(self.query_tokens)
         dtype, device = self.query_tokens.dtype, self.query_tokens.device.type
         if torch.is_autocast_enabled(device):
@@ -450,11 +450,11 @@ class Blip2Stage1(nn.Module):
         return Reader(self.qformer, self.query_tokens, self.embeddings, self.ln_vision, dtype)
 
     def _image_features(self, states: Tensor) -> Tensor:
-        """ITC features `[B, Q, D]` of query states `[B, Q, C]`."""
+        """ITC features `[B, Q, D]` from query states `[B, Q, C]`."""
         return losses.l2_normalize(self.vision_projection(states))
 
     def _text_features(self, states: Tensor) -> Tensor:
-        """ITC features `[B, D]` of [CLS] states `[B, C]`."""
+        """ITC features `[B, D]` from [CLS] states `[B, C]`."""
         return losses.l2_normalize(self.text_projection(states))
 
     def _matching_logits(self, states: Tensor) -> Tensor:
@@ -462,7 +462,7 @@ class Blip2Stage1(nn.Module):
         return wide(self.itm_head(wide(states).mean(1).to(states.dtype)))
 
     def _generation_loss(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """ITG loss and accuracy from the states `[K, C]` that predict a token."""
+        """ITG loss and accuracy from the hidden states `[K, C]` that predict a token."""
         hidden = self.lm_head.transform(states)
         words = self.embeddings.word_embeddings.weight
         loss, right = lm_cross_entropy(
@@ -477,7 +477,7 @@ class Blip2Stage1(nn.Module):
     def _padded_logits(
         self, image_embeds: Tensor, texts: PackedTexts, length: int, visible: Tensor | None
     ) -> Tensor:
-        """ITG logits `[B, length, V]` from a padded pass, padding positions included."""
+        """ITG logits `[B, length, V]` from a padded forward pass, padding positions included."""
         B, Q = texts.count, self.config.num_query_tokens
         ids, lengths = texts.padded(length, self.config.pad_token_id)
         ids = torch.cat([torch.full_like(ids[:, :1], self.config.bos_token_id), ids[:, 1:]], 1)
@@ -495,7 +495,7 @@ class Blip2Stage1(nn.Module):
         return logits
 
     def image_tokens(self, image_embeds: Tensor | None, images: Tensor | None = None) -> Tensor:
-        """Image tokens `[B, S, E]`, as passed or computed by the image encoder; validated."""
+        """Validated image tokens `[B, S, E]`, passed in or computed by the image encoder."""
         width = self.config.encoder_hidden_size
         tokens = image_tokens(image_embeds, images, self.image_encoder, width)
         check_gathered(self.query_tokens)
@@ -507,7 +507,7 @@ class Blip2Stage1(nn.Module):
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None = None,
     ) -> PackedTexts:
-        """The texts of `forward` without padding, validated, on the model's device."""
+        """Validate the texts of `forward`, pack them, and move them to the model's device."""
         texts = packed_texts(
             input_ids,
             attention_mask,

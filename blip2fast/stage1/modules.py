@@ -55,12 +55,12 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, states: Tensor, word_embeddings: Tensor) -> Tensor:
-        """`[..., C]` states and the `[V, C]` table to `[..., V]` scores."""
+        """Logits `[..., V]` from hidden states `[..., C]` and word embeddings `[V, C]`."""
         return F.linear(self.transform(states), word_embeddings, self.bias)
 
 
 def copy_text_ffn_to_queries(qformer: nn.Module) -> None:
-    """Start the queries' feed-forward layers as copies of the text's, as BLIP-2 does."""
+    """Initialise the query feed-forward layers from the text ones, as BLIP-2 does."""
     state = qformer.state_dict()
     with torch.no_grad():
         for name, parameter in qformer.named_parameters():

@@ -1,7 +1,7 @@
 """Fetches the rows of sampled negatives from the ranks that hold them.
 
-LAVIS gathers the image tokens of every pair on every rank; a rank reads as many of them as it has
-negatives. Here only those travel.
+LAVIS all-gathers the image tokens of every pair, although a rank only uses those of its negatives.
+Here an all-to-all sends only the rows that are used.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from blip2fast.ops.collectives import gather_detached, rank, world_size
 
 @dataclass(frozen=True)
 class Route:
-    """The send and receive plan of one list of rows.
+    """The all-to-all plan for one list of rows.
 
     Attributes:
-        sent_rows: The rows of this rank that are wanted, in the order of the ranks that want them.
-        place: `[k]`, which entry of the list each arrival is; they come in the order of owners.
-        send_counts, receive_counts: Rows to and from each rank.
+        sent_rows: Local rows to send, ordered by destination rank.
+        place: `[k]`, list index of each received row; rows arrive ordered by source rank.
+        send_counts, receive_counts: Number of rows to and from each rank.
     """
 
     sent_rows: Tensor
@@ -37,20 +37,20 @@ class Route:
 class NegativeExchange:
     """Sends a list of rows from the ranks that hold them to the ranks that need them.
 
-    Built once for a list of negatives and used for all that belongs to them. On several ranks
-    building it synchronises the host, which needs the row counts of all ranks; `for_lists` builds
-    those of several lists in one wait. Every rank of the group must build it, and then call the
-    same methods in the same order.
+    Build it once per list of negatives and reuse it for each tensor. With several ranks, the
+    constructor synchronises the host, which needs the row counts of all ranks; `for_lists` builds
+    several exchanges with one synchronisation. Every rank of the group must construct it, and then
+    call the same methods in the same order.
 
     Args:
-        index: `[k]` int64, the rows wanted here, as indices into the batch of all ranks; the same
-            k on every rank.
-        batch: Rows that each rank holds.
-        group: The ranks; None: all.
-        route: As `for_lists` found it; None: found here.
+        index: `[k]` int64, the rows this rank needs, as indices into the global batch; the same k
+            on every rank.
+        batch: Number of rows on each rank.
+        group: The process group; None: all ranks.
+        route: A route computed by `for_lists`; None: compute it here.
 
     Raises:
-        ValueError: `index` is not `[k]` int64, or leaves the batch (not seen on one GPU).
+        ValueError: `index` is not `[k]` int64 or is out of range (not checked on a single GPU).
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class NegativeExchange:
                 _check_range(int(index.min()), int(index.max()), batch)
             return
         self.route = _routes(index[None], batch, group)[0] if route is None else route
-        # entry n of the list arrived as number arrival[n]
+        # list entry n is received row arrival[n]
         self.arrival = self.route.place.argsort()
 
     @classmethod
@@ -78,7 +78,7 @@ class NegativeExchange:
         """Exchanges for several lists, with one collective and one host synchronisation.
 
         Args:
-            indices: Lists `[k]` as in the constructor, of one length.
+            indices: Lists `[k]` as in the constructor, of equal length.
             batch, group: As in the constructor.
 
         Raises:
@@ -99,11 +99,11 @@ class NegativeExchange:
     def rows(self, x: Tensor) -> Tensor:
         """The requested rows of `x [batch, ...]`, which is sharded over the ranks.
 
-        Differentiable: the gradient of a row goes back to the rank that holds it, summed over all
-        who wanted it (the gradient of the sum of the ranks' losses).
+        Differentiable: the gradient of a row returns to the rank that holds it, summed over the
+        ranks that requested it (the gradient of the sum of the ranks' losses).
 
         Args:
-            x: `[batch, ...]`; the same type and trailing shape on every rank.
+            x: `[batch, ...]`; the same dtype and trailing shape on every rank.
 
         Returns:
             `[k, ...]`.
@@ -130,20 +130,20 @@ class NegativeExchange:
 def _routes(indices: Tensor, batch: int, group: ProcessGroup | None) -> list[Route]:
     """The routes of n lists `[n, k]`, from one gather and one copy to the host.
 
-    Masks and `bincount` would make the host wait for the sizes of what they return; sorting does
-    not.
+    Uses sorting, because boolean masks and `bincount` have data-dependent output sizes and would
+    synchronise.
     """
     ranks, own = world_size(group), rank(group)
     wanted = gather_detached(indices, group).view(ranks, *indices.shape).transpose(0, 1)
     owner = torch.div(wanted, batch, rounding_mode="floor").clamp(0, ranks - 1)
     asked_of_me, mine = owner == own, owner[:, own]
-    # this rank's rows first, in the order of the ranks that want them
+    # rows held by this rank first, ordered by the requesting rank
     order = owner.ne(own).flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
     sent_rows = wanted.flatten(1).gather(1, order) - own * batch
     place = mine.argsort(dim=1, stable=True)
     every_rank = torch.arange(ranks, device=indices.device)
     counts = [asked_of_me.sum(2), (mine[:, :, None] == every_rank).sum(1)]
-    # all ranks see the same range, so that an error is raised on all of them
+    # all ranks check the same range, so an error is raised on all of them
     span = torch.stack([wanted.amin((1, 2)), wanted.amax((1, 2))], dim=1)
     numbers = torch.cat([*counts, span], dim=1).tolist()
     for *_, low, high in numbers:

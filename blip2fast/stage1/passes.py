@@ -1,11 +1,11 @@
-"""The two passes of a stage-1 step over token buffers: which texts, which images, which masks.
+"""The two passes of a stage-1 step over token buffers: their texts, images and masks.
 
-Pass 1 holds each image's queries once, each text twice: alone under the unimodal mask (ITC), and,
-without its last token, which predicts nothing, under the multimodal causal mask (ITG). The queries
-see no text there, so their states serve ITC and ITG alike. Pass 2 holds 3B image-text pairs under
-the bidirectional mask (ITM), whose images are named by index.
+Pass 1 contains the queries of each image once and each text twice: under the unimodal mask (ITC),
+and, without its last token, which predicts nothing, under the multimodal causal mask (ITG). The
+queries attend to no text in either, so ITC and ITG share their states. Pass 2 contains 3B
+image-text pairs under the bidirectional mask (ITM), with images given by index.
 
-Shapes: B pairs on this rank, T tokens of a text at most, T_total of all texts, Q queries.
+Shapes: B pairs on this rank, T tokens of the longest text, T_total of all texts, Q queries.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class ProjectedImages:
     """Image tokens of a step with their projected keys and values.
 
     Attributes:
-        tokens: `[B, S, E]`, the frozen encoder's, before `ln_vision`.
+        tokens: `[B, S, E]`, the frozen encoder's output before `ln_vision`.
         mask: `[B, S]` bool, true where a token is real; None: everywhere.
-        keys_values: Each layer's `[B, S, 2, H, D]`; None where it has no cross-attention.
+        keys_values: `[B, S, 2, H, D]` per layer; None for layers without cross-attention.
     """
 
     tokens: Tensor
@@ -43,11 +43,11 @@ class Reader:
     """Runs the packed Q-Former of stage 1; weights are read once for all passes of a step.
 
     Args:
-        qformer: Whose weights are read.
+        qformer: The module whose weights are read.
         query_tokens: `[1, Q, C]`, the learned queries.
-        embeddings: Of words and positions.
+        embeddings: Word and position embeddings.
         ln_vision: Normalises image tokens.
-        dtype: The computing precision.
+        dtype: The compute dtype.
 
     Attributes:
         packed: The Q-Former's packed form.
@@ -87,11 +87,11 @@ class Reader:
         """The query states `[N, Q, C]` and text states `[K, C]` of a pass.
 
         Args:
-            packed: What the pass sees.
+            packed: The attention pattern of the pass.
             words: Token ids and positions of all text rows, `[T]` each; None: no text.
-            keys_values: Of `ProjectedImages`, or joined from several; None: no image.
+            keys_values: From one `ProjectedImages` or several concatenated; None: no image.
             philox: `[2]`, the step's dropout seed; None: no dropout.
-            number: Of the pass in its step, so that each draws its own dropout masks.
+            number: Index of the pass in its step, so that each pass draws its own dropout masks.
         """
         text = self._queries.new_empty(0, self._queries.shape[1])
         if words is not None:
@@ -102,12 +102,12 @@ class Reader:
 
 @dataclass(frozen=True)
 class ContrastPass:
-    """The token buffer of pass 1, its attention pattern, and the labels of ITG.
+    """The token buffer of pass 1, its attention pattern, and the ITG labels.
 
     Attributes:
-        ids, positions: `[T]` words and places of all text rows.
-        packed: The pass; its kept text rows are B [CLS] rows, then every row of ITG.
-        labels: `[T_itg]` the next word of each row of ITG.
+        ids, positions: `[T]`, token ids and positions of all text rows.
+        packed: The pass; its kept text rows are the B [CLS] rows, then all ITG rows.
+        labels: `[T_itg]`, the next token of each ITG row.
     """
 
     ids: Tensor
@@ -122,9 +122,9 @@ def contrast_pass(
     """Lay out ITC and ITG of a batch in one buffer.
 
     Args:
-        texts: One to each image.
+        texts: One per image.
         num_queries: Q.
-        bos_token_id: [DEC], the first token of a text in ITG; None: ITC alone.
+        bos_token_id: [DEC], the first token of a text in ITG; None: ITC only.
         image_mask: `[B, S]` bool, true where an image token is real.
     """
     B, total, device = texts.count, len(texts.ids), texts.ids.device
@@ -134,7 +134,7 @@ def contrast_pass(
         )
         alone = PackedPass(layout, image_mask=image_mask, kept_text=texts.cu_seqlens[:-1])
         return ContrastPass(texts.ids, texts.positions, alone, texts.ids[:0])
-    # row k of ITG is row k + b of the texts, b its text: every text before it lost one row
+    # ITG row k of text b is row k + b of the texts: ITG drops one row of each text before it
     kept = torch.arange(total - B, device=device)
     ends = texts.cu_seqlens[1:] - torch.arange(1, B + 1, device=device)
     rows = kept + torch.searchsorted(ends, kept, right=True)
@@ -161,13 +161,13 @@ def contrast_pass(
 
 @dataclass(frozen=True)
 class FirstPass:
-    """States of pass 1, which ITC and ITG read.
+    """Hidden states of pass 1, used by ITC and ITG.
 
     Attributes:
         queries: `[B, Q, C]`.
         cls: `[B, C]`, the [CLS] state of each text.
-        itg: `[T_itg, C]`, rows that predict a word; empty without ITG.
-        labels: `[T_itg]`, those words.
+        itg: `[T_itg, C]`, states that predict a token; empty without ITG.
+        labels: `[T_itg]`, the tokens they predict.
     """
 
     queries: Tensor
@@ -183,15 +183,15 @@ def first_pass(
     philox: Tensor,
     bos_token_id: int | None = None,
 ) -> FirstPass:
-    """Run pass 1: images alone and texts alone (ITC), and texts after their images (ITG).
+    """Run pass 1: images and texts separately (ITC), and texts after their images (ITG).
 
-    A row's dropout depends on its place, and ITG's rows are the last: without them the states of
-    ITC are the same.
+    Dropout masks depend on the row index and ITG rows come last, so the ITC states are the same
+    with and without ITG.
 
     Args:
         reader: The Q-Former.
-        images: One to each text.
-        texts: One to each image.
+        images: One per text.
+        texts: One per image.
         philox: `[2]`, the step's dropout seed.
         bos_token_id: As in `contrast_pass`.
     """
@@ -207,8 +207,8 @@ class MatchingPass:
     """Pass 2, or any set of image-text pairs under the bidirectional mask.
 
     Attributes:
-        ids, positions: `[T]` words and places of all text rows.
-        packed: The pass; no text row is kept.
+        ids, positions: `[T]`, token ids and positions of all text rows.
+        packed: The pass; it keeps no text rows.
     """
 
     ids: Tensor
@@ -223,14 +223,14 @@ def matching_pass(
     kv_index: KVIndex | None,
     image_mask: Tensor | None,
 ) -> MatchingPass:
-    """Lay out image-text pairs: each text with its own image, and with negatives 3B pairs.
+    """Lay out image-text pairs: B pairs, or 3B pairs if negatives are given.
 
     Args:
-        texts: One to each image.
-        negatives: Words `[B, T]` and lengths `[B]` of each image's negative text; the pairs are
+        texts: One per image.
+        negatives: Token ids `[B, T]` and lengths `[B]` of each image's negative text; the pairs are
             then (own image, own text), (negative image, own text), (own image, negative text).
         num_queries: Q.
-        kv_index: The image of each pair; None: pair i has image i.
+        kv_index: The image index of each pair; None: pair i has image i.
         image_mask: `[images, S]` bool, true where an image token is real.
     """
     device = texts.ids.device
@@ -242,11 +242,11 @@ def matching_pass(
         words, places, pieces, fillers = _rows_of(*negatives)
         ids += [texts.ids, words]
         positions += [texts.positions, places]
-        # of the device's own offsets: copying lengths to it would make the host wait
+        # from the offsets on the device: copying lengths to it would synchronise
         lengths = [texts.cu_seqlens.diff()] * 2 + [pieces]
         pairs = 3 * texts.count
         own = torch.arange(pairs)
-        if fillers:  # pieces alternate between a text and the padding behind it
+        if fillers:  # pieces alternate between a text and its padding
             blocks = torch.cat(
                 [own[: 2 * texts.count], own[2 * texts.count :].repeat_interleave(2)]
             )
@@ -286,16 +286,16 @@ def second_pass(
 
     Args:
         reader: The Q-Former.
-        images: One to each text.
-        texts: One to each image.
-        negatives: Negative image and text of each pair, `[B]` int64 each, into the batch of all
-            ranks; -1 where there is none.
+        images: One per text.
+        texts: One per image.
+        negatives: Indices `[B]` int64 of each pair's negative image and negative text in the
+            global batch; -1 for none.
         philox: `[2]`, the step's dropout seed.
         longest: The longest T of all ranks.
-        pad_token_id: Pads the texts that travel between ranks.
+        pad_token_id: Pads the texts that are exchanged between ranks.
     """
     B, device = texts.count, images.tokens.device
-    # a row without a negative (-1) stands beside itself, and the loss leaves it out
+    # a row without a negative (-1) is paired with itself, and the loss ignores it
     own = torch.arange(B, device=device) + rank() * B
     wanted, chosen = NegativeExchange.for_lists(
         [torch.where(index < 0, own, index.long()) for index in negatives], B
@@ -311,15 +311,15 @@ def second_pass(
 def images_of_pairs(
     reader: Reader, images: ProjectedImages, wanted: NegativeExchange
 ) -> tuple[list[Tensor | None], Tensor | None, KVIndex]:
-    """Keys and values for the 3B pairs: this rank's images, and the sampled negatives of others.
+    """Keys and values for the 3B pairs: this rank's images, then negatives from other ranks.
 
     Args:
-        reader: Projects what arrives from other ranks.
-        images: This rank's.
-        wanted: The negative image of each pair.
+        reader: Projects the image tokens received from other ranks.
+        images: This rank's images.
+        wanted: The exchange for the negative image of each pair.
 
     Returns:
-        Keys and values, mask and the image of each pair, in the order of `matching_pass`.
+        Keys and values, mask, and the image index of each pair, in the order of `matching_pass`.
     """
     keys_values, mask = images.keys_values, images.mask
     B = len(images.tokens)
@@ -339,9 +339,9 @@ def images_of_pairs(
 def _rows_of(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
     """Unpad `[B, T]` ids without a host synchronisation.
 
-    On the CPU the padding is dropped. On an accelerator the number of real tokens would make the
-    host wait: there every text keeps T rows, and its padding becomes a text of its own that nobody
-    reads.
+    On the CPU the padding is dropped. On an accelerator that would need the number of real tokens
+    on the host, so every text keeps T rows and its padding becomes a separate text that no query
+    attends to.
 
     Returns:
         `(ids, positions, piece lengths, whether every second piece is padding)`.

@@ -1,6 +1,6 @@
 """Stage-1 weights from transformers: BERT, which BLIP-2 starts from, and BLIP-2 retrieval.
 
-LAVIS's checkpoints are `Blip2Stage1.from_lavis_state_dict`.
+For LAVIS checkpoints, see `Blip2Stage1.from_lavis_state_dict`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from blip2fast.qformer.checks import check_state
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
 
-# (transformers' prefix in BERT, ours); the first that fits is used
+# (transformers' BERT prefix, our prefix); the first match is used
 _BERT_PREFIXES = (
     ("bert.embeddings.LayerNorm.", "qformer.layernorm."),
     ("bert.embeddings.", "embeddings."),
@@ -25,7 +25,7 @@ _BERT_PREFIXES = (
     ("cls.predictions.", "lm_head."),
 )
 
-# no place in the Q-Former; the decoder is the tied word table
+# not used by the Q-Former; the decoder is tied to the word embeddings
 _BERT_IGNORED = (
     "bert.embeddings.token_type_embeddings.",
     "bert.embeddings.position_ids",
@@ -37,19 +37,19 @@ _BERT_IGNORED = (
 def initialise_from_bert(
     model: Blip2Stage1, bert: BertForMaskedLM | str | os.PathLike[str]
 ) -> None:
-    """Start the Q-Former's text side from BERT, as BLIP-2 does (arXiv 2301.12597, section 3.1).
+    """Initialise the Q-Former from BERT, as BLIP-2 does (arXiv 2301.12597, section 3.1).
 
-    Embeddings, self-attention, feed-forward layers and generation head are BERT's; queries'
-    feed-forward layers become copies of the text's. Cross-attention, queries and the other heads
-    keep what they have, and so do rows of the word table that BERT lacks ([DEC]). BERT's token
-    type and pooling weights have no place in the Q-Former.
+    Embeddings, self-attention, feed-forward layers and generation head are loaded from BERT. The
+    query feed-forward layers are copies of the text ones. Cross-attention, queries, the other heads
+    and word embeddings that BERT lacks ([DEC]) are unchanged. BERT's token type and pooler weights
+    are not used.
 
     Args:
-        model: Changed in place.
+        model: Modified in place.
         bert: The model, or a folder or hub name, for example `"bert-base-uncased"`.
 
     Raises:
-        ValueError: not found; sizes differ (names the tensors with both shapes).
+        ValueError: not found, or sizes differ (lists the tensors with both shapes).
     """
     if not isinstance(bert, BertForMaskedLM):
         try:
@@ -87,10 +87,10 @@ def _rename_bert(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, 
 
 
 def stage1_from_retrieval(model: Blip2ForImageTextRetrieval) -> Blip2Stage1:
-    """The stage-1 model inside transformers' retrieval model; the weights are copies.
+    """Convert transformers' retrieval model to a stage-1 model; the weights are copied.
 
-    Its temperature and generation head were not saved there and are re-initialised. `ln_vision` is
-    the vision model's `post_layernorm`, with the epsilon of that configuration.
+    The retrieval checkpoint has no temperature and no generation head, so these are re-initialised.
+    `ln_vision` is the vision model's `post_layernorm`, with the epsilon of the vision config.
 
     Args:
         model: For example `Salesforce/blip2-itm-vit-g`.
@@ -99,7 +99,7 @@ def stage1_from_retrieval(model: Blip2ForImageTextRetrieval) -> Blip2Stage1:
         A model without image encoder, to be called with `image_embeds`.
 
     Raises:
-        ValueError: a Q-Former this package does not build.
+        ValueError: the Q-Former is not supported by this package.
     """
     q = model.config.qformer_config
     if q.hidden_act != "gelu":

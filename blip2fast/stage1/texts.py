@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def pack_text(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop the padding.
+    """Remove padding from token ids.
 
     Args:
         input_ids: `[B, T]`.
@@ -29,10 +29,10 @@ def pack_text(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor
 
 
 def check_packed(packed_ids: Tensor, cu_seqlens: Tensor) -> None:
-    """Require offsets that cover the packed ids. Synchronises if the offsets are on a GPU.
+    """Check that the offsets cover the packed ids. Synchronises if the offsets are on a GPU.
 
     Raises:
-        ValueError: naming the offsets.
+        ValueError: if they do not; shows the offsets.
     """
     if packed_ids.dim() != 1:
         raise ValueError(
@@ -52,9 +52,9 @@ class PackedTexts:
 
     Attributes:
         ids: `[T_total]` int64, each text as [CLS] words [SEP].
-        positions: `[T_total]` int64, each token's place in its text.
-        cu_seqlens: `[B+1]` int64, where each text starts, on the device of `ids`.
-        lengths: `[B]` int32 on the CPU, so that sizes are known without waiting for a device.
+        positions: `[T_total]` int64, position of each token in its text.
+        cu_seqlens: `[B+1]` int64, start offset of each text, on the device of `ids`.
+        lengths: `[B]` int32 on the CPU, so that reading sizes does not synchronise.
     """
 
     ids: Tensor
@@ -73,7 +73,7 @@ class PackedTexts:
 
     @classmethod
     def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> PackedTexts:
-        """From padded ids and mask, `[B, T]` each; on an accelerator the host waits for them."""
+        """From padded ids and mask, `[B, T]` each; synchronises if they are on an accelerator."""
         ids, cu_seqlens = pack_text(input_ids, attention_mask)
         return cls.of(ids, cu_seqlens.cpu().diff())
 
@@ -93,11 +93,11 @@ class PackedTexts:
 
     @property
     def longest(self) -> int:
-        """T, tokens of the longest text."""
+        """T, number of tokens in the longest text."""
         return int(self.lengths.max())
 
     def padded(self, length: int, pad_token_id: int) -> tuple[Tensor, Tensor]:
-        """`(ids [B, length], lengths [B])` on the device; `length` is `longest` or more."""
+        """`(ids [B, length], lengths [B])` on the device; `length` must be at least `longest`."""
         column = torch.arange(length, device=self.ids.device)
         lengths = self.cu_seqlens.diff()
         rows = (self.cu_seqlens[:-1, None] + column).clamp(max=len(self.ids) - 1)

@@ -27,25 +27,26 @@ class Stage2Config:
         encoder_hidden_size: E, width of the image tokens (1408 for ViT-g/14, 1024 for ViT-L/14).
         num_query_tokens: Q, which is also the number of soft prompts an image gives.
         ln_vision_eps: 1e-5 in LAVIS; transformers' checkpoints say 1e-6.
-        max_txt_len: most text tokens of a sequence, soft prompts not counted.
-        prompt: text before every caption; a `{}` in it is the place of a question.
+        max_txt_len: maximum number of text tokens in a sequence, soft prompts excluded.
+        prompt: text before every caption; a `{}` in it is replaced by the question.
         end_text: ends a decoder-only target; None: the tokenizer's eos token. LAVIS trained its
             OPT models with `"\\n"`.
-        image_marker: what stands for an image in texts that have any number of them, such as
-            `"<image>"`; None: one image a text, in front.
-        text_conditioned: the Q-Former reads an instruction beside its queries, as InstructBLIP
-            does (arXiv 2305.06500); False: images alone, as BLIP-2.
-        vocab_size, max_position_embeddings, pad_token_id: of the instruction's tokens; stage 1's.
+        image_marker: placeholder for an image in texts with any number of images, such as
+            `"<image>"`; None: one image per text, in front.
+        text_conditioned: the Q-Former also reads an instruction, as in InstructBLIP
+            (arXiv 2305.06500); False: images only, as in BLIP-2.
+        vocab_size, max_position_embeddings, pad_token_id: for the instruction tokens; as stage 1.
         llm_dropout: enable the frozen language model's dropout in training. LAVIS does, because its
             `train()` reaches the frozen model. False: no dropout.
         llm_activation: replaces the activation of a T5's feed-forward layers. LAVIS trained its
-            checkpoints with `"gelu"` in FlanT5, whose own is `"gelu_new"`; transformers' BLIP-2
-            configurations state it. None: the model's own.
+            checkpoints with `"gelu"` in FlanT5, whose own activation is `"gelu_new"`; transformers'
+            BLIP-2 configurations record it. None: the model's own.
         pack_padding: in training, pack the samples of a batch into fewer rows, so that a
             decoder-only language model computes no padding (`blip2fast.stage2.packing`).
         match_embedding_scale: initialise the projection so that soft prompts have the scale of the
-            language model's token embeddings. Much larger prompts drown the position embeddings,
-            and a small language model learns later. False: PyTorch's default, as LAVIS.
+            language model's token embeddings. Much larger prompts dominate the position embeddings,
+            which slows early training of a small language model. False: PyTorch's default, as in
+            LAVIS.
     """
 
     hidden_size: int = 768
@@ -78,13 +79,13 @@ class Stage2Config:
 
     @classmethod
     def from_stage1(cls, config: Stage1Config, **settings: Any) -> Stage2Config:
-        """The sizes of a stage-1 model, with other fields as given."""
+        """Take the sizes of a stage-1 config; `settings` set the other fields."""
         own = {field.name for field in dataclasses.fields(cls)}
         shared = {f.name for f in dataclasses.fields(config)} & own
         return cls(**({name: getattr(config, name) for name in shared} | settings))
 
     def qformer_config(self) -> Blip2QFormerConfig | InstructBlipQFormerConfig:
-        """The configuration of the Q-Former inside, in transformers' terms."""
+        """The transformers configuration of the Q-Former."""
         names = [
             *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
             *("encoder_hidden_size", "cross_attention_frequency", "layer_norm_eps"),
@@ -99,15 +100,16 @@ class Stage2Config:
 
 @dataclass
 class Stage2Output(ModelOutput):
-    """What a stage-2 step computes.
+    """Outputs of a stage-2 step.
 
     Attributes:
         loss: Mean cross-entropy of the targets; None without labels.
-        logits: With `return_logits`, of every position: [B, Q + T, V] decoder-only ([B, T, V] where
-            images stand in the text), [B, T, V] of the decoder otherwise.
-        query_output: [B, Q, C], the queries' last states; [N, Q, C] of N images in texts.
-        prompts: [B, Q, L], the soft prompts; [N, Q, L] of N images in texts.
-        counts: What the loss is a mean over: its words, a scalar by the name "loss".
+        logits: With `return_logits`, logits of every position: decoder-only [B, Q + T, V]
+            ([B, T, V] with `image_counts`), encoder-decoder [B, T, V] of the decoder.
+        query_output: [B, Q, C], last hidden states of the queries; [N, Q, C] with `image_counts`.
+        prompts: [B, Q, L], the soft prompts; [N, Q, L] with `image_counts`.
+        counts: Under the key "loss", the number of target tokens that the loss is averaged over, a
+            scalar.
     """
 
     loss: Tensor | None = None
@@ -116,7 +118,7 @@ class Stage2Output(ModelOutput):
     prompts: Tensor | None = None
 
     def set_counts(self, counts: Mapping[str, Tensor | int]) -> Stage2Output:
-        """Set what the loss is a mean over."""
+        """Set the number of target tokens that the loss is averaged over."""
         self.__dict__["_counts"] = dict(counts)
         return self
 

@@ -1,8 +1,7 @@
-"""Trained parameters and sizes of stage 2 from stage 1, and from and to transformers.
+"""Converts stage-2 parameters and sizes from stage 1, and from and to transformers.
 
-transformers has the model as BLIP-2 and, where the Q-Former is text-conditioned, as InstructBLIP.
-Parameter names are transformers', except `ln_vision`, which is `vision_model.post_layernorm`
-there.
+In transformers the model is BLIP-2, or InstructBLIP if the Q-Former is text-conditioned. Parameter
+names match transformers', except `ln_vision`, which is `vision_model.post_layernorm` there.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ with needs("convert transformers' BLIP-2", "tokenizers"):
 
 TransformersModel: TypeAlias = Blip2ForConditionalGeneration | InstructBlipForConditionalGeneration
 VisionModel: TypeAlias = Blip2VisionModel | InstructBlipVisionModel
-# names in stage 1, where the text embeddings are outside the Q-Former, and in a Q-Former that has
-# its own
+# name prefixes of the text branch: in a Q-Former with its own text embeddings, and in stage 1,
+# where the embeddings are outside the Q-Former
 _TEXT_BRANCH = {
     "qformer.embeddings.layernorm.": "qformer.layernorm.",
     "qformer.embeddings.": "embeddings.",
@@ -48,7 +47,7 @@ class VisionTokens(nn.Module):
     """transformers' BLIP-2 or InstructBLIP vision model up to its last norm, which stage 2 trains.
 
     Args:
-        vision_model: Shared, not copied. Its `post_layernorm` stays where it is and is not used.
+        vision_model: Shared, not copied. Its `post_layernorm` is not used.
     """
 
     def __init__(self, vision_model: VisionModel) -> None:
@@ -69,7 +68,7 @@ def trained_from_stage1(
     for name in wanted:
         new = next((new for new in _TEXT_BRANCH if name.startswith(new)), "")
         source = _TEXT_BRANCH.get(new, "") + name.removeprefix(new)
-        # a stage-2 state, of which the projection alone is not wanted, has stage 2's names
+        # a stage-2 state dict already has stage 2's names
         source = source if source in state else name
         if source in state:
             found[name] = state[source]
@@ -80,7 +79,7 @@ def config_from_transformers(config: Blip2Config | InstructBlipConfig) -> Stage2
     """The sizes of a transformers model.
 
     Raises:
-        ValueError: a Q-Former that stage 2 does not build.
+        ValueError: a Q-Former that stage 2 does not support.
     """
     qformer, instructed = config.qformer_config, isinstance(config, InstructBlipConfig)
     for name, expected in (("use_qformer_text_input", False), ("hidden_act", "gelu")):
@@ -122,7 +121,7 @@ def trained_to_transformers(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def first_tensor(trained: Mapping[str, Tensor], part: str) -> Tensor:
-    """Any tensor of a part, for its type and device."""
+    """The first tensor of a part, for its dtype and device."""
     return next(value for name, value in trained.items() if name.startswith(f"{part}."))
 
 
@@ -133,13 +132,13 @@ def transformers_model(
     trained: Mapping[str, Tensor],
     image_token_id: int,
 ) -> TransformersModel:
-    """transformers' BLIP-2 or InstructBLIP of these parts.
+    """Build transformers' BLIP-2 or InstructBLIP from these parts.
 
     Args:
         config: Sizes.
         language_model: Shared, not copied.
-        vision_model: Copied, its last norm replaced by the trained one.
-        trained: Of `Blip2Stage2.trainable_state_dict`, copied.
+        vision_model: Copied, with its last norm replaced by the trained one.
+        trained: From `Blip2Stage2.trainable_state_dict`, copied.
         image_token_id: As in `Blip2Stage2.to_transformers`.
 
     Raises:
@@ -151,7 +150,7 @@ def transformers_model(
         config, language_model.config, vision_model, len(projection), image_token_id
     )
     instructed = config.text_conditioned
-    # the submodules are replaced below; on meta, no second language model is ever allocated
+    # the submodules are replaced below; on meta, so that no second language model is allocated
     with torch.device("meta"):
         whole: TransformersModel = (
             InstructBlipForConditionalGeneration(whole_config)
@@ -181,7 +180,7 @@ def _transformers_config(
 
     Args:
         text: The language model's configuration.
-        width: Of the language model's embeddings.
+        width: Width of the language model's embeddings.
     """
     if sizes.llm_activation is not None:
         text = copy.deepcopy(text)
@@ -222,6 +221,6 @@ def _transformers_config(
 
 
 def _fields(vision_model: VisionModel, kind: type[PreTrainedConfig]) -> dict[str, Any]:
-    """The fields of a vision config, for the equal config class of BLIP-2 or InstructBLIP."""
+    """The fields of a vision config, to build the other of BLIP-2's and InstructBLIP's classes."""
     known = kind().to_dict().keys() - {"model_type", "transformers_version", "architectures"}
     return {name: v for name, v in vision_model.config.to_dict().items() if name in known}

@@ -1,11 +1,10 @@
 """Text generation after soft prompts and an optional text.
 
-The beams (or samples) of a row have everything before their first word in common. A decoder-only
-model reads it once a row and its keys and values are repeated; transformers' `generate` repeats the
-inputs, and reads them once a beam. An encoder reads once a row in both.
+All beams (or samples) of a row share its prefix: soft prompts and text. For a decoder-only model,
+the prefix is prefilled once per row and its KV cache is repeated per beam; transformers' `generate`
+repeats the inputs and prefills once per beam. An encoder runs once per row in both.
 
-Shapes: B rows, Q soft prompts, T text tokens, P positions before the first word, L language model
-width.
+Shapes: B rows, Q soft prompts, T text tokens, P prefix positions, L language model width.
 """
 
 from __future__ import annotations
@@ -38,7 +37,8 @@ def write(
         language_model: the frozen model.
         prompts: [B, Q, L] soft prompts, or [N, Q, L] with `image_counts`.
         input_ids, attention_mask: [B, T], padded on either side.
-        image_counts: [B], images of each row, which stand in `input_ids`; None: one, in front.
+        image_counts: [B], number of images of each row, with placeholders in `input_ids`; None: one
+            image, in front.
         generate_kwargs: for `transformers`' `generate`.
     """
     for name in ("max_length", "min_length"):
@@ -75,7 +75,7 @@ def write(
 def _common_cache(
     language_model: PreTrainedModel, embeds: Tensor, mask: Tensor, generate_kwargs: dict[str, Any]
 ) -> DynamicCache | None:
-    """Keys and values of all positions but the last, computed once a row, repeated for its beams.
+    """KV cache of all positions but the last, computed once per row and repeated for its beams.
 
     Args:
         language_model: decoder-only.
@@ -83,8 +83,8 @@ def _common_cache(
         generate_kwargs: of `generate`, which continues from the last position.
 
     Returns:
-        The cache of B * copies rows; None where there is one copy, or where the caller or the model
-        keeps something other than plain keys and values.
+        The cache of B * copies rows; None if there is only one copy, or if the caller or the model
+        uses anything other than a plain KV cache.
     """
     copies = _copies(language_model, generate_kwargs)
     chosen = {
@@ -97,7 +97,7 @@ def _common_cache(
     cache = DynamicCache(config=language_model.config.get_text_config(decoder=True))
     if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
-    decoder = language_model.base_model  # without the head: no word is asked for yet
+    decoder = language_model.base_model  # without the head: prefill needs no logits
     inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
     if "position_ids" in inspect.signature(decoder.forward).parameters:
         inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, :-1]
@@ -109,7 +109,7 @@ def _common_cache(
 
 
 def _copies(language_model: PreTrainedModel, generate_kwargs: dict[str, Any]) -> int:
-    """How many sequences `generate` keeps for a row."""
+    """Number of sequences that `generate` keeps per row."""
     defaults = language_model.generation_config
     counts = [
         generate_kwargs.get(name) or getattr(defaults, name, None) or 1

@@ -26,7 +26,7 @@ from blip2fast.stage2.token_rows import IGNORED, IMAGE_PLACE
 def match_embedding_scale(projection: nn.Linear, language_model: PreTrainedModel) -> None:
     """Re-initialise the projection: unit-variance inputs give outputs with the embeddings' std.
 
-    Gemma's and BART's embedding modules multiply what they look up.
+    Accounts for `embed_scale`, by which the embedding modules of Gemma and BART scale their output.
     """
     embeddings = language_model.get_input_embeddings()
     spread = float(embeddings.weight.float().std()) * float(getattr(embeddings, "embed_scale", 1))
@@ -35,7 +35,7 @@ def match_embedding_scale(projection: nn.Linear, language_model: PreTrainedModel
 
 
 def freeze(module: nn.Module) -> None:
-    """No gradients on the weights and no dropout; gradients still flow to the inputs."""
+    """Freeze the weights and disable dropout; gradients still flow to the inputs."""
     module.requires_grad_(False)
     module.eval()
 
@@ -72,10 +72,10 @@ def without_dropout(language_model: PreTrainedModel) -> Iterator[None]:
 def recompute_layers(language_model: PreTrainedModel) -> None:
     """Enable gradient checkpointing of a frozen model's layers.
 
-    transformers' own switch works in training mode only, which a frozen model never is in.
+    transformers' own switch only works in training mode, which a frozen model is not in.
 
     Raises:
-        ValueError: the model has no layers that transformers would recompute.
+        ValueError: the model has no layers that support gradient checkpointing.
     """
     layers = [m for m in language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
@@ -86,7 +86,7 @@ def recompute_layers(language_model: PreTrainedModel) -> None:
     for layer in layers:
         stream = stream_of(layer)
         if stream is not None:
-            stream.recompute = True  # it calls the layer, so it recomputes it
+            stream.recompute = True  # the stream runs the layer, so it does the recomputation
         elif "forward" not in vars(layer):
             layer.forward = partial(_recomputed, layer.forward)
 
@@ -94,7 +94,7 @@ def recompute_layers(language_model: PreTrainedModel) -> None:
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    # without dropout no random numbers are drawn, so there is no state to keep for the second pass
+    # without dropout no random numbers are drawn, so the RNG state need not be saved
     draws = bool(getattr(getattr(forward, "__self__", None), "training", True))
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
 
@@ -102,8 +102,8 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def embedding_width(language_model: PreTrainedModel) -> int:
     """Width of the model's text embeddings.
 
-    Not `config.hidden_size`: OPT-350m embeds in 512 and projects to 1024. And not the weight's
-    shape, which is empty while DeepSpeed ZeRO-3 has it partitioned.
+    Not `config.hidden_size`: OPT-350m has embedding width 512 and projects to 1024. And not the
+    weight's shape, which is empty while DeepSpeed ZeRO-3 has it partitioned.
     """
     return int(language_model.get_input_embeddings().embedding_dim)
 
@@ -144,7 +144,7 @@ def check_text(
             f"the mask of {name}: expected its shape {tuple(ids.shape)}, got {describe(mask)}"
         )
     words = language_model.get_input_embeddings().num_embeddings
-    # a GPU would have to wait for the host, and checks the range itself
+    # CPU only: on a GPU this would synchronise, and the GPU checks the range itself
     if ids.device.type == "cpu" and ids.numel():
         used = ids.masked_fill(ids == IGNORED, 0) if name == "labels" else ids
         low, high = int(used.min()), int(used.max())
@@ -158,10 +158,10 @@ def check_text(
 def logits_on_rows(language_model: PreTrainedModel, rows: Tensor, **inputs: Any) -> Tensor:
     """Logits at selected positions; the head skips prompts, padding and questions.
 
-    The head's input is cut by a hook and not by calling the parts of the model, because models
-    scale or cap their logits after the head (Gemma 2, Granite, Cohere), each for itself. A head
-    that is not called as a module, or not on all positions at once, runs in full, and its output
-    is cut.
+    A forward pre-hook selects the rows of the head's input. Calling the model's parts separately
+    would miss the scaling or capping that some models apply to their logits after the head
+    (Gemma 2, Granite, Cohere). If the head is not called as a module, or not on all positions at
+    once, it runs in full and the rows are selected from its output.
 
     Args:
         language_model: the frozen model.
@@ -193,17 +193,17 @@ def logits_on_rows(language_model: PreTrainedModel, rows: Tensor, **inputs: Any)
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of [R, V] logits and [R] targets, in fp32 (fp64 stays)."""
+    """Mean cross-entropy of [R, V] logits and [R] targets, in fp32 (fp64 for fp64 logits)."""
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORED)
 
 
 def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the labels [B, T] that count: sample and position, [R] each.
+    """Indices of the labels [B, T] that are not ignored: sample and position, [R] each.
 
     Raises:
-        ValueError: nowhere.
+        ValueError: all labels are ignored.
     """
     image, position = (labels != IGNORED).nonzero(as_tuple=True)
     if image.numel() == 0:
@@ -225,12 +225,12 @@ def refuse_decoder_inputs(language_model: PreTrainedModel, *inputs: Tensor | Non
 
 @dataclass(frozen=True)
 class Targets:
-    """What a language model is trained to write.
+    """Training targets of a language model.
 
     Attributes:
-        labels: [B, T] beside the text of a decoder-only model, [B, T'] of a decoder; -100 where
-            the loss ignores them. None: the text itself, of a decoder-only model.
-        decoder_input_ids, decoder_attention_mask: [B, T'], of an encoder-decoder only.
+        labels: [B, T], aligned with the text, for a decoder-only model; [B, T'] for a decoder; -100
+            where the loss ignores them. None: the text itself (decoder-only).
+        decoder_input_ids, decoder_attention_mask: [B, T'], encoder-decoder only.
     """
 
     labels: Tensor | None = None
@@ -252,16 +252,16 @@ def text_loss(
 
     Args:
         language_model: The frozen model.
-        sequence: Embeddings and mask of soft prompts and text, as of `sequence.read_sequence`.
+        sequence: Embeddings and mask of soft prompts and text, from `sequence.read_sequence`.
         input_ids: [B, T], the text.
-        targets: What is to be written.
-        in_place: Whether images stand in `input_ids`.
-        return_logits: Also give the logits of all positions.
-        without_padding: Let samples share rows (decoder-only).
+        targets: The training targets.
+        in_place: Whether `input_ids` contains image placeholders.
+        return_logits: Also return the logits of all positions.
+        without_padding: Pack samples into shared rows (decoder-only).
 
     Returns:
-        The loss (none of an encoder-decoder without labels), logits where asked for, and the
-        number of words that the loss is a mean over.
+        The loss (None for an encoder-decoder without labels), the logits if requested, and the
+        number of target tokens that the loss is averaged over.
     """
     embeds, mask = sequence
     labels = targets.labels
@@ -291,8 +291,8 @@ def default_labels(input_ids: Tensor, mask: Tensor, in_place: bool) -> Tensor:
 
     Args:
         input_ids: [B, T], the text.
-        mask: Of the sequence, [B, Q + T] or (in place) [B, T].
-        in_place: Whether the images stand in `input_ids`.
+        mask: Mask of the sequence, [B, Q + T], or [B, T] if `in_place`.
+        in_place: Whether `input_ids` contains image placeholders.
     """
     labels = input_ids.masked_fill(mask[:, -input_ids.shape[1] :] == 0, IGNORED)
     return labels.masked_fill(input_ids == IMAGE_PLACE, IGNORED) if in_place else labels
@@ -315,10 +315,10 @@ def continuation_loss(
     """Decoder-only loss of [B, T] labels on the last T of [B, Q + T, L] embeddings.
 
     Label t is predicted from the position before it, the first one from the last soft prompt.
-    `without_padding` the samples share rows, where no logits of all positions are asked for.
+    With `without_padding` samples are packed into shared rows, unless `return_logits` is set.
 
     Returns:
-        The loss, and the logits [B, Q + T, V] where asked for.
+        The loss, and the logits [B, Q + T, V] if requested.
     """
     B, length, _ = embeds.shape
     if labels.shape != (B, T):
@@ -351,8 +351,8 @@ def decoder_loss(
     """Encoder-decoder loss of [B, T] labels.
 
     Returns:
-        The loss (none without labels), and the logits [B, T, V] where asked for or where there is
-        no loss.
+        The loss (None without labels), and the logits [B, T, V] if requested or if there is no
+        loss.
     """
     name = type(language_model).__name__
     B = encoder_inputs["inputs_embeds"].shape[0]

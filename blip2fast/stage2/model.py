@@ -54,9 +54,9 @@ FROZEN = ("language_model.", "image_encoder.")
 class Blip2Stage2(nn.Module):
     """A Q-Former and a projection that turn images into soft prompts of a frozen language model.
 
-    The language model and the image encoder are frozen and never in training mode (no dropout;
-    `config.llm_dropout` lets the language model drop out in training), and the language model
-    passes gradients on to its inputs only.
+    The language model and the image encoder are frozen and stay in evaluation mode (no dropout;
+    `config.llm_dropout` enables the language model's dropout in training). The language model
+    propagates gradients to its inputs only.
 
     Args:
         config: Sizes and text settings.
@@ -112,14 +112,14 @@ class Blip2Stage2(nn.Module):
         """Start from a stage-1 model's `ln_vision`, queries and Q-Former; the rest is new.
 
         Args:
-            stage1: The model or its state dict. Its heads are left behind, and its text branch
+            stage1: The model or its state dict. Its heads are dropped, and so is its text branch
                 unless `config.text_conditioned`.
-            language_model, image_encoder: As in the constructor; a model's own encoder is taken
-                over where none is given.
-            config: Needed with a state dict; the model's sizes otherwise.
+            language_model, image_encoder: As in the constructor; the encoder defaults to that of
+                the stage-1 model.
+            config: Required with a state dict; defaults to the stage-1 model's sizes otherwise.
 
         Raises:
-            ValueError: no config for a state dict; a tensor that is missing or of another shape.
+            ValueError: no config for a state dict; a tensor that is missing or has another shape.
         """
         if isinstance(stage1, Blip2Stage1):
             config = config or Stage2Config.from_stage1(stage1.config)
@@ -140,12 +140,12 @@ class Blip2Stage2(nn.Module):
     def from_transformers(cls, model: TransformersModel) -> Blip2Stage2:
         """Convert a transformers BLIP-2 or InstructBLIP.
 
-        Its language and vision models are shared, not copied. transformers keeps `ln_vision` as
+        The language and vision models are shared, not copied. transformers stores `ln_vision` as
         the vision model's `post_layernorm`, with the epsilon of the vision configuration; both are
-        kept.
+        preserved.
 
         Raises:
-            ValueError: a Q-Former this class does not build (BLIP-2's with text input, another
+            ValueError: an unsupported Q-Former (a BLIP-2 one with text input, or with another
                 activation).
         """
         stage2 = cls(
@@ -163,16 +163,14 @@ class Blip2Stage2(nn.Module):
     def to_transformers(
         self, image_token_id: int, vision_model: VisionModel | None = None
     ) -> TransformersModel:
-        """Convert to a transformers model, which can be saved and loaded there.
+        """Convert to a transformers model: InstructBLIP if text-conditioned, else BLIP-2.
 
-        An InstructBLIP where the Q-Former is text-conditioned, else a BLIP-2.
-
-        The language model is shared, the trained part and the vision model's norm are copies.
+        The language model is shared; the trained part and the vision model are copied.
 
         Args:
-            image_token_id: A token of the language model that no text uses; transformers marks
-                the places of soft prompts with it.
-            vision_model: The image encoder's original; not needed after `from_transformers`.
+            image_token_id: A token of the language model that no text uses; transformers uses it
+                as the placeholder of soft prompts.
+            vision_model: The transformers vision model; not needed after `from_transformers`.
 
         Raises:
             ValueError: no vision model, one of another width, or a language model whose embedding
@@ -222,10 +220,11 @@ class Blip2Stage2(nn.Module):
         self.qformer.recompute_layers()
 
     def text(self, tokenizer: Any, seed: int = 0, qformer_tokenizer: Any = None) -> Stage2Text:
-        """The text preparation that fits this model and its configuration.
+        """A `Stage2Text` for this model and its configuration.
 
         Raises:
-            ValueError: a text-conditioned Q-Former without its tokenizer, or one for another.
+            ValueError: `qformer_tokenizer` is missing for a text-conditioned Q-Former, or given for
+                one that is not.
         """
         if self.config.text_conditioned != (qformer_tokenizer is not None):
             given = "none" if qformer_tokenizer is None else "one"
@@ -263,33 +262,33 @@ class Blip2Stage2(nn.Module):
 
         Decoder-only: `input_ids` is the text, padded on the right, and `labels` the same tokens
         with -100 where the loss ignores them (default: at padding only); label t is predicted
-        from everything before token t, the first one from the last soft prompt.
-        Encoder-decoder: the encoder reads prompts and `input_ids`, the decoder writes `labels`.
+        from all positions before token t, the first one from the last soft prompt.
+        Encoder-decoder: the encoder reads prompts and `input_ids`, the decoder predicts `labels`.
 
-        With `image_counts`, a sample has any number of images, which stand where its text says
-        (`Stage2Text` with an `image_marker`): `input_ids` holds `IMAGE_PLACE` for each soft
-        prompt, and the images are a flat list, sample by sample. A batch without any image runs
-        the Q-Former on nothing, for gradients of zero on every process.
+        With `image_counts`, a sample may have any number of images at any position in its text
+        (`Stage2Text` with an `image_marker`): `input_ids` holds one `IMAGE_PLACE` per soft prompt,
+        and the images are a flat list, sample by sample. For a batch without images the Q-Former
+        runs on a dummy image, so that every parameter has a (zero) gradient on every process.
 
         Args:
             image_embeds: [B, S, E], the frozen encoder's tokens before `ln_vision`; [N, S, E]
                 with `image_counts`.
-            input_ids: [B, T] text tokens, without the soft prompts or with their places.
+            input_ids: [B, T] text tokens, without soft prompts or with their placeholders.
             attention_mask: [B, T], nonzero where a token is real; by default everywhere.
-            labels: [B, T] (encoder-decoder: [B, T'], of the decoder).
+            labels: [B, T]; for an encoder-decoder, [B, T'] decoder labels.
             decoder_input_ids, decoder_attention_mask: [B, T'], encoder-decoder only; by default
                 the labels, shifted by the language model.
             images: [B, 3, h, w] for the image encoder, instead of `image_embeds`.
             image_attention_mask: [B, S], nonzero where an image token is real.
-            image_counts: [B], the images of each sample; they add up to N.
-            qformer_input_ids, qformer_attention_mask: [B, T''], the instruction that a
-                text-conditioned Q-Former reads, one a sample: all its images are read under it.
-            return_logits: Also give the logits, of all positions (else only those that have
-                labels are computed).
+            image_counts: [B], the number of images of each sample; they sum to N.
+            qformer_input_ids, qformer_attention_mask: [B, T''], the instructions for a
+                text-conditioned Q-Former, one per sample, used for all its images.
+            return_logits: Also return the logits of all positions; otherwise logits are computed
+                only at positions with labels.
 
         Raises:
             ValueError: an input is missing, has the wrong shape, does not fit the language model,
-                or leaves nothing to predict.
+                or leaves no token to predict.
         """
         if input_ids is None:
             raise ValueError("input_ids: expected [B, T] text tokens, got none")
@@ -326,7 +325,7 @@ class Blip2Stage2(nn.Module):
 
         Args:
             image_embeds, images, image_attention_mask: As in `forward`.
-            qformer_input_ids, qformer_attention_mask: As in `forward`, one instruction an image.
+            qformer_input_ids, qformer_attention_mask: As in `forward`, one instruction per image.
 
         Returns:
             `(prompts [B, Q, L], query_output [B, Q, C])`.
@@ -342,25 +341,25 @@ class Blip2Stage2(nn.Module):
             **instruction(self.config, len(tokens), qformer_input_ids, qformer_attention_mask),
         ).last_hidden_state
         query_output = states[:, : self.config.num_query_tokens]
-        # the Q-Former may be kept in another precision than the projection
+        # the Q-Former and the projection may have different dtypes
         prompts = self.language_projection(query_output.to(self.language_projection.weight.dtype))
         return prompts, query_output
 
     def _encode_images(
         self, image_counts: Tensor | None, image_embeds: Tensor | None, **inputs: Any
     ) -> tuple[Tensor, Tensor]:
-        """`encode_image` of a batch; with `image_counts` of the flat list of its images.
+        """`encode_image` of a batch, or with `image_counts`, of the flat list of its images.
 
-        An instruction is a sample's, so it is repeated for each of its images. Where no sample has
-        an image, the Q-Former reads a blank one, of which nothing is kept: every parameter then has
-        a gradient, of zero, on every process.
+        Each sample's instruction is repeated for each of its images. If no sample has an image, the
+        Q-Former runs on a blank one and the result is dropped, so that every parameter has a (zero)
+        gradient on every process.
 
         Args:
-            image_counts: [B], or None: one image a sample.
-            image_embeds, inputs: Of `encode_image`.
+            image_counts: [B], or None: one image per sample.
+            image_embeds, inputs: Arguments of `encode_image`.
 
         Raises:
-            ValueError: numbers of images, samples and instructions that do not agree.
+            ValueError: mismatched numbers of images, samples and instructions.
         """
         if image_counts is None:
             return self.encode_image(image_embeds, **inputs)
@@ -402,27 +401,27 @@ class Blip2Stage2(nn.Module):
     ) -> Any:
         """Generate text after the soft prompts and an optional text prompt.
 
-        The soft prompts are computed once for all beams and samples. Padding of `input_ids` may
-        be on either side: rows give what they give alone. Under DeepSpeed ZeRO-3 the trained
+        The soft prompts are computed once for all beams and samples. `input_ids` may be padded on
+        either side; padding does not affect the result. Under DeepSpeed ZeRO-3 the trained
         parameters must be gathered around this call (`deepspeed.zero.GatheredParameters`).
 
         Args:
             image_embeds, images, image_attention_mask, image_counts, qformer_input_ids,
                 qformer_attention_mask: As in `forward`.
-            input_ids, attention_mask: [B, T] text to continue (decoder-only) or for the encoder;
-                by default the model's bos token, or an encoder's eos, as for an empty text.
-            prompts: [B, Q, L] ([N, Q, L]) of `encode_image`, instead of images, which are then not
-                read again.
+            input_ids, attention_mask: [B, T] text to continue (decoder-only) or to encode; by
+                default an empty text: the model's bos token, or eos for an encoder.
+            prompts: [B, Q, L] ([N, Q, L]) from `encode_image`, instead of images, to avoid encoding
+                them again.
             generate_kwargs: For `transformers`' `generate`: `max_new_tokens` (default 30),
                 `num_beams`, `do_sample`, `top_p`, `length_penalty`, `eos_token_id`, ...
 
         Returns:
-            [B * num_return_sequences, <= max_new_tokens] tokens, the new ones only; or
-            transformers' output object, where `return_dict_in_generate` asks for it.
+            [B * num_return_sequences, <= max_new_tokens] new tokens only; or transformers' output
+            object, with `return_dict_in_generate`.
 
         Raises:
-            ValueError: inputs as in `forward`; `max_length` or `min_length`, which would count
-                soft prompts for some models and not for others.
+            ValueError: invalid inputs, as in `forward`; `max_length` or `min_length`, which count
+                soft prompts in some models but not in others.
         """
         if prompts is None:
             prompts, _ = self._encode_images(
@@ -446,11 +445,11 @@ class Blip2Stage2(nn.Module):
             )
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of everything but the language model and the image encoder."""
+        """All parameters except those of the language model and the image encoder."""
         return (p for name, p in self.named_parameters() if not name.startswith(FROZEN))
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
-        """`ln_vision`, queries, Q-Former and projection: all that training changes.
+        """State dict of the trained part: `ln_vision`, queries, Q-Former and projection.
 
         Under ZeRO-3, gather `trainable_parameters()` around this call.
         """
@@ -459,10 +458,10 @@ class Blip2Stage2(nn.Module):
         }
 
     def load_trainable_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load a state dict of `trainable_state_dict`.
+        """Load a state dict from `trainable_state_dict`.
 
         Raises:
-            ValueError: a tensor that is missing, unknown, or of another shape.
+            ValueError: a tensor that is missing, unexpected, or has another shape.
         """
         self._load("trained state", state, self.trainable_state_dict())
 

@@ -1,7 +1,7 @@
 """Sequence packing for a decoder-only language model: samples share rows, no padding.
 
-The rows of a batch, soft prompts and text, are put one behind another into fewer rows of about one
-length. A position sees the earlier ones of its own sample, and is counted from its sample's start:
+The sequences of a batch (soft prompts and text) are concatenated into fewer rows of similar length.
+A position attends only to earlier positions of its sample; position ids restart at each sample:
 
     A A A .        A A A B B | B B B C C      A and B in one row, as in two:   A . . . .
     B B B B   ->                                                               A A . . .
@@ -9,8 +9,8 @@ length. A position sees the earlier ones of its own sample, and is counted from 
                                                                                . . . B .
                                                                                . . . B B
 
-Every layer but attention then works on real positions only; attention looks at more (masked) ones,
-which is why rows are no longer than it pays. The function is the same, sums are rounded elsewhere.
+All layers except attention then compute real positions only. Attention computes more (masked)
+pairs, which limits the useful row length. Results are the same up to rounding.
 
 Shapes: B samples of L positions, R packed rows of P positions, W language model width.
 """
@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# Target length of a packed row: the mask has its square for each row.
+# Target length of a packed row: its mask has ROW_LENGTH ** 2 elements.
 ROW_LENGTH = 512
-# Packing is left out where it saves less of all work: on a CPU core (OPT, width 512, 4 blocks,
-# 32 samples, forward and backward) 7 % fewer positions took 97 % of the time, 50 % fewer 57 %.
+# Packing is skipped if it saves a smaller fraction of the operations: on a CPU core (OPT, width
+# 512, 4 blocks, 32 samples, forward and backward) 7 % fewer positions took 97 % of the time, 50 %
+# fewer 57 %.
 LEAST_SAVING = 0.1
-# tests/stage2/test_stage2_packing.py tries each: positions from `position_ids` alone, masks
-# [R, 1, P, P]
+# Families that take positions from `position_ids` only and masks [R, 1, P, P]; each is tested in
+# tests/stage2/test_stage2_packing.py
 FAMILIES = ("opt", "llama", "qwen2", "qwen3", "gemma", "granite", "cohere", "gpt_neox")
 
 
@@ -58,7 +59,7 @@ def check_packable(language_model: PreTrainedModel) -> None:
     """Require a model that supports packing.
 
     Raises:
-        ValueError: all reasons why.
+        ValueError: if it does not; lists all reasons.
     """
     reasons = not_packable_reasons(language_model)
     if reasons:
@@ -73,10 +74,10 @@ class PackedRows:
     """The positions of a batch after packing.
 
     Attributes:
-        source: [R * P], the position in the flattened [B * L]; 0 where the row has ended.
-        sample: [R, P], which sample it belongs to; -1 where the row has ended.
+        source: [R * P], source index in the flattened [B * L]; 0 after the end of a row.
+        sample: [R, P], index of the sample; -1 after the end of a row.
         position_ids: [R, P], counted from the sample's start.
-        place: [B, L], the position in the flattened [R * P]; -1 at padding.
+        place: [B, L], packed index in the flattened [R * P]; -1 at padding.
     """
 
     source: Tensor
@@ -85,7 +86,7 @@ class PackedRows:
     place: Tensor
 
     def rows(self, rows: Tensor) -> Tensor:
-        """Positions of the flattened [B * L] in the flattened [R * P].
+        """Map indices into the flattened [B * L] to indices into the flattened [R * P].
 
         Raises:
             ValueError: one of them is padding.
@@ -104,7 +105,7 @@ class PackedRows:
         row = torch.arange(P, device=embeds.device)
         seen = (self.sample[:, :, None] == self.sample[:, None, :]) & (row[:, None] >= row)
         mask = seen[:, None]
-        if implementation == "eager":  # it adds its mask to the scores
+        if implementation == "eager":  # eager attention takes an additive mask
             lowest = torch.finfo(embeds.dtype).min
             mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, lowest)
         return {
@@ -119,15 +120,14 @@ def pack(mask: Tensor, width: int, row_length: int) -> PackedRows | None:
 
     Args:
         mask: [B, L], nonzero where a position is real.
-        width: W of the model's layers, which decides how long rows may be before attention costs
-            more than padding did.
-        row_length: about the most positions of a row, where no sample is longer.
+        width: W of the model's layers, for the cost of attention relative to the linear layers.
+        row_length: approximate maximum row length, unless a sample is longer.
 
     Returns:
-        The places, or None where it would save less than `LEAST_SAVING` of the operations.
+        The packed rows, or None if packing would save less than `LEAST_SAVING` of the operations.
     """
     real = mask != 0
-    lengths = real.sum(1).tolist()  # the host waits, as it does for the rows that have labels
+    lengths = real.sum(1).tolist()  # synchronises, as selecting the rows with labels does
     rows, starts = _cheapest(lengths, width, row_length)
     R, P = len(rows), max(filled for filled, _ in rows)
     B, L = mask.shape
@@ -152,9 +152,9 @@ def pack(mask: Tensor, width: int, row_length: int) -> PackedRows | None:
 
 
 def _cost(R: int, P: int, width: int) -> float:
-    """Operations of R rows, in those of a layer's linears on one position.
+    """Cost of R rows of P positions, in units of a layer's linear FLOPs for one position.
 
-    A layer's linears take 24 * width ** 2 for a position, its attention 4 * P * width.
+    Per position, a layer's linears take 24 * width ** 2 FLOPs and its attention 4 * P * width.
     """
     return R * P * (1 + P / (6 * width))
 
@@ -162,10 +162,10 @@ def _cost(R: int, P: int, width: int) -> float:
 def _cheapest(
     lengths: list[int], width: int, row_length: int
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Rows `[filled, number]`, and for each sample its row and where in it it starts.
+    """The cheapest layout: rows `[filled, number]`, and per sample its row and start offset.
 
-    Numbers of rows are tried from the fewest that `row_length` allows to as many as there are
-    samples, at most about 24 of them: samples do not share evenly into every number of rows.
+    Tries about 24 row counts at most, from the minimum that `row_length` allows to one row per
+    sample, because samples do not divide evenly into every row count.
     """
     fewest = min(max(1, -(-sum(lengths) // max(row_length, *lengths))), len(lengths))
     step = 1 + (len(lengths) - fewest) // 24
@@ -174,7 +174,7 @@ def _cheapest(
 
 
 def _spread(lengths: list[int], count: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """The longest sample first, each into the row with the most room."""
+    """Greedy layout in `count` rows: longest sample first, each into the least filled row."""
     rows, starts = [[0, number] for number in range(count)], [(0, 0)] * len(lengths)
     for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
         filled, number = rows[0]

@@ -1,12 +1,12 @@
-"""The sequence that the language model reads: soft prompts of images among embeddings of text.
+"""The language model's input sequence: soft prompts of images and text embeddings.
 
-Two forms. One image a sample, in front, as the paper has it:
+Two forms. One image per sample, in front, as in the paper:
 
     prompts [B, Q, L], input_ids [B, T]  ->  [B, Q + T, L]
 
-Any number of images a sample, anywhere: `input_ids` [B, T] then holds `IMAGE_PLACE` once for each
-soft prompt (`Stage2Text` writes Q of them for every image marker), and the prompts [N, Q, L] of
-all images, sample by sample, take these places:
+Any number of images per sample, at any position: `input_ids` [B, T] holds one `IMAGE_PLACE` per
+soft prompt (`Stage2Text` inserts Q of them for every image marker). The prompts [N, Q, L] of all
+images, sample by sample, replace these placeholders:
 
     input_ids  P P P P a cat P P P P a   ->  [B, T, L]      (Q = 4, two images in this sample)
 
@@ -32,21 +32,21 @@ def read_sequence(
     attention_mask: Tensor | None,
     image_counts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings of soft prompts and text, and their mask.
+    """Embeddings of soft prompts and text, with their attention mask.
 
     Args:
         language_model: the frozen model.
         prompts: [B, Q, L], or [N, Q, L] with `image_counts`.
         input_ids: [B, T], with `IMAGE_PLACE` where soft prompts go if `image_counts` are given.
         attention_mask: [B, T], nonzero where a token (or soft prompt) is real.
-        image_counts: [B], images of each sample; None: one, in front.
+        image_counts: [B], number of images of each sample; None: one, in front.
 
     Returns:
         `(embeds [B, Q + T, L], mask [B, Q + T])`, or `[B, T, L]` and `[B, T]` with `image_counts`.
 
     Raises:
-        ValueError: shapes or ids that do not fit, numbers of images that do not agree, or more
-            positions than the model has.
+        ValueError: invalid shapes or ids, mismatched image counts, or a sequence longer than the
+            model's position limit.
     """
     if image_counts is not None:
         return _in_place(language_model, prompts, input_ids, attention_mask, image_counts)
@@ -74,7 +74,7 @@ def _in_place(
     _check_places(is_place, image_counts, prompts.shape[1])
     ids = input_ids.masked_fill(is_place, 0)
     check_text(language_model, "input_ids", ids, attention_mask, B)
-    # every row has `length` columns; the parts are those of its fullest one
+    # every row has `length` columns; the error message shows the row with the most soft prompts
     length, most = ids.shape[1], int(is_place.sum(1).max()) if ids.numel() else 0
     check_positions(language_model, soft_prompts=most, text_tokens=length - most)
     text = language_model.get_input_embeddings()(ids)
@@ -84,7 +84,7 @@ def _in_place(
 
 
 def check_counts(image_counts: Tensor, num_texts: int, num_images: int) -> int:
-    """Validate `image_counts` [B], which must add up to the number of images; returns B."""
+    """Validate `image_counts` [B], which must sum to the number of images; returns B."""
     if image_counts.shape != (num_texts,) or is_float(image_counts):
         raise ValueError(
             f"image_counts: expected [B] = [{num_texts}] integers, got {describe(image_counts)}"
@@ -101,7 +101,7 @@ def check_counts(image_counts: Tensor, num_texts: int, num_images: int) -> int:
 def _check_places(is_place: Tensor, image_counts: Tensor, Q: int) -> None:
     """Require Q placeholders for each image of a row.
 
-    The loss waits for the host anyway (its label rows), so this may wait on a GPU too.
+    Synchronises a GPU, as the loss does anyway when it selects the rows with labels.
     """
     places = is_place.sum(1)
     wrong = (places != image_counts * Q).nonzero().flatten().tolist()
@@ -117,10 +117,10 @@ def _check_places(is_place: Tensor, image_counts: Tensor, Q: int) -> None:
 def instruction(
     config: Stage2Config, images: int, ids: Tensor | None, mask: Tensor | None
 ) -> dict[str, Tensor]:
-    """The Q-Former's arguments for an instruction [N, T''] beside its queries; none for BLIP-2's.
+    """The Q-Former's keyword arguments for instructions [N, T'']; empty if not text-conditioned.
 
     Raises:
-        ValueError: an instruction is missing, is not read, or does not fit.
+        ValueError: instructions are missing, unsupported by the Q-Former, or invalid.
     """
     if not config.text_conditioned:
         if ids is not None or mask is not None:
@@ -168,10 +168,10 @@ def empty_text(language_model: PreTrainedModel, prompts: Tensor) -> Tensor:
 def padded_on(side: str, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Move all padding of [B, L, C] embeddings to one side.
 
-    On the "left" for a decoder-only model, which continues from the last column. In front of the
-    soft prompts too: between them and the text, a model that looks back over a fixed number of
-    columns (Gemma 2, Mistral) would lose sight of them. On the "right" for an encoder with
-    relative positions, where a gap would count.
+    "left" is for a decoder-only model, which continues from the last column. The padding also goes
+    before the soft prompts: between them and the text, it would push them out of the window of a
+    model with sliding-window attention (Gemma 2, Mistral). "right" is for an encoder with relative
+    positions, where a gap would shift them.
     """
     real = mask != 0
     order = (real if side == "left" else ~real).int().argsort(dim=1, stable=True)

@@ -9,9 +9,9 @@ An encoder-decoder (FlanT5) reads a prefix in its encoder and is trained on a su
 
     input_ids  a  photo  eos        labels  of  a  cat  eos
 
-The soft prompts are no part of these tensors: `Blip2Stage2` prepends them. With an `image_marker`
-images stand anywhere in a text, any number of them, and each marker becomes the Q places of its
-soft prompts (P, `IMAGE_PLACE`); those at the very front stay before the first special token:
+These tensors do not contain the soft prompts: `Blip2Stage2` prepends them. With an `image_marker`,
+a text may have any number of images anywhere, and each marker becomes Q placeholders for its soft
+prompts (P, `IMAGE_PLACE`). Leading images stay before the first special token:
 
     "<image> a cat. <image>" continued by "a dog"
     input_ids  P P [bos] a cat .  P P  a   dog  end
@@ -41,7 +41,7 @@ from blip2fast.stage2.token_rows import (
     with_special_tokens,
 )
 
-# Texts whose tokens are kept; questions and the captions of a small data set return every epoch.
+# Maximum number of texts in the token cache; questions and small caption sets repeat every epoch.
 KNOWN_TEXTS = 50_000
 
 
@@ -50,23 +50,24 @@ class Stage2Text:
 
     Args:
         tokenizer: the language model's tokenizer (a `transformers` one).
-        is_encoder_decoder: whether the language model is one (`model.config.is_encoder_decoder`).
-        prompt: text put before every caption, such as `"a photo of"`; with a `{}` in it, the
-            question goes there: `"Question: {} Short answer:"`.
-        end_text: what ends a decoder-only target. None: the tokenizer's eos token. LAVIS trained
-            its OPT models with `"\\n"`, so OPT recipes that continue its checkpoints set that.
-        max_txt_len: most tokens of a sequence, special tokens included, soft prompts not.
-            Captions and answers are cut to it; a prompt that does not fit is an error.
+        is_encoder_decoder: `model.config.is_encoder_decoder` of the language model.
+        prompt: text put before every caption, such as `"a photo of"`; a `{}` in it is replaced by
+            the question: `"Question: {} Short answer:"`.
+        end_text: ends a decoder-only target. None: the tokenizer's eos token. LAVIS trained its OPT
+            models with `"\\n"`, so recipes that start from its OPT checkpoints set that.
+        max_txt_len: maximum number of tokens in a sequence, including special tokens but not soft
+            prompts. Captions and answers are truncated to it; a prompt that does not fit is an
+            error.
         seed: seed of the random prefix/suffix split.
-        image_marker: what stands for an image in prompts and texts, such as `"<image>"`; spaces
-            beside it are dropped. None: one image a text, in front.
-        num_query_tokens: Q, the soft prompts of an image; they do not count for `max_txt_len`.
-        qformer_tokenizer: tokenizer of a text-conditioned Q-Former, which reads what the language
-            model reads as prompt, without image markers (InstructBLIP, arXiv 2305.06500, 2.4).
+        image_marker: placeholder for an image in prompts and texts, such as `"<image>"`; spaces
+            around it are dropped. None: one image per text, in front.
+        num_query_tokens: Q, soft prompts per image; not counted in `max_txt_len`.
+        qformer_tokenizer: tokenizer of a text-conditioned Q-Former, which reads the language
+            model's prompt without image markers (InstructBLIP, arXiv 2305.06500, 2.4).
 
     Raises:
         ValueError: `max_txt_len` too small, an `end_text` that is not one known token, an
-            `end_text` for an encoder-decoder, or no eos token where one is needed.
+            `end_text` for an encoder-decoder, or no eos token and no `end_text`.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Stage2Text:
         self.end_token_id = end_token_id(tokenizer, is_encoder_decoder, end_text)
         self._known: dict[str, list[int]] = {}
         self._before, self._after = special_tokens(tokenizer)
-        # masked and ignored everywhere, so a tokenizer without a pad token works as well
+        # padding is masked and ignored, so any token works if the tokenizer has no pad token
         self.pad_token_id = (
             self.end_token_id if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         )
@@ -115,18 +116,18 @@ class Stage2Text:
     ) -> dict[str, Tensor]:
         """Tensors of one training step, right-padded.
 
-        Decoder-only: the targets are the text and the end token; the prompt, where there is one,
-        is read and not counted. Encoder-decoder: a prompt or question goes to the encoder and the
-        text to the decoder; without either, the text is split at a random point, from after its
-        first token to its middle, drawn from `(seed, epoch, index)` alone, so that a resumed run
-        splits as the uninterrupted one. A split never comes before a text's last image.
+        Decoder-only: the targets are the text and the end token; a prompt is input only and has no
+        loss. Encoder-decoder: a prompt or question goes to the encoder and the text to the decoder.
+        Without either, the text is split at a random point, from after its first token to its
+        middle. The split depends only on `(seed, epoch, index)`, so a resumed run draws the same
+        splits. It is never before the text's last image.
 
         Args:
             texts: B captions or answers.
-            questions: B questions for the prompt's `{}`; the prompt itself where it is empty.
-            indices: B sample numbers, needed for the random split.
-            epoch: number of the pass over the data, part of the split's seed.
-            image_counts: B numbers of images, which the markers are checked against.
+            questions: B questions for the prompt's `{}`, or whole prompts if `prompt` is empty.
+            indices: B sample indices, needed for the random split.
+            epoch: epoch number, part of the split's seed.
+            image_counts: B image counts, checked against the number of markers.
 
         Returns:
             `input_ids`, `attention_mask` [B, T] and `labels` [B, T] (decoder-only) or [B, T']
@@ -135,9 +136,9 @@ class Stage2Text:
             `qformer_attention_mask` [B, T''].
 
         Raises:
-            ValueError: an empty batch or text, lengths that differ, missing questions or indices,
-                a prompt that leaves no room for its text; markers that are not as many as the
-                images, that `max_txt_len` cuts off, or in what a decoder writes.
+            ValueError: an empty batch or text, mismatched lengths, missing questions or indices, a
+                prompt that leaves no room for its text; markers that do not match the number of
+                images, are cut off by `max_txt_len`, or are in a decoder's target.
         """
         if len(texts) == 0:
             raise ValueError("an empty batch: texts has no entry")
@@ -165,21 +166,21 @@ class Stage2Text:
         """Prompt tensors for generation.
 
         Decoder-only prompts are padded on the left, so that every row's continuation starts at
-        the same column; an encoder's on the right.
+        the same column; encoder prompts are padded on the right.
 
         Args:
-            questions: B questions for the prompt's `{}`, or whole prompts where it is empty.
-            batch_size: B, where there are no questions.
-            image_counts: B numbers of images, which the markers are checked against.
+            questions: B questions for the prompt's `{}`, or whole prompts if `prompt` is empty.
+            batch_size: B, if there are no questions.
+            image_counts: B image counts, checked against the number of markers.
 
         Returns:
-            `input_ids`, `attention_mask` [B, T], int64, and what else `train_batch` gives beside
-            them, ready for `Blip2Stage2.generate`, which should stop at this text's end:
+            `input_ids`, `attention_mask` [B, T], int64, and the other inputs of `train_batch`,
+            without labels. Pass them to `Blip2Stage2.generate` with
             `eos_token_id=text.end_token_id`.
 
         Raises:
             ValueError: neither questions nor batch size, a prompt longer than `max_txt_len`, or
-                markers that are not as many as the images.
+                markers that do not match the number of images.
         """
         count = batch_size if questions is None else len(questions)
         if not count:
@@ -222,7 +223,7 @@ class Stage2Text:
         return {f"qformer_{name}": tokens[name] for name in names}
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text without special tokens; cached by text."""
+        """Token ids of each text without special tokens; cached by text."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if len(self._known) + len(new) > KNOWN_TEXTS:
             self._known.clear()
@@ -232,7 +233,7 @@ class Stage2Text:
         return [self._known[text] for text in texts]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Replace each marker by one `IMAGE_PLACE`; tokenize the text between markers."""
+        """Replace each marker with one `IMAGE_PLACE`; tokenize the text between markers."""
         if self.image_marker is None:
             return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
         parts = [split_at_markers(text, self.image_marker) for text in texts]
@@ -252,7 +253,7 @@ class Stage2Text:
 
     def _prompt_ids(self, prompts: list[str]) -> list[list[int]]:
         """Token ids of each prompt, special tokens included."""
-        unique = list(dict.fromkeys(prompts))  # mostly one prompt for all
+        unique = list(dict.fromkeys(prompts))  # usually one prompt for the whole batch
         after = self._after if self.is_encoder_decoder else []
         rows = {}
         for prompt, ids in zip(unique, self._ids(unique), strict=True):
@@ -267,7 +268,7 @@ class Stage2Text:
     def _continuations(
         self, prompts: list[str], texts: Sequence[str]
     ) -> list[tuple[list[int], list[int]]]:
-        """Decoder-only: ids and labels of prompt + text + end, cut at `max_txt_len`."""
+        """Decoder-only: ids and labels of prompt + text + end, truncated to `max_txt_len`."""
         joined = [f"{p} {t.lstrip()}" if p else t for p, t in zip(prompts, texts, strict=True)]
         pairs = []
         for prompt, text, read, ids in zip(
@@ -276,7 +277,7 @@ class Stage2Text:
             row = truncate(
                 [*with_special_tokens(ids, self._before), self.end_token_id], self.max_txt_len, text
             )
-            # a token that straddles the border holds text too: only the common part is the prompt
+            # a token may span the end of the prompt and the start of the text; it is a target
             ignored = common_prefix(row, read) if prompt else 0
             if ignored == len(row):
                 raise ValueError(
@@ -294,9 +295,9 @@ class Stage2Text:
         indices: Sequence[int] | None,
         epoch: int,
     ) -> list[tuple[list[int], list[int]]]:
-        """Encoder-decoder: ids for the encoder and labels of the decoder.
+        """Encoder-decoder: ids for the encoder and labels for the decoder.
 
-        Where images stand in texts each sample has a prompt of its own, or none and is split.
+        With an `image_marker`, samples without a prompt are split and the others are not.
         """
         all_given = any(prompts) and self.image_marker is None
         if not all_given and not all(prompts) and (indices is None or len(indices) != len(texts)):
@@ -369,11 +370,11 @@ class Stage2Text:
 
 
 def split_point(num_tokens: int, seed: int, epoch: int, index: int) -> int:
-    """Length of the prefix: uniform from 1 to the middle, the same for the same arguments.
+    """Length of the prefix: uniform from 1 to the middle, deterministic in its arguments.
 
     Args:
         num_tokens: length of the text.
-        seed, epoch, index: what the draw depends on, and all that it depends on.
+        seed, epoch, index: seed of the draw.
 
     Returns:
         A length in [1, num_tokens // 2]; 0 for a text of one token, which is all suffix.

@@ -1,4 +1,4 @@
-"""Rows of token ids as `Stage2Text` builds them: an image is one `IMAGE_PLACE` until the end."""
+"""Rows of token ids in `Stage2Text`; an image is one `IMAGE_PLACE` until `expand_images`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-IGNORED = -100  # the label that no loss counts
-IMAGE_PLACE = -1  # in token ids: the place of a soft prompt
+IGNORED = -100  # label value that the loss ignores
+IMAGE_PLACE = -1  # token id of a soft prompt's placeholder
 
 
 def num_tokens(row: list[int]) -> int:
@@ -27,7 +27,7 @@ def truncate(row: list[int], max_txt_len: int, text: str) -> list[int]:
     """Truncate a row to `max_txt_len` text tokens; it must keep all images.
 
     Raises:
-        ValueError: an image is cut off; `text` is named.
+        ValueError: an image would be cut off; the message shows `text`.
     """
     if IMAGE_PLACE not in row:
         return row[:max_txt_len]
@@ -43,14 +43,14 @@ def truncate(row: list[int], max_txt_len: int, text: str) -> list[int]:
 
 
 def expand_images(row: list[int], value: int, Q: int) -> list[int]:
-    """Replace each image placeholder by Q times `value`."""
+    """Replace each image placeholder with Q copies of `value`."""
     if IMAGE_PLACE not in row:
         return row
     return [x for token in row for x in ([value] * Q if token == IMAGE_PLACE else [token])]
 
 
 def split_at_markers(text: str, marker: str) -> list[str]:
-    """The text between markers, without the spaces beside them."""
+    """The text between markers, without the spaces around them."""
     parts = text.split(marker)
     last = len(parts) - 1
     parts = [part.lstrip() if i > 0 else part for i, part in enumerate(parts)]
@@ -74,7 +74,8 @@ def common_prefix(left: list[int], right: list[int]) -> int:
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Special tokens that the tokenizer puts before and after a text.
 
-    Found by trying: OPT's bos and eos are the same token, so its number does not tell the side.
+    Found by tokenizing a sample text: OPT uses one token id as both bos and eos, so the ids alone
+    do not tell which side it is added on.
     """
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a")["input_ids"])
@@ -88,7 +89,7 @@ def end_token_id(tokenizer: Any, is_encoder_decoder: bool, end_text: str | None)
     """The token that ends a target: the tokenizer's eos, or `end_text`.
 
     Raises:
-        ValueError: there is none, or it is not one known token.
+        ValueError: there is no end token, or `end_text` is not exactly one known token.
     """
     if end_text is not None and is_encoder_decoder:
         raise ValueError(
