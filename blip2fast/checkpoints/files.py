@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk, and verified reads of their files."""
+"""Finds the checkpoints of a run on disk and reads their files, verified by the manifest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in `folder`; half-written ones do not count."""
+    """The checkpoint with the highest step in `folder`; partial ones are ignored."""
     return max(checkpoints_in(folder), key=step_of, default=None)
 
 
@@ -27,7 +27,7 @@ def find_file(folder: Path, name: str) -> Path:
     """The path of a file of a trained model or checkpoint, verified against its manifest.
 
     Raises:
-        ValueError: it is not, with what to use instead; or nothing is there.
+        ValueError: the file is damaged (the message says what to use instead), or not found.
     """
     if not (folder / MANIFEST).is_file() and any((folder / n).is_file() for n in (name, MODEL)):
         raise ValueError(
@@ -46,7 +46,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name states."""
+    """The step in a checkpoint's name."""
     return int(checkpoint.name[5:])
 
 
@@ -88,5 +88,5 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU copies, as safetensors requires."""
+    """Contiguous tensors on the CPU, as safetensors requires."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,7 +1,7 @@
-"""Checkpoints from which a run resumes as if it had not stopped.
+"""Checkpoints from which a run resumes as if it had never stopped.
 
-A checkpoint is a trained model (`blip2fast.checkpoints.trained`) and what only its run needs: the
-optimiser's moments, and each process's random states and sums for the log.
+A checkpoint holds a trained model (`blip2fast.checkpoints.trained`) and the state of its run: the
+optimizer's moments, and each process's random states and running sums for the log.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ def save_checkpoint(
     process: Mapping[str, Any],
     keep_last: int,
 ) -> Path:
-    """Write `folder/step-<step>`; every process calls this, the first one writes the tensors.
+    """Write `folder/step-<step>`. Every process must call this; rank 0 writes the tensors.
 
     Args:
-        folder: the run's checkpoints.
+        folder: the run's checkpoint folder.
         description, parameters: as for `save_model`.
-        moments: AdamW's, `exp_avg/<name>` and `exp_avg_sq/<name>`.
-        run: what `state.json` says besides the step; compared when resuming.
-        process: what this process keeps besides its random states; tensors and plain values.
-        keep_last: older checkpoints beyond this many are deleted.
+        moments: AdamW's moments, `exp_avg/<name>` and `exp_avg_sq/<name>`.
+        run: the run's settings, stored in `state.json` with the step and compared on resume.
+        process: state of this process besides its random states; tensors and plain values.
+        keep_last: number of newest checkpoints to keep; older ones are deleted.
 
     Raises:
-        ValueError: there is a checkpoint of this step.
+        ValueError: a checkpoint of this step already exists.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     final = folder / f"step-{description.step:08d}"
@@ -95,7 +95,7 @@ def save_checkpoint(
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read back; see `read_checkpoint`."""
+    """The contents of a checkpoint; see `read_checkpoint`."""
 
     path: Path
     step: int
@@ -113,16 +113,16 @@ class Checkpoint:
 def read_checkpoint(
     path: Path, run: Mapping[str, Any], frozen: Mapping[str, FrozenIdentity]
 ) -> Checkpoint:
-    """Read a checkpoint that a run of configuration `run` wrote.
+    """Read a checkpoint written by a run with the settings `run`.
 
     Args:
-        path: its folder.
-        run: as `save_checkpoint` was given it.
+        path: the checkpoint's folder.
+        run: the resuming run's settings, as passed to `save_checkpoint`.
         frozen: the frozen models of the resuming run, as in `Description`.
 
     Raises:
-        ValueError: a file that is missing or not as it was written; or written by a run of another
-            configuration or with other frozen models; what differs is named with both values.
+        ValueError: a missing or damaged file; or a checkpoint of a run with other settings or
+            other frozen models; each difference is named with both values.
     """
     state = read_json(path, STATE)
     there = dict(flat(state["run"]))
@@ -159,7 +159,7 @@ def remove_unfinished(folder: Path) -> None:
 def keep_newest(folder: Path, count: int) -> None:
     """Delete all checkpoints in `folder` except the `count` newest."""
     for path in sorted(checkpoints_in(folder), key=step_of)[:-count]:
-        # Renamed first: a kill while deleting must not leave half a checkpoint under its name.
+        # Rename first: a kill during deletion must not leave half a checkpoint under this name.
         shutil.rmtree(path.rename(path.with_name(path.name + ".old.partial")))
     remove_unfinished(folder)
 
@@ -169,7 +169,7 @@ def _process_file(rank: int) -> str:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of Python's, NumPy's and PyTorch's generators in this process."""
+    """The states of the Python, NumPy and PyTorch random generators of this process."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002 (the one that libraries draw from)
     states = {
         "python": random.getstate(),
@@ -182,7 +182,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Restore the states of `random_states`."""
+    """Restore states returned by `random_states`."""
     random.setstate(states["python"])
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy(), *rest))  # noqa: NPY002

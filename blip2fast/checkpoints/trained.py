@@ -1,16 +1,16 @@
-"""Trained models and checkpoints on disk, in one form for every ZeRO stage and number of processes.
+"""Trained models and checkpoints on disk, in one format for any ZeRO stage and world size.
 
     manifest.json          size and SHA-256 of the files below
-    model.safetensors      the trained parameters, whole, fp32
+    model.safetensors      the trained parameters, unsharded, fp32
     model.json             stage, sizes, and which frozen models they belong to
-    optimizer.safetensors  exp_avg/<name> and exp_avg_sq/<name>, whole, fp32     (checkpoint only)
-    process_<rank>.pt      random states, and sums for the log, of a process     (checkpoint only)
+    optimizer.safetensors  exp_avg/<name> and exp_avg_sq/<name>, unsharded, fp32 (checkpoint only)
+    process_<rank>.pt      random states and log sums of one process             (checkpoint only)
     state.json             step, and the configuration of the run                (checkpoint only)
 
-A checkpoint is written as `<name>.partial` and renamed when it is complete and on the disk, so that
-a run that is killed while writing leaves the checkpoint before it as the last one. The model in the
-run's own folder is replaced in one step too; see `blip2fast.data.manifest`. Whatever is read is
-compared with the manifest first.
+A checkpoint is written as `<name>.partial` and renamed once it is complete and flushed, so a run
+killed during the write resumes from the previous checkpoint. The model in the run's output folder
+is replaced atomically too; see `blip2fast.data.manifest`. Every file is verified against the
+manifest before it is read.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ _PARTS = {"language_model": "language model", "image_encoder": "image encoder"}
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """The contents of `model.json`, which describes the trained parameters beside it.
+    """The contents of `model.json`, which describes the trained parameters in the same folder.
 
     Attributes:
         stage: 1 or 2.
         sizes: fields of Stage1Config or Stage2Config.
-        image_encoder: which encoder the image tokens came from, as its feature cache says.
+        image_encoder: name of the encoder of the image tokens, as its feature cache states it.
         language_model: folder or hub name (stage 2).
         tokenizer: folder or hub name of the Q-Former's tokenizer (stage 1).
         step: optimizer steps taken.
-        frozen: which models "image_encoder" and "language_model" are, where that is known; of image
-            tokens, what their cache says.
+        frozen: identities of "image_encoder" and "language_model", where known; that of cached
+            image tokens is read from their feature cache.
     """
 
     stage: int
@@ -70,33 +70,33 @@ class Description:
     frozen: dict[str, FrozenIdentity] = dataclasses.field(default_factory=dict)
 
     def config(self) -> Stage1Config | Stage2Config:
-        """The sizes as the model's configuration."""
+        """The sizes as a model configuration."""
         return Stage1Config(**self.sizes) if self.stage == 1 else Stage2Config(**self.sizes)
 
 
 def trained_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that training changes."""
+    """Names of the trained parameters."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def save_model(folder: Path, state: Mapping[str, Tensor], description: Description) -> None:
-    """Write a trained model into `folder`; an older one is replaced atomically.
+    """Write a trained model into `folder`, replacing an older one atomically.
 
-    Whenever this is killed, the older model or the new one is there, never a mixture.
+    If killed at any point, the folder holds either the old model or the new one, never a mixture.
     """
     manifest.replace_files(folder, model_files(state, description))
 
 
 def is_trained(path: str | Path) -> bool:
-    """Whether a trained model or a checkpoint is at `path`; nothing is checked."""
+    """Whether `path` is a trained model or a checkpoint; its files are not verified."""
     return any((Path(path) / name).is_file() for name in (MANIFEST, DESCRIPTION))
 
 
 def read_description(path: str | Path) -> Description:
-    """Read `model.json` of a finished run, or of a checkpoint.
+    """Read `model.json` of a finished run or a checkpoint.
 
     Raises:
-        ValueError: not found, of an earlier format, or not as it was written.
+        ValueError: not found, of an older format, or damaged.
     """
     values = read_json(Path(path), DESCRIPTION)
     identities = {part: FrozenIdentity(**v) for part, v in values.pop("frozen").items()}
@@ -104,7 +104,7 @@ def read_description(path: str | Path) -> Description:
 
 
 def read_parameters(path: str | Path) -> dict[str, Tensor]:
-    """The trained parameters of a finished run or a checkpoint, fp32, on the CPU.
+    """Read the trained parameters of a finished run or a checkpoint, in fp32 on the CPU.
 
     Raises:
         ValueError: as `read_description`.
@@ -115,19 +115,19 @@ def read_parameters(path: str | Path) -> dict[str, Tensor]:
 def load_trained(
     path: str | Path, language_model: PreTrainedModel | None = None, check: bool = True
 ) -> Blip2Stage1 | Blip2Stage2:
-    """Load the model that a run trained, ready for evaluation.
+    """Load a trained model for evaluation.
 
     Args:
         path: output folder of a finished run, or one of its checkpoints.
-        language_model: stage 2: use this one instead of loading the one that `model.json` names.
-        check: refuse a language model that is not the one it was trained with, see
-            `blip2fast.frozen.identity`; otherwise any of the same width will do.
+        language_model: stage 2: use this model instead of loading the one named in `model.json`.
+        check: refuse a language model other than the one it was trained with, see
+            `blip2fast.frozen.identity`; otherwise any model of the same width is accepted.
 
     Returns:
         The model in fp32, on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: nothing there, cut or damaged, tensors of other shapes than the sizes say, or
+        ValueError: not found, truncated or damaged; tensor shapes that do not match the sizes; or
             another language model.
     """
     description = read_description(path)
@@ -158,7 +158,7 @@ def _language_model(
     if name is None:
         raise ValueError(f"{path} names no language model; pass language_model=...")
     remedy = "Put back the one it was trained with, pass it as language_model=..."
-    # before it is loaded, where its files tell which one it is
+    # before loading, where the model's files are enough to identify it
     known = source_identity(name) if check else None
     refuse(known, remedy)
     model = load_language_model(name, torch.float32)
@@ -170,26 +170,26 @@ def _language_model(
 def check_frozen(
     description: Description, part: str, given: FrozenIdentity | None, source: str, remedy: str
 ) -> None:
-    """Refuse a frozen model that is not the one that a trained model belongs to.
+    """Refuse a frozen model other than the one that a model was trained with.
 
     Args:
-        description: of the trained model.
+        description: describes the trained model.
         part: "language_model" or "image_encoder".
-        given: which one it is to be used with; None: not known, and not refused.
-        source: where the trained model is, for the message.
-        remedy: what the caller can do, a sentence.
+        given: identity of the frozen model to be used; None if unknown, which is accepted.
+        source: where the trained model is, for the error message.
+        remedy: a sentence on how to fix it, for the error message.
 
     Raises:
-        ValueError: another one; both are named.
+        ValueError: the identities differ; both are named.
     """
     refuse_other(_PARTS[part], description.frozen.get(part), given, source, remedy)
 
 
 def load_parameters(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load trained parameters; frozen ones are not touched.
+    """Load trained parameters into a model; frozen ones are not touched.
 
     Raises:
-        ValueError: a parameter that is missing, unknown or of another shape, with both shapes.
+        ValueError: a missing or unknown parameter, or a shape mismatch, with both shapes.
     """
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     check_state(source, state, own)
@@ -199,7 +199,7 @@ def load_parameters(model: nn.Module, state: Mapping[str, Tensor], source: str) 
 
 
 def model_files(state: Mapping[str, Tensor], description: Description) -> dict[str, manifest.Write]:
-    """The writer of each file of a trained model."""
+    """A writer function for each file of a trained model, by file name."""
     return {
         MODEL: lambda path: save_file(on_cpu(state), path),
         DESCRIPTION: write_json(dataclasses.asdict(description)),

@@ -1,8 +1,8 @@
 """Batches of training samples: which records each step takes.
 
-What a step takes is a pure function of (seed, step, rank, world size), so that a resumed run needs
-to know its step and nothing else, and that two processes of batch b see the samples that one
-process of batch 2b sees.
+The samples of a step are a pure function of (seed, step, rank, world size). A resumed run
+therefore needs only its step number, and two processes with batch size b see the same samples as
+one process with batch size 2b.
 
 Legend: B samples per process and step, S image tokens, E image token width, T text tokens.
 """
@@ -24,7 +24,7 @@ from blip2fast.data.records import Record, images_of
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of a step: epoch, and sample indices [B]."""
+    """The samples of one micro-step: the epoch, and sample indices [B]."""
 
     epoch: int
     indices: npt.NDArray[np.int64]
@@ -32,22 +32,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Deterministic shuffled batches; every record at most once per epoch.
+    """Deterministic shuffled batches that use every record at most once per epoch.
 
-    An epoch is one permutation, drawn from (seed, epoch), cut into optimizer steps of
-    `batch_size * world_size * accumulation` records each, and those into slices: micro-steps of
-    all processes. Which records a step takes depends on that product alone. The records that do not
-    fill the last step wait for the next epoch, so no step holds a record twice.
+    Each epoch is one permutation, seeded by (seed, epoch). It is cut into optimizer steps of
+    `batch_size * world_size * accumulation` records, and each step into micro-steps across all
+    processes. The records of a step depend on that product alone. Records left over for an
+    incomplete last step are skipped until the next epoch, so no step contains a record twice.
 
     Args:
         num_records: records to draw from.
         batch_size: B, samples per process and micro-step.
-        seed: of the permutations.
-        rank, world_size: which slice of each micro-step is this process's.
+        seed: seed of the permutations.
+        rank, world_size: select this process's slice of each micro-step.
         accumulation: micro-steps per optimizer step.
 
     Raises:
-        ValueError: bad sizes, or a step larger than the data.
+        ValueError: invalid sizes, or a step larger than the dataset.
     """
 
     num_records: int
@@ -73,16 +73,16 @@ class BatchPlan:
 
     @property
     def samples_per_step(self) -> int:
-        """Samples of all processes in one optimizer step."""
+        """Samples per optimizer step, over all processes."""
         return self.batch_size * self.world_size * self.accumulation
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the data."""
+        """Optimizer steps per epoch."""
         return self.num_records // self.samples_per_step
 
     def batch(self, micro_step: int) -> Batch:
-        """The samples of a micro-step (counted from 0, over all epochs) on this rank."""
+        """This rank's samples of a micro-step, counted from 0 over all epochs."""
         step, slice_number = divmod(micro_step, self.accumulation)
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.samples_per_step
@@ -91,25 +91,25 @@ class BatchPlan:
         return Batch(epoch, order[start : start + self.batch_size])
 
 
-# Two epochs: workers that read ahead cross the border before the main process does.
+# Two epochs: prefetching workers reach the next epoch before the main process does.
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 # (image keys, batch) -> the image part of a batch: {"image_embeds": [B, S, E]} or {"images": ...};
-# where records have several images the sample numbers repeat, one for each key
+# records with several images repeat their sample index, once per key
 BatchImages = Callable[[Sequence[str], Batch], dict[str, Tensor]]
 
 
 class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
-    """Item i is the whole batch of micro-step i; for a DataLoader with `batch_size=None`.
+    """Dataset whose item i is the batch of micro-step i; for a DataLoader with `batch_size=None`.
 
     Args:
         records: caption, question or sequence records.
-        plan: which records a step takes.
-        read_images: gives the image part of a batch.
-        make_text: `(records, batch) -> tensors`, the text part of a batch.
+        plan: selects the records of each step.
+        read_images: returns the image tensors of a batch.
+        make_text: `(records, batch) -> tensors`, the text tensors of a batch.
     """
 
     def __init__(

@@ -23,19 +23,19 @@ def cache_images(
     dtype: CacheDtype = "bfloat16",
     batch_size: int = 32,
 ) -> FeatureCache:
-    """Encode `images/key` for every key and write a cache; resumes an interrupted one.
+    """Encode `images/key` for every key into a feature cache; resumes an interrupted write.
 
     Args:
-        images: folder.
-        keys: file names in it; the rows of the cache.
-        encoder: on the device that it is to run on.
+        images: folder of image files.
+        keys: file names in that folder, in the row order of the cache.
+        encoder: the frozen encoder, already on its device.
         out: folder of the cache.
-        name: of the encoder's checkpoint, for its mean and deviation.
-        dtype: how features are stored.
-        batch_size: images encoded at a time.
+        name: the encoder's checkpoint, from which the normalisation mean and std are read.
+        dtype: storage type of the features.
+        batch_size: images per forward pass.
 
     Raises:
-        ValueError: an image that cannot be read, or a cache that is there.
+        ValueError: an unreadable image, or a finished cache already at `out`.
     """
     transform = transform_for(name, encoder.image_size)
     device = next(encoder.parameters()).device

@@ -1,8 +1,8 @@
 """Frozen image features on disk: computed once, memory-mapped in training.
 
 The image encoder of BLIP-2 is frozen (paper, section 3.1), so its tokens depend on the image alone.
-A cache is a folder of one file of features, one of keys and a manifest. It is written under another
-name and renamed when every row is there, so that a folder with the final name is complete.
+A cache is a folder that holds a feature file, a key file and a manifest. It is written under a
+temporary name and renamed once every row is written, so a folder with the final name is complete.
 
 Legend: n images, S image tokens, E image token width.
 """
@@ -29,7 +29,7 @@ WhenThere = Literal["refuse", "resume", "replace"]
 _FORMAT = 1
 _NUMPY_DTYPE: dict[str, Any] = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
 _MANIFEST, _KEYS, _FEATURES, _SCALES = "manifest.json", "keys.json", "features.bin", "scales.bin"
-# Only in an unfinished folder: which rows are written, and the squared error and norm of each.
+# Only in a partial folder: which rows are written, with each row's squared error and squared norm.
 _WRITTEN, _ERRORS = "written.bin", "errors.bin"
 
 
@@ -50,18 +50,18 @@ class FeatureCache:
     """Read a feature cache.
 
     Args:
-        path: the folder that `create` wrote.
+        path: a folder written by `create`.
 
     Attributes:
         keys: one name per image, in row order.
         num_images, num_tokens, width: n, S and E.
-        dtype: how features are stored: `"float32"`, `"bfloat16"` or `"int8"`.
-        encoder_id: which encoder computed them, as its writer said.
-        encoder: its identity, if the writer gave it.
-        relative_error: root mean square of (stored - given) over that of the given features.
+        dtype: storage type: `"float32"`, `"bfloat16"` or `"int8"`.
+        encoder_id: name of the encoder that computed the features, as given to the writer.
+        encoder: the encoder's identity, if it was given to the writer.
+        relative_error: RMS of (stored - original) divided by the RMS of the original features.
 
     Raises:
-        ValueError: no cache there, a half-written one, or files that do not match the manifest.
+        ValueError: no cache at `path`, an unfinished one, or files that do not match the manifest.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -115,19 +115,20 @@ class FeatureCache:
         """Start writing a cache of `len(keys)` images; see `FeatureCacheWriter`.
 
         Args:
-            path: folder of the finished cache; until then `<path>.partial` is written.
+            path: folder of the finished cache; `<path>.partial` while it is being written.
             keys: one distinct name per image.
             num_tokens: S.
             width: E.
-            dtype: `"int8"` stores absmax / 127 per token beside the integers: each element is
-                off by at most absmax / 254, and the manifest states the measured relative error.
-            encoder_id: which encoder the features come from: a name, or (of a
-                `FrozenImageEncoder`) its identity, by which training can refuse another one.
-            when_there: an interrupted write is refused, resumed (it must have the same keys, shape,
-                dtype and encoder) or replaced; a finished cache is refused unless replaced.
+            dtype: `"int8"` stores a scale of absmax / 127 per token with the integers. The error
+                per element is at most absmax / 254; the manifest states the measured relative
+                error.
+            encoder_id: the encoder that computed the features: a name, or the identity of a
+                `FrozenImageEncoder`, which lets training refuse features of another encoder.
+            when_there: whether an interrupted write is refused, resumed (keys, shape, dtype and
+                encoder must match) or replaced; a finished cache is refused unless replaced.
 
         Raises:
-            ValueError: bad sizes, repeated keys, or something is there.
+            ValueError: invalid sizes, duplicate keys, or a cache already at `path`.
         """
         return FeatureCacheWriter(path, keys, num_tokens, width, dtype, encoder_id, when_there)
 
@@ -135,11 +136,11 @@ class FeatureCache:
         return self.num_images
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
-        # A worker process maps the files again; pickling the arrays would copy the whole cache.
+        # Worker processes map the files again; pickling the arrays would copy the whole cache.
         return type(self), (self.path,)
 
     def row(self, key: str) -> int:
-        """The row of image `key`."""
+        """Row number of image `key`."""
         try:
             return self._row_of[key]
         except KeyError:
@@ -171,10 +172,10 @@ class FeatureCache:
 
 
 class FeatureCacheWriter:
-    """Writes a cache under `<path>.partial` and renames it in `close`.
+    """Writes a cache to `<path>.partial` and renames it in `close`.
 
-    A context manager: leaving it without an error closes it; with one, the partial folder stays and
-    can be resumed. Made by `FeatureCache.create`.
+    Use it as a context manager: a clean exit calls `close`; after an exception the partial folder
+    remains and can be resumed. Created by `FeatureCache.create`.
     """
 
     def __init__(
@@ -215,7 +216,7 @@ class FeatureCacheWriter:
         self._errors = _map(self._partial / _ERRORS, np.float64, (n, 2), mode)
         self._written = _map(self._partial / _WRITTEN, np.bool_, (n,), mode)
         if not resuming:
-            # Written last: a folder without a plan cannot be resumed.
+            # Written last: a partial folder without a plan cannot be resumed.
             _write_json(self._partial / _KEYS, self.keys)
             _write_json(self._partial / "plan.json", self._plan)
 
@@ -233,7 +234,7 @@ class FeatureCacheWriter:
             raise ValueError(f"dtype={self.dtype!r}; one of {', '.join(get_args(CacheDtype))}")
 
     def _clear(self, when_there: WhenThere) -> bool:
-        """Prepare the partial folder; returns whether an earlier write is resumed."""
+        """Prepare the partial folder; returns True if an earlier write is resumed."""
         if when_there not in get_args(WhenThere):
             raise ValueError(f"when_there={when_there!r}; one of {', '.join(get_args(WhenThere))}")
         if self.path.exists() and when_there != "replace":
@@ -260,14 +261,14 @@ class FeatureCacheWriter:
 
     @property
     def missing_rows(self) -> list[int]:
-        """Rows not yet written, in order."""
+        """Rows not yet written, in ascending order."""
         return np.flatnonzero(~self._written).tolist()
 
     def write(self, start_row: int, features: Tensor) -> None:
-        """Store `features` [n, S, E] (any float dtype and device) at rows `start_row` onwards.
+        """Store `features` [n, S, E] (any float dtype and device) from row `start_row` on.
 
         Raises:
-            ValueError: another shape, rows beyond the end, or values that are not finite.
+            ValueError: a wrong shape, rows past the end, or non-finite values.
         """
         expected = (self.num_tokens, self.width)
         if features.ndim != 3 or tuple(features.shape[1:]) != expected:
@@ -299,11 +300,11 @@ class FeatureCacheWriter:
         error = (stored - given).double().square().sum((1, 2))
         norm = given.double().square().sum((1, 2))
         self._errors[rows] = torch.stack([error, norm], 1).numpy()
-        # After the data: a killed writer leaves the row marked as missing.
+        # After the data, so that rows of a killed write stay marked as missing.
         self._written[rows] = True
 
     def close(self) -> None:
-        """Write the manifest and give the folder its final name, once all of it is on the disk.
+        """Flush everything to disk, write the manifest and rename the folder to its final name.
 
         Raises:
             ValueError: rows are missing.
@@ -320,12 +321,12 @@ class FeatureCacheWriter:
             if array is not None:
                 array.flush()
         stated = {**self._plan, "relative_error": relative}
-        # A crash after the rename must not find a folder of that name with files yet to be written.
+        # After a crash, a folder with the final name must not have files that were never flushed.
         for name in (_KEYS, _FEATURES, *((_SCALES,) if self._scales is not None else ())):
             manifest.flush(self._partial / name)
         manifest.replace_file(self._partial / _MANIFEST, manifest.write_json(stated))
         if self.path.exists():
-            # Renamed first: a kill while deleting must not leave half a cache under its name.
+            # Rename first: a kill during deletion must not leave half a cache under this name.
             older = self.path.with_name(self.path.name + ".old.partial")
             shutil.rmtree(older, ignore_errors=True)
             shutil.rmtree(self.path.rename(older))
@@ -352,7 +353,7 @@ def _write_json(path: Path, value: Any) -> None:
 def _map(
     path: Path, dtype: Any, shape: tuple[int, ...], mode: Literal["r", "r+", "w+"] = "r"
 ) -> "np.memmap[Any, np.dtype[Any]]":
-    """Map a file of exactly `shape` elements."""
+    """Memory-map a file that must hold exactly `shape` elements."""
     if mode != "w+":
         expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
         found = path.stat().st_size if path.is_file() else 0

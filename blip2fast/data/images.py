@@ -1,4 +1,4 @@
-"""The images of a batch: tokens of a feature cache, or pixels of files."""
+"""The images of a batch: tokens from a feature cache, or pixels from image files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from blip2fast.frozen.images import ImageTransform, read_image
 
 @dataclass
 class CachedImages:
-    """Images as the tokens of a feature cache."""
+    """Reads image tokens from a feature cache."""
 
     cache: FeatureCache
 
@@ -33,19 +33,19 @@ class CachedImages:
 
 @dataclass
 class FileImages:
-    """Images as pixels from a folder; augmentation is drawn from (seed, epoch, sample) alone."""
+    """Reads pixels from a folder; augmentation is a function of (seed, epoch, sample) alone."""
 
     folder: Path
     transform: ImageTransform
     seed: int
 
     def __call__(self, keys: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-        """`{"images": [B, 3, h, w]}`; tokens of no image, where there are no keys."""
+        """`{"images": [B, 3, h, w]}`; without keys, an empty `image_embeds` [0, 1, 1]."""
         if not keys:
             return {"image_embeds": torch.empty(0, 1, 1)}
         pixels = []
         for key, index in zip(keys, batch.indices.tolist(), strict=True):
-            # A fourth number keeps these draws apart from the split points'.
+            # The fourth number separates this random stream from that of the caption choice.
             draws = np.random.default_rng([self.seed, batch.epoch, index, 2])
             pixels.append(self.transform(read_image(self.folder, key), draws))
         return {"images": torch.stack(pixels)}

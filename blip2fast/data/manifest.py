@@ -1,15 +1,16 @@
-"""Atomic writes of files and folders, and a manifest that detects damage.
+"""Atomic writes of files and folders, and a manifest that detects corruption.
 
-`manifest.json` states the size and the SHA-256 of every file beside it. Two kinds of folders:
+`manifest.json` states the size and SHA-256 of every file in its folder. There are two kinds of
+folders:
 
-* One that is written once (a checkpoint): filled as `<name>.partial`, sealed, and renamed.
-* One that is updated (the output of a run): a new set of files replaces an older one. Each new file
-  is written as `<file>.partial`, then the manifest is replaced, then the files are renamed.
-  Replacing the manifest commits the update: before it a reader finds the older set, after it the
-  newer one, wherever the writer was killed.
+* Written once (a checkpoint): filled as `<name>.partial`, sealed, then renamed.
+* Updated in place (a run's output): a new set of files replaces the old one. Each new file is
+  written as `<file>.partial`, then the manifest is replaced, then the files are renamed. Replacing
+  the manifest commits the update: wherever the writer is killed, a reader finds the complete old
+  set before that point and the complete new set after it.
 
-Every file is flushed to the disk before it is renamed, and the folder after that. The hashes detect
-truncated, damaged or swapped files. They are not signatures.
+Every file is fsynced before its rename, and the folder after it. The hashes detect truncated,
+corrupted or swapped files. They are not signatures.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ Write = Callable[[Path], Any]
 
 
 class DamagedError(ValueError):
-    """A file that does not match the manifest beside it."""
+    """A file does not match its folder's manifest."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Size and hash of a file, as stated by the manifest."""
+    """Size and hash of a file, as the manifest states them."""
 
     bytes: int
     sha256: str
@@ -64,18 +65,18 @@ def replace_file(path: Path, write: Write) -> None:
 
 
 def write_json(value: Any) -> Write:
-    """A writer of `value`, for the functions above."""
+    """Returns a function that writes `value` as JSON, for `write_through` and `replace_file`."""
     text = json.dumps(value, indent=1) + "\n"
     return lambda path: path.write_text(text, encoding="utf-8")
 
 
 def aside(path: Path) -> Path:
-    """The temporary path of a file or folder while it is written."""
+    """The temporary path of a file or folder while it is being written."""
     return path.with_name(path.name + ".partial")
 
 
 def seal(folder: Path, names: Iterable[str]) -> None:
-    """Write the manifest of the files `names` in `folder`; they must have been flushed."""
+    """Write the manifest of the files `names` in `folder`; they must already be flushed."""
     entries = {name: _measure(folder / name) for name in sorted(names)}
     _write_manifest(folder, entries)
 
@@ -90,13 +91,13 @@ def replace_files(folder: Path, writes: Mapping[str, Write]) -> None:
     """Replace all files of a folder's manifest atomically.
 
     Args:
-        folder: made if it does not exist; other files in it are left alone.
-        writes: for each file, what makes it at the path that it is given; the last one gets its
-            name last.
+        folder: created if it does not exist; other files in it are left alone.
+        writes: file name -> function that writes the file at a given path. Files are renamed in
+            this order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(ValueError):  # none there, or not one that can be read
-        # what is aside may be all there is of the files that the manifest states
+    with contextlib.suppress(ValueError):  # no manifest, or an unreadable one
+        # after a killed update, files of the committed manifest may still have temporary names
         _rename_all(folder, read_manifest(folder))
     entries = {}
     for name, write in writes.items():
@@ -108,10 +109,10 @@ def replace_files(folder: Path, writes: Mapping[str, Write]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
-    """The files of a folder, as its manifest states them.
+    """The file entries of a folder's manifest.
 
     Raises:
-        ValueError: none there, or not one of this format.
+        ValueError: no manifest, or not one of this format.
     """
     path = folder / MANIFEST
     try:
@@ -133,7 +134,7 @@ def find(folder: Path, name: str) -> Path:
 
     Raises:
         ValueError: no manifest.
-        DamagedError: it is missing, or of another size or content, with both.
+        DamagedError: the file is missing, or its size or hash differs; both values are named.
     """
     entry = read_manifest(folder).get(name)
     if entry is None:

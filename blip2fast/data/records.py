@@ -1,4 +1,4 @@
-"""Records of a run on disk, one JSON object a line: images with captions, questions or both."""
+"""Records of a run as JSON lines: images with captions, questions, or sequences of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ with needs("read records", "pydantic"):
 
 @dataclass(frozen=True)
 class CaptionRecord:
-    """An image and its captions; CapFilt keeps several for one image (paper, section 3.4)."""
+    """An image and its captions; CapFilt keeps several per image (paper, section 3.4)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -38,13 +38,13 @@ class QuestionRecord:
 
 @dataclass(frozen=True)
 class SequenceRecord:
-    """Any number of images in one sequence; `<image>` in the texts says where each one stands.
+    """A sample with any number of images; `<image>` markers in the texts give their positions.
 
     Attributes:
         images: keys, in the order of the markers.
-        captions: texts to write, of which a step takes one; markers may stand among their words.
-        prompt: read before the text and not counted in the loss: an instruction, or examples
-            ("<image> a cat. <image> a dog. <image>").
+        captions: target texts, of which a step samples one; they may contain markers.
+        prompt: precedes the target and is excluded from the loss: an instruction, or few-shot
+            examples ("<image> a cat. <image> a dog. <image>").
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -54,22 +54,22 @@ class SequenceRecord:
     prompt: str = ""
 
 
-IMAGE_MARKER = "<image>"  # in the texts of a SequenceRecord
+IMAGE_MARKER = "<image>"  # the image marker in the texts of a SequenceRecord
 AnyRecord = CaptionRecord | QuestionRecord | SequenceRecord
 
 Record = TypeVar("Record", CaptionRecord, QuestionRecord, SequenceRecord)
 
 
 def images_of(record: AnyRecord) -> tuple[str, ...]:
-    """The keys of a record's images, in the order in which they are read."""
+    """The keys of a record's images, in reading order."""
     return record.images if isinstance(record, SequenceRecord) else (record.image,)
 
 
 def read_captions(path: str | Path) -> list[CaptionRecord]:
-    """Read caption records, one JSON object a line: `{"image": key, "captions": [text, ...]}`.
+    """Read caption records from JSON lines: `{"image": key, "captions": [text, ...]}`.
 
     Raises:
-        ValueError: not found, empty, or a line that is not such an object; its number is named.
+        ValueError: a missing or empty file, or an invalid line, named by its number.
     """
     records = _read_lines(path, CaptionRecord)
     for number, record in enumerate(records, 1):
@@ -94,10 +94,10 @@ def read_questions(path: str | Path) -> list[QuestionRecord]:
 
 
 def read_sequences(path: str | Path) -> list[SequenceRecord]:
-    """Read records of several images: `{"images": [key, ...], "prompt": ..., "captions": [...]}`.
+    """Read sequence records: `{"images": [key, ...], "prompt": ..., "captions": [...]}`.
 
     Raises:
-        ValueError: as `read_captions`; or markers that are not as many as the images.
+        ValueError: as `read_captions`; or the number of markers differs from that of the images.
     """
     records = _read_lines(path, SequenceRecord)
     for number, record in enumerate(records, 1):
@@ -160,11 +160,11 @@ def image_keys(path: str | Path) -> list[str]:
 
 
 def write_records(path: str | Path, records: Sequence[AnyRecord | Mapping[str, object]]) -> None:
-    """Write records as JSON lines, the form that `read_captions` reads.
+    """Write records as JSON lines, in the format of the readers above.
 
     Args:
-        path: a file; its folder is made if it does not exist.
-        records: also as plain dictionaries.
+        path: output file; its folder is created if it does not exist.
+        records: record objects or plain dictionaries.
     """
     plain = (record if isinstance(record, Mapping) else vars(record) for record in records)
     path = Path(path)
@@ -173,7 +173,7 @@ def write_records(path: str | Path, records: Sequence[AnyRecord | Mapping[str, o
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
-# by data.task
+# by `data.task`
 READERS: dict[str, Callable[..., Sequence[Any]]] = {
     "caption": read_captions,
     "vqa": read_questions,

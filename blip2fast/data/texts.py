@@ -1,4 +1,4 @@
-"""The texts of a batch: captions drawn for it, and the tensors that a model is trained on.
+"""The texts of a batch: samples one caption per image and tokenizes it for the model.
 
 Legend: B samples per process and step, T text tokens.
 """
@@ -22,14 +22,14 @@ from blip2fast.stage2.text import Stage2Text
 
 @lru_cache(maxsize=2)
 def _caption_draws(seed: int, epoch: int, count: int) -> npt.NDArray[np.float64]:
-    # A third number keeps these draws apart from the permutation's.
+    # The third number separates this random stream from that of the permutation.
     return np.random.default_rng([seed, epoch, 1]).random(count)
 
 
 def drawn_captions(
     records: Sequence[CaptionRecord | SequenceRecord], batch: Batch, seed: int
 ) -> list[str]:
-    """One caption per sample of `batch`, drawn from (seed, epoch, sample number) alone."""
+    """One random caption per sample of `batch`, a function of (seed, epoch, sample index) alone."""
     draws = _caption_draws(seed, batch.epoch, len(records))[batch.indices]
     chosen = [records[i].captions for i in batch.indices]
     return [c[int(draw * len(c))] for c, draw in zip(chosen, draws, strict=True)]
@@ -37,16 +37,16 @@ def drawn_captions(
 
 @dataclass
 class Stage1Texts:
-    """Stage 1: token ids `[CLS] w1 .. wn [SEP]` of one drawn caption, and the image's number.
+    """Stage-1 texts: token ids `[CLS] w1 .. wn [SEP]` of one sampled caption, and image ids.
 
-    Records of the same image carry the same `image_ids` entry, so that ITC counts their captions
-    as positives of each other and ITM draws none of them as a negative.
+    Records of the same image share an `image_ids` value, so ITC treats their captions as positives
+    of each other and ITM never samples them as negatives.
 
     Args:
-        tokenizer: a transformers tokenizer, with a padding token.
-        max_txt_len: texts are cut to this many tokens.
-        image_number: number of each image key.
-        seed: of the caption choice.
+        tokenizer: a transformers tokenizer with a padding token.
+        max_txt_len: texts are truncated to this many tokens.
+        image_number: image key -> image id.
+        seed: seed of the caption sampling.
     """
 
     tokenizer: Any
@@ -65,7 +65,7 @@ class Stage1Texts:
 def tokenize_captions(
     tokenizer: Any, captions: Sequence[str], max_txt_len: int
 ) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` [B, T], padded to the longest and cut to max_txt_len."""
+    """`input_ids` and `attention_mask` [B, T], truncated to `max_txt_len` and padded."""
     tokens = tokenizer(
         list(captions),
         padding="longest",
@@ -78,7 +78,7 @@ def tokenize_captions(
 
 @dataclass
 class CaptionTexts:
-    """Stage 2 on captions: one drawn caption per sample, as the language model's targets."""
+    """Stage-2 captioning: one sampled caption per sample, as the language model's target."""
 
     text: Stage2Text
     seed: int
@@ -90,7 +90,7 @@ class CaptionTexts:
 
 @dataclass
 class AnswerTexts:
-    """Stage 2 on questions: the answer as target, the question in the prompt."""
+    """Stage-2 VQA: the question in the prompt, the answer as the target."""
 
     text: Stage2Text
 
@@ -101,7 +101,7 @@ class AnswerTexts:
 
 @dataclass
 class SequenceTexts:
-    """Stage 2 on several images a sample: one drawn caption each, after the record's prompt."""
+    """Stage-2 sequences: one sampled caption per record as the target, after its prompt."""
 
     text: Stage2Text
     seed: int

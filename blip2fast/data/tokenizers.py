@@ -1,4 +1,4 @@
-"""The tokenizer of a Q-Former that reads text."""
+"""Loads the tokenizer of a Q-Former with text input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def qformer_tokenizer(name: str) -> Any:
     """The Q-Former's tokenizer, with [DEC] as its bos token (paper, section 3.2).
 
     Raises:
-        ValueError: not found, or one that does not write [CLS] words [SEP] with padding.
+        ValueError: not found, or a tokenizer that does not produce [CLS] words [SEP] with padding.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -1,4 +1,4 @@
-"""Where the queries look when a text mentions one object, against the object's own pixels."""
+"""Compares query attention for a text that mentions one object with that object's pixels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from blip2fast.stage1.model import Blip2Stage1
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of the matching pass on the mentioned object of two-object scenes.
+    """Attention of the ITM pass on the mentioned object of two-object scenes.
 
     Attributes:
         maps: [n, p, p] attention of the last cross-attention layer on image patches, mean over
@@ -29,7 +29,7 @@ class Attention:
         scene: [n] number of each scene, and `mentioned` [n] which of its objects the text names.
         on_mentioned, on_other: mean share of attention on the patches of either object, weighted
             by how much of a patch the object covers.
-        area_mentioned, area_other: the same shares of an even map; the level of no preference.
+        area_mentioned, area_other: the same shares for a uniform map; the no-preference baseline.
     """
 
     maps: NDArray[np.float32]

@@ -24,7 +24,7 @@ BATCH = 256
 
 
 def load_split(settings: DemoSettings, split: Split) -> SceneSplit:
-    """Render a split, once for texts, features and evaluation."""
+    """Render a split, used for texts, features and evaluation."""
     return _split(settings.spec, split, getattr(settings, SPLIT_SIZES[split]), settings.seed)
 
 
@@ -42,7 +42,7 @@ def write_texts(settings: DemoSettings, places: Places) -> None:
 
 
 def cache_features(settings: DemoSettings, places: Places, console: Console) -> None:
-    """Frozen features of every image of every split."""
+    """Cache the frozen features of all images of all splits."""
     encoder = load_image_encoder(str(places.image_tower))
     sizes = {split: getattr(settings, name) for split, name in SPLIT_SIZES.items()}
     with progress_bar(console) as progress:

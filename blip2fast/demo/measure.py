@@ -1,8 +1,8 @@
-"""Every number of the demo's table: the trained models and their controls on held-out scenes.
+"""Computes the demo's table: the trained models and their controls on held-out scenes.
 
-Columns: the trained model; chance, from counting alone; the language model that sees nothing;
-the trained model with every image exchanged for another scene's; models whose Q-Former was never
-trained; the language model that reads true captions; scenes with colour-kind pairs never trained.
+Columns: the trained model; chance; the blind language model; the trained model with shuffled
+images; models with an untrained Q-Former; the language model that reads true captions; scenes with
+unseen colour-kind pairs.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ MAX_ANSWER_TOKENS = 4
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A held-out split with its features, captions and questions, numbered alike.
+    """A held-out split with its features, captions and questions, all indexed by scene number.
 
     Attributes:
         tokenizer: the Q-Former's.
         images: reads frozen features by scene number.
-        captions, swapped: a true caption of every scene, and its hard negative.
+        captions, swapped: one true caption per scene, and its hard negative.
         questions: records of `SceneSplit.question_records`.
         asked_of: [P] the scene number of each question.
     """
@@ -87,7 +87,7 @@ class EvalSet:
         return len(self.split.scenes)
 
     def shuffled_numbers(self) -> Tensor:
-        """[I] another scene for every scene: a rotation, so that none keeps its own image."""
+        """[I] the number of another scene for each scene: a rotation, so none keeps its image."""
         return torch.arange(len(self)).roll(len(self) // 2)
 
     def answers_right(self, answers: Sequence[str]) -> dict[str, float]:
@@ -101,7 +101,7 @@ class EvalSet:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> TokenizedTexts:
-    """One text per image, in order, for the Q-Former."""
+    """Tokenize one text per image, in order, for the Q-Former."""
     tokens = tokenizer(list(texts), return_tensors="pt", padding=True)
     return TokenizedTexts(tokens["input_ids"], tokens["attention_mask"], torch.arange(len(texts)))
 
@@ -159,7 +159,7 @@ _STAGE1_ROWS = {
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """The frozen language model and how it is asked.
+    """The frozen language model and its text preparation.
 
     Attributes:
         model: the language model.
@@ -181,14 +181,14 @@ class FrozenModel:
         )
 
     def blind_captions(self, count: int) -> list[str]:
-        """What the language model says when it is asked for a text and given nothing."""
+        """The caption that the language model generates without any input, `count` times."""
         start = self.plain.prompt_batch(batch_size=1)["input_ids"][0].tolist()
         return continue_texts(self.model, self.plain, [start]) * count
 
     def answers(self, questions: Sequence[str], descriptions: Sequence[str]) -> list[str]:
-        """Answers by reading: description, then question, in the language model's own format.
+        """Answer from text: description, then question, in the language model's training format.
 
-        An empty description asks blindly.
+        An empty description gives the blind control.
         """
         tokenizer: Any = self.plain.tokenizer
         asked = self.questions.prompt_batch(questions)
@@ -223,7 +223,7 @@ def stage2_rows(
     rows: Rows = {"loss/stage2": {}, "caption/exact": {}}
     written: dict[str, list[str]] = {}
     for column, (model, data, numbers) in columns.items():
-        # Captions of shuffled images are those of the other scenes, already written.
+        # Captions of shuffled images have already been generated, for the other scenes.
         written[column] = (
             [written["model"][i] for i in numbers.tolist()]
             if column == "shuffled"
@@ -281,10 +281,10 @@ def tuned_rows(
 def blind_vqa(
     frozen: FrozenModel, held_out: EvalSet, train_questions: list[dict[str, str]]
 ) -> Rows:
-    """What questions alone give, for each type: `chance` and `blind` of every VQA row.
+    """Accuracy from questions alone, by type: the `chance` and `blind` columns of all VQA rows.
 
-    Chance is the most frequent training answer to the same question, or of its type where the
-    question is new; the blind language model is asked without any description.
+    Chance predicts the most frequent training answer to the same question, or to its type if the
+    question is new. The blind language model gets the question without a description.
     """
     counts: dict[str, Counter[str]] = {}
     for question in train_questions:
@@ -320,7 +320,7 @@ def number_of_contents(split: SceneSplit) -> int:
 
 
 def merge(*parts: Rows) -> Rows:
-    """All rows with all their columns, in the order of the table's sections."""
+    """Merge all rows with all their columns, in the order of the table's sections."""
     merged: Rows = {}
     for part in parts:
         for name, row in part.items():

@@ -1,4 +1,4 @@
-"""Phases of the demo: timed, and reused on the next run while their settings stay the same."""
+"""Phases of the demo: timed, and reused by the next run if their settings are unchanged."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LEDGER = "phases.json"
 
 
 class Clock:
-    """Wall and CPU time since its making, the latter with all child processes.
+    """Wall and CPU time since creation; CPU time includes all child processes.
 
-    On a busy machine the wall says little; the CPU time divided by the cores is its floor.
+    On a busy machine wall time means little; CPU time divided by the cores is its lower bound.
     """
 
     def __init__(self) -> None:
@@ -40,22 +40,22 @@ class Clock:
             try:
                 used += sum(child.cpu_times()[:4])
             except psutil.NoSuchProcess:
-                continue  # it ended meanwhile and counts as its parent's
+                continue  # it has just ended, and its time counts as its parent's
         return time.perf_counter(), used
 
 
 @dataclass
 class Phases:
-    """Runs phases one after another and remembers in `<output>/phases.json` what is finished.
+    """Runs phases in sequence and records finished ones in `<output>/phases.json`.
 
-    A phase is reused when its settings, those of every phase that it builds on, and the version of
-    the package are the same as when it finished, and all that it made is still there.
+    A phase is reused if its settings, those of all phases it depends on, and the package version
+    are the same as when it finished, and all its products still exist.
 
     Args:
         output: the demo's folder.
         version: the package's version.
-        console: where messages go.
-        fresh: run everything again.
+        console: console for messages.
+        fresh: run all phases again.
     """
 
     output: Path
@@ -74,10 +74,10 @@ class Phases:
         after: Sequence[str] = (),
         products: Sequence[Path] = (),
     ) -> None:
-        """Run `action`, which makes `products`, unless the phase is finished; else as `due`.
+        """Run `action`, which makes `products`, if the phase is due; arguments as in `due`.
 
         Raises:
-            RuntimeError: when the action leaves a product out.
+            RuntimeError: the action did not make all products.
         """
         if self.due(name, settings, after, products):
             clock = self.begin(name)
@@ -87,16 +87,16 @@ class Phases:
     def due(
         self, name: str, settings: Any, after: Sequence[str] = (), products: Sequence[Path] = ()
     ) -> bool:
-        """Whether the phase is still to run; says so where it is not.
+        """Whether the phase has yet to run; prints a message if it is reused.
 
         Args:
-            name: of the phase, a sentence fragment such as "stage 1".
-            settings: whatever the products depend on, as JSON.
+            name: name of the phase, a sentence fragment such as "stage 1".
+            settings: everything that the products depend on, as JSON values.
             after: names of earlier phases whose products it reads.
-            products: files and folders that must be there for the phase to count as finished.
+            products: files and folders that must exist for the phase to count as finished.
 
         Raises:
-            ValueError: when an earlier phase is named that is not known.
+            ValueError: `after` names an unknown phase.
         """
         missing = [earlier for earlier in after if earlier not in self.hashes]
         if missing:
@@ -117,15 +117,15 @@ class Phases:
         return False
 
     def begin(self, name: str) -> Clock:
-        """Announce a phase that is due; its time counts from here."""
+        """Announce a phase that is due, and start its clock."""
         self.console.print(f"[bold]{name}[/bold]")
         return Clock()
 
     def end(self, name: str, clock: Clock) -> None:
-        """Remember a phase as finished.
+        """Record a phase as finished.
 
         Raises:
-            RuntimeError: when a product is missing.
+            RuntimeError: a product is missing.
         """
         spent = clock.read()
         if absent := self._absent(name):

@@ -1,4 +1,4 @@
-"""The demo's plots: loss curves, bars beside their controls, attention, a sheet of captions."""
+"""The demo's plots: loss curves, metrics with their controls, attention maps, captions."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from blip2fast.demo.attention import Attention
 from blip2fast.demo.table import COLUMNS, ROW_NAMES, Rows
 from blip2fast.scenes import SceneSplit, is_exact
 
-# Entropy of one match in three pairs: where ITM stays until retrieval works.
+# Entropy of one match in three pairs: the ITM loss until retrieval works.
 ITM_PLATEAU = math.log(3) - 2 / 3 * math.log(2)
 
 
 def loss_curves(runs: dict[str, Path], target: Path) -> None:
-    """Training losses of every run over its steps.
+    """Plot the training losses of every run over its steps.
 
     Args:
-        runs: name of a run, and its `metrics.jsonl`.
+        runs: run name -> its `metrics.jsonl`.
     """
     figure = Figure(figsize=(4.5 * len(runs), 3.4), layout="constrained")
     axes = figure.subplots(1, len(runs), squeeze=False)[0]
@@ -41,7 +41,7 @@ def loss_curves(runs: dict[str, Path], target: Path) -> None:
 
 
 def metric_bars(rows: Rows, target: Path) -> None:
-    """Retrieval, matching, captions and VQA: the trained model beside its controls."""
+    """Bars for retrieval, matching, captions and VQA: the trained model next to its controls."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1)
     overall = [
@@ -72,7 +72,7 @@ def _label(name: str) -> str:
 
 
 def attention_sheet(split: SceneSplit, attention: Attention, target: Path, count: int = 6) -> None:
-    """Images with the attention of the matching pass, for each of their two objects."""
+    """Images with the attention maps of the ITM pass, for each of their two objects."""
     figure = Figure(figsize=(2 * count, 4.6), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
     side = split.images.shape[-1]
@@ -97,7 +97,7 @@ def attention_sheet(split: SceneSplit, attention: Attention, target: Path, count
 
 
 def caption_sheet(split: SceneSplit, captions: Sequence[str], target: Path) -> None:
-    """Held-out scenes with the captions that the language model wrote; wrong ones in red."""
+    """Held-out scenes with their generated captions; wrong ones in red."""
     figure = Figure(figsize=(14, 9), layout="constrained")
     axes = figure.subplots(4, 6)
     for axis, image, caption, scene in zip(

@@ -1,4 +1,4 @@
-"""The demo's evaluation: loads what was trained, measures it, draws it."""
+"""The demo's evaluation: loads the trained models, measures them and draws the plots."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def evaluate_demo(
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """Trained models, and ones of the same sizes whose Q-Former was never trained."""
+    """The trained models, and controls of the same sizes with an untrained Q-Former."""
 
     stage1: Blip2Stage1
     untrained1: Blip2Stage1

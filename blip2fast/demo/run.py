@@ -77,15 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_demo(
     settings: DemoSettings, output: Path, console: Console, fresh: bool = False
 ) -> dict[str, Any]:
-    """Every phase in order, then the table; see the README for what is left in `output`.
+    """Run all phases in order, then print the table; the README lists the contents of `output`.
 
     Args:
         settings: what to build and train.
-        output: folder of everything that is written.
+        output: the output folder.
         fresh: do not reuse phases of an earlier run.
 
     Returns:
-        The summary that `output/summary.json` holds.
+        The summary, as written to `output/summary.json`.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
@@ -132,7 +132,7 @@ def run_demo(
 
 
 def _train(phases: Phases, settings: DemoSettings, places: Places, after: str) -> None:
-    """The training runs that are due, each a phase, in one start of the launcher."""
+    """Run the training phases that are due, in a single start of the launcher."""
     processes = training_processes()
     due: dict[str, TrainingRun] = {}
     for name in TRAINING_RUNS:
@@ -164,7 +164,7 @@ def _training_run(settings: DemoSettings, places: Places, name: str, processes: 
         f"seed={settings.seed}",
         *settings.overrides.get(name, ()),
     )
-    # The configurations are written for two processes; one takes the batch of both.
+    # The configurations are for two processes; a single process takes the batch of both.
     if processes == 1:
         whole = 2 * load_config(config, overrides).optim.batch_size
         overrides += (f"optim.batch_size={whole}",)
@@ -172,7 +172,7 @@ def _training_run(settings: DemoSettings, places: Places, name: str, processes: 
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on besides the settings."""
+    """Hardware and software on which the results depend besides the settings."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "versions": {name: version(name) for name in PACKAGES},
@@ -196,7 +196,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with `+` where files differ from it; None outside a checkout."""
+    """The checkout's commit, with `+` if files differ from it; None outside a checkout."""
     git = ["git", "-C", str(REPOSITORY)]
     try:
         head = subprocess.run(

@@ -1,4 +1,4 @@
-"""What the demo builds and trains, and where it goes."""
+"""The demo's settings and paths."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ TRAINING_RUNS = ("stage1", "stage2", "vqa")
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of everything that the configurations in `configs/` do not set.
+    """Settings that the configurations in `configs/` do not have.
 
     Attributes:
         source: drawn shapes or handwritten digits.
-        seed: of the scenes, the training runs and the controls.
-        train_scenes, held_out_scenes, unseen_scenes: images of each split.
-        captions_per_scene: paraphrases of a training scene's caption.
-        question_rounds: questions of each type about a training scene.
-        rerank_k: candidates that ITM re-ranks.
-        overrides: of the training configurations, by run.
+        seed: seed of the scenes, the training runs and the controls.
+        train_scenes, held_out_scenes, unseen_scenes: number of images in each split.
+        captions_per_scene: caption paraphrases per training scene.
+        question_rounds: questions per type and training scene.
+        rerank_k: number of candidates that ITM re-ranks.
+        overrides: overrides of the training configurations, by run.
     """
 
     source: Source = "shapes"
@@ -59,7 +59,7 @@ class DemoSettings:
 
 
 def fast(settings: DemoSettings) -> DemoSettings:
-    """The same demo in about a minute: everything runs, nothing is learned."""
+    """Settings for a smoke run of about a minute: everything runs, nothing is learned."""
     few_steps = ("optim.max_steps=4", "optim.warmup_steps=2", "log_every=2")
     return dataclasses.replace(
         settings,
@@ -73,7 +73,7 @@ def fast(settings: DemoSettings) -> DemoSettings:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the demo's files are: its own below one folder, the towers in the package."""
+    """Paths of the demo's files: its own in one output folder, the towers in the package."""
 
     output: Path
     source: Source = "shapes"
@@ -137,7 +137,7 @@ def digest(folder: Path) -> str:
 
 
 def _from_here(path: Path) -> str:
-    """Relative to the working folder, as in the configurations, which start at the repository."""
+    """A path relative to the working directory, as in the configurations (the repository root)."""
     return os.path.relpath(path)
 
 
@@ -147,5 +147,5 @@ def cores() -> int:
 
 
 def training_processes() -> int:
-    """One process on a GPU; on CPU two where there are two cores, which share them."""
+    """One process on a GPU; on CPU two, if there are at least two cores to share."""
     return 1 if torch.cuda.is_available() or cores() < 2 else 2

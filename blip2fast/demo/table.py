@@ -49,7 +49,7 @@ ROW_NAMES = {
     "all": "all questions",
 }
 
-# Least value of the trained model on drawn shapes.
+# Minimum values of the trained model on drawn shapes.
 FLOORS = {
     "retrieval/t2i_r1": 0.65,
     "itm/accuracy": 0.78,
@@ -57,22 +57,22 @@ FLOORS = {
     "vqa_read/all": 0.90,
     "vqa_tuned/all": 0.78,
 }
-# With shuffled images a metric must stay within this much of what needs no image.
+# With shuffled images a metric may exceed the blind level by at most this much.
 BLIND_MARGIN = 0.05
 
 
 def check_gates(summary: Mapping[str, Any]) -> list[str]:
-    """What the demo must reach: every unmet gate in words, none when all is well.
+    """Check the demo's results; returns one sentence per unmet gate, and none if all are met.
 
-    Drawn shapes must reach `FLOORS`. For either source, the metrics with images shuffled may not
-    exceed the blind level (the better of chance and of the language model that sees nothing) by
-    more than `BLIND_MARGIN`: where they do, the images are not what the score comes from.
+    Drawn shapes must reach `FLOORS`. For either source, the metrics with shuffled images may not
+    exceed the blind level (the better of chance and the blind language model) by more than
+    `BLIND_MARGIN`; if they do, the score does not come from the images.
 
     Args:
-        summary: what the demo writes to `summary.json`.
+        summary: the contents of `summary.json`.
 
     Raises:
-        ValueError: when the summary lacks a row or column that a gate reads.
+        ValueError: the summary lacks a row or column that a gate reads.
     """
     rows: Rows = summary["table"]
     failed = []

@@ -35,7 +35,7 @@ TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 
 
 def progress_bar(console: Console) -> Progress:
-    """The bar that every phase shows."""
+    """The progress bar used by all phases."""
     return Progress(
         TextColumn("  {task.description}"),
         BarColumn(bar_width=30),
@@ -48,7 +48,7 @@ def progress_bar(console: Console) -> Progress:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A configuration of train.py, and `key=value` overrides of it."""
+    """A configuration file for train.py, and `key=value` overrides."""
 
     config: Path
     overrides: tuple[str, ...]
@@ -66,16 +66,17 @@ def train(
 ) -> None:
     """Train with `deepspeed blip2fast/train.py --config <config> --set ... --config ...`.
 
-    One start of the launcher serves all runs: starting costs seconds, most of them imports.
+    The launcher is started once for all runs, as each start takes seconds, mostly for imports.
 
     Args:
-        runs: one after another; each may start from what an earlier one leaves.
-        processes: how many the launcher starts; on CPU they share the cores evenly.
-        log: file for everything that the launcher and train.py print.
-        watch: entered with the number of a run when it begins, left when its model is written.
+        runs: executed in order; a run may start from the output of an earlier one.
+        processes: number of processes; on CPU they share the cores evenly.
+        log: file for the output of the launcher and train.py.
+        watch: makes a context that is entered with a run's number when the run begins, and left
+            when its model is written.
 
     Raises:
-        RuntimeError: when training fails; the message ends with the log's last lines.
+        RuntimeError: training failed; the message ends with the last lines of the log.
     """
     command = [*launcher(processes), os.path.relpath(TRAIN_SCRIPT)]
     for run in runs:
@@ -86,7 +87,7 @@ def train(
     console.print(f"  $ {shown}", highlight=False, soft_wrap=True)
     configs = [run.load() for run in runs]
     for config in configs:
-        # train.py refuses to mix two runs; these start over.
+        # train.py refuses an output folder that holds another run; these runs start from scratch.
         shutil.rmtree(config.output_dir, ignore_errors=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as sink:
@@ -107,10 +108,10 @@ def train(
 def _follow(
     process: subprocess.Popen[bytes], output: Path, progress: Progress, bar: TaskID, last: bool
 ) -> bool:
-    """Show a run's metrics until it has written its model (the last: until the launcher ends).
+    """Show a run's metrics until its model is written; for the last run, until the launcher exits.
 
     Returns:
-        Whether that went well.
+        Whether the run succeeded.
     """
     metrics = MetricsTail(output / "metrics.jsonl")
     while True:
@@ -133,7 +134,7 @@ def _what_failed(config: RunConfig, process: subprocess.Popen[bytes], log: Path)
 
 
 def needed(config: Path, overrides: Sequence[str]) -> list[str]:
-    """The overrides that change something; the command is to be short enough to read."""
+    """The overrides that differ from the configuration, to keep the command short."""
     plain, changed = (config_values(load_config(config, some)) for some in ((), overrides))
 
     def value(values: Any, key: str) -> Any:
@@ -144,10 +145,10 @@ def needed(config: Path, overrides: Sequence[str]) -> list[str]:
 
 
 def launcher(processes: int) -> list[str]:
-    """The DeepSpeed launcher of this environment, for processes on this machine alone.
+    """The DeepSpeed launcher command of this environment, for processes on this machine only.
 
     Raises:
-        RuntimeError: when it is not installed beside the running Python.
+        RuntimeError: the launcher is not installed next to the running Python.
     """
     found = Path(sys.executable).with_name("deepspeed")
     if not found.is_file():
@@ -157,15 +158,15 @@ def launcher(processes: int) -> list[str]:
         try:
             usual.bind(("127.0.0.1", LAUNCHER_PORT))
         except OSError:
-            usual.bind(("127.0.0.1", 0))  # another run has it
+            usual.bind(("127.0.0.1", 0))  # the port is taken
             command += ["--master_port", str(usual.getsockname()[1])]
     return command
 
 
 class MetricsTail:
-    """Reads the lines that a growing JSON-lines file has gained since the last look.
+    """Reads the lines appended to a JSON lines file since the last call.
 
-    Lines that were there at the start, from an earlier run, are skipped.
+    Lines already present at creation, from an earlier run, are skipped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -173,11 +174,11 @@ class MetricsTail:
         self.position = path.stat().st_size if path.exists() else 0
 
     def new_lines(self) -> list[dict[str, Any]]:
-        """Complete new lines; a half-written last one waits for the next call."""
+        """The complete new lines; an unterminated last one is left for the next call."""
         if not self.path.exists():
             return []
         if self.path.stat().st_size < self.position:
-            self.position = 0  # the file was started again
+            self.position = 0  # the file was truncated and restarted
         with self.path.open("rb") as file:
             file.seek(self.position)
             complete = file.read().rpartition(b"\n")[0]

@@ -1,10 +1,10 @@
 """Retrieval between images and texts with a trained stage-1 model.
 
 Shapes: I images, J texts, Q queries, T text tokens, S image tokens, E image token width,
-D feature width. Images come through an `ImageReader`, a function from image numbers 0..I-1 to the
-frozen encoder's tokens, so a feature cache, a tensor in memory and a live encoder all serve.
-Every fraction returned lies in [0, 1]. Paper (arXiv 2301.12597): section 3.1 for the similarity
-and the matching head, 4.4 for retrieval with candidates by similarity, re-ranked by matching.
+D feature width. Images are read by an `ImageReader`, a function from image numbers 0..I-1 to the
+frozen encoder's tokens; a feature cache, a tensor in memory and a live encoder all qualify.
+All fractions lie in [0, 1]. Paper (arXiv 2301.12597): section 3.1 for the similarity and the
+matching head, 4.4 for retrieval: candidates by ITC similarity, re-ranked by ITM.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RECALL_KS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Tokenized texts, and the index of the image that each describes.
+    """Tokenized texts, each with the number of the image that it describes.
 
     Args:
         input_ids: [J, T] int64, `[CLS] w1 .. wn [SEP]` then padding.
@@ -55,7 +55,7 @@ class TokenizedTexts:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; yields the model's device and restores the mode."""
+    """Switch to eval mode without gradients; yields the model's device, then restores the mode."""
     was_training = model.training
     model.eval()
     try:
@@ -66,9 +66,9 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 
 def chunks(count: int, batch_size: int, least: int = 1) -> Iterator[Tensor]:
-    """Numbers 0..count-1 in pieces of at most batch_size.
+    """Split indices 0..count-1 into chunks of at most `batch_size`.
 
-    A last piece of less than `least`, which could not be compared, joins the one before it.
+    A last chunk shorter than `least` is merged into the one before it.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -88,7 +88,7 @@ def encode_all(
     """ITC features of all images and texts, on the CPU.
 
     Returns:
-        image_features [I, Q, D] and text_features [J, D], both of unit length.
+        image_features [I, Q, D] and text_features [J, D], both unit-normalised.
     """
     with evaluating(model) as device:
         image_features = [
@@ -109,22 +109,22 @@ def encode_all(
 def retrieval_recall(
     score_i2t: Tensor, score_t2i: Tensor, text_image: Tensor, ks: Sequence[int] = RECALL_KS
 ) -> dict[str, float]:
-    """Recall at k both ways; an image may own several texts, any of which counts.
+    """Recall at k in both directions; if an image has several texts, any of them is a hit.
 
-    A tie counts against the model, and so does NaN, so that constant or broken scores do not look
-    like perfect retrieval.
+    Ties and NaN count against the model, so that constant or broken scores do not look like
+    perfect retrieval.
 
     Args:
-        score_i2t: [I, J] score by which texts are ranked for an image.
-        score_t2i: [I, J] score by which images are ranked for a text.
+        score_i2t: [I, J] scores that rank the texts of an image.
+        score_t2i: [I, J] scores that rank the images of a text.
         text_image: [J] the image number of each text.
         ks: the cut-offs.
 
     Returns:
-        `i2t_r{k}` over the images that own a text, `t2i_r{k}` over the texts.
+        `i2t_r{k}` over the images that have a text, `t2i_r{k}` over the texts.
 
     Raises:
-        ValueError: when the shapes disagree.
+        ValueError: the shapes disagree.
     """
     num_images, num_texts = score_i2t.shape
     if score_t2i.shape != score_i2t.shape or text_image.shape != (num_texts,):
@@ -179,20 +179,20 @@ def rerank(
     k: int,
     batch_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """Re-rank the k best candidates of each row and column by matching score (paper 4.4).
+    """Re-rank the top k candidates of each row and column by matching score (paper 4.4).
 
-    A candidate's score is its ITC similarity plus the logit of "match", as LAVIS adds them up;
-    candidates stay in front of all others, which keep their ITC order.
+    A candidate's score is its ITC similarity plus its "match" logit, as in LAVIS. Candidates rank
+    above all others, which keep their ITC order.
 
     Args:
-        similarity: [I, J] ITC similarity, of cosines.
+        similarity: [I, J] ITC similarity (cosine).
         k: candidates per query; 128 in the paper.
 
     Returns:
         score_i2t and score_t2i, [I, J] each, for `retrieval_recall`.
 
     Raises:
-        ValueError: when k is not positive.
+        ValueError: k is not positive.
     """
     if k < 1:
         raise ValueError(f"re-ranking needs k of at least 1 candidate, got k={k}")
@@ -201,7 +201,7 @@ def rerank(
     candidates_i2t.scatter_(1, similarity.topk(min(k, num_texts), dim=1).indices, True)
     candidates_t2i = torch.zeros_like(candidates_i2t)
     candidates_t2i.scatter_(0, similarity.topk(min(k, num_images), dim=0).indices, True)
-    # A pair chosen in both directions is matched once.
+    # A pair that is a candidate in both directions is scored once.
     image_rows, text_rows = (candidates_i2t | candidates_t2i).nonzero(as_tuple=True)
     match = torch.zeros_like(similarity)
     logits = match_logits(model, images, texts, (image_rows, text_rows), batch_size)
@@ -221,19 +221,19 @@ def swapped_match_accuracy(
     swapped: TokenizedTexts,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """ITM on true texts against the same texts with one attribute swapped.
+    """ITM accuracy on true texts and on hard negatives with one attribute swapped.
 
     Args:
         texts: true texts, [J].
-        swapped: the wrong counterpart of each, [J], of the same images.
+        swapped: the hard negative of each, [J], for the same images.
 
     Returns:
-        `itm_accuracy`: share of right decisions (match or not) over the 2J pairs, chance 0.5;
+        `itm_accuracy`: fraction of correct match decisions over the 2J pairs, chance 0.5;
         `itm_true` and `itm_swapped`: the same on each half;
-        `itm_ranked`: share of texts that score above their counterpart, chance 0.5.
+        `itm_ranked`: fraction of texts that score above their hard negative, chance 0.5.
 
     Raises:
-        ValueError: when the two lists are not about the same images.
+        ValueError: the two lists do not belong to the same images.
     """
     if not torch.equal(texts.image, swapped.image):
         raise ValueError(

@@ -32,21 +32,22 @@ from blip2fast.stage1.model import Blip2Stage1
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the random state within the block, and restore it afterwards."""
+    """Seed the random generators inside the `with` block and restore their states afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 class HeldOutMeans:
-    """Means of the scalar `loss*` and `accuracy*` of several batches, each over all it is of.
+    """Weighted means of the scalars `loss*` and `accuracy*` over several batches.
 
-    A batch's mean is weighted by what it is over, which the model's output says (`counts`: pairs,
-    or words); where it does not, by the rows of the batch. A `loss` that is a sum of others, as
-    stage 1's, is the sum of their means.
+    A batch's value is weighted by the number of items that it averages over, which the model's
+    output states in `counts` (pairs or words); without `counts`, by the batch's rows. If the total
+    `loss` is a sum of other losses, as in stage 1, it is computed as the sum of their means.
 
     Attributes:
-        totals, counts: sums of means times weights, and of weights, by name.
+        totals: by name, the sum of value times weight.
+        counts: by name, the sum of weights.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,7 @@ class HeldOutMeans:
         self.counts: dict[str, float] = {}
 
     def add(self, output: Any, rows: int, share: float = 1.0) -> None:
-        """Add the output of a batch of `rows`; `share` scales its weight."""
+        """Add the output of a batch with `rows` rows; `share` scales its weight."""
         counts = getattr(output, "counts", None)
         for name, value in vars(output).items():
             if not name.startswith(("loss", "accuracy")) or not isinstance(value, Tensor):
@@ -66,7 +67,7 @@ class HeldOutMeans:
             self.counts[name] = self.counts.get(name, 0.0) + weight
 
     def means(self) -> dict[str, float]:
-        """The means; 0 of a loss that no batch had anything for."""
+        """The means by name; 0 where the total weight is 0."""
         means = {name: total / (self.counts[name] or 1) for name, total in self.totals.items()}
         parts = [value for name, value in means.items() if name.startswith("loss_")]
         return {"loss": sum(parts), **means} if parts and "loss" not in means else means
@@ -75,14 +76,15 @@ class HeldOutMeans:
 def held_out_means(
     model: nn.Module, batches: Iterable[tuple[Mapping[str, Tensor], float]], seed: int = 0
 ) -> HeldOutMeans:
-    """As `held_out_losses`, of this process's batches, before they are divided.
+    """Like `held_out_losses`, but returns this process's totals and weights before the division.
 
     Args:
-        batches: keyword arguments of the model's forward, and the share of the batch that is
-            counted here; below 1, several processes compute it alike, each by itself.
+        batches: pairs of keyword arguments for the model's forward and the share of the batch that
+            this process counts. A share below 1 marks a batch that every process computes in
+            full, without communication.
 
     Raises:
-        ValueError: when there is no batch.
+        ValueError: there is no batch.
     """
     found = HeldOutMeans()
     with evaluating(model) as device, seeded(seed, device):
@@ -101,22 +103,22 @@ def held_out_losses(
     """Mean of every scalar `loss*` and `accuracy*` that the model returns (`HeldOutMeans`).
 
     ITG and the language-modelling loss do not depend on how samples are batched. ITC and ITM do:
-    a pair is compared with those of its batch, so a smaller batch is an easier one.
+    their negatives come from the same batch, so a smaller batch is easier.
 
-    Stage 1 samples its negatives; they are drawn from `seed` here, and the caller's random state
-    is left as it was, so evaluation neither varies nor disturbs training.
+    Stage 1 samples its negatives. Here they are drawn from `seed` and the caller's random state is
+    restored, so evaluation is repeatable and does not affect training.
 
     Args:
-        batches: keyword arguments of the model's forward.
+        batches: keyword arguments for the model's forward.
 
     Raises:
-        ValueError: when there is no batch.
+        ValueError: there is no batch.
     """
     return held_out_means(model, ((batch, 1.0) for batch in batches), seed).means()
 
 
 def caption_batch(images: ImageReader, texts: TokenizedTexts, numbers: Tensor) -> dict[str, Tensor]:
-    """Arguments of a stage-1 forward pass for the texts at these indices and their images."""
+    """Arguments of a stage-1 forward pass for the texts at indices `numbers` and their images."""
     return {
         "image_embeds": images(texts.image[numbers]),
         "input_ids": texts.input_ids[numbers],
@@ -127,11 +129,11 @@ def caption_batch(images: ImageReader, texts: TokenizedTexts, numbers: Tensor) -
 def caption_batches(
     images: ImageReader, texts: TokenizedTexts, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of one text per image, for `held_out_losses` of stage 1.
+    """Batches of one text per image, for the stage-1 `held_out_losses`.
 
-    Only the first text of each image is taken, so that no image stands twice in a batch as its
-    own false negative. The last batch may be smaller; one text that is left over, which alone has
-    no negatives, joins the batch before it.
+    Only the first text of each image is used, so no image appears twice in a batch and becomes its
+    own false negative. The last batch may be smaller. A single leftover text would have no
+    negatives and is added to the batch before it.
     """
     first = {i: j for j, i in reversed(list(enumerate(texts.image.tolist())))}
     numbers = torch.tensor(sorted(first.values()))
@@ -149,16 +151,16 @@ def evaluate_stage1(
     rerank_k: int = 0,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Losses, retrieval both ways and, where asked, re-ranked retrieval and ITM accuracy.
+    """Losses, retrieval in both directions and, on request, re-ranked retrieval and ITM accuracy.
 
     Args:
         model: a `Blip2Stage1`.
         images: reader of the frozen encoder's tokens.
         num_images: I; images are numbered 0..I-1.
-        texts: the captions, several per image allowed.
-        swapped: wrong counterparts of `texts`, one each; None leaves ITM accuracy out.
-        rerank_k: candidates that ITM re-ranks (128 in the paper); 0 leaves re-ranking out.
-        batch_size: images, texts or pairs at a time.
+        texts: the captions; an image may have several.
+        swapped: one hard negative for each of `texts`; None skips ITM accuracy.
+        rerank_k: candidates that ITM re-ranks (128 in the paper); 0 skips re-ranking.
+        batch_size: images, texts or pairs per forward pass.
 
     Returns:
         `loss, loss_itc, loss_itm, loss_itg, accuracy_*`, `{i2t,t2i}_r{1,5,10}`,

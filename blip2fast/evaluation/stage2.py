@@ -1,8 +1,9 @@
 """Evaluation of stage 2 on held-out data: captions and visual question answering.
 
-Nothing here knows about a data set: what counts as the same caption, and the wording of a prompt,
-are the caller's. Losses are `blip2fast.evaluation.held_out_losses`. Shapes as in
-`blip2fast.evaluation.retrieval`. Paper (arXiv 2301.12597): section 4.1 (zero-shot VQA).
+Nothing here depends on a particular dataset: the caller supplies the criterion for a correct
+caption and the wording of the prompts. For losses see `blip2fast.evaluation.held_out_losses`.
+Shapes as in `blip2fast.evaluation.retrieval`. Paper (arXiv 2301.12597): section 4.1 (zero-shot
+VQA).
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ def generate_texts(
     max_new_tokens: int = 30,
     batch_size: int = 128,
 ) -> list[str]:
-    """Greedy continuations of soft visual prompts: captions, or answers to questions.
+    """Generate captions or answers greedily from soft visual prompts.
 
     Args:
-        text: the language model's text preparation; its prompt frames the questions.
+        text: the language model's text preparation; its prompt is the question template.
         images: reader of the frozen encoder's tokens.
-        image_rows: [P] the image number of each continuation.
-        questions: [P] what follows the soft visual prompts, for VQA; None to caption.
+        image_rows: [P] the image number of each output text.
+        questions: [P] questions for VQA, placed after the soft visual prompts; None to caption.
 
     Returns:
         P strings, without prompts and special tokens.
 
     Raises:
-        ValueError: when there is not one question for each image.
+        ValueError: the number of questions differs from that of `image_rows`.
     """
     if questions is not None and len(questions) != len(image_rows):
         raise ValueError(f"{len(questions)} questions for {len(image_rows)} images; give one each")
@@ -72,21 +73,21 @@ def continue_texts(
     max_new_tokens: int = 10,
     batch_size: int = 128,
 ) -> list[str]:
-    """Greedy continuations by the language model alone, without images.
+    """Continue prompts greedily with the language model alone, without images.
 
-    With captions in the prompts this is caption-then-read VQA; without, the blind control. Equal
-    prompts are continued once, and prompts of like length together.
+    With captions in the prompts this is caption-then-read VQA; without them it is the blind
+    control. Duplicate prompts are generated once, and prompts of similar length are batched.
 
     Args:
         language_model: a transformers causal or sequence-to-sequence model.
         text: its text preparation; only the tokenizer and the end token are used.
-        prompts: token ids, as they are: special tokens are the caller's.
+        prompts: token ids, used unchanged; the caller adds any special tokens.
 
     Returns:
         One string per prompt, without the prompt and special tokens.
 
     Raises:
-        ValueError: when a prompt is empty.
+        ValueError: a prompt is empty.
     """
     if not all(prompts):
         raise ValueError("a prompt has no tokens; begin it with a special token at least")
@@ -111,7 +112,7 @@ def continue_texts(
 
 
 def _greedily(text: Stage2Text, max_new_tokens: int) -> dict[str, Any]:
-    """Settings of `generate`: the likeliest token each time, up to the text's own end."""
+    """Settings of `generate` for greedy decoding that stops at the end token of `text`."""
     return {
         "max_new_tokens": max_new_tokens,
         "eos_token_id": text.end_token_id,
@@ -126,10 +127,10 @@ def exact_match(
     references: Sequence[Any],
     match: Callable[[str, Any], bool],
 ) -> float:
-    """Share of generated texts that the caller's `match(text, reference)` accepts.
+    """Fraction of generated texts that the caller's `match(text, reference)` accepts.
 
     Raises:
-        ValueError: when the lists differ in length, or are empty.
+        ValueError: the lists differ in length, or are empty.
     """
     if len(generated) != len(references) or not generated:
         raise ValueError(
@@ -147,10 +148,10 @@ def accuracy_by_type(
 ) -> dict[str, float]:
     """VQA accuracy over all questions (`all`) and for each question type.
 
-    Answers are compared without regard to case and surrounding space.
+    Answers are compared after stripping whitespace, ignoring case.
 
     Raises:
-        ValueError: when the lists differ in length, or are empty.
+        ValueError: the lists differ in length, or are empty.
     """
     if not len(predictions) == len(answers) == len(types) or not predictions:
         raise ValueError(

@@ -16,15 +16,15 @@ CHAT: GenerationOptions = {"num_beams": 5, "length_penalty": 1.0, "max_new_token
 class Chat:
     """A conversation about images; call it with a question. Made by `Blip2.chat`.
 
-    The language model reads the images, then every earlier question with its answer, then the new
-    question (paper, section 4.1 and figure 4). The oldest turns, with the images that came in them,
-    are left out where the position table of a decoder-only model has no room for all. An encoder
-    with relative positions (T5) has no table; shorten `history` there.
+    The language model reads the images, then all earlier questions and answers, then the new
+    question (paper, section 4.1 and figure 4). If the prompt exceeds the position table of a
+    decoder-only model, the oldest turns are dropped, together with the images added in them. An
+    encoder with relative positions (T5) has no such limit; shorten `history` yourself there.
 
     Attributes:
-        history: (question, answer) of each turn, with a marker in a question for each image that
-            came with it. Turns without images may be changed.
-        left_out: how many of the oldest turns the last question had no room for.
+        history: (question, answer) of each turn; a question has one marker per image that was
+            added with it. Turns without images may be edited.
+        left_out: number of oldest turns dropped from the prompt of the last question.
     """
 
     def __init__(
@@ -34,23 +34,23 @@ class Chat:
         self.left_out = 0
         self._writer, self._template, self._options = writer, template, options
         self._marker = writer.parts.marker
-        self._first = len(seen)  # images in front, which are never left out
+        self._first = len(seen)  # images at the start of the prompt, which are never dropped
         self._states = seen.states
 
     def __call__(
         self, question: str, images: Images | None = None, **options: Unpack[GenerationOptions]
     ) -> str:
-        """Ask, and remember the answer.
+        """Ask a question and add the answer to the history.
 
         Args:
-            question: without the template's words.
-            images: further ones, from this question on. They stand where the question has markers
-                ("<image>"), or before it where it has none.
-            options: for this turn, over those of the conversation.
+            question: the question only, without the template.
+            images: more images, available from this question on. They are inserted at the
+                question's markers ("<image>"), or before the question if it has none.
+            options: generation options for this turn; they override those of the conversation.
 
         Raises:
-            ValueError: an empty question, one that has no room even alone, or markers that are not
-                as many as the images.
+            ValueError: an empty question, one that does not fit even without history, or a number
+                of markers that differs from that of the images.
         """
         if not question.strip():
             raise ValueError(f"the question {question!r} is empty; leave it out")
@@ -71,7 +71,7 @@ class Chat:
         return answer
 
     def prompt(self, question: str, first: int = 0) -> str:
-        """What the language model reads: the turns from `first` on, then the question."""
+        """The language model's prompt: the turns from `first` on, then the question."""
         turns = [
             f"{self._template.replace('{}', asked).rstrip()} {answer.rstrip('.')}."
             for asked, answer in self.history[first:]
@@ -79,7 +79,7 @@ class Chat:
         return " ".join([*turns, self._template.replace("{}", question)])
 
     def _fitting(self, question: str, new_tokens: int) -> str:
-        """The prompt with as many of the latest turns as there are positions for."""
+        """The prompt with as many of the latest turns as fit into the position table."""
         language_model = self._writer.parts.model.language_model
         limit = position_limit(language_model)
         self.left_out = 0
@@ -91,6 +91,6 @@ class Chat:
         return self._marker * self._first + self.prompt(question, self.left_out)
 
     def _length(self, question: str) -> int:
-        """Positions of soft prompts and text."""
+        """Length of a prompt in positions, soft prompts included."""
         text = self._marker * self._first + self.prompt(question, self.left_out)
         return int(self._writer.parts.text.prompt_batch([text])["input_ids"].shape[1])

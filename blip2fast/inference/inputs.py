@@ -24,12 +24,12 @@ Questions = str | Sequence[str | Sequence[str]]
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images that were read once, for many texts; made by `Blip2.encode`.
+    """Images encoded once and reused for several texts; created by `Blip2.encode`.
 
     Attributes:
-        states: [B, Q, L], their soft prompts; of a text-conditioned Q-Former, which reads an image
-            anew under every text, [B, S, E], the image encoder's tokens.
-        one: whether they are of one image that came without a list around it.
+        states: soft prompts [B, Q, L]; or image encoder tokens [B, S, E] for a text-conditioned
+            Q-Former, which has to run again for every text.
+        one: True if a single image was passed, not a list.
     """
 
     states: Tensor
@@ -46,15 +46,15 @@ class GenerationOptions(TypedDict, total=False):
     """Options of text generation; any other option is passed to transformers' `generate`.
 
     Attributes:
-        num_beams: width of the beam search; 1 is greedy.
-        do_sample: draw words instead (one beam).
-        top_p: draw among the likeliest words of this total probability; 0.9 by default.
-        temperature: divides the logits before drawing.
-        max_new_tokens, min_new_tokens: bounds on a text's length.
-        length_penalty: exponent of the length that a beam's score is divided by; below 0 short
-            texts win.
-        seed: of the draws; without it they come from PyTorch's generator as it stands.
-        batch_size: most texts that are written at a time.
+        num_beams: beam width; 1 is greedy decoding.
+        do_sample: sample instead of beam search (one beam).
+        top_p: nucleus sampling: total probability of the tokens to sample from; 0.9 by default.
+        temperature: divides the logits before sampling.
+        max_new_tokens, min_new_tokens: limits on the output length.
+        length_penalty: exponent of the length by which a beam's score is divided; values below 0
+            favour short texts.
+        seed: seed for sampling; by default PyTorch's global generator is used as it is.
+        batch_size: maximum number of texts generated at a time.
     """
 
     num_beams: int
@@ -75,15 +75,15 @@ BATCH_SIZE = 32
 def generate_settings(
     defaults: GenerationOptions, options: GenerationOptions, per_text: int = 1
 ) -> dict[str, Any]:
-    """Arguments of `generate` from defaults and what the caller set.
+    """Arguments of `generate`, from the task's defaults and the caller's options.
 
     Args:
-        defaults: of the task.
-        options: the caller's.
-        per_text: sequences to return for each text.
+        defaults: defaults of the task.
+        options: options set by the caller.
+        per_text: number of sequences to return per text.
 
     Raises:
-        ValueError: options that contradict one another, with their values.
+        ValueError: contradictory options, with their values.
     """
     given: dict[str, Any] = dict(options)
     for name in ("batch_size", "seed"):
@@ -91,7 +91,7 @@ def generate_settings(
     sampled = bool(given.get("do_sample", False))
     settings: dict[str, Any] = {**defaults, "do_sample": sampled, "num_return_sequences": per_text}
     if sampled:
-        # `top_k` is a default of transformers' that would cut the nucleus
+        # transformers' default `top_k` would truncate the nucleus
         settings |= {"num_beams": 1, "top_p": 0.9, "temperature": 1.0, "top_k": 0}
     else:
         idle = [name for name in ("top_p", "top_k", "temperature") if name in given]
@@ -116,7 +116,7 @@ def as_list(images: Images | None) -> tuple[list[OneImage], bool]:
     """The images as a list, and whether a single image was passed.
 
     Raises:
-        ValueError: none, or something that is no image.
+        ValueError: no images, or something that is not an image.
     """
     if images is None or isinstance(images, EncodedImages):
         raise ValueError("no images: give images=..., or image_embeds=...")
@@ -139,12 +139,12 @@ def as_list(images: Images | None) -> tuple[list[OneImage], bool]:
 
 
 def to_pixels(image: OneImage, transform: Transform) -> Tensor:
-    """One image as the encoder takes it, [3, h, w].
+    """Convert one image to the encoder's input, [3, h, w].
 
-    Arrays of uint8 are pictures; arrays of floats are taken to be transformed already.
+    uint8 arrays are raw pictures; float arrays are assumed to be transformed already.
 
     Raises:
-        ValueError: a file that cannot be read, or an array of another shape or type.
+        ValueError: an unreadable file, or an array of an unsupported shape or dtype.
     """
     if isinstance(image, str | Path):
         path = Path(image)
@@ -169,16 +169,16 @@ def to_pixels(image: OneImage, transform: Transform) -> Tensor:
 def questions_by_image(
     questions: Questions, num_images: int, one: bool
 ) -> tuple[list[list[str]], list[bool]]:
-    """The questions of each image, and for each whether it is one that came without a list.
+    """The list of questions of each image, and for each image whether it was a single question.
 
     Args:
-        questions: one for all images, or an item for each, a question or a list of them. Of an
-            image that is alone a list holds questions.
-        num_images: how many.
-        one: whether it is one image that came without a list.
+        questions: one question for all images, or a list with one item per image, each a question
+            or a list of questions. For a single image, a list of questions.
+        num_images: number of images.
+        one: True if a single image was passed, not a list.
 
     Raises:
-        ValueError: none, an empty one, or not one item for each image.
+        ValueError: no questions, an empty one, or a number of items other than `num_images`.
     """
     if isinstance(questions, str):
         items: list[str | Sequence[str]] = [questions] * num_images

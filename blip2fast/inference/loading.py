@@ -41,7 +41,7 @@ with needs("read images", "PIL"):
     from PIL import Image
 
 Residence = Literal["none", "stream"]
-# the position table bounds a prompt, not a number of the configuration
+# no limit from the configuration: prompts are limited by the position table alone
 NO_LIMIT = 1_000_000
 MARKER = "<image>"
 _KINDS = {
@@ -52,12 +52,12 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Prompts:
-    """Templates of texts; `{}` is the place of a question.
+    """Prompt templates; `{}` is replaced by the question.
 
     Attributes:
-        caption: what captions begin with.
-        question: before an answer.
-        chat: before an answer in a conversation.
+        caption: prefix of captions.
+        question: template for VQA.
+        chat: template for a turn of a conversation.
     """
 
     caption: str
@@ -66,9 +66,9 @@ class Prompts:
 
 
 def paper_prompts(encoder_decoder: bool, text_conditioned: bool) -> Prompts:
-    """The paper's (arXiv 2301.12597): section 4.2 for captions, 4.1 for questions.
+    """The paper's prompts (arXiv 2301.12597): section 4.2 for captions, 4.1 for questions.
 
-    For a text-conditioned Q-Former those that InstructBLIP was tuned with (arXiv 2305.06500).
+    For a text-conditioned Q-Former, those of InstructBLIP's tuning (arXiv 2305.06500).
     """
     chat = "Question: {} Answer:"
     short = encoder_decoder or text_conditioned
@@ -79,8 +79,8 @@ def paper_prompts(encoder_decoder: bool, text_conditioned: bool) -> Prompts:
 def prompts_of_run(model: Blip2Stage2) -> Prompts:
     """The prompts that a run was trained with; the paper's for tasks it was not trained on.
 
-    A decoder-only model that was trained without a prompt writes its captions without one; an
-    encoder, or a Q-Former that reads text, gets the paper's: it has always read something.
+    A decoder-only model trained without a prompt captions without one. Encoder-decoder models and
+    text-conditioned Q-Formers need a text input and get the paper's prompt.
     """
     own, encoder_decoder = model.config.prompt, is_encoder_decoder(model.language_model)
     paper = paper_prompts(encoder_decoder, model.config.text_conditioned)
@@ -96,11 +96,11 @@ class Loaded:
 
     Attributes:
         model: in evaluation mode.
-        text: without a prompt of its own and without a limit; images stand where markers are.
+        text: text preparation with no prompt or length limit; images are placed at the markers.
         prompts: the templates.
-        transform: of images, for `model.image_encoder`; None where there is no encoder.
-        no_encoder: why there is none.
-        end_ids: tokens that end a text.
+        transform: image transform of `model.image_encoder`; None without an encoder.
+        no_encoder: the reason why there is no encoder.
+        end_ids: ids of the tokens that end a text.
     """
 
     model: Blip2Stage2
@@ -179,13 +179,13 @@ def _add_encoder(
     path: str,
     dtype: torch.dtype,
 ) -> tuple[Transform | None, str]:
-    """Load the encoder of the run's image tokens; returns its transform, or why there is none.
+    """Load the encoder of the run's image tokens; returns its transform, or the reason for none.
 
-    The description names it as `FrozenImageEncoder.encoder_id` does, "name, block n", or as a
-    feature cache of other origin said.
+    The description names the encoder as `FrozenImageEncoder.encoder_id` does, "name, block n", or
+    by whatever name a feature cache from another source states.
 
     Args:
-        given: folder or hub name, instead of the one that the description names.
+        given: folder or hub name that overrides the one in the description.
     """
     known = description.image_encoder
     name, _, block = known.rpartition(", block ")
@@ -226,7 +226,7 @@ def _transformers(
             )
         whole = _KINDS[kind].from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        # that of every model of these kinds; the automatic class may want torchvision installed
+        # all models of these kinds use this class; AutoImageProcessor may require torchvision
         processor = BlipImageProcessorPil.from_pretrained(path)
         words = None
         if kind == "instructblip":
@@ -246,7 +246,7 @@ def _transformers(
         stream_blocks(model.language_model, device)
     _place(model, dtype, device)
     text = _text(model, tokenizer, words)
-    # checkpoints made from LAVIS's end their texts at a token that only this configuration names
+    # in checkpoints converted from LAVIS only the generation config names the real end token
     ends = model.language_model.generation_config.eos_token_id
     end_ids = [text.end_token_id] if ends is None else ends if isinstance(ends, list) else [ends]
     text.end_token_id = end_ids[0]
@@ -268,7 +268,7 @@ def _text(model: Blip2Stage2, tokenizer: Any, qformer_tokenizer: Any) -> Stage2T
 
 
 def _place(model: Blip2Stage2, dtype: torch.dtype, device: torch.device) -> None:
-    """Move everything; the language model keeps its types (T5 has parts in fp32)."""
+    """Move all modules; the language model keeps its dtypes (T5 has parts in fp32)."""
     for name, child in model.named_children():
         if name != "language_model":
             child.to(device, dtype)

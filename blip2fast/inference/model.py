@@ -4,9 +4,9 @@
     model.caption("cat.jpg")
     model.answer("cat.jpg", "what colour is it?")
 
-Images are PIL images, paths, arrays or tensors, one or a list; one image gives one text, a list
-gives a list. The settings are the paper's (arXiv 2301.12597, sections 4.1 and 4.2) unless the
-caller says otherwise; docs/generation.md has them in a table.
+Images are PIL images, paths, arrays or tensors, one or a list; one image returns one text, a list
+returns a list. Default settings are the paper's (arXiv 2301.12597, sections 4.1 and 4.2);
+docs/generation.md lists them.
 
 Shapes: B images, Q queries, S image tokens, E image token width, L language model width.
 """
@@ -38,7 +38,7 @@ ANSWER: GenerationOptions = {"num_beams": 5, "length_penalty": -1.0, "max_new_to
 
 
 class Blip2:
-    """A trained BLIP-2 for captioning, VQA and chat; made by `from_pretrained`.
+    """A trained BLIP-2 for captioning, VQA and chat; created by `from_pretrained`.
 
     Args:
         parts: the model with its text preparation, prompts and image transform.
@@ -64,19 +64,19 @@ class Blip2:
         language_model: str | None = None,
         image_encoder: str | None = None,
     ) -> Blip2:
-        """Load a model with everything it needs.
+        """Load a model with its tokenizers, image encoder and prompts.
 
         Args:
             path: output folder or checkpoint of a stage-2 run of blip2fast, or folder or hub name
                 of a transformers BLIP-2 or InstructBLIP (`...ForConditionalGeneration`).
-            dtype: of all weights.
-            device: where it computes; by default CUDA where there is one.
+            dtype: dtype of the weights.
+            device: compute device; by default CUDA if available.
             offload: "stream" keeps the language model's blocks in host memory.
-            language_model, image_encoder: folder or hub name, for a run of blip2fast whose own
-                are no longer where it was trained with them.
+            language_model, image_encoder: folder or hub name, for a blip2fast run whose frozen
+                models have moved since training.
 
         Raises:
-            ValueError: nothing there, a model that cannot write, or parts that do not fit.
+            ValueError: not found, a model that cannot generate text, or parts that do not match.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,10 +89,10 @@ class Blip2:
         return self._writer.device
 
     def to(self, device: torch.device | str) -> Blip2:
-        """Move it to a device.
+        """Move the model to a device.
 
         Raises:
-            ValueError: the language model is streamed to the device that it was loaded for.
+            ValueError: the language model is streamed, which fixes its device at loading.
         """
         if is_streamed(self.model):
             raise ValueError(
@@ -112,16 +112,17 @@ class Blip2:
         """Encode images once, for several captions, questions or conversations.
 
         Args:
-            images: PIL images, paths, pictures uint8 [h, w, 3], or transformed images, float
+            images: PIL images, paths, uint8 pictures [h, w, 3], or transformed float images
                 [3, h, w] or [B, 3, h, w].
-            image_embeds: instead, tokens of the frozen image encoder, [B, S, E], or [S, E] of one.
-            batch_size: most images that are read at a time.
+            image_embeds: instead of images, tokens of the frozen image encoder, [B, S, E], or
+                [S, E] for one image.
+            batch_size: maximum number of images encoded at a time.
 
         Returns:
-            What `caption`, `answer` and `chat` take in place of images.
+            Encoded images, accepted by `caption`, `answer` and `chat` in place of images.
 
         Raises:
-            ValueError: no image, one that cannot be read, or no known image encoder.
+            ValueError: no image, an unreadable one, or no image encoder for pictures.
         """
         return self._writer.encode(images, image_embeds=image_embeds, batch_size=batch_size)
 
@@ -138,18 +139,17 @@ class Blip2:
 
         Args:
             images, image_embeds: as in `encode`.
-            prompt: what the captions begin with, not repeated in them; None: `prompts.caption`.
-            num_captions: texts an image.
+            prompt: prefix of the captions, not included in the output; None: `prompts.caption`.
+            num_captions: captions per image.
             options: see `GenerationOptions`; by default 5 beams, length penalty 1, at most 30
                 tokens.
 
         Returns:
-            A caption, or a list of them for a list of images; with `num_captions` above 1 a list
-            in the place of each caption.
+            A caption, or a list of captions for a list of images; with `num_captions` above 1,
+            each caption becomes a list.
 
         Raises:
-            ValueError: as in `encode`; a prompt with a place for a question; options that do not
-                go together.
+            ValueError: as in `encode`; a prompt with a `{}` for a question; contradictory options.
         """
         prompt = self.prompts.caption if prompt is None else prompt
         if "{}" in prompt:
@@ -176,22 +176,22 @@ class Blip2:
         prompt: str | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Texts:
-        """Answer questions about images; an image is read once for all its questions.
+        """Answer questions about images; each image is encoded once for all its questions.
 
         Args:
             images, image_embeds: as in `encode`.
-            questions: one for all images; or for a list of images a list with an item for each,
-                a question or a list of questions; or for one image a list of questions.
+            questions: one question for all images; for a list of images, a list with one item per
+                image, each a question or a list of questions; for one image, a list of questions.
             prompt: template with `{}` for the question; None: `prompts.question`.
             options: see `GenerationOptions`; by default 5 beams, length penalty -1, at most 10
                 tokens.
 
         Returns:
-            An answer in the place of each question: of one image an answer or a list of them, of
-            a list of images a list of these.
+            Answers in the structure of the questions: for one image an answer or a list of
+            answers, for a list of images a list of these.
 
         Raises:
-            ValueError: as in `caption`; no questions, or not as many as images.
+            ValueError: as in `caption`; no questions, or not one item per image.
         """
         template = self._question_template(prompt, self.prompts.question)
         pictures = Pictures(self._parts, images, image_embeds)
@@ -212,11 +212,11 @@ class Blip2:
         prompt: str | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Chat:
-        """Start a conversation about images, which are encoded once, here.
+        """Start a conversation about images; this call encodes them, once.
 
         Args:
-            images, image_embeds: one image or several, as in `encode`; they stand in front.
-            prompt: template of a question; None: `prompts.chat`.
+            images, image_embeds: one image or several, as in `encode`; they open the prompt.
+            prompt: template of a turn, with `{}` for the question; None: `prompts.chat`.
             options: see `GenerationOptions`; by default 5 beams, length penalty 1, at most 30
                 tokens.
 

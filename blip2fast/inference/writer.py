@@ -27,18 +27,18 @@ from blip2fast.qformer.checks import image_tokens
 
 
 class Pictures:
-    """Images that are encoded on request; each once, if rows are requested in order.
+    """Images that are encoded lazily; each once, if rows are requested in order.
 
     Args:
-        parts: the model and what prepares its inputs.
+        parts: the model with its text preparation and image transform.
         images, image_embeds: as in `Blip2.encode`.
 
     Attributes:
         count: B.
-        one: whether it is one image that came without a list.
+        one: True if a single image was passed, not a list.
 
     Raises:
-        ValueError: no images, both forms, or pictures without a known image encoder.
+        ValueError: no images, both arguments, or pictures without an image encoder.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Pictures:
                 )
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        """The states of `EncodedImages` for rows, [len(rows), ...]."""
+        """Encode the given rows; returns states as in `EncodedImages`, [len(rows), ...]."""
         new = [row for row in dict.fromkeys(rows) if row not in self._known]
         if new:
             # the last image of one batch may be the first of the next
@@ -98,7 +98,7 @@ class Pictures:
         )
 
     def _pixels(self, rows: Sequence[int]) -> Tensor:
-        """[len(rows), 3, h, w]."""
+        """Pixels of the given rows, [len(rows), 3, h, w]."""
         transform = self._parts.transform
         if transform is None:
             raise ValueError("no image encoder for pictures")
@@ -151,12 +151,12 @@ class Writer:
         options: GenerationOptions,
         per_text: int = 1,
     ) -> list[str]:
-        """Continue each text, which has a marker for each image of its row.
+        """Generate a continuation of each text, which has one marker per image of its row.
 
         Args:
             pictures: the images.
-            rows: of the images, for each text.
-            texts: what the language model reads.
+            rows: the image rows of each text.
+            texts: prompts of the language model.
             defaults, options, per_text: as in `generate_settings`.
         """
         settings = generate_settings(defaults, options, per_text)

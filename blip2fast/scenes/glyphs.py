@@ -1,7 +1,7 @@
-"""What objects look like: coverage of five drawn shapes, and handwritten digits.
+"""The appearance of objects: coverage of five drawn shapes and of handwritten digits.
 
-A glyph is asked for its coverage (0 to 1) at points (u, v) of its own square, -1 to 1 from left to
-right and from top to bottom.
+Coverage (0 to 1) is evaluated at points (u, v) of a glyph's own square, -1 to 1 from left to right
+and from top to bottom.
 """
 
 from functools import cache
@@ -40,15 +40,15 @@ def shape_coverage(kind: NDArray[np.int64], u: Floats, v: Floats, radius: Floats
 
 
 def handwriting(split: Split) -> tuple[NDArray[np.float32], list[NDArray[np.int64]]]:
-    """Handwritten digits for a split: training scenes and the others are by different people.
+    """Handwritten digits for a split; training and the other splits have different writers.
 
-    scikit-learn's digits are the test part of the UCI set: 1,797 digits that 13 people wrote on
-    preprinted forms. Who wrote what is not recorded, but the order shows it: the labels run through
-    nearly the same sequence 14 times, from the indices in `FORM_STARTS`, and a digit's nearest
-    neighbour comes from the same form in 53 % of cases (chance: 7 %). So the set is cut between
-    forms: the first nine train, the next is dropped (14 forms of 13 people: neighbours may share a
-    writer), the last four (510 digits) are held out. That a writer came back after a pause is not
-    excluded by this.
+    scikit-learn's digits are the test part of the UCI set: 1,797 digits written by 13 people on
+    preprinted forms. Writers are not recorded, but the order reveals the forms: the labels repeat
+    nearly the same sequence 14 times, starting at the indices in `FORM_STARTS`, and a digit's
+    nearest neighbour is on the same form in 53 % of cases (chance: 7 %). The set is therefore split
+    by form: the first nine are for training, the next is dropped (14 forms by 13 people, so
+    adjacent forms may share a writer), and the last four (510 digits) are held out. This does not
+    rule out a writer who returned after a pause.
 
     Returns:
         Digits [n, 8, 8] in [0, 1], and for each kind the rows that show it.

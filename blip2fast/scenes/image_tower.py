@@ -1,8 +1,8 @@
 """The small image tower: a ViT trained by masked autoencoding, on images alone.
 
-As in the paper, the image encoder is trained on its own, by others' means, and frozen: it never
-meets a caption. Half of the patches are hidden and reconstructed from the rest (He et
-al., arXiv 2111.06377); then the decoder is thrown away.
+As in the paper, the image encoder is pre-trained separately and frozen; it never sees a caption.
+Half of the patches are masked and reconstructed from the rest (He et al., arXiv 2111.06377); the
+decoder is then discarded.
 """
 
 import json
@@ -25,12 +25,12 @@ _SHARED = (
     *("intermediate_size", "hidden_dropout_prob", "attention_probs_dropout_prob"),
     "initializer_range",
 )
-# Pixels in [0, 1] become (x - MEAN) / STD; saved beside the tower as its preprocessor.
+# Pixels in [0, 1] become (x - MEAN) / STD; saved with the tower as its preprocessor.
 MEAN, STD = 0.5, 0.5
 
 
 class ImageTowerReport(NamedTuple):
-    """What training gave: reconstruction loss (mean of the last tenth of the steps), seconds."""
+    """Training results: reconstruction loss (mean of the last tenth of the steps) and seconds."""
 
     steps: int
     loss: float
@@ -52,17 +52,18 @@ def train_image_tower(
 
     Args:
         images: uint8 [n, 3, h, w] with h = w.
-        out_dir: where `config.json`, `model.safetensors` and `preprocessor_config.json` go;
-            `ViTModel.from_pretrained(out_dir, add_pooling_layer=False)` reads them.
-        patch_size: side of a patch in pixels; h is a multiple of it.
-        width: token width E; a multiple of 16, the width of a head.
-        layers: transformer blocks.
-        steps: optimiser steps.
-        batch_size: images a step.
-        seed: of the weights, the batches and the masks.
+        out_dir: output folder for `config.json`, `model.safetensors` and
+            `preprocessor_config.json`; load it with
+            `ViTModel.from_pretrained(out_dir, add_pooling_layer=False)`.
+        patch_size: side of a patch in pixels; h must be a multiple of it.
+        width: token width E; a multiple of 16, the head width.
+        layers: number of transformer blocks.
+        steps: optimizer steps.
+        batch_size: images per step.
+        seed: seed of the weights, the batches and the masks.
 
     Raises:
-        ValueError: for images of another shape or type, or a width that heads do not divide.
+        ValueError: images of another shape or dtype, or a width not divisible by the head width.
     """
     size = _check(images, patch_size, width)
     with torch.random.fork_rng(devices=[]):
@@ -74,14 +75,14 @@ def train_image_tower(
         seconds = time.perf_counter() - started
         tower = ViTModel(config, add_pooling_layer=False)
     tower.load_state_dict(model.vit.state_dict())
-    # Half precision halves what the package ships; it is read back as float32 where asked for.
+    # Half precision halves the package size; callers can load it as float32.
     tower.half().save_pretrained(out_dir)
     _save_preprocessor(Path(out_dir), size)
     return ImageTowerReport(steps, float(np.mean(losses[-max(1, steps // 10) :])), seconds)
 
 
 def to_pixel_values(images: NDArray[np.uint8]) -> Tensor:
-    """Images uint8 [B, 3, h, w] to the float32 tensor that the tower takes."""
+    """Convert uint8 images [B, 3, h, w] to the tower's float32 input."""
     return (torch.from_numpy(images).float() / 255.0 - MEAN) / STD
 
 
@@ -134,7 +135,7 @@ def _autoencoder(config: ViTConfig) -> ViTMAEForPreTraining:
         ViTMAEConfig(
             **{name: getattr(config, name) for name in _SHARED},
             mask_ratio=0.5,
-            # Patches normalised each for itself would hide the colours.
+            # Per-patch normalisation of the targets would remove the colours.
             norm_pix_loss=False,
             decoder_hidden_size=width // 2,
             decoder_num_hidden_layers=1,
@@ -150,7 +151,7 @@ def _autoencoder(config: ViTConfig) -> ViTMAEForPreTraining:
 
 
 def _positions(side: int, width: int) -> Tensor:
-    """Waves [1, 1 + side * side, width] in both directions; zeros for the class token."""
+    """2D sinusoidal positions [1, 1 + side * side, width]; zeros for the class token."""
     frequencies = 100.0 ** -torch.linspace(0, 1, width // 4 + 1)[:-1]
     angles = torch.arange(side)[:, None] * frequencies
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -169,7 +170,7 @@ def _tower_config(size: int, patch_size: int, width: int, layers: int) -> ViTCon
         intermediate_size=4 * width,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        # The usual 0.02 suits widths from 768 on; here training would hardly start.
+        # The usual 0.02 suits widths of 768 and more; at this width training would hardly start.
         initializer_range=0.1,
     )
 

@@ -1,15 +1,15 @@
-"""The small language tower: an OPT trained on texts alone, to restate and to answer.
+"""The small language tower: an OPT trained on text alone, to paraphrase and to answer questions.
 
-A training text is a description of a scene, then one of its continuations: another description of
-the same scene, or a question about it with its answer. Only what follows the description is
-learned, so that the model must read. In stage 2, soft prompts stand where the description stood.
+A training text is a description of a scene followed by a continuation: another description of the
+same scene, or a question about it with its answer. The loss covers only the continuation, so the
+model must learn to read. In stage 2, soft prompts take the place of the description.
 
     a red ring top left and a blue circle top right </s> question: what is the object top left ?
     answer: ring </s>
 
-Several continuations share one description in a row of the batch: each sees the description and
-itself, at the positions that it would have alone. That gives the same losses as separate rows and
-reads the description once.
+Several continuations share one description in a row of the batch: each attends to the description
+and itself only, with the positions it would have in a row of its own. The losses equal those of
+separate rows, but the description is processed once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ IGNORED = -100
 
 
 class LanguageTowerReport(NamedTuple):
-    """What training gave: loss per token (mean of the last tenth of the steps), seconds."""
+    """Training results: loss per token (mean of the last tenth of the steps) and seconds."""
 
     steps: int
     loss: float
@@ -46,12 +46,12 @@ class LanguageTowerReport(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A description with its continuations, end to end; every tensor is [L] int64.
+    """A description concatenated with its continuations; every tensor is [L] int64.
 
     Attributes:
-        ids: tokens.
-        labels: the token itself where it is learned, -100 elsewhere.
-        positions: as if the continuation stood alone behind the description.
+        ids: token ids.
+        labels: the token id where the loss applies, -100 elsewhere.
+        positions: positions as if each continuation directly followed the description.
         segments: 0 for the description, k for continuation k.
     """
 
@@ -74,16 +74,16 @@ def train_language_tower(
     """Train an OPT on texts about scenes and save it with its tokenizer as a transformers folder.
 
     Args:
-        scenes: what the texts are about; their images are not looked at.
-        out_dir: `AutoModelForCausalLM` and `AutoTokenizer` read it.
-        width: of the hidden states; a multiple of 16, the width of a head.
-        layers: transformer blocks.
-        steps: optimiser steps.
-        batch_size: descriptions a step, each with `CONTINUATIONS` continuations.
-        seed: of the weights and the texts.
+        scenes: the scenes that the texts describe; their images are not used.
+        out_dir: output folder, for `AutoModelForCausalLM` and `AutoTokenizer`.
+        width: width of the hidden states; a multiple of 16, the head width.
+        layers: number of transformer blocks.
+        steps: optimizer steps.
+        batch_size: descriptions per step, each with `CONTINUATIONS` continuations.
+        seed: seed of the weights and the texts.
 
     Raises:
-        ValueError: for no scenes, or a width that heads do not divide.
+        ValueError: no scenes, or a width not divisible by the head width.
     """
     if not scenes:
         raise ValueError("scenes is empty; give at least one scene to write about")
@@ -110,9 +110,9 @@ def reading_accuracy(
     seed: int = 0,
     batch_size: int = 250,
 ) -> dict[str, float]:
-    """Share of questions that the model answers after a true description; by type, and `"all"`.
+    """Accuracy on questions that follow a true description, by type and over `"all"`.
 
-    Every token of the answer must be the model's first choice.
+    An answer is correct if each of its tokens is the model's top prediction.
     """
     rng = random.Random(seed)
     asked = [(captions(s, 1, rng)[0], q) for s in scenes for q in questions(s, rng)]
@@ -135,7 +135,7 @@ def reading_accuracy(
 def _joined(
     tokenizer: PreTrainedTokenizerBase, description: str, question: str, answer: str
 ) -> tuple[Tensor, Tensor]:
-    """Ids and labels [L] of one description, question and answer; the answer alone is judged."""
+    """Ids and labels [L] of one description, question and answer; only the answer has labels."""
     read = [*_ids(tokenizer, description), tokenizer.eos_token_id, *_ids(tokenizer, question)]
     said = [*_ids(tokenizer, answer), tokenizer.eos_token_id]
     return torch.tensor(read + said), torch.tensor([IGNORED] * len(read) + said)
@@ -148,7 +148,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _batches(
     tokenizer: PreTrainedTokenizerBase, scenes: Sequence[Scene], batch_size: int, seed: int
 ) -> Iterator[Row]:
-    """Endless batches; every field of the row is [batch_size, L]."""
+    """Infinite stream of batches; every field of a batch is [batch_size, L]."""
     rng = random.Random(seed)
     known: dict[str, list[int]] = {}
 
@@ -159,7 +159,7 @@ def _batches(
 
     padding = Row(tokenizer.pad_token_id, IGNORED, 0, -1)  # type: ignore[arg-type]
     while True:
-        # rows of about one length share a batch: half of the padding goes
+        # batches of rows of similar length, which halves the padding
         pool = [
             _row(rng.choice(scenes), rng, ids, tokenizer.eos_token_id)
             for _ in range(8 * batch_size)
@@ -222,10 +222,10 @@ def _model(tokenizer: PreTrainedTokenizerBase, width: int, layers: int) -> OPTFo
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        init_std=width**-0.5,  # OPT's 0.02 suits widths from 768 on
+        init_std=width**-0.5,  # OPT's 0.02 suits widths of 768 and more
     )
     model = OPTForCausalLM(config)
-    # positions that start as waves: reading by distance is learned sooner than from noise
+    # sinusoidal initial positions: attention by distance is learned sooner than from noise
     table = model.model.decoder.embed_positions.weight
     angles = torch.arange(len(table))[:, None] / 100 ** torch.linspace(0, 1, width // 2)
     with torch.no_grad():
@@ -260,7 +260,7 @@ def _train(model: OPTForCausalLM, batches: Iterator[Row], steps: int) -> list[fl
 
 
 def _loss(model: OPTForCausalLM, batch: Row) -> Tensor:
-    """Mean loss of everything that follows the description."""
+    """Mean loss over the continuations' tokens."""
     column = torch.arange(batch.ids.shape[1])
     earlier = column[:, None] >= column[None, :]
     asking, asked = batch.segments[:, :, None], batch.segments[:, None, :]

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from blip2fast.scenes.glyphs import digit_coverage, handwriting, shape_coverage
 from blip2fast.scenes.world import COLOURS, Contents, SceneSpec, Split
 
-# Half the side of an object, in sides of its place; the upper end leaves a margin to its borders.
+# Half the side of an object, as a fraction of its cell's side; the maximum leaves a margin.
 HALF_SIZE = {"shapes": (0.28, 0.42), "digits": (0.38, 0.47)}
-# Fixed numbers name the random streams, so that scene i is the same in a longer split.
+# Fixed ids of the random streams, so that scene i does not depend on the split's length.
 _STREAMS = {"contents": 0, "geometry": 1, "light": 2, "noise": 3, "writing": 4}
 _CHUNK = 1024
 
@@ -23,7 +23,7 @@ class Rendering(NamedTuple):
 
 
 def stream(name: str, split_index: int, seed: int) -> np.random.Generator:
-    """The random stream `name` of a split and seed."""
+    """The random generator of stream `name`, for a split and seed."""
     return np.random.default_rng([_STREAMS[name], split_index, seed])
 
 
@@ -32,8 +32,8 @@ def render(
 ) -> Rendering:
     """Draw every scene of `contents`.
 
-    Objects lie inside their place, at a random size and offset; the background is a random dark
-    grey, object colours are dimmed at random, and Gaussian noise covers everything.
+    Objects lie inside their cell, with random size and offset. The background is a random dark
+    grey, object colours are dimmed at random, and Gaussian noise is added to the whole image.
 
     Returns:
         The images and the ground-truth masks (pixels that an object covers by at least half).

@@ -1,4 +1,4 @@
-"""Splits of scenes with their pixels, and the record files that training reads."""
+"""Splits of rendered scenes, and their caption and question records."""
 
 import random
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ with needs("save scenes", "PIL"):
 
 @dataclass(frozen=True)
 class SceneSplit:
-    """Scenes of one split with their pixels; build it with `make_split`.
+    """Rendered scenes of one split; create it with `make_split`.
 
     Attributes:
         images: uint8 [n, 3, h, w].
@@ -52,7 +52,7 @@ class SceneSplit:
         ]
 
     def question_records(self, rounds: int = 1) -> list[dict[str, str]]:
-        """`{"image", "question", "answer", "type"}`, for every scene `rounds` times each type."""
+        """`{"image", "question", "answer", "type"}`; `rounds` questions per scene and type."""
         rng = self._text_stream("questions")
         return [
             {"image": key, **question._asdict()}
@@ -80,12 +80,12 @@ class SceneSplit:
 def make_split(spec: SceneSpec, split: Split, count: int, seed: int = 0) -> SceneSplit:
     """Draw and render `count` scenes of a split.
 
-    Training scenes are drawn with replacement (the same content returns with other pixels); scenes
-    of the other splits all differ in content, so that retrieval among them has one answer. The
+    Training scenes are sampled with replacement (the same content recurs with other pixels). Scenes
+    of the other splits are distinct in content, so retrieval among them has a unique answer. The
     first scenes of a split do not depend on `count`.
 
     Raises:
-        ValueError: for an unknown split, `count < 1`, or more scenes than the split has.
+        ValueError: an unknown split, `count < 1`, or more scenes than the split has.
     """
     contents = spec.contents(split)
     if count < 1:
@@ -114,7 +114,7 @@ def make_split(spec: SceneSpec, split: Split, count: int, seed: int = 0) -> Scen
 def _draw(
     contents: Contents, split: Split, count: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Rows of `contents`; one object with probability `ONE_OBJECT_SHARE` while any are left."""
+    """Draw rows of `contents`; one object with probability `ONE_OBJECT_SHARE` while any remain."""
     single = contents.place[:, 1] < 0
     weights = np.where(
         single, ONE_OBJECT_SHARE / max(single.sum(), 1), (1 - ONE_OBJECT_SHARE) / (~single).sum()

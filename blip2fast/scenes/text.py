@@ -1,8 +1,8 @@
-"""Captions, questions and hard negatives of scenes, and the formats that the models read.
+"""Captions, questions and hard negatives of scenes, and the models' text formats.
 
-A caption names every object with its absolute place. It is judged by what it says, not by its
-words: `parse_caption` turns it into the set of objects it names, and `is_exact` compares that set
-with the scene.
+A caption names every object with its absolute place. It is judged by content, not by wording:
+`parse_caption` returns the set of objects that it names, and `is_exact` compares that set with the
+scene.
 """
 
 import random
@@ -16,7 +16,7 @@ from blip2fast.scenes.world import COLOURS, GRIDS, KINDS, Scene, SceneObject, Sc
 QuestionType = Literal["colour", "kind", "count", "existence", "place"]
 QUESTION_TYPES: tuple[QuestionType, ...] = ("colour", "kind", "count", "existence", "place")
 
-# What follows the description (or the soft prompts in its stead) in question answering.
+# Follows the description, or the soft prompts that replace it, in question answering.
 QUESTION_FORMAT = "question: {} answer:"
 COUNTS = ("0", "1", "2")
 
@@ -27,8 +27,8 @@ WORD_PATTERN = rf"(?:{'|'.join(_ROWS)}) (?:{'|'.join(_COLUMNS)})|\w+|[^\w\s]"
 _WORDS = re.compile(WORD_PATTERN)
 
 _OBJECT = "a {0.colour} {0.kind} {0.place}"
-# What joins two objects, and what closes the caption. Objects stay in front, words at fixed
-# distances: small models then bind colour, kind and place several times sooner.
+# Conjunctions of two objects, and caption endings. Objects come first, with words at fixed
+# distances: small models then learn to bind colour, kind and place several times sooner.
 _CAPTION_FORMATS = (
     (" and ", ""),
     (" with ", ""),
@@ -39,7 +39,7 @@ _FILLERS = frozenset({"a", "and", "in", "picture", "the", "with"})
 
 
 class Question(NamedTuple):
-    """A question about a scene with its only true answer."""
+    """A question about a scene with its unique correct answer."""
 
     question: str
     answer: str
@@ -59,9 +59,9 @@ def captions(scene: Scene, count: int, rng: random.Random) -> list[str]:
 
 
 def parse_caption(caption: str, spec: SceneSpec) -> frozenset[SceneObject] | None:
-    """The set of objects that a caption names, or None if it is no caption of this world.
+    """The set of objects that a caption names, or None if it is not a valid caption of this world.
 
-    Filler words are skipped; what is left must be colour, kind and place, again and again, with no
+    Filler words are skipped; the rest must be a sequence of colour, kind and place triples, with no
     place named twice.
     """
     words = [word for word in _WORDS.findall(caption.lower()) if word not in _FILLERS]
@@ -83,8 +83,8 @@ def is_exact(caption: str, scene: Scene) -> bool:
 def caption_pair(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """A true caption, and the same caption with one attribute of one object swapped.
 
-    The swapped caption is false of the scene. It names no unseen colour-kind pair unless the scene
-    itself shows one, so that novelty alone does not give it away.
+    The swapped caption is false for the scene. It names an unseen colour-kind pair only if the
+    scene itself shows one, so novelty alone does not reveal it.
     """
     wording = rng.choice(_wordings(len(scene.objects)))
     objects = list(scene.objects)
@@ -96,9 +96,9 @@ def caption_pair(scene: Scene, rng: random.Random) -> tuple[str, str]:
 def questions(scene: Scene, rng: random.Random) -> list[Question]:
     """One question of each type that the scene allows, with its answer.
 
-    Existence is asked of an object that is there, or of one that differs from it in one attribute
-    and is not there, with equal chances. A colour, kind or place is asked for only where one object
-    fits the description.
+    An existence question is about an object in the scene or, with equal probability, about an
+    absent one that differs from it in one attribute. Questions about a colour, kind or place are
+    asked only if exactly one object fits the description.
     """
     target = scene.objects[rng.randrange(len(scene.objects))]
     return [
@@ -185,7 +185,7 @@ def _count_question(scene: Scene, rng: random.Random) -> Question:
     if rng.random() < 0.5:
         return Question("how many objects are there ?", COUNTS[len(scene.objects)], "count")
     present = [o.colour for o in scene.objects]
-    # A colour drawn blindly would be absent five times out of six.
+    # A uniformly drawn colour would be absent five times out of six.
     colour = rng.choice(present) if rng.random() < 0.6 else rng.choice(scene.spec.colours)
     answer = COUNTS[present.count(colour)]
     return Question(f"how many {colour} objects are there ?", answer, "count")

@@ -1,8 +1,8 @@
-"""What a scene is: its vocabulary, its objects, and which scenes belong to which split.
+"""Defines scenes: their vocabulary, their objects, and the assignment of scenes to splits.
 
-A scene is a grid of places, one or two of which hold an object; an object is a kind in a colour.
-The set of all scenes of a `SceneSpec` is finite and small enough to be listed, so the three splits
-are exact parts of that list, the same whatever the seed:
+A scene is a grid of places, one or two of which hold an object; an object has a kind and a colour.
+All scenes of a `SceneSpec` can be enumerated, so the three splits partition that list exactly,
+independently of the seed:
 
     unseen_pairs   some object's colour-kind pair belongs to `SceneSpec.unseen_pairs`
     held_out       no unseen pair; chosen by a fixed hash of the content (`HELD_OUT_SHARE`)
@@ -71,7 +71,7 @@ class SceneSpec:
         noise: standard deviation of the Gaussian pixel noise; pixel values lie in [0, 1].
 
     Raises:
-        ValueError: for an unknown source or grid, or an image too small to tell kinds apart.
+        ValueError: an unknown source or grid, or an image too small to tell kinds apart.
     """
 
     source: Source = "shapes"
@@ -108,7 +108,7 @@ class SceneSpec:
 
     @cached_property
     def unseen_pairs(self) -> frozenset[tuple[str, str]]:
-        """Colour-kind pairs that no training scene and no training text holds, one per kind."""
+        """Colour-kind pairs that occur in no training scene or training text, one per kind."""
         count = len(self.colours)
         return frozenset((self.colours[i % count], kind) for i, kind in enumerate(self.kinds))
 
@@ -116,7 +116,7 @@ class SceneSpec:
         """Every scene content of a split, in a fixed order.
 
         Raises:
-            ValueError: for an unknown split.
+            ValueError: an unknown split.
         """
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
@@ -136,9 +136,9 @@ class SceneSpec:
 
 @dataclass(frozen=True)
 class Scene:
-    """What one image shows: its objects in the order of their places.
+    """The content of one image: its objects in the order of their places.
 
-    Two scenes are equal when they show the same objects, whatever their pixels.
+    Two scenes are equal if they contain the same objects, regardless of pixels.
     """
 
     spec: SceneSpec
@@ -150,7 +150,7 @@ class Scene:
 
 
 def scenes_of(spec: SceneSpec, contents: Contents) -> list[Scene]:
-    """Spell index contents out in words, one `Scene` per row."""
+    """Convert index contents to words, one `Scene` per row."""
     rows = zip(*(array.tolist() for array in contents), strict=True)
     return [
         Scene(

@@ -1,4 +1,4 @@
-"""Builds the parts of a run from its configuration: tokenizer, model, batches, held-out data."""
+"""Builds a run's tokenizer, model, batches and held-out data from its configuration."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ Records = Sequence[Any]  # CaptionRecord, or QuestionRecord for vqa
 
 @dataclass
 class _ImageSource:
-    """Where a run's image tokens come from.
+    """The source of a run's image tokens.
 
     Attributes:
-        encoder: in the loop, where images are files.
+        encoder: runs in the training loop if images are files; else None.
         width: E.
-        encoder_id, identity: which encoder it is; its identity where that is known.
+        encoder_id: name of the encoder.
+        identity: the encoder's identity, if known.
     """
 
     store: ImageStore
@@ -59,28 +60,28 @@ class _ImageSource:
 
 @dataclass
 class HeldOut:
-    """Evaluation data: records, and their images."""
+    """The held-out set: records and their images."""
 
     records: Records
     images: ImageStore
 
     def keys(self) -> list[str]:
-        """The images, each once, in the order of their first record."""
+        """The distinct image keys, in the order of their first record."""
         return list(dict.fromkeys(key for record in self.records for key in images_of(record)))
 
 
 @dataclass
 class Run:
-    """Everything that a run trains with.
+    """All parts of a training run.
 
     Attributes:
-        model: parameters in fp32; frozen ones in the precision of the run.
-        description: what `model.json` says of it.
+        model: trained parameters in fp32, frozen ones in the run's precision.
+        description: the contents of `model.json`.
         tokenizer: the Q-Former's (stage 1) or the language model's (stage 2).
         text: stage 2's text preparation.
         batches: item i is the batch of micro-step i.
-        image_encoder: runs in the loop, outside the engine, where images are files.
-        held_out: None without evaluation.
+        image_encoder: if images are files, the frozen encoder; it runs outside the engine.
+        held_out: the held-out set; None without evaluation.
     """
 
     model: Blip2Stage1 | Blip2Stage2
@@ -93,10 +94,10 @@ class Run:
 
 
 def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
-    """Load and build everything; parameters start from `init_from` or the seed.
+    """Load and build all parts; parameters are loaded from `init_from` or initialised at random.
 
     Raises:
-        ValueError: parts that do not fit together, with the values.
+        ValueError: parts that do not fit together, with the conflicting values.
     """
     torch.manual_seed(config.seed)
     source = _train_images(config)
@@ -159,7 +160,7 @@ def _image_files(config: RunConfig, folder: str | None, augment: bool) -> FileIm
 
 
 def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str, Any]:
-    """The model's sizes, from the model section and the model to start from."""
+    """The model's sizes, from the `model` section and the model of `init_from`."""
     names = [f.name for f in dataclasses.fields(config.model)]
     wanted = {n: getattr(config.model, n) for n in names if n not in ("tokenizer", "bert")}
     dropout = wanted.pop("dropout")
@@ -214,7 +215,7 @@ def _model(
 
 
 def _refuse_other_tokens(config: RunConfig, start: Description, source: _ImageSource) -> None:
-    """Refuse image tokens of another encoder than the start's, by identity or by name."""
+    """Refuse image tokens of an encoder other than that of `init_from`, by identity or name."""
     remedy = "Cache the images with that encoder, or set allow_other_frozen: true"
     if "image_encoder" in start.frozen and source.identity is not None:
         where = f"init_from {config.init_from!r}"
@@ -261,7 +262,7 @@ def _stage2(
         end_text=config.language_model.end_text,
         match_embedding_scale=config.language_model.match_embedding_scale,
     )
-    # from its files where they tell, so that another one is refused before it is loaded
+    # identified from its files where possible, to refuse another model before loading it
     found = source_identity(config.language_model.path)
     if found is not None:
         _same_language_model(config, start, found)
@@ -272,7 +273,7 @@ def _stage2(
         return Blip2Stage2(size, language_model), tokenizer, identity
     state = read_parameters(str(config.init_from))
     if not _same_language_model(config, start, identity):
-        # its projection, if it has one, was trained for another language model
+        # the start's projection, if any, was trained for another language model
         model = Blip2Stage2.from_stage1(state, language_model, size)
     else:
         model = Blip2Stage2(size, language_model)
@@ -283,10 +284,10 @@ def _stage2(
 def _same_language_model(
     config: RunConfig, start: Description | None, identity: FrozenIdentity
 ) -> bool:
-    """Whether the start was trained for this language model.
+    """Whether the model of `init_from` was trained with this language model.
 
     Raises:
-        ValueError: for another one, and `allow_other_frozen` is not set.
+        ValueError: it was trained with another one, and `allow_other_frozen` is not set.
     """
     if start is None or start.stage == 1:
         return False
@@ -300,13 +301,13 @@ def _same_language_model(
 
 
 def qformer_words(config: RunConfig, sizes: Mapping[str, Any]) -> tuple[Any, dict[str, int]]:
-    """The Q-Former's tokenizer, and the sizes that follow from it.
+    """The Q-Former's tokenizer, and the vocabulary size and special token ids that it implies.
 
     Args:
-        sizes: of the model to start from, which must have the same words.
+        sizes: the sizes of the model to start from, which must agree with the tokenizer.
 
     Raises:
-        ValueError: it has other ones, or there is no tokenizer.
+        ValueError: they disagree, or no tokenizer is configured.
     """
     if config.model.tokenizer is None:
         raise ValueError(
@@ -340,7 +341,7 @@ def check_positions(config: RunConfig, positions: int) -> None:
 def text_maker(
     config: RunConfig, tokenizer: Any, text: Stage2Text | None, records: Sequence[Any]
 ) -> Any:
-    """The text part of a batch, for stage 1 or the task of stage 2."""
+    """The callable that makes a batch's text tensors, for stage 1 or the stage-2 task."""
     if text is None:
         numbers = {key: n for n, key in enumerate(dict.fromkeys(r.image for r in records))}
         return Stage1Texts(tokenizer, config.data.max_txt_len, numbers, config.seed)

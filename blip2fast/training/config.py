@@ -1,4 +1,4 @@
-"""The configuration of a training run: its sections, with the type and range of every key."""
+"""The configuration of a training run: sections, keys, types and ranges."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ with needs("configure a run", "pydantic"):
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPE_OF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Offload = Literal["none", "cpu", "nvme"]
-# where the frozen language model is; see `RunConfig.offload`
+# placement of the frozen language model; see `RunConfig.offload`
 OffloadChoice = Literal["none", "stream", "zero3", "auto"]
 
 _STRICT = ConfigDict(extra="forbid")
@@ -29,19 +29,20 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass
 class ModelSection:
-    """Sizes of the Q-Former. None: BLIP-2's, or in stage 2 those of `init_from`.
+    """Sizes of the Q-Former. None means BLIP-2's size, or in stage 2 that of `init_from`.
 
-    The width of the image tokens and the vocabulary come from the data and the tokenizer.
+    The image token width and the vocabulary size are taken from the data and the tokenizer.
 
     Attributes:
-        tokenizer: folder or hub name of the Q-Former's tokenizer, where it reads text. If it has no
-            [DEC] token one is added, as BLIP-2 does to bert-base-uncased.
-        bert: folder or hub name of a BERT whose weights the Q-Former starts from (stage 1; paper,
-            section 3.1); the cross-attention and the queries stay random.
+        tokenizer: folder or hub name of the Q-Former's tokenizer, if it has text input. A missing
+            [DEC] token is added, as BLIP-2 does to bert-base-uncased.
+        bert: folder or hub name of a BERT that initialises the Q-Former (stage 1; paper, section
+            3.1); the cross-attention and the queries stay randomly initialised.
         embed_dim: width of the contrastive features (stage 1).
-        dropout: of hidden states and attention probabilities.
-        text_conditioned: the Q-Former reads the prompt too, as InstructBLIP (stage 2; `tokenizer`).
-        initializer_range: standard deviation of new weights; 0.02 suits BLIP-2's width, small
+        dropout: dropout rate of hidden states and attention probabilities.
+        text_conditioned: the Q-Former also reads the prompt, as in InstructBLIP (stage 2; needs
+            `tokenizer`).
+        initializer_range: standard deviation of new weights. 0.02 suits BLIP-2's width; small
             models learn several times faster with 1 / sqrt(hidden_size).
     """
 
@@ -68,11 +69,11 @@ class LanguageModelSection:
 
     Attributes:
         path: local folder or hub name.
-        prompt: text before every caption; with `{}` in it, where the question goes (vqa).
-        end_text: what ends a decoder-only target; None: the tokenizer's end token.
-        match_embedding_scale: initialise soft prompts at the scale of its token embeddings (small
-            models learn sooner); False: PyTorch's default, as LAVIS.
-        activation: replaces that of a T5's feed-forward layers; LAVIS uses `gelu` in FlanT5.
+        prompt: text before every caption; for vqa a template with `{}` for the question.
+        end_text: text that ends a decoder-only target; None: the tokenizer's end token.
+        match_embedding_scale: initialise soft prompts at the scale of the token embeddings, with
+            which small models learn sooner; False: PyTorch's default, as in LAVIS.
+        activation: replaces the activation of T5 feed-forward layers; LAVIS uses `gelu` in FlanT5.
         llm_dropout, pack_padding: as in `Stage2Config`.
     """
 
@@ -89,19 +90,19 @@ class LanguageModelSection:
 
 @dataclass
 class DataSection:
-    """Images and texts. Give either `features` or `images` and `image_encoder`.
+    """Images and texts. Set either `features`, or `images` and `image_encoder`.
 
     Attributes:
-        records: JSON lines, as in `blip2fast.data.records`.
-        task: `caption`, or in stage 2 `vqa`, or `sequence`: any number of images per sample.
+        records: JSON lines file, as in `blip2fast.data.records`.
+        task: `caption`, or in stage 2 `vqa`, or `sequence` (any number of images per sample).
         features: folder of a feature cache.
-        images: folder of image files; the frozen encoder then runs in the loop.
+        images: folder of image files; the frozen encoder then runs in the training loop.
         image_encoder: folder or hub name of a transformers vision model, for `images`.
-        image_encoder_layer: how many of its blocks to run; None: BLIP-2's choice for its kind.
+        image_encoder_layer: number of its blocks to run; None: BLIP-2's choice for its model type.
         augment: random crops and flips (`images` only).
-        eval_records, eval_features, eval_images: held-out data; None: no evaluation.
-        max_txt_len: longer texts are truncated.
-        workers: processes that prefetch batches; 0: the training process reads them itself.
+        eval_records, eval_features, eval_images: the held-out set; None: no evaluation.
+        max_txt_len: maximum text length in tokens; longer texts are truncated.
+        workers: DataLoader workers; 0: batches are loaded in the training process.
     """
 
     __pydantic_config__ = _STRICT
@@ -123,19 +124,19 @@ class DataSection:
 
 @dataclass
 class OptimSection:
-    """AdamW, and its learning rate over the steps (paper, section 3.4).
+    """AdamW and its learning-rate schedule (paper, section 3.4).
 
     Attributes:
         lr: peak learning rate, after `warmup_steps` of linear warm-up.
         min_lr: end of the cosine decay, at `max_steps`.
-        weight_decay: of matrices; not of biases, norms, the temperature and the queries.
-        max_steps: optimizer steps; one takes batch_size x accumulation samples per process.
-        clip_norm: gradient clipping by norm; 0: none.
+        weight_decay: applied to matrices, not to biases, norms, the temperature and the queries.
+        max_steps: optimizer steps; each uses batch_size x accumulation samples per process.
+        clip_norm: maximum gradient norm; 0: no clipping.
         batch_size: samples per process and micro-step.
         accumulation: micro-steps per optimizer step.
-        losses: of stage 1: itc, with or without itm and itg.
-        grad_cache: in stage 1, ITC compares all samples of a step instead of those of a forward
-            pass; features are computed twice (`blip2fast.stage1.contrast`).
+        losses: stage-1 losses: itc, optionally with itm and itg.
+        grad_cache: in stage 1, ITC contrasts all samples of an optimizer step instead of those of
+            one forward pass; features are computed twice (`blip2fast.stage1.contrast`).
     """
 
     __pydantic_config__ = _STRICT
@@ -160,24 +161,26 @@ class RunConfig:
 
     Attributes:
         stage: 1 (ITC, ITM, ITG on the Q-Former) or 2 (soft prompts into the language model).
-        output_dir: folder of everything that the run writes.
-        init_from: output folder or checkpoint of an earlier run, whose parameters this one starts
-            from.
+        output_dir: output folder of the run.
+        init_from: output folder or checkpoint of an earlier run, from which parameters are
+            initialised.
         allow_other_frozen: allow an `init_from` that was trained with another image encoder or
             language model. With another language model the projection is re-initialised.
-        zero_stage: what DeepSpeed ZeRO partitions over the processes: 0 nothing, 1 the optimizer's
-            states, 2 gradients too, 3 parameters too (the language model's).
+        zero_stage: what DeepSpeed ZeRO partitions over the processes: 0 nothing, 1 optimizer
+            states, 2 also gradients, 3 also parameters (the language model's).
         offload_param, offload_optimizer: where ZeRO keeps them (parameters: stage 3 only).
         nvme_path: folder for offloading to `nvme`.
-        offload: placement of the frozen language model (stage 2). `none`: as zero_stage and
-            offload_param say. `stream`: its blocks in host memory, streamed to the device.
+        offload: placement of the frozen language model (stage 2). `none`: determined by
+            zero_stage and offload_param. `stream`: blocks in host memory, streamed to the device.
             `zero3`: zero_stage 3 with offload_param. `auto`: the first of these that fits.
-        stream_buffers: device buffers for streamed blocks.
-        stream_storage: of streamed weights: `as_is`, or `int8` or `int4`, which changes the loss.
+        stream_buffers: number of device buffers for streamed blocks.
+        stream_storage: storage of streamed weights: `as_is`, or `int8` or `int4`, which change
+            the loss.
         gradient_checkpointing: recompute activations in the backward pass.
-        kernels: this library's own, on a GPU: `check`, those that a check there finds right and
-            quicker (docs/kernels.md); `never`; or `trust`, unchecked.
-        eval_every, save_every: in steps; 0: only at the end (evaluation), never (checkpoints).
+        kernels: use of this library's GPU kernels: `check` uses those that a check on this GPU
+            finds correct and faster (docs/kernels.md); `never`; or `trust`, without a check.
+        eval_every, save_every: interval in optimizer steps; 0: evaluate only at the end, save no
+            checkpoints.
         keep_last: number of checkpoints to keep.
         eval_batch_size: samples per evaluation batch, over all processes; the last may be smaller.
         resume: continue from the last checkpoint in `output_dir`, if there is one.

@@ -1,4 +1,4 @@
-"""Contradictions between the keys of a run's configuration, on any machine."""
+"""Finds contradictions within a run's configuration, independent of the machine."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Reads, validates and writes a run's configuration, one yaml file.
+"""Reads, validates and writes a run's configuration, a single yaml file.
 
     config = load_config("configs/scenes_stage1.yaml", ["optim.lr=3e-4", "zero_stage=2"])
 
-A key that is not known or not of its type is refused, and the nearest known key is named. Whether
-the run can start on this machine is the business of `blip2fast.training.preflight`.
+Unknown keys and values of the wrong type are refused; for an unknown key the closest known one is
+suggested. Whether the run can start on this machine is checked in `blip2fast.training.preflight`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ with needs("read a configuration", "pydantic", "yaml"):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe yaml in which `1e-4` is a number (yaml 1.1 wants `1.0e-4`)."""
+    """A safe yaml loader that reads `1e-4` as a number (yaml 1.1 requires `1.0e-4`)."""
 
 
 _Loader.add_implicit_resolver(
@@ -46,8 +46,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: `section.key=value`, values as in yaml; later ones win.
 
     Raises:
-        ValueError: the file is missing or not yaml; a key is unknown, missing or ill-typed; or
-            keys contradict one another. Every fault is listed.
+        ValueError: the file is missing or not yaml; a key is unknown, missing or of the wrong
+            type; or keys contradict one another. All errors are listed.
     """
     path = Path(path)
     if not path.is_file():
@@ -63,7 +63,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_config(values: Mapping[str, Any], source: str = "configuration") -> RunConfig:
     """Validate nested keys and values; `source` is named in errors. See `load_config`."""
     try:
-        # Through JSON: strict about types, while a list may be a tuple, as in yaml.
+        # Through JSON: strict about types, but accepts a list for a tuple, as yaml has no tuples.
         config = TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         faults = "\n  ".join(_explain(fault) for fault in error.errors())
@@ -75,13 +75,13 @@ def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Ru
 
 
 def config_values(config: RunConfig) -> dict[str, Any]:
-    """The configuration as nested plain values, every default filled in."""
+    """The configuration as nested plain values, with all defaults filled in."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return values
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write `config`, every default filled in, so that `load_config` reads it back."""
+    """Write `config` with all defaults filled in; `load_config` reads it back."""
     path.write_text(yaml.safe_dump(config_values(config), sort_keys=False), encoding="utf-8")
 
 
@@ -109,7 +109,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def known_keys(section: type = RunConfig, prefix: str = "") -> list[str]:
-    """Every key of the configuration with its sections, such as `optim.lr`."""
+    """All keys of the configuration as dotted names, such as `optim.lr`."""
     names: list[str] = []
     hints = typing.get_type_hints(section)
     for each in dataclasses.fields(section):
@@ -124,7 +124,7 @@ def known_keys(section: type = RunConfig, prefix: str = "") -> list[str]:
 
 
 def nearest_key(name: str) -> str:
-    """The known key most like `name`, by spelling and initials; its section counts less."""
+    """The known key closest to `name` by spelling and initials; the section has less weight."""
     last = name.rpartition(".")[2]
     initials = "".join(part[:1] for part in last.split("_"))
 
@@ -140,7 +140,7 @@ def nearest_key(name: str) -> str:
 
 
 def _explain(fault: Any) -> str:
-    # Tuple positions are numbers; the names of union members are of no use to a reader.
+    # `loc` may contain tuple positions, which are integers, and the names of union members.
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{where}: no such key; the nearest is {nearest_key(where)}"

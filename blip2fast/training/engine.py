@@ -1,4 +1,4 @@
-"""DeepSpeed: configuration, process group, engine; and the optimizer that it runs."""
+"""DeepSpeed configuration, process group and engine, and the optimizer that the engine runs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-# What DeepSpeed reads weights on a disk into: so many pieces of host memory, of so many elements.
+# Number and size (elements) of the host buffers into which DeepSpeed reads weights from NVMe.
 NVME_BUFFERS, NVME_BUFFER_SIZE = 5, 100_000_000
 
 
 def nvme_buffer_size(largest: int, world_size: int) -> int:
-    """Elements of a buffer that holds any process's share of the largest weight."""
+    """Elements of an NVMe buffer; large enough for one process's shard of the largest weight."""
     return max(NVME_BUFFER_SIZE, -(-largest // world_size))
 
 
@@ -36,17 +36,17 @@ def deepspeed_config(
     Args:
         config: the run.
         world_size: number of processes.
-        trained_sizes: elements of each trained parameter.
-        largest: elements of the largest parameter, trained or not.
+        trained_sizes: number of elements of each trained parameter.
+        largest: number of elements of the largest parameter, trained or frozen.
     """
     optim = config.optim
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage > 0:
-        # The default bucket is 2 GB, whatever the model.
+        # The default bucket takes 2 GB regardless of the model.
         zero["reduce_bucket_size"] = min(sum(trained_sizes), 500_000_000)
     if config.zero_stage == 3:
-        # Stage 3 is there to spread the language model. The trained part is 40 times smaller: once
-        # fetched it stays whole, and only its gradients and optimizer states are sharded.
+        # Stage 3 serves to shard the language model. The trained part is 40 times smaller: once
+        # gathered it stays resident, and only its gradients and optimizer states are sharded.
         zero["stage3_param_persistence_threshold"] = max(trained_sizes)
     for what in ("param", "optimizer"):
         device = getattr(config, f"offload_{what}")
@@ -55,8 +55,8 @@ def deepspeed_config(
             if device == "nvme":
                 zero[f"offload_{what}"]["nvme_path"] = config.nvme_path
     if config.offload_param == "nvme":
-        # DeepSpeed 0.19 reads ahead by the order of use, in which a weight comes twice where the
-        # backward pass begins, and fails on the second.
+        # DeepSpeed 0.19 prefetches in order of use. At the start of the backward pass a weight
+        # appears twice in that order, and DeepSpeed fails on the second occurrence.
         zero["stage3_prefetch_bucket_size"] = 0
         zero["offload_param"]["buffer_count"] = NVME_BUFFERS
         zero["offload_param"]["buffer_size"] = nvme_buffer_size(largest, world_size)
@@ -67,7 +67,7 @@ def deepspeed_config(
         "gradient_clipping": optim.clip_norm,
         "steps_per_print": None,
         "zero_optimization": zero,
-        # Our AdamW is a plain PyTorch one also where its states are offloaded.
+        # We use PyTorch's AdamW even if its states are offloaded.
         "zero_force_ds_cpu_optimizer": False,
     }
     if config.precision != "fp32":
@@ -78,23 +78,23 @@ def deepspeed_config(
 
 
 def start_processes() -> torch.device:
-    """Join the launcher's process group, or create one for a single process (plain `python`).
+    """Join the launcher's process group, or create one of a single process (plain `python`).
 
     Returns:
-        This process's device.
+        The device of this process.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not torch.accelerator.is_available():
-        # Spares DeepSpeed's search and its warning.
+        # Skips DeepSpeed's accelerator detection and its warning.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed's calls of PyTorch, which only its authors can change.
+    # Raised by DeepSpeed's own calls into PyTorch, which we cannot change.
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     with needs("train", "deepspeed"):
         import deepspeed
 
     if not on_gpu:
-        # This op compiles for minutes on first use and fails without a compiler; gloo serves. The
-        # table of what can be compiled is filled on first access, by trying; that is spared too.
+        # This op compiles for minutes on first use and fails without a compiler; gloo does the job.
+        # Setting the entry also skips the probing that fills the table of ops on first access.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     backend = "nccl" if on_gpu else "gloo"
     if dist.is_initialized():
@@ -121,18 +121,18 @@ def start_processes() -> torch.device:
 
 
 def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, dict[str, Any]]:
-    """Create a DeepSpeed engine; returns it with its configuration.
+    """Create a DeepSpeed engine; returns it with its DeepSpeed configuration.
 
     Args:
-        model: trained parameters in fp32; the engine casts the model to `config.precision`, and
-            scalars (the temperature) become tensors of shape [1].
+        model: its trained parameters must be fp32. The engine casts the model to
+            `config.precision`, and scalars (the temperature) become tensors of shape [1].
     """
     with needs("train", "deepspeed"):
         import deepspeed
 
     for parameter in model.parameters():
         if parameter.ndim == 0:
-            # DeepSpeed broadcasts parameters as bytes, which a scalar cannot be viewed as.
+            # DeepSpeed broadcasts parameters as bytes, and a scalar cannot be viewed as bytes.
             parameter.data = parameter.data.view(1)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         _place_the_rest(model, config)
@@ -146,8 +146,8 @@ def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, 
         p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_persist")
     ]
     if kept:
-        # Stage 3 fetches a weight when its module is called; the fused passes read weights without
-        # calling modules. Fetched once, the trained part stays whole (see `deepspeed_config`).
+        # Stage 3 gathers a weight when its module is called, but the fused passes read weights
+        # without calling modules. Once gathered, the trained part stays so (`deepspeed_config`).
         kept[0].all_gather(kept)
     return engine, values
 
@@ -155,7 +155,7 @@ def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, 
 def _place_the_rest(model: nn.Module, config: RunConfig) -> None:
     """Move and cast the parameters that are not partitioned.
 
-    A model of which ZeRO-3 has spread a part is to DeepSpeed one that is in place as a whole.
+    If any part of a model is partitioned by ZeRO-3, DeepSpeed assumes that all of it is in place.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -171,8 +171,8 @@ def _place_the_rest(model: nn.Module, config: RunConfig) -> None:
 def learning_rate(step: int, optim: OptimSection) -> float:
     """Learning rate of optimizer step `step`, counted from 0.
 
-    A linear rise that reaches `lr` at step `warmup_steps`, then a cosine that would reach
-    `min_lr` at step `max_steps`. A pure function: nothing to save for a resume.
+    Linear warm-up that reaches `lr` at step `warmup_steps`, then a cosine decay that would reach
+    `min_lr` at step `max_steps`. A pure function of the step, so checkpoints need not store it.
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / (optim.warmup_steps + 1)
@@ -186,10 +186,10 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters in two groups: decayed, and not. Frozen ones are left out.
+    """Trained parameters in two groups, with and without weight decay; frozen ones are excluded.
 
     Raises:
-        ValueError: nothing to train.
+        ValueError: the model has no trained parameters.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
@@ -204,9 +204,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def adamw(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
-    """PyTorch's AdamW in one fused pass.
+    """PyTorch's fused AdamW.
 
-    Not DeepSpeed's CPU Adam, which compiles C++ on first use and makes a compiler a requirement.
+    DeepSpeed's CPU Adam is avoided: it compiles C++ on first use and so requires a compiler.
     """
     return torch.optim.AdamW(
         parameter_groups(model, optim.weight_decay),

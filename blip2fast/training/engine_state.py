@@ -1,14 +1,14 @@
 """Reads and writes the full fp32 state of a DeepSpeed engine, for any ZeRO stage.
 
-DeepSpeed's own checkpoints hold each process's shards, and load into the same number of processes
-and the same stage only. The trained part of BLIP-2 is small enough to be put together: fp32 values
-and AdamW's two moments, by parameter name.
+DeepSpeed's own checkpoints hold per-rank shards and load only with the same world size and ZeRO
+stage. The trained part of BLIP-2 is small enough to gather: fp32 values and AdamW's two moments,
+by parameter name.
 
 Where DeepSpeed keeps them:
-    fp32, stage 0        in the parameters, and in AdamW's state under them
-    bf16/fp16, stage 0   in fp32 copies, one for each parameter
-    stages 1 and 2       in flat fp32 shards; `_hp_mapping` says which part is whose
-    stage 3              in flat fp32 shards; `deepspeed.utils` has functions for them
+    fp32, stage 0        in the parameters and AdamW's state for them
+    bf16/fp16, stage 0   in fp32 copies, one per parameter
+    stages 1 and 2       in flat fp32 shards; `_hp_mapping` maps parameters to their slices
+    stage 3              in flat fp32 shards; accessed through `deepspeed.utils`
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def master_parameters(engine: DeepSpeedEngine, model: nn.Module) -> dict[str, Tensor]:
-    """The fp32 values of the trained parameters, whole; every process must call this."""
+    """The full fp32 values of the trained parameters; every process must call this."""
     return {name: _read(engine, p, None) for name, p in _trained(model)}
 
 
 def optimizer_moments(engine: DeepSpeedEngine, model: nn.Module) -> dict[str, Tensor]:
-    """AdamW's moments as `<moment>/<name>`, whole; every process must call this.
+    """AdamW's full moments as `<moment>/<name>`; every process must call this.
 
-    There are none before the first step.
+    The moments do not exist before the first optimizer step.
     """
     return {
         f"{moment}/{name}": _read(engine, p, moment)
@@ -47,10 +47,11 @@ def optimizer_moments(engine: DeepSpeedEngine, model: nn.Module) -> dict[str, Te
 
 
 def keep_temperature(engine: DeepSpeedEngine, model: nn.Module) -> None:
-    """Give a model whose temperature the engine holds in 16 bits its fp32 value.
+    """Store the fp32 value of the temperature in a model whose engine casts it to 16 bits.
 
-    Between 0.0625 and 0.125 neighbours in bf16 are 0.0005 apart: rounded, the temperature of the
-    losses would stand still and then jump. Every process must call this, after every step.
+    Between 0.0625 and 0.125 adjacent bf16 values are 0.0005 apart: a rounded temperature would
+    stay constant in the losses for many steps and then jump. Every process must call this after
+    every optimizer step.
     """
     if isinstance(model, Blip2Stage1) and model.temp.dtype.itemsize == 2:
         model.exact_temp = _read(engine, model.temp, None).view(model.temp.shape)
@@ -63,15 +64,16 @@ def restore(
     moments: dict[str, Tensor] | None = None,
     step: int = 0,
 ) -> None:
-    """Restore parameters and moments, as after `step` steps.
+    """Restore the parameters and moments of an engine that has taken `step` optimizer steps.
 
-    At step 0 this undoes what DeepSpeed 0.19 does to a new bf16 engine of stage 0: its fp32 copies
-    are rounded to bf16, and a first AdamW step without gradients is already counted.
+    At step 0 this works around DeepSpeed 0.19, which rounds the fp32 copies of a new stage-0 bf16
+    engine to bf16 and has already counted an AdamW step without gradients.
 
     Args:
-        engine: built around `model` after `parameters` were loaded into it, so that its
-            low-precision copies are right already.
-        parameters, moments: whole; checked by the caller against the model. No moments: zeros.
+        engine: built around `model` after `parameters` were loaded into it, so its low-precision
+            copies are already correct.
+        parameters, moments: unsharded, and validated against the model by the caller. Empty
+            moments are restored as zeros.
         step: optimizer steps taken.
     """
     optimizer = engine.basic_optimizer
@@ -103,7 +105,7 @@ def _shards(engine: DeepSpeedEngine) -> list[Tensor]:
 
 
 def _own_part(engine: DeepSpeedEngine, parameter: Any) -> tuple[Tensor, slice, slice] | None:
-    """Stages 0 to 2: (shard, its part, the part of the flat parameter); None: not on this rank."""
+    """Stages 0 to 2: (shard, slice of it, slice of the flat parameter); None if on other ranks."""
     whole = slice(0, parameter.numel())
     if engine.zero_optimization_stage() == 0:
         optimizer = engine.optimizer
@@ -144,7 +146,7 @@ def _read(engine: DeepSpeedEngine, parameter: Any, moment: str | None) -> Tensor
         source = shard if moment is None else engine.basic_optimizer.state[shard][moment]
         whole[here] = source.detach().view(-1)[there].to(whole.device)
     if engine.zero_optimization_stage() > 0 and dist.get_world_size() > 1:
-        # Each element is one process's and zero elsewhere, so the sum is exact.
+        # Each element is nonzero on at most one process, so the sum is exact.
         dist.all_reduce(whole)
     return whole.view(parameter.shape)
 

@@ -1,4 +1,4 @@
-"""Logging of a run on the first process: metrics.jsonl, TensorBoard, a progress bar."""
+"""Logging of a run on rank 0: metrics.jsonl, TensorBoard and a progress bar."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from blip2fast.data.manifest import replace_file
 with needs("log a run", "tensorboard"):
     from torch.utils.tensorboard import SummaryWriter
 
-# Entropy of one match among three pairs: what ITM gives while it tells nothing apart.
+# Entropy of one match in three pairs: the ITM loss of a model that cannot tell them apart.
 _ITM_PLATEAU = 0.6365
 _ITM_HINT = (
     "loss_itm sits at 0.636, the entropy of one match to two mismatches: usual for the first few "
@@ -33,11 +33,11 @@ class RunLog:
     """Writes the metrics of a run.
 
     Args:
-        folder: the run's output; lines of `metrics.jsonl` after `start_step` are dropped, so
-            that a resumed run leaves the file of an uninterrupted one.
+        folder: the run's output folder. Lines of `metrics.jsonl` after `start_step` are removed,
+            so a resumed run produces the same file as an uninterrupted one.
         start_step: steps already taken.
-        max_steps: of the run.
-        stage: names the progress bar.
+        max_steps: total steps of the run.
+        stage: training stage, shown in the progress bar.
     """
 
     def __init__(self, folder: Path, start_step: int, max_steps: int, stage: int) -> None:
@@ -60,7 +60,7 @@ class RunLog:
         self._bar.update()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write `metrics` after `step` steps to the file, the board and the bar."""
+        """Write the metrics after `step` steps to metrics.jsonl, TensorBoard and the bar."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
@@ -75,21 +75,21 @@ class RunLog:
             self.say(_ITM_HINT)
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether a run that was killed had written the evaluation after `step` steps."""
+        """Whether an interrupted run had already logged the evaluation after `step` steps."""
         return any(line["step"] == step and _is_evaluation(line) for line in self._lines)
 
     def flush(self) -> None:
-        """Flush everything to the disk, before a checkpoint."""
+        """Flush all logs to disk, before a checkpoint."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._board.flush()
 
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the progress bar."""
         tqdm.write(line)
 
     def close(self) -> None:
-        """Close the bar, the file and the board."""
+        """Close the progress bar, metrics.jsonl and TensorBoard."""
         self._bar.close()
         self._file.close()
         self._board.close()
@@ -98,10 +98,10 @@ class RunLog:
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Read a run's `metrics.jsonl`, also while the run is active.
 
-    A last line without its end, which the run is writing or was killed in, is left out.
+    An unterminated last line, left by an active or killed run, is ignored.
 
     Raises:
-        ValueError: no file there, or a line that has its end and is not one of a run's.
+        ValueError: the file is missing, or a terminated line is invalid.
     """
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
@@ -113,7 +113,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """The lines before the first damaged one, and what is wrong with it."""
+    """The lines before the first damaged one, and a description of the damage."""
     lines: list[dict[str, Any]] = []
     *whole, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(whole, 1):
@@ -132,10 +132,10 @@ def _is_evaluation(line: Mapping[str, Any]) -> bool:
 
 
 def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove the lines after `step` from a file; returns the others."""
+    """Remove the lines after `step` from a metrics file; returns the remaining ones."""
     if not path.exists():
         return []
-    # a line that a crash damaged is of a step after the checkpoint, which had been flushed
+    # the log is flushed before a checkpoint, so a line damaged by a crash is of a later step
     kept = [values for values in _read_lines(path)[0] if values["step"] <= step]
     text = "".join(json.dumps(values) + "\n" for values in kept)
     replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
@@ -144,12 +144,12 @@ def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
 
 @dataclass
 class Progress:
-    """Sums of the scalars since the last log line; kept on the device, so no step waits.
+    """Running sums of the scalars since the last log line, kept on the device to avoid syncs.
 
     Attributes:
-        count: micro-steps in the sums; after a resume some are of the run before.
+        count: micro-steps in the sums; after a resume it includes some of the interrupted run.
         timed: micro-steps since `since`.
-        since: the time of that line or of the resume, in seconds; pauses are added to it.
+        since: time of the last log line or of the resume, in seconds; pauses are added to it.
     """
 
     sums: dict[str, Tensor]
@@ -165,22 +165,22 @@ class Progress:
         self.timed += 1
 
     def state(self) -> dict[str, Any]:
-        """The state for a checkpoint, so that the next log line covers all its steps."""
+        """State for a checkpoint, so that the next log line after a resume covers all its steps."""
         return {"sums": {n: v.cpu() for n, v in self.sums.items()}, "count": self.count}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Restore what `state` returned."""
+        """Restore a state returned by `state`."""
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.count = state["count"]
 
     def take(self, accumulation: int, samples_per_step: int) -> dict[str, float]:
-        """Means over micro-steps and processes, and the speed; resets the sums.
+        """Means over micro-steps and processes, and the throughput; resets the sums.
 
         Every process must call this.
 
         Args:
-            accumulation: micro-steps of an optimizer step.
-            samples_per_step: of all processes.
+            accumulation: micro-steps per optimizer step.
+            samples_per_step: samples per optimizer step, over all processes.
         """
         names = sorted(self.sums)
         means = torch.stack([self.sums[name] for name in names]) / self.count

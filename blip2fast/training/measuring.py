@@ -1,8 +1,8 @@
 """Measures the memory of models without allocating it.
 
-The models run on PyTorch's fake tensors, which have shapes and types but no numbers. So parameters
-are counted on the real model classes, and what the backward pass would keep is what autograd asks
-to keep, for any architecture. Attention counts as fused, as PyTorch does it on the CPU.
+The models run on PyTorch's fake tensors, which have shapes and dtypes but no data. Parameters are
+counted on the real model classes, and saved activations are the tensors that autograd saves, so
+this works for any architecture. Attention is counted as fused, as on PyTorch's CPU backend.
 
 Shapes: B images, Q queries, T text tokens, S image tokens, E image token width, V words.
 """
@@ -36,11 +36,11 @@ from blip2fast.stage2.model import Blip2Stage2
 
 @dataclass
 class KeptTensors:
-    """The storages that autograd saves, without parameters, each counted once.
+    """The storages that autograd saves, except parameters, each counted once.
 
     Attributes:
-        nbytes: of all of them.
-        by_block: of those that each block keeps, by the block's number.
+        nbytes: bytes of all of them.
+        by_block: bytes saved within each block, by block index.
     """
 
     parameters: set[int]
@@ -53,20 +53,20 @@ class KeptTensors:
         return sum(storage.nbytes() for storage in self._seen.values())
 
     def add(self, tensor: Tensor) -> Tensor:
-        """Count a tensor's storage, for the block that is running."""
+        """Count a tensor's storage towards the block that is running."""
         storage = tensor.untyped_storage()
-        # the storage itself is held, so that its number is not given to another one
+        # keep a reference to the storage, so that its address is not reused
         if storage._cdata not in self.parameters and storage._cdata not in self._seen:
             self._seen[storage._cdata] = storage
             if self.current is not None:
                 taken = self.by_block.get(self.current, 0)
                 self.by_block[self.current] = taken + storage.nbytes()
-        return tensor.detach()  # an output itself would keep its own graph alive
+        return tensor.detach()  # a saved output would keep its own graph alive
 
 
 @contextmanager
 def kept_tensors(module: nn.Module) -> Iterator[KeptTensors]:
-    """Count what autograd saves within the block; works with real tensors too."""
+    """Count what autograd saves inside the `with` block; works with real tensors too."""
     kept = KeptTensors({p.untyped_storage()._cdata for p in module.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
         yield kept
@@ -74,10 +74,10 @@ def kept_tensors(module: nn.Module) -> Iterator[KeptTensors]:
 
 @contextmanager
 def _without_numbers() -> Iterator[None]:
-    """Fake tensors, and PyTorch's own linear function.
+    """Fake tensor mode, with PyTorch's original `F.linear`.
 
-    ZeRO-3 replaces that function for the whole process once it has spread a model; its form keeps
-    more, and a plan must not depend on what ran before it.
+    ZeRO-3 replaces `F.linear` for the whole process once it has partitioned a model. Its version
+    saves more for the backward pass, and a plan must not depend on what ran earlier.
     """
     replaced, F.linear = F.linear, torch._C._nn.linear
     try:
@@ -87,12 +87,12 @@ def _without_numbers() -> Iterator[None]:
         F.linear = replaced
 
 
-INSTRUCTION = 32  # tokens assumed for a text-conditioned Q-Former
+INSTRUCTION = 32  # prompt tokens assumed for a text-conditioned Q-Former
 
 
 @dataclass(frozen=True)
 class StreamBytes:
-    """Bytes of a streamed model's blocks: all on the host, the largest one, one decoded."""
+    """Bytes of a streamed model's blocks: all on the host, the largest one, the largest decoded."""
 
     host: int
     buffer: int
@@ -101,19 +101,19 @@ class StreamBytes:
 
 @dataclass(frozen=True)
 class LanguageModelSizes:
-    """A frozen language model, and a forward pass through it with gradients to its inputs.
+    """Memory of a frozen language model and of one forward pass with gradients to its inputs.
 
     Attributes:
-        parameters: their number.
-        weights: their bytes.
+        parameters: number of parameters.
+        weights: bytes of the weights.
         rest: bytes of the weights that are not streamed: embeddings, norm, head, shared ones.
-        streams: by storage.
-        kept: bytes that the backward pass needs of one forward pass.
-        kept_block: most of that within one block.
-        kept_outside: what of it no block keeps.
-        block_inputs: bytes of the blocks' inputs, all that is kept where blocks are recomputed.
+        streams: bytes of the streamed blocks, by storage type.
+        kept: bytes saved for the backward pass.
+        kept_block: the largest part of `kept` saved within one block.
+        kept_outside: the part of `kept` saved outside the blocks.
+        block_inputs: bytes of the blocks' inputs; all that blocks save under recomputation.
         words: V.
-        width: of its embeddings.
+        width: embedding width.
     """
 
     parameters: int
@@ -133,8 +133,8 @@ class TrainedSizes:
     """The trained part: Q-Former, queries, norm and projection.
 
     Attributes:
-        parameters: their number.
-        kept: bytes that the backward pass needs of one forward pass.
+        parameters: number of parameters.
+        kept: bytes that one forward pass saves for the backward pass.
     """
 
     parameters: int
@@ -142,7 +142,7 @@ class TrainedSizes:
 
 
 def read_model_config(key: str, name: str) -> Any:
-    """The transformers configuration of a model; weights are not looked for.
+    """The transformers configuration of a model; weights are not needed.
 
     Raises:
         ValueError: not found.
@@ -156,13 +156,13 @@ def read_model_config(key: str, name: str) -> Any:
 def measure_language_model(
     config: Any, dtype: torch.dtype, batch: int, prompts: int, text: int
 ) -> LanguageModelSizes:
-    """Sizes of the model that a transformers configuration describes.
+    """Measure the language model that a transformers configuration describes.
 
     Args:
-        config: as of `AutoConfig`.
-        dtype: of its weights and activations.
+        config: a configuration from `AutoConfig`.
+        dtype: dtype of the weights and activations.
         batch, prompts, text: B images, Q soft prompts before T text tokens; an encoder-decoder
-            reads Q + T and writes T.
+            encodes Q + T tokens and decodes T.
     """
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with _without_numbers():
@@ -203,12 +203,12 @@ def measure_language_model(
 def measure_trained(
     config: Stage2Config, width: int, dtype: torch.dtype, batch: int, image_tokens: int
 ) -> TrainedSizes:
-    """Sizes of the trained part, for a language model of some width.
+    """Measure the trained part for a language model of a given width.
 
     Args:
         config: sizes of the Q-Former.
-        width: of the language model's embeddings.
-        dtype: of the activations.
+        width: width of the language model's embeddings.
+        dtype: dtype of the activations.
         batch, image_tokens: B and S.
     """
     with _without_numbers():
@@ -222,7 +222,7 @@ def measure_trained(
             if not config.text_conditioned:
                 model.encode_image(tokens)
             else:
-                # its parts: ids without values do not pass the check of their range
+                # calls the parts directly: fake ids would fail the model's check of their range
                 ids = torch.zeros(batch, INSTRUCTION, dtype=torch.long)
                 states = model.qformer(
                     query_embeds=model.query_tokens.expand(batch, -1, -1),
@@ -234,7 +234,7 @@ def measure_trained(
 
 
 def measure_image_encoder(config: Any) -> tuple[int, int]:
-    """Parameters of a frozen image encoder, unused last blocks included, and its width E."""
+    """Parameter count of a frozen image encoder, including unused last blocks, and its width E."""
     vision = getattr(config, "vision_config", config)
     with _without_numbers():
         if vision.model_type == "blip_2_vision_model":
@@ -245,7 +245,7 @@ def measure_image_encoder(config: Any) -> tuple[int, int]:
 
 
 def _untie_head(model: Any) -> None:
-    """Untie the head of T5 1.1 and FlanT5, which transformers unties when it loads weights."""
+    """Untie the head of T5 1.1 and FlanT5, as transformers does when it loads their weights."""
     if getattr(model.config, "scale_decoder_outputs", None) is False:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
@@ -264,7 +264,7 @@ class _NoLanguage(nn.Module):
 
 @contextmanager
 def _block_inputs(blocks: list[nn.Module], kept: KeptTensors) -> Iterator[KeptTensors]:
-    """Count the blocks' inputs, and tell `kept` which block is running."""
+    """Count the blocks' inputs, and record in `kept` which block is running."""
     inputs = KeptTensors(kept.parameters)
 
     def before(number: int, args: Any, kwargs: Any) -> None:

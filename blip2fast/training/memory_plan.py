@@ -3,9 +3,9 @@
     plan = plan_memory(load_config("configs/vitg_opt6.7b_stage2.yaml"), processes=1)
     print(plan)
 
-Only configurations are read. Parameters, optimiser and what the backward pass keeps are counted
-(see `blip2fast.training.measuring`); texts count in full length, and what lives for a moment only,
-the allocator's rounding and the CUDA context are covered by a tenth that must stay free.
+Only configurations are read. Parameters, optimizer states and saved activations are counted (see
+`blip2fast.training.measuring`), with texts at full length. Temporaries, allocator rounding and the
+CUDA context are covered by the tenth of the memory that must stay free.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ with needs("plan memory", "psutil"):
     import psutil  # type: ignore[import-untyped]
 
 GIB = 1 << 30
-USED = 0.9  # of a memory; the rest stays free
+USED = 0.9  # usable fraction of a memory; the rest stays free
 # DeepSpeed keeps up to this many parameters fetched (stage3_max_live_parameters)
 ZERO3_LIVE = 1_000_000_000
 
@@ -57,10 +57,10 @@ class Option:
     """One placement of the language model.
 
     Attributes:
-        name: as the table says it.
-        offload, gradient_checkpointing, storage: the run's settings.
-        device: bytes on each device, by what they are for.
-        host: bytes of each process on the host.
+        name: label in the table.
+        offload, gradient_checkpointing, storage: settings of the run.
+        device: bytes on each device, by purpose.
+        host: host bytes per process.
     """
 
     name: str
@@ -81,14 +81,14 @@ class Option:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All options of a run, in the order of preference.
+    """All options of a run, in order of preference.
 
     Attributes:
-        options: those that change nothing about the function first, fastest first.
-        memory: what there is.
-        processes: on this machine.
-        heading: the models and their numbers of parameters.
-        notes: what was assumed.
+        options: options that do not change the loss come first; among them, the fastest first.
+        memory: the available memory.
+        processes: processes on this machine.
+        heading: the models and their parameter counts.
+        notes: the assumptions made.
     """
 
     options: list[Option]
@@ -98,14 +98,14 @@ class MemoryPlan:
     notes: list[str]
 
     def fits(self, option: Option) -> bool:
-        """Whether an option fits, for all processes of the machine."""
+        """Whether an option fits in memory for all processes on the machine."""
         device, host = option.device_bytes, option.host_bytes * self.processes
         if self.memory.device_is_host:
             return device * self.processes + host <= USED * self.memory.host
         return device <= USED * self.memory.device and host <= USED * self.memory.host
 
     def first(self, storage: str = "as_is") -> Option | None:
-        """The first option that fits, of those with this storage of streamed weights."""
+        """The first option that fits, among those with this storage of streamed weights."""
         for option in self.options:
             allowed = option.offload != "stream" or option.storage == storage
             if allowed and self.fits(option):
@@ -116,7 +116,7 @@ class MemoryPlan:
         """Like `first`, but raises if nothing fits.
 
         Raises:
-            ValueError: nothing fits; the table, and what could help.
+            ValueError: nothing fits; the message has the table and suggestions.
         """
         option = self.first(storage)
         if option is not None:
@@ -163,13 +163,12 @@ def plan_memory(
 
     Args:
         config: the run.
-        processes: of the run, over which ZeRO partitions.
-        machines: which they run on; the processes of each share its host memory.
-        memory: what there is; by default this machine's free memory.
+        processes: world size, over which ZeRO partitions.
+        machines: number of machines; the processes of a machine share its host memory.
+        memory: the available memory; by default this machine's free memory.
 
     Raises:
-        ValueError: stage 1, a model whose configuration is not found, sizes that do not fit
-            together.
+        ValueError: stage 1, a model configuration that is not found, or inconsistent sizes.
     """
     if config.stage != 2 or config.language_model is None:
         raise ValueError("stage 1 has no language model, so there is nothing to plan: give stage 2")
@@ -203,7 +202,7 @@ def plan_memory(
 
 @dataclass(frozen=True)
 class _Counts:
-    """The counts that all options are computed from."""
+    """The measurements from which all options are computed."""
 
     config: RunConfig
     processes: int
@@ -218,19 +217,19 @@ class _Counts:
         return DTYPE_OF[self.config.precision].itemsize
 
     def other_than_language(self, zero_stage: int) -> tuple[dict[str, int], dict[str, int]]:
-        """The trained part and the image encoder, on the device and on the host."""
+        """Bytes of the trained part and the image encoder, on the device and on the host."""
         trained, host = self.trained_bytes(zero_stage)
         return {"image encoder": self.encoder_parameters * self.itemsize, **trained}, host
 
     def trained_bytes(self, zero_stage: int) -> tuple[dict[str, int], dict[str, int]]:
-        """Weights, gradients and AdamW's states of the trained part, on the device and the host."""
+        """Bytes of the trained part's weights, gradients and AdamW states, on device and host."""
         number, share = self.trained.parameters, self.processes
         low, spread = self.itemsize < 4, share if zero_stage >= 1 else 1
         gradient = self.itemsize
         if low and (zero_stage == 0 or self.config.optim.accumulation > 1):
             gradient = 4 if zero_stage else self.itemsize + 4  # summed in fp32
         gradients = gradient * number // (share if zero_stage >= 2 else 1)
-        # AdamW's two moments, and where it has one its own fp32 copy of the weights
+        # AdamW's two moments and, where there is one, its fp32 copy of the weights
         states = (12 if low or zero_stage else 8) * number // spread
         weights = self.itemsize * number
         if self.config.offload_optimizer == "none":
@@ -239,7 +238,7 @@ class _Counts:
         return {"trained": weights + gradients, "optimiser": 0}, host
 
     def activations(self, recomputed: bool) -> dict[str, int]:
-        """What the backward pass needs: of both models, and of the loss."""
+        """Bytes saved for the backward pass, of both models and of the loss."""
         B, item = self.config.optim.batch_size, self.itemsize
         layers, size = self.sizes.num_hidden_layers, self.sizes
         qformer, language = self.trained.kept, self.language.kept
@@ -249,7 +248,7 @@ class _Counts:
             qformer = qformer // layers + B * inputs * item
             language = self.language.block_inputs + self.language.kept_outside
             language += self.language.kept_block
-        # logits and their gradient, and in fp32 a copy, or none, and the log-softmax
+        # logits and their gradient, the fp32 log-softmax, and in 16 bits an fp32 copy of the logits
         each = 12 if item == 4 else 2 * item + 8
         logits = B * self.config.data.max_txt_len * self.language.words * each
         return {"activations": qformer + language, "logits": logits}
@@ -258,12 +257,12 @@ class _Counts:
 def _options(counts: _Counts, memory: Memory) -> list[Option]:
     config = counts.config
     asked = config.gradient_checkpointing
-    # recomputing changes nothing but time: offered where it is not asked for
+    # recomputation changes only the speed, so it is offered even if not requested
     ways = (True,) if asked else (False, True)
     options = [_resident(counts, memory, recomputed) for recomputed in ways]
     options += [_streamed(counts, "as_is", recomputed) for recomputed in ways]
     options += [_zero3(counts, recomputed) for recomputed in ways]
-    # fewer bits change the loss and are not chosen unasked, so they come last
+    # fewer bits change the loss and are never chosen automatically, so they come last
     fewer: tuple[Storage, ...] = ("int8", "int4")
     for storage in fewer:
         chosen = storage == config.stream_storage
@@ -272,7 +271,7 @@ def _options(counts: _Counts, memory: Memory) -> list[Option]:
 
 
 def _resident(counts: _Counts, memory: Memory, recomputed: bool) -> Option:
-    """The language model on the device, or partitioned over the devices by the run's ZeRO-3."""
+    """The language model on the device, or partitioned over devices if the run uses ZeRO-3."""
     config, weights = counts.config, counts.language.weights
     spread = counts.processes if config.zero_stage == 3 else 1
     device, host = counts.other_than_language(config.zero_stage)
@@ -313,7 +312,7 @@ def _name(name: str, recomputed: bool) -> str:
 
 
 def _images(config: RunConfig, notes: list[str]) -> tuple[int, int | None, int]:
-    """Parameters of the image encoder in the loop, its width E if known, image tokens S."""
+    """Parameters of the image encoder in the loop, its width E if known, and image tokens S."""
     data = config.data
     if data.image_encoder is not None:
         encoder = read_model_config("data.image_encoder", data.image_encoder)

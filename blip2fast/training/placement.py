@@ -1,6 +1,6 @@
-"""Chooses where the frozen language model of a run is kept, and loads it there.
+"""Chooses the placement of a run's frozen language model, and loads it there.
 
-none: as `zero_stage` and `offload_param` say. stream: blocks on the host, streamed to the device.
+none: set by `zero_stage` and `offload_param`. stream: blocks on the host, streamed to the device.
 zero3: DeepSpeed ZeRO-3 with its parameters on the host. auto: the first of these that fits.
 """
 
@@ -39,13 +39,13 @@ def choose_placement(
 
     Args:
         config: the run.
-        processes, machines: that the run has.
-        say: told what `auto` chose.
-        memory: what there is; by default the least free memory that any process finds, so that
-            all choose alike. Only `auto` asks.
+        processes, machines: numbers of processes and machines of the run.
+        say: called with a line that describes the choice of `auto`.
+        memory: the available memory, used by `auto` only. By default the minimum of the free
+            memory over all processes, so that all make the same choice.
 
     Raises:
-        ValueError: `auto`, and nothing fits; or a model whose configuration is not found.
+        ValueError: `auto`, and nothing fits; or a model configuration that is not found.
     """
     if config.offload == "zero3":
         return placed(config, "zero3")
@@ -61,7 +61,7 @@ def choose_placement(
 
 
 def placed(config: RunConfig, offload: Literal["none", "stream", "zero3"]) -> RunConfig:
-    """The configuration with one placement and the DeepSpeed settings that it implies."""
+    """The configuration with the placement `offload` and the DeepSpeed settings it implies."""
     if offload == "zero3":
         param = "cpu" if config.offload_param == "none" else config.offload_param
         return replace(
@@ -98,7 +98,7 @@ def describe_choice(plan: MemoryPlan, chosen: Option) -> str:
 
 
 def load_frozen(config: RunConfig) -> PreTrainedModel:
-    """Load the language model of a run to its chosen placement.
+    """Load the language model of a run into its placement.
 
     Raises:
         ValueError: not found, or damaged.
@@ -115,7 +115,7 @@ def load_frozen(config: RunConfig) -> PreTrainedModel:
         )
         return model
     if config.offload == "zero3":
-        # what only the engine needs to know, the sizes of buckets, is filled in when it starts
+        # bucket sizes matter only to the engine, which gets its own configuration when it starts
         largest = max(p.numel() for p in empty_language_model(path, dtype).parameters())
         values = deepspeed_config(config, dist.get_world_size(), [1], largest)
         model = load_partitioned(path, dtype, values)

@@ -1,6 +1,6 @@
 """Checks that a run can start on this machine, before anything is loaded.
 
-Every fault is found by looking at the configuration, the disk and the devices; no weight is read.
+The checks inspect the configuration, the disk and the devices; no weights are read.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from blip2fast.training.config import DTYPE_OF, RunConfig
 
 
 def check_machine(config: RunConfig, world_size: int = 1) -> None:
-    """Raise if a run cannot start on this machine; every fault comes with its remedy.
+    """Raise if a run cannot start on this machine; each error is listed with its fix.
 
     Args:
         config: the run.
         world_size: number of processes.
 
     Raises:
-        ValueError: every fault is listed.
+        ValueError: the run cannot start; all errors are listed.
     """
     faults = _path_faults(config) + _output_faults(config) + _batch_faults(config, world_size)
     faults += _device_faults(config)
@@ -39,16 +39,16 @@ def check_machine(config: RunConfig, world_size: int = 1) -> None:
 
 
 def prepare_kernels(config: RunConfig, say: Callable[[str], None] | None = None) -> list[Record]:
-    """Set which kernels the run may take, and check them where there is a GPU and nobody has.
+    """Select the kernels that the run may use, and check them on a GPU if that is not yet done.
 
-    Every process of a run calls this: one of a machine checks, the others wait for it.
+    Every process of a run must call this: on each machine one process checks and the others wait.
 
     Args:
         config: the run.
         say: prints a line.
 
     Returns:
-        What is known of the kernels that the run is likely to take; nothing without a GPU.
+        The check results of the kernels that the run is likely to use; empty without a GPU.
     """
     set_kernels(config.kernels)
     if config.kernels != "check" or not torch.cuda.is_available():

@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
 
 class TrainingStep(nn.Module):
-    """The module that the engine wraps: returns the loss, and other scalars without gradient.
+    """The module that the engine wraps; returns the loss, and other scalars detached.
 
-    DeepSpeed walks over everything that its module returns, so logits and features stay inside.
+    DeepSpeed traverses everything that its module returns, so logits and features are not returned.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,7 +60,7 @@ class TrainingStep(nn.Module):
         self.model = model
 
     def forward(self, *, for_contrast: bool = False, **batch: Any) -> tuple[Any, ...]:
-        """Keyword arguments of the model to `(loss, scalars)`; `for_contrast`, of `features`."""
+        """Return `(loss, scalars)` of the model, or with `for_contrast` its `features`."""
         if for_contrast:
             return cast(Blip2Stage1, self.model).features(**batch)
         output = self.model(**batch)
@@ -73,16 +73,16 @@ class TrainingStep(nn.Module):
 
 
 def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, float]:
-    """Run a training to its end; resumes it if `config.resume` is set.
+    """Train to the end; resumes from a checkpoint if `config.resume` is set.
 
-    Every process of the run calls this; a process group is started where there is none.
+    Every process of the run must call this; a process group is created if there is none.
 
     Args:
         config: the run.
-        say: prints a line (first process only).
+        say: prints a line (rank 0 only).
 
     Returns:
-        The last evaluation's metrics, or without held-out data the last logged ones.
+        The metrics of the last evaluation, or without a held-out set the last logged ones.
 
     Raises:
         ValueError: the run cannot start; see `blip2fast.training.preflight.check_machine`.
@@ -103,9 +103,9 @@ class Trainer:
 
     Args:
         config: the run.
-        parts: what it trains with.
-        device: of this process.
-        say: prints a line; called on the first process only.
+        parts: model, data and the other parts of the run.
+        device: the device of this process.
+        say: prints a line; called on rank 0 only.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Trainer:
         self.engine = self._start()
 
     def _start(self) -> DeepSpeedEngine:
-        """Build the engine, from the last checkpoint where the run resumes."""
+        """Build the engine; a resuming run restores its last checkpoint."""
         found = last_checkpoint(self.folder / "checkpoints")
         checkpoint = None
         if self.config.resume and found is not None:
@@ -145,7 +145,7 @@ class Trainer:
             replace_file(self.folder / "deepspeed.json", write_json(values))
         if checkpoint is None:
             restore(engine, self.model, initial)
-            # Each process draws its own dropout and negatives; the first as a run of one process.
+            # Each rank draws its own dropout and negatives; rank 0 as in a single-process run.
             torch.manual_seed(self.config.seed + self.rank)
         else:
             self.step = checkpoint.step
@@ -169,7 +169,7 @@ class Trainer:
         torch.manual_seed(hash((self.config.seed, self.step, self.rank)))
 
     def _identity(self) -> dict[str, Any]:
-        """The settings that a checkpoint and a resuming run must share."""
+        """The settings that must match between a checkpoint and a resuming run."""
         values = config_values(self.config)
         names = ("stage", "seed", "model", "language_model", "data", "optim")
         same = {name: values[name] for name in names}
@@ -247,7 +247,7 @@ class Trainer:
         return metrics
 
     def _micro_batches(self, batches: Iterator[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-        """The batches of an optimizer step; all at once where ITC compares all their pairs."""
+        """The micro-batches of an optimizer step; collected first if ITC contrasts all of them."""
         of_step = islice(batches, self.config.optim.accumulation)
         if not self.config.optim.grad_cache or not isinstance(self.model, Blip2Stage1):
             return of_step
@@ -256,7 +256,7 @@ class Trainer:
         return [{**batch, "contrast": share} for batch, share in zip(held, shares, strict=True)]
 
     def _missing_evaluation(self, log: RunLog | None) -> dict[str, float]:
-        """The evaluation of the checkpoint resumed from, if the run was killed before it."""
+        """Run the evaluation that is due at the resumed checkpoint, if the log does not have it."""
         missing = log is not None and self.step > 0 and not log.has_evaluation(self.step)
         flag = torch.tensor([int(missing)], device=self.device)
         dist.broadcast(flag, 0)
@@ -274,7 +274,7 @@ class Trainer:
         return self.step == self.config.optim.max_steps or bool(every and self.step % every == 0)
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics on the held-out data, named `eval_*`; every process must call this."""
+        """Metrics on the held-out set, named `eval_*`; every process must call this."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             metrics = validate(self._whole_model(), self.parts, self.config, self.tokens)
         self.engine.train()
@@ -283,8 +283,8 @@ class Trainer:
     def _whole_model(self) -> Blip2Stage1 | Blip2Stage2:
         """The model in a form that can be called outside the engine.
 
-        Under ZeRO-3 that is a copy of the trained part, because its own weights are whole inside
-        the engine's forward only; the language model stays spread and is fetched layer by layer.
+        Under ZeRO-3 this copies the trained part, whose weights are gathered only inside the
+        engine's forward. The language model stays partitioned and is gathered layer by layer.
         """
         if self.config.zero_stage < 3:
             return self.model
@@ -303,9 +303,9 @@ class Trainer:
         return whole
 
     def tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on this device, images as tokens [B, S, E] in the precision of the run.
+        """Move a batch to the device, with images as tokens [B, S, E] in the run's precision.
 
-        Stage 1 packs its texts on the CPU, where their lengths are known without waiting.
+        Stage-1 texts stay on the CPU for packing, where reading their lengths needs no sync.
         """
         kept = {"input_ids", "attention_mask"} if isinstance(self.model, Blip2Stage1) else set()
         moved = {
@@ -327,7 +327,7 @@ class Trainer:
             sampler=range(first, optim.max_steps * optim.accumulation),
             num_workers=self.config.data.workers,
             pin_memory=self.device.type == "cuda",
-            # It draws a seed when it starts; from the global generator, a resume would shift it.
+            # The loader draws a seed on start; from the global generator, a resume would shift it.
             generator=torch.Generator(),
         )
         return (self.tokens(batch) for batch in loader)
@@ -344,7 +344,7 @@ class Trainer:
         )
 
     def _parameters(self) -> dict[str, Tensor]:
-        """The trained parameters, whole, fp32; scalars are scalars again."""
+        """The full trained parameters in fp32, with scalars back in shape []."""
         whole = master_parameters(self.engine, self.model)
         return {name: value.view(self.shapes[name]) for name, value in whole.items()}
 
@@ -356,7 +356,7 @@ class Trainer:
 
 
 def _silent(_: str) -> None:
-    """Prints nothing: every process but the first."""
+    """Print nothing; used on all ranks but 0."""
 
 
 def _check_finite(metrics: Mapping[str, float], step: int) -> None:

@@ -1,8 +1,8 @@
 """Evaluation while training: held-out losses, retrieval (stage 1), captions or answers (stage 2).
 
-Losses are over all samples, of a last smaller batch too. With several processes they are those of
-the whole batch, which the processes share where it divides among them, and each writes captions or
-answers to its share of the images. Retrieval every process computes alike.
+Losses cover all samples, including those of a smaller last batch, and are computed over the global
+batch: the processes split it where its size is divisible by their number. Each process generates
+captions or answers for its share of the images. Retrieval is computed in full by every process.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def validate(
         to_tokens: moves a batch to the device, images as tokens in the run's precision.
 
     Returns:
-        Losses and accuracies; `i2t_r1`, `t2i_r1`, ... (stage 1); `exact`, the share of
-        generated captions that are one of their image's, or of right answers (stage 2, one image
-        a sample).
+        Losses and accuracies; `i2t_r1`, `t2i_r1`, ... (stage 1); `exact`, the fraction of
+        generated captions that match one of their image's captions, or of correct answers (stage
+        2, one image per sample).
 
     Raises:
-        ValueError: no held-out data, or one sample alone in stage 1.
+        ValueError: no held-out set, or a single sample in stage 1.
     """
     if parts.held_out is None:
         raise ValueError("no held-out data: set data.eval_records")
@@ -62,7 +62,7 @@ def validate(
 
 
 class _HeldOutImages:
-    """Images by number (the order of `held_out.keys()`), as tokens on the device."""
+    """Image reader of the held-out set: number in `held_out.keys()` -> tokens on the device."""
 
     def __init__(self, held_out: HeldOut, to_tokens: ToTokens) -> None:
         self.records, self._images, self._to_tokens = held_out.records, held_out.images, to_tokens
@@ -76,16 +76,16 @@ class _HeldOutImages:
 
 
 def _shards(count: int, global_batch: int, least: int) -> Iterator[tuple[Tensor, float]]:
-    """The rows of each batch that this process computes, and the share of them counted here.
+    """The rows of each batch that this process computes, and the weight they count with here.
 
-    The processes share a batch where each gets as many rows as the others. Where they cannot,
-    which only the last batch can be, each computes all of it by itself and counts its part.
+    A batch that divides evenly is split over the processes, each part with weight 1. One that does
+    not (only the last can) is computed in full by every process, with weight 1 / world size.
 
     Args:
-        least: rows that a batch needs.
+        least: minimum rows of a batch.
 
     Raises:
-        ValueError: fewer held-out samples than that.
+        ValueError: fewer than `least` held-out samples.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     if count < least:
@@ -172,7 +172,7 @@ def _stage2(
 def _sequences(
     model: Blip2Stage2, text: Stage2Text, reader: _HeldOutImages, config: RunConfig
 ) -> dict[str, float]:
-    """The loss alone: a text about several images has no single right answer."""
+    """The loss only: a text about several images has no single correct answer."""
 
     def batches() -> Iterator[tuple[dict[str, Tensor], float]]:
         for rows, share in _shards(len(reader.records), config.eval_batch_size, least=1):
@@ -191,8 +191,8 @@ def _sequences(
 def _share(records: list[Any], config: RunConfig) -> list[Any]:
     """The records that this process generates text for.
 
-    Under ZeRO-3 all: the processes fetch the language model's layers together, so none may stop
-    writing before another.
+    Under ZeRO-3 these are all records: gathering the language model's layers is a collective, so
+    no process may finish generating before the others.
     """
     if config.zero_stage == 3 or len(records) < dist.get_world_size():
         return records
@@ -205,7 +205,7 @@ def _numbers(reader: _HeldOutImages, records: list[Any]) -> Tensor:
 
 
 def _is_right(written: str, record: Any) -> bool:
-    """Whether the text matches one of the record's, ignoring case and spaces."""
+    """Whether the text matches one of the record's texts, ignoring case and spaces."""
     accepted = record.captions if isinstance(record, CaptionRecord) else (record.answer,)
     return _plain(written) in {_plain(text) for text in accepted}
 
