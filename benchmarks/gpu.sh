@@ -41,7 +41,7 @@ log=$out/log.txt
 : >"$log"
 # the most seconds that a step may take
 declare -A most=(
-    [tests]=110 [cuda]=70 [sanitize]=70 [check]=100 [step]=120 [shares]=60 [sweep]=110 [itc]=60
+    [tests]=110 [cuda]=70 [sanitize]=70 [check]=100 [step]=120 [shares]=60 [sweep]=90 [itc]=60
     [attention]=60 [glue]=50 [qformer]=30 [profile]=60
 )
 steps=("$@")
@@ -187,7 +187,7 @@ step_cuda() {
     built
     local files
     mapfile -t files < <(find tests -name 'test_itc_gpu.py' -o -name 'test_attention_gpu.py')
-    pytest cuda "${most[cuda]}" -rfEs --maxfail=25 --tb=short -n 4 ${picked:+-k "$picked"} "${files[@]}"
+    pytest cuda "${most[cuda]}" -rfEs --maxfail=25 --tb=short -n "$workers" ${picked:+-k "$picked"} "${files[@]}"
     verdict cuda $?
 }
 
