@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -60,6 +62,18 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Say at once why a benchmark failed: a run that ends early has no summary."""
     if report.failed:
         print(f"\nFAILED {report.nodeid}: {report.longreprtext}", flush=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Write what is finished beside `--benchmark-json`'s file, which a killed run never writes."""
+    found = getattr(item.config, "_benchmarksession", None)
+    if found is None or not found.json:
+        return
+    # older versions of the plugin open the file beforehand
+    path = found.json if isinstance(found.json, Path) else Path(found.json.name)
+    finished = [bench.as_dict(include_data=False) for bench in found.benchmarks if bench.stats.data]
+    path.with_suffix(".part").write_text(json.dumps({"benchmarks": finished}))
 
 
 @pytest.hookimpl(tryfirst=True)

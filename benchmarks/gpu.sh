@@ -44,6 +44,17 @@ declare -A most=(
     [tests]=110 [cuda]=70 [sanitize]=70 [check]=100 [step]=120 [shares]=60 [sweep]=90 [itc]=60
     [attention]=60 [glue]=50 [qformer]=30 [profile]=60
 )
+# a step's suite, and which of its benchmarks
+declare -A suite_of=(
+    [step]=stage1_step [shares]=stage1_step [itc]=itc [attention]=qformer_attention [glue]=glue
+    [qformer]=qformer
+)
+declare -A cells=(
+    [step]="bench_step and (b256 or b64_dropout)" [shares]="bench_shares"
+    [itc]="n1680-bf16 or n4096 or n16384"
+    [attention]="(64x64 or stage1_pass2 or 32x257) and not b16"
+    [glue]="r33792 or r2816" [qformer]="b1_cuda and bf16"
+)
 steps=("$@")
 [ $# -gt 0 ] || steps=(tests cuda sanitize sweep check step shares itc attention glue qformer profile)
 for step in "${steps[@]}"; do
@@ -95,13 +106,19 @@ say "device: ${gpu:-no CUDA device, a rehearsal}"
 device=cpu
 [ -z "$gpu" ] || device=cuda
 workers=$(($(nproc) < 12 ? $(nproc) : 12))
+# a suite's file and its choice of benchmarks, as pytest takes them
+select_cells() { # STEP
+    chosen=("benchmarks/bench_${suite_of[$1]}.py" -m "not fullsize")
+    [ -z "$gpu" ] || chosen=("benchmarks/bench_${suite_of[$1]}.py" -k "${cells[$1]}")
+}
+
 # beside what follows, until something is timed: files are read, kernels compiled
-compiling=
+compiling=()
 case " ${steps[*]} " in
     *" sweep "*)
         if [ -n "$gpu" ]; then
             run compile 150 "$python" benchmarks/sweep.py --compile --workers "$workers" &
-            compiling=$!
+            compiling+=($!)
         fi
         ;;
 esac
@@ -114,6 +131,14 @@ print(torch.__version__, triton.__version__, torch.ones(3, device='$device').sum
     tail -n 5 "$work/smoke.log"
     exit 1
 fi
+for step in "${steps[@]}"; do
+    if [ -n "$gpu" ] && [ -n "${suite_of[$step]:-}" ]; then
+        select_cells "$step"
+        run "compile-$step" 75 "$python" -m pytest -q -p no:cacheprovider "${chosen[@]}" \
+            --benchmark-disable --kernels=trust --without-compiled-rivals &
+        compiling+=($!)
+    fi
+done
 # the extension: what lies there, where it holds the operators, else built beside the tests
 build=
 if run extension 60 "$python" -c "
@@ -136,8 +161,8 @@ built() {
         fi
         build=
     fi
-    [ -z "$compiling" ] || { wait "$compiling"; say "kernels of the sweep: compiled"; }
-    compiling=
+    [ ${#compiling[@]} = 0 ] || { wait "${compiling[@]}"; say "kernels of sweep and suites: compiled"; }
+    compiling=()
 }
 
 pytest() { local name=$1 seconds=$2; shift 2; run "$name" "$seconds" "$python" -m pytest -q -p no:cacheprovider "$@"; }
@@ -153,14 +178,17 @@ verdict() { # NAME STATUS
         grep -E '^(FAILED|ERROR) ' "$work/$1.log" | cut -c1-200 | sort -u | head -n 20
 }
 
-suite() { # STEP SUITE [PYTEST ARGUMENTS]: a suite's results as STEP.json
-    local step=$1 file=$2 status
-    shift 2
-    [ -n "$gpu" ] || set -- -m "not fullsize"
-    pytest "$step" "${most[$step]}" -rfE "benchmarks/bench_$file.py" "$@" --benchmark-only \
+suite() { # STEP: the results of its suite as STEP.json
+    local step=$1 status
+    built
+    select_cells "$step"
+    pytest "$step" "${most[$step]}" -rfE "${chosen[@]}" --benchmark-only \
         --benchmark-max-time=0.2 --benchmark-json="$work/$step.json" --kernels=trust \
         --without-compiled-rivals ${commit:+--bench-commit="$commit"}
     status=$?
+    # of a suite that was killed, what had finished
+    [ -s "$work/$step.json" ] || mv "$work/$step.part" "$work/$step.json" 2>/dev/null
+    rm -f "$work/$step.part"
     verdict "$step" $status
 }
 
@@ -210,18 +238,8 @@ step_sanitize() {
 step_check() {
     built
     run check "${most[check]}" env XDG_CACHE_HOME="$work/cache" "$python" -m blip2fast.command_line \
-        check-kernels --jobs 8 --out "$out/records.json"
+        check-kernels --jobs "$workers" --out "$out/records.json"
     verdict check $?
-}
-
-step_step() {
-    built
-    suite step stage1_step -k "bench_step and (b256 or b64_dropout)"
-}
-
-step_shares() {
-    built
-    suite shares stage1_step -k "bench_shares"
 }
 
 step_sweep() {
@@ -237,20 +255,6 @@ step_sweep() {
     grep -v '^$' "$work/tune.log" | tail -n +2
 }
 
-step_itc() {
-    built
-    suite itc itc -k "n1680 or n4096 or n16384"
-}
-
-step_attention() {
-    built
-    suite attention qformer_attention -k "(64x64 or stage1_pass2 or 32x257) and not b16"
-}
-
-step_glue() { built; suite glue glue -k "r33792 or r2816"; }
-
-step_qformer() { built; suite qformer qformer -k "b1_cuda and bf16"; }
-
 step_profile() {
     built
     command -v ncu >/dev/null && [ -n "$gpu" ] || { say "profile: needs ncu and a GPU"; return 0; }
@@ -261,7 +265,7 @@ step_profile() {
 }
 
 for step in "${steps[@]}"; do
-    "step_$step"
+    if [ -n "${suite_of[$step]:-}" ]; then suite "$step"; else "step_$step"; fi
 done
 
 compgen -G "$work/*.json" >/dev/null || { say "no results"; exit 1; }

@@ -108,7 +108,7 @@ def run_conditions(commit: str | None = None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "commit": commit or _commit() or "unknown",
-        "command": command(sys.argv[1:]),
+        "command": command(sys.argv[1:], program()),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -120,8 +120,14 @@ def processor() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def command(arguments: list[str]) -> str:
-    """The pytest command as it can be given again: without where results went."""
+def program() -> str:
+    """What runs: pytest, or a script of this folder."""
+    name = Path(sys.argv[0]).name
+    return f"benchmarks/{name}" if (ROOT / "benchmarks" / name).is_file() else "pytest"
+
+
+def command(arguments: list[str], run: str = "pytest") -> str:
+    """The command as it can be given again: without where results went."""
     outputs = ("--benchmark-json", "--junitxml", "--bench-commit", "--basetemp")
     kept, skip = [], False
     for argument in arguments:
@@ -131,7 +137,7 @@ def command(arguments: list[str]) -> str:
             skip = True
         elif not argument.startswith(tuple(f"{name}=" for name in outputs)):
             kept.append(argument.replace(f"{ROOT}/", ""))
-    return shlex.join(["pytest", *kept])
+    return shlex.join([run, *kept])
 
 
 def _version(package: str) -> str | None:

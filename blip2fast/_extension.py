@@ -6,6 +6,7 @@ why nothing was. Everything also works without it, more slowly.
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -34,6 +35,18 @@ _WHY_NOT = _load(LIBRARY, BUILD_NOTE)
 def has_op(name: str) -> bool:
     """Whether the operator `blip2fast_C::<name>` was compiled and loaded."""
     return not _WHY_NOT and hasattr(torch.ops.blip2fast_C, name)
+
+
+def compiled_code() -> str:
+    """Names the sources and the CUDA compiler of the library; an empty string without one.
+
+    Builds of the same code on other machines have the same name.
+    """
+    if _WHY_NOT:
+        return ""
+    name = ctypes.CDLL(str(LIBRARY)).blip2fast_code
+    name.restype = ctypes.c_char_p
+    return str(name().decode())
 
 
 def why_not(name: str | None = None) -> str:

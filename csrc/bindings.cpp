@@ -37,6 +37,13 @@ Tensor philox_keep_mask(const Tensor& philox, const Tensor& rows, const Tensor& 
 
 }  // namespace
 
+// What was compiled, by name (compilers.py): records of checks hold for builds of the same code.
+#define BLIP2FAST_QUOTED(x) #x
+#define BLIP2FAST_STRING(x) BLIP2FAST_QUOTED(x)
+extern "C" __attribute__((visibility("default"))) const char* blip2fast_code() {
+  return BLIP2FAST_STRING(BLIP2FAST_CODE);
+}
+
 BLIP2FAST_LIBRARY(m) {
   m.def(
       "philox_keep_mask(Tensor philox, Tensor rows, Tensor heads, int threshold, int columns, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -41,15 +42,21 @@ def find_nvcc(cuda: str | None) -> tuple[str, str]:
     """
     missing = "no nvcc on PATH, in CUDA_HOME or /usr/local/cuda: pip install nvidia-cuda-nvcc"
     for nvcc in _nvccs():
-        run = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
-        release = re.search(r"release (\d+)\.\d+", run.stdout)
-        if release is None:
+        release = nvcc_release(nvcc)
+        if not release:
             missing = f"{nvcc} does not say its version"
-        elif cuda is None or release[1] == cuda.split(".")[0]:
+        elif cuda is None or release.split(".")[0] == cuda.split(".")[0]:
             return nvcc, ""
         else:
-            missing = f"{nvcc} is of CUDA {release[0].split()[1]}, torch of CUDA {cuda}"
+            missing = f"{nvcc} is of CUDA {release}, torch of CUDA {cuda}"
     return "", missing
+
+
+def nvcc_release(nvcc: str) -> str:
+    """The release of a compiler, such as "13.0"; empty if it does not say."""
+    run = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"release (\d+\.\d+)", run.stdout)
+    return found[1] if found else ""
 
 
 def _nvccs() -> Iterator[str]:
@@ -80,6 +87,7 @@ def configure() -> tuple[str, str, str]:
         "torch": torch,
         "cxx": cxx,
         "nvcc": nvcc,
+        "code": code(nvcc_release(nvcc) if nvcc else ""),
         "python": sysconfig.get_paths()["include"],
         "pybind11": pybind11 / "include" if pybind11 else "",
     }
@@ -87,6 +95,16 @@ def configure() -> tuple[str, str, str]:
     lines = [f"{name} = {value}\n" for name, value in settings.items()]
     (BUILD / "build.ninja").write_text("".join(lines) + "include $root/csrc/rules.ninja\n")
     return cxx, nvcc, missing
+
+
+def code(release: str) -> str:
+    """Names what a build computes: the sources, how they are compiled, and nvcc's release."""
+    digest = hashlib.sha256(release.encode())
+    for file in sorted((ROOT / "csrc").iterdir()):
+        if file.suffix in {".cpp", ".cu", ".h", ".ninja"}:
+            digest.update(f"\n{file.name}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def build_library() -> tuple[Path | None, str]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from blip2fast import __version__
-from blip2fast._extension import LIBRARY
+from blip2fast._extension import compiled_code
 
 # incremented when the rules of a check change: this invalidates older records
 RULES = 1
@@ -178,7 +178,7 @@ def machine(device: str) -> Machine:
 
 @cache
 def code_hash(folder: str, backend: str) -> str:
-    """Hash of a backend's code: `kernels/<folder>`, and `_C.so` for `cuda`.
+    """Hash of a backend's code: `kernels/<folder>`, and what was compiled for `cuda`.
 
     The folder's `tuned.json` is included, because it chooses what runs.
 
@@ -187,8 +187,8 @@ def code_hash(folder: str, backend: str) -> str:
     digest = hashlib.sha256()
     files = [*sorted(KERNELS.glob("*.py")), *sorted((KERNELS / folder).glob("*.py"))]
     files += sorted((KERNELS / folder).glob("tuned.json"))
-    if backend == "cuda" and LIBRARY.exists():
-        files.append(LIBRARY)
+    if backend == "cuda":
+        digest.update(compiled_code().encode())
     for file in files:
         digest.update(f"{file.parent.name}/{file.name}\n".encode())
         digest.update(file.read_bytes())

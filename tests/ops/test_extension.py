@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from extension_build import ROOT, build_extension, needs_compiler, needs_nvcc
+from extension_build import ROOT, build_extension, compilers, needs_compiler, needs_nvcc
 
 from blip2fast import _extension
 from blip2fast.kernels import philox
@@ -39,6 +39,14 @@ def test_loads() -> None:
     assert _extension.why_not("philox_keep_mask") == ""
     assert not _extension.has_op("no_such_op")
     assert "has no no_such_op: extension built with" in _extension.why_not("no_such_op")
+
+
+@needs_extension
+def test_a_library_names_its_code() -> None:
+    """By its sources and compiler, not by where it was built, so that records hold elsewhere."""
+    nvcc = compilers.find_nvcc(torch.version.cuda)[0]
+    release = compilers.nvcc_release(nvcc) if nvcc else ""
+    assert _extension.compiled_code() == compilers.code(release)
 
 
 def test_why_a_library_does_not_load(tmp_path: Path) -> None:

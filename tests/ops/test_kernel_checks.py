@@ -153,15 +153,13 @@ def test_a_stale_hash_and_other_versions_are_no_record(
 
 
 def test_the_hash_is_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an op's own folder, what is tuned among it, of what all share; for `cuda` the library."""
+    """Of an op's folder, tuned parameters included, and shared code; for `cuda` of its build."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     for file in ("launch.py", "a/forward.py", "a/tuned.json", "b/forward.py", "b/tuned.json"):
         (tmp_path / file).write_text("x = 1\n")
-    library = tmp_path / "_C.so"
-    library.write_bytes(b"compiled")
     monkeypatch.setattr(records, "KERNELS", tmp_path)
-    monkeypatch.setattr(records, "LIBRARY", library)
+    monkeypatch.setattr(records, "compiled_code", lambda: "some code")
 
     def hashes() -> list[str]:
         records.code_hash.cache_clear()
@@ -173,7 +171,7 @@ def test_the_hash_is_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for file in ("b/forward.py", "b/tuned.json", "a/README.md"):
             (tmp_path / file).write_text("x = 2\n")
         assert hashes() == first
-        library.write_bytes(b"compiled anew")
+        monkeypatch.setattr(records, "compiled_code", lambda: "other code")
         assert hashes()[0] == first[0]
         assert hashes()[1] != first[1]
         for file in ("launch.py", "a/forward.py", "a/tuned.json"):

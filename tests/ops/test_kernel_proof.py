@@ -262,3 +262,16 @@ def test_calls_of_a_kind_have_the_same_tiles(width: int, dtype: torch.dtype) -> 
             parts = [config.splits(1, c, t.full)[0] for c, t in zip(counts, tiles, strict=True)]
             forms.append((tiles, [part > 1 for part in parts]))
         assert forms[0] == forms[1], (S, of)
+
+
+@pytest.mark.parametrize(("steps", "fault"), [(1, ""), (3, "largest error")])
+def test_a_single_value_may_be_the_next_number(steps: int, fault: str) -> None:
+    """PyTorch's one value may be the nearest by chance: its error of 0 says nothing of others'."""
+    exact = torch.tensor(5.0150, dtype=torch.float64)
+    plain = exact.float()
+    ours = plain
+    for _ in range(steps):
+        ours = torch.nextafter(ours, torch.tensor(6.0))
+    found = kernel_proof._inexact(ours, plain, exact, 0.0)
+    assert found.startswith(fault)
+    assert bool(found) == bool(fault)
