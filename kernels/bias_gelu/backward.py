@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blip2fast.kernels.bias_gelu.config import TileConfig, backward_tile
-from blip2fast.kernels.bias_gelu.forward import normal_cdf
+from blip2fast.kernels.bias_gelu.forward import gelu_derivative
 from blip2fast.kernels.launch import FP_FUSION
 
 
@@ -29,6 +29,7 @@ def _bias_gelu_bwd_kernel(
     BLOCK_F: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SUM: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -43,8 +44,7 @@ def _bias_gelu_bwd_kernel(
         at = rows.to(tl.int64)[:, None] * F + columns[None, :]
         t = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32) + bias[None, :]
         dout = tl.load(dout_ptr + at, mask=there, other=0.0).to(tl.float32)
-        pdf = 0.3989422804014327 * tl.exp(-0.5 * t * t)
-        dx = dout * (normal_cdf(t) + t * pdf)
+        dx = dout * gelu_derivative(t, NARROW)
         tl.store(dx_ptr + at, dx, mask=there)
         if SUM:
             dbias += dx
@@ -81,6 +81,7 @@ def backward(
                 BLOCK_F=config.block_f,
                 HAS_BIAS=bias is not None,
                 SUM=needs_bias,
+                NARROW=x.dtype.itemsize == 2,
                 num_warps=config.num_warps,
                 enable_fp_fusion=FP_FUSION,
             )

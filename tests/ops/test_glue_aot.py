@@ -90,6 +90,7 @@ def compile_gelu(width: int, capability: int, backward: bool) -> Compiled:
         "BLOCK_R": TILE.block_r,
         "BLOCK_F": TILE.block_f,
         "HAS_BIAS": True,
+        "NARROW": True,
     }
     if backward:
         types |= {"dout_ptr": data, "dx_ptr": data, "sums_ptr": "*fp32"}

@@ -154,6 +154,25 @@ def test_gelu_is_as_exact_as_pytorch(R: int, width: int, dtype: torch.dtype) -> 
 
 
 @runs_kernels
+def test_gelu_of_every_16_bit_number_is_within_its_rounding() -> None:
+    """Far below 0 too, where `1 + erf` has nothing left; derivatives likewise."""
+    # fp16, whose numbers the interpreter computes like a GPU
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    x = x[x.isfinite()].reshape(-1, 8).to(DEVICE).requires_grad_()
+    out = bias_gelu(x, impl="triton")
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    t = x.detach().double()
+    cdf = 0.5 * torch.erfc(-t * 0.5**0.5)
+    pdf = torch.exp(-0.5 * t * t) / (2 * torch.pi) ** 0.5
+    step = torch.finfo(torch.float16).eps
+    for found, exact in ((out, t * cdf), (dx, cdf + t * pdf)):
+        error = (found.double() - exact).abs()
+        # half a step to the nearest number, and the formula's error; the least step is 2^-24
+        bound = (0.5 * step * exact.abs()).clamp(min=0.5 * 2.0**-24) + 2e-7
+        assert bool((error <= bound).all())
+
+
+@runs_kernels
 def test_few_programs_take_turns() -> None:
     """Backward passes in which a program has several blocks of rows, the last one not full."""
     from blip2fast.kernels.bias_gelu import backward as gelu_backward
