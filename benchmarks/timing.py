@@ -163,6 +163,21 @@ def graph_sampler(calls: Sequence[Call]) -> Sampler:
     return Sampler(CudaEvents(), [graph.replay], len(calls), timed_by="graph replays")
 
 
+def issue_seconds(call: Call, rounds: int = 5) -> float:
+    """Seconds that the host takes to queue a call's work on the CUDA device, the least of several.
+
+    The device has nothing else to do, and what it does is not waited for.
+    """
+    taken = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return min(taken)
+
+
 def input_sets(input_bytes: int, device: torch.device) -> int:
     """How many input sets to rotate over: one on a CPU, more than the L2 cache holds on CUDA."""
     if device.type != "cuda":
