@@ -258,8 +258,9 @@ step_sweep() {
 step_profile() {
     built
     command -v ncu >/dev/null && [ -n "$gpu" ] || { say "profile: needs ncu and a GPU"; return 0; }
-    run profile "${most[profile]}" ncu --clock-control none --set detailed --csv --page details \
-        --kernel-name 'regex:itc|attention|norm|gelu|cross' --launch-count 40 \
+    run profile "${most[profile]}" ncu --clock-control none --set basic \
+        --section WarpStateStats --section InstructionStats --csv --page details --kernel-name \
+        'regex:itc|attention|norm|gelu|cross' --launch-count 40 \
         "$python" benchmarks/launches.py
     verdict profile $?
 }

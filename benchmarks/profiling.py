@@ -43,8 +43,22 @@ def shares(kernels: list[tuple[str, float]], total: float) -> dict[str, float]:
     return {kind: time / total for kind, time in sorted(taken.items(), key=lambda x: -x[1])}
 
 
-def step_shares(step: Callable[[], Any]) -> dict[str, float]:
-    """Profile one step on the CUDA device, after two that warm up."""
+def longest(kernels: list[tuple[str, float]], most: int = 40) -> dict[str, list[float]]:
+    """Launches and total time of the kernels that take longest, by name."""
+    taken: dict[str, list[float]] = {}
+    for name, time in kernels:
+        both = taken.setdefault(name[:120], [0, 0.0])
+        both[0] += 1
+        both[1] += time
+    return dict(sorted(taken.items(), key=lambda x: -x[1][1])[:most])
+
+
+def step_shares(step: Callable[[], Any]) -> dict[str, Any]:
+    """Profile one step on the CUDA device, after two that warm up.
+
+    Returns:
+        `shares` of the step's time, and `kernels_us`: launches and microseconds of the longest.
+    """
     for _ in range(2):
         step()
     torch.cuda.synchronize()
@@ -62,4 +76,4 @@ def step_shares(step: Callable[[], Any]) -> dict[str, float]:
         for event in profiled.events()
         if event.device_type.name == "CUDA"
     ]
-    return shares(kernels, total_us)
+    return {"shares": shares(kernels, total_us), "kernels_us": longest(kernels)}

@@ -236,6 +236,8 @@ def test_shares_name_kernels_and_gaps() -> None:
     found = profiling.shares(names, total=100.0)
     expected = {"gemm": 0.4, "gaps": 0.25, "attention": 0.2, "itc": 0.1, "rest": 0.05}
     assert found == pytest.approx(expected)
+    top = profiling.longest([*names, ("unknown", 50.0)], most=2)
+    assert top == {"unknown": [2, 55.0], "sm90_xmma_gemm_bf16": [1, 40.0]}
 
 
 @pytest.mark.slow
