@@ -7,6 +7,7 @@ from blip2fast._imports import lazy
 if TYPE_CHECKING:
     from blip2fast.data.caching import cache_images
     from blip2fast.data.feature_cache import FeatureCache, FeatureCacheWriter
+    from blip2fast.data.images import load_image
     from blip2fast.data.records import (
         CaptionRecord,
         QuestionRecord,
@@ -24,6 +25,7 @@ __all__ = [
     "QuestionRecord",
     "SequenceRecord",
     "cache_images",
+    "load_image",
     "read_captions",
     "read_questions",
     "read_sequences",
@@ -37,6 +39,7 @@ _NAMES = {
     "QuestionRecord": "records",
     "SequenceRecord": "records",
     "cache_images": "caching",
+    "load_image": "images",
     "read_captions": "records",
     "read_questions": "records",
     "read_sequences": "records",

@@ -45,7 +45,10 @@ def cache_images(
     missing = torch.tensor(writer.missing_rows, dtype=torch.long)
     with tqdm(total=len(keys), initial=len(keys) - len(missing), unit="image") as bar:
         for rows in missing.split(batch_size):
-            pixels = [transform(read_image(Path(images), keys[row])) for row in rows.tolist()]
+            pixels = [
+                transform(read_image(Path(images), keys[row], transform.least_side))
+                for row in rows.tolist()
+            ]
             features = encoder(torch.stack(pixels).to(device)).float().cpu()
             for row, feature in zip(rows.tolist(), features, strict=True):
                 writer.write(row, feature[None])

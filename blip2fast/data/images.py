@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor
 from blip2fast.data.batches import Batch
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.frozen.images import ImageTransform, read_image
+from blip2fast.frozen.pictures import load_image as load_image
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass
@@ -47,8 +52,11 @@ class FileImages:
         for key, index in zip(keys, batch.indices.tolist(), strict=True):
             # The fourth number separates this random stream from that of the caption choice.
             draws = np.random.default_rng([self.seed, batch.epoch, index, 2])
-            pixels.append(self.transform(read_image(self.folder, key), draws))
+            pixels.append(self.transform(self._read(key), draws))
         return {"images": torch.stack(pixels)}
+
+    def _read(self, key: str) -> Image.Image:
+        return read_image(self.folder, key, self.transform.least_side)
 
     def check(self, keys: set[str]) -> None:
         """Raise `ValueError` for keys that do not exist, before training starts."""

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from blip2fast._imports import needs
+from blip2fast.frozen.pictures import load_image, to_rgb
 
 with needs("read images", "PIL"):
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
 # CLIP's statistics, which BLIP-2's encoders use; per channel, for pixels in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -42,13 +43,21 @@ class ImageTransform:
     std: tuple[float, float, float] = CLIP_STD
     augment: bool = False
 
+    @property
+    def least_side(self) -> int:
+        """The shorter side from which a larger picture may be decoded (`load_image`), in pixels.
+
+        Twice what the resized image shows, of the smallest crop.
+        """
+        return self.size * (4 if self.augment else 2)
+
     def __call__(self, image: Image.Image, draws: np.random.Generator | None = None) -> Tensor:
         """Transform one image; `draws` is needed with `augment`.
 
         Raises:
             ValueError: `augment` without a generator.
         """
-        image = image.convert("RGB")
+        image = to_rgb(image)
         box = None
         if self.augment:
             if draws is None:
@@ -81,23 +90,21 @@ def transform_for(encoder: str, size: int, augment: bool = False) -> ImageTransf
     return ImageTransform(size, tuple(mean), tuple(std), augment)
 
 
-def read_image(folder: Path, key: str) -> Image.Image:
-    """Open `folder/key`.
+def read_image(folder: Path, key: str, least: int | None = None) -> Image.Image:
+    """Read `folder/key` as `load_image` does. Links are followed, wherever they point.
+
+    Args:
+        folder: Of the images.
+        key: Path in it.
+        least: As in `load_image`.
 
     Raises:
-        ValueError: not found, outside the folder, or not an image.
+        ValueError: Not found, outside the folder, or not an image.
     """
-    path = folder / key
-    if not path.resolve().is_relative_to(folder.resolve()):
+    path = PurePath(key)
+    if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"image {key!r} lies outside {folder}")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except FileNotFoundError:
-        raise ValueError(f"image {key!r}: no such file in {folder}") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"image {key!r} in {folder} cannot be read: {error}") from error
+    return load_image(folder / key, least=least)
 
 
 def _random_crop(

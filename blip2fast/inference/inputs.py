@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blip2fast._imports import needs
-from blip2fast.frozen.images import read_image
+from blip2fast.frozen.pictures import load_image
 
 with needs("read images", "PIL"):
     from PIL import Image
@@ -147,8 +147,7 @@ def to_pixels(image: OneImage, transform: Transform) -> Tensor:
         ValueError: an unreadable file, or an array of an unsupported shape or dtype.
     """
     if isinstance(image, str | Path):
-        path = Path(image)
-        return transform(read_image(path.parent, path.name))
+        return transform(load_image(image))
     if isinstance(image, Image.Image):
         return transform(image)
     if not isinstance(image, np.ndarray | Tensor):

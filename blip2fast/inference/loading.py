@@ -30,6 +30,7 @@ from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.image_encoders import load_image_encoder
 from blip2fast.frozen.images import transform_for
 from blip2fast.frozen.language_models import load_language_model
+from blip2fast.frozen.pictures import to_rgb
 from blip2fast.inference.inputs import Transform
 from blip2fast.offload.loading import load_streamed
 from blip2fast.offload.streaming import stream_blocks, stream_of
@@ -239,7 +240,7 @@ def _transformers(
     model = Blip2Stage2.from_transformers(whole).eval()
 
     def transform(image: Image.Image) -> Tensor:
-        pixels: Tensor = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        pixels: Tensor = processor(images=to_rgb(image), return_tensors="pt")["pixel_values"]
         return pixels[0]
 
     if offload == "stream":

@@ -225,8 +225,8 @@ def test_bad_image_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "images" / "text.png").write_text("not an image")
     (tmp_path / "secret.png").write_text("outside")
     for key, message in (
-        ("none.png", "'none.png': no such file in"),
-        ("text.png", "'text.png' in .* cannot be read"),
+        ("none.png", "images/none.png: no such file"),
+        ("text.png", "images/text.png: is not a picture"),
         ("../secret.png", "lies outside"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -54,7 +54,7 @@ CASES: dict[str, tuple[Callable[[Blip2], Any], str]] = {
     ),
     "size": (lambda m: m.caption(torch.zeros(3, 8, 8)), r"expected \(B, \*\(3, 16, 16\)\)"),
     "embeds": (lambda m: m.caption(image_embeds=torch.zeros(4)), r"image_embeds has shape \(4,\)"),
-    "missing file": (lambda m: m.caption("no/such.png"), "image 'such.png': no such file in no"),
+    "missing file": (lambda m: m.caption("no/such.png"), "image no/such.png: no such file"),
     "no questions": (lambda m: m.answer(ONE, []), "no questions: a list of them is empty"),
     "empty question": (lambda m: m.answer(ONE, [" "]), "the question ' ' is empty"),
     "counts": (
@@ -91,7 +91,7 @@ def test_refuses(blip2: Blip2, case: str) -> None:
 
 def test_refuses_a_file_that_is_no_image(blip2: Blip2, tmp_path: Path) -> None:
     (tmp_path / "it.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"image 'it\.png' in .* cannot be read"):
+    with pytest.raises(ValueError, match=r"image .*it\.png: is not a picture"):
         blip2.caption([ONE, tmp_path / "it.png"])
 
 
@@ -173,5 +173,5 @@ def test_the_command_writes_a_line_for_each_image(
     assert capsys.readouterr().out == f"{paths[0]}\t{want[0]}\n{paths[1]}\t{want[1]}\n"
     main(["caption", paths[0], "--model", str(run), "--question", "colour ?"])
     assert capsys.readouterr().out == f"{paths[0]}\t{blip2.answer(paths[0], 'colour ?')}\n"
-    with pytest.raises(SystemExit, match=r"error: image '9\.png': no such file"):
+    with pytest.raises(SystemExit, match=r"error: image .*9\.png: no such file"):
         main(["caption", str(tmp_path / "9.png"), "--model", str(run)])
