@@ -19,7 +19,15 @@ from pathlib import Path
 
 import training_tables
 from results import ResultFile, newest, reduce
-from tables import HEADLINES, headlines, short_table, suite_table
+from tables import (
+    GPU_HEADLINES,
+    HEADLINES,
+    headlines,
+    records_table,
+    short_table,
+    suite_table,
+    sweep_table,
+)
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,8 +35,10 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "docs" / "ablations.md",
+    ROOT / "docs" / "kernels.md",
     ROOT / "docs" / "precision.md",
 )
+PROVEN = ROOT / "blip2fast" / "ops" / "proven_kernels.json"
 BLOCK = re.compile(r"(<!-- (\w+): generated[^>]*-->\n).*?(<!-- /\2 -->)", flags=re.DOTALL)
 # the newest `results/DATE_NAME.json` of each makes a table
 TRAINING = {
@@ -44,9 +54,22 @@ def block_text(name: str) -> str:
     if name in TRAINING:
         found = sorted(RESULTS.glob(f"????-??-??_{name}.json"))
         return TRAINING[name](json.loads(found[-1].read_text())) if found else "No result yet."
-    if name == "headlines":
-        suites = {suite: newest(RESULTS.glob("*.json"), suite)[:1] for suite, *_ in HEADLINES}
-        return headlines({suite: found[0] for suite, found in suites.items() if found})
+    if name in ("headlines", "gpu_headlines"):
+        rows = HEADLINES if name == "headlines" else GPU_HEADLINES
+        suites = {
+            suite: [
+                f
+                for f in newest(RESULTS.glob("*.json"), suite)
+                if f.on_gpu == (rows is not HEADLINES)
+            ]
+            for suite, *_ in rows
+        }
+        return headlines({suite: found[0] for suite, found in suites.items() if found}, rows)
+    if name == "sweep":
+        found = sorted(RESULTS.glob("????-??-??_sweep_*.json"))
+        return sweep_table(json.loads(found[-1].read_text())) if found else "No result yet."
+    if name == "proven_kernels":
+        return records_table(json.loads(PROVEN.read_text())["records"])
     files = newest(RESULTS.glob("*.json"), name)
     return "\n\n".join(suite_table(file) for file in files) or "No result yet."
 

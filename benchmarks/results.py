@@ -37,6 +37,11 @@ class ResultFile:
     cells: dict[str, dict[str, Any]]
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether the device was a GPU."""
+        return bool(self.runs[0]["device"] != self.runs[0]["processor"])
+
+    @property
     def path(self) -> Path:
         """Where it is kept."""
         return RESULTS / f"{self.date}_{self.suite}_{self.machine}.json"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from results import ResultFile
@@ -204,6 +204,44 @@ def _conditions(file: ResultFile) -> str:
     return "\n".join(lines)
 
 
+def sweep_table(sweep: Mapping[str, Any]) -> str:
+    """The quickest configuration of each kernel that a sweep timed, and what the formula gave."""
+    lines = [
+        "| kernel, bf16 | dropout | floor | quickest | of floor | by formula | configuration |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    cells: dict[tuple[str, float], dict[str, Mapping[str, Any]]] = {}
+    for row in sweep["rows"]:
+        if row.get("agrees"):
+            cells.setdefault((row["case"], row["dropout"]), {})[row["configuration"]] = row
+    for (case, dropout), found in cells.items():
+        best = min(found.values(), key=lambda row: row["median_s"])
+        formula = found.get("default", {}).get("median_s")
+        lines.append(
+            f"| {case} | {dropout:g} | {seconds(best['floor_s'])} | {seconds(best['median_s'])} "
+            f"| {100 * best['of_floor']:.0f} % | {seconds(formula) if formula else ''} "
+            f"| {best['configuration']} |"
+        )
+    run = sweep["conditions"]
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    lines += ["", f"{run['device']}, {run['date']}; {versions}; commit {run['commit'][:8]}."]
+    return "\n".join(lines)
+
+
+def records_table(records: Iterable[Mapping[str, Any]]) -> str:
+    """Kinds of calls whose kernels passed the check on a card."""
+    lines = ["| op, backend | kind | ours | instead | |", "|---|---|---:|---|---:|"]
+    cards: dict[str, None] = {}
+    for record in records:
+        ours, rival = (seconds(record[name] * 1e-6) for name in ("ours_us", "rival_us"))
+        lines.append(
+            f"| {record['op']}, {record['backend']} | {record['kind']} | {ours} "
+            f"| {record['rival']} | {rival} |"
+        )
+        cards[f"{record['card']}, torch {record['torch']}, triton {record['triton']}"] = None
+    return "\n".join([*lines, "", "; ".join(cards) + "."]) if cards else "None yet."
+
+
 def short_table(files: Iterable[ResultFile]) -> str:
     """A line for each benchmark: our best time, its share of the floor, the best rival's factor.
 
@@ -252,16 +290,44 @@ HEADLINES = (
 )
 
 
-def headlines(files: Mapping[str, ResultFile]) -> str:
+# the same on a GPU
+GPU_HEADLINES = (
+    *(
+        (
+            "stage1_step",
+            f"step[vit_g_b{batch}_{dropout}cuda-bf16]",
+            f"stage-1 step, {batch} pairs, bf16{', dropout' if dropout else ''}",
+            "blip2fast",
+            rival,
+        )
+        for batch, dropout in ((256, ""), (256, "dropout_"), (64, "dropout_"))
+        for rival in ("textbook", "blip2fast, no kernels")
+    ),
+    *(
+        (
+            "itc",
+            f"itc[n{pairs}-bf16-train]",
+            f"ITC with gradients, {pairs:,} pairs, bf16",
+            "blip2fast auto",
+            "torch matmul, amax",
+        )
+        for pairs in (1680, 4096, 16_384)
+    ),
+)
+
+
+def headlines(files: Mapping[str, ResultFile], rows: Sequence[tuple[str, ...]] = HEADLINES) -> str:
     """A few rows of one machine's suites, each against the rival that its users have today."""
     lines = [
         "| | blip2fast | peak | rival | | peak | times faster |",
         "|---|---:|---:|---|---:|---:|---:|",
     ]
-    for suite, cell, title, ours, rival in HEADLINES:
+    for suite, cell, title, ours, rival in rows:
         if suite in files and cell in files[suite].cells:
             found = files[suite].cells[cell]["contenders"]
-            us, them = found[ours], found[rival]
+            us, them = found.get(ours, {}), found.get(rival, {})
+            if not us.keys() & them.keys() >= {"median_s"}:
+                continue
             lines.append(
                 f"| {title} | {seconds(us['median_s'])} | {us['peak_bytes'] / 1e6:,.0f} MB "
                 f"| {rival} | {seconds(them['median_s'])} | {them['peak_bytes'] / 1e6:,.0f} MB "

@@ -226,3 +226,30 @@ def test_headlines_name_both_and_leave_out_what_was_not_run() -> None:
     lines = tables.headlines({"itc": file}).splitlines()
     assert len(lines) == 3
     assert "500 ms | 2 MB | torch matmul, amax | 1.00 s | 2 MB | 2.00 |" in lines[2]
+
+
+def test_headlines_leave_out_what_has_no_time() -> None:
+    file = result(raw("itc[n1680-bf16-train]", "2026-01-02", {"blip2fast auto": 0.5}))
+    assert len(tables.headlines({"itc": file}, tables.GPU_HEADLINES).splitlines()) == 2
+
+
+def test_a_sweep_shows_the_quickest_of_those_that_agree() -> None:
+    row = {"case": "gelu", "dropout": 0.0, "floor_s": 1e-4, "agrees": True}
+    rows = [
+        row | {"configuration": "default", "median_s": 2e-4, "of_floor": 0.5},
+        row | {"configuration": "wide", "median_s": 1.25e-4, "of_floor": 0.8},
+        row | {"configuration": "wrong", "median_s": 1e-4, "of_floor": 1.0, "agrees": False},
+    ]
+    run = {"device": "A card", "date": "2026-01-02", "versions": {"torch": "2"}, "commit": "abc"}
+    lines = tables.sweep_table({"rows": rows, "conditions": run}).splitlines()
+    assert lines[2] == "| gelu | 0 | 100 µs | 125 µs | 80 % | 200 µs | wide |"
+    assert lines[-1] == "A card, 2026-01-02; torch 2; commit abc."
+
+
+def test_records_name_kind_and_rival() -> None:
+    record = {"op": "bias_gelu", "backend": "triton", "kind": "dtype=bf16", "ours_us": 200.0}
+    record |= {"rival": "pytorch", "rival_us": 330.0, "card": "A card", "torch": "2", "triton": "3"}
+    lines = tables.records_table([record]).splitlines()
+    assert lines[2] == "| bias_gelu, triton | dtype=bf16 | 200 µs | pytorch | 330 µs |"
+    assert lines[-1] == "A card, torch 2, triton 3."
+    assert tables.records_table([]) == "None yet."
