@@ -4,7 +4,7 @@ blip2fast plan --config configs/vitg_opt6.7b_stage2.yaml --processes 8 --device-
 blip2fast storage-loss --config configs/scenes_stage2.yaml --storage int4 --batches 8
 blip2fast caption --model runs/scenes/stage2 one.png two.png
 blip2fast check-kernels
-blip2fast cache-features --images DIR --records FILE --encoder PATH --out DIR
+blip2fast features --images DIR --records FILE --encoder PATH --out DIR
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loss.add_argument("--batches", type=_positive, default=4)
     _add_caption(commands)
     _add_check_kernels(commands)
-    _add_cache_features(commands)
+    _add_features(commands)
     given = parser.parse_args(arguments)
     run = {
         "plan": _plan,
         "storage-loss": _storage_loss,
         "caption": _caption,
         "check-kernels": _check_kernels,
-        "cache-features": _cache_features,
+        "features": _features,
     }[given.command]
 
     import transformers
@@ -99,9 +99,9 @@ def _add_check_kernels(commands: argparse._SubParsersAction[argparse.ArgumentPar
     check.add_argument("--out", metavar="FILE", help="write what is known as JSON, too")
 
 
-def _add_cache_features(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     cache = commands.add_parser(
-        "cache-features",
+        "features",
         help="compute a feature cache from a folder of images",
         description="Encode the images that the records name, in sorted order, each once. An "
         "interrupted run continues where it stopped when the same command is given again.",
@@ -117,6 +117,8 @@ def _add_cache_features(commands: argparse._SubParsersAction[argparse.ArgumentPa
     cache.add_argument("--layer", type=_positive, help="blocks to run; default: BLIP-2's choice")
     cache.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="bfloat16")
     cache.add_argument("--batch-size", type=_positive, default=32)
+    cache.add_argument("--workers", type=int, default=0, help="processes that read the images")
+    cache.add_argument("--overwrite", action="store_true", help="replace a cache that is there")
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -198,7 +200,7 @@ def _caption(given: argparse.Namespace) -> str:
     return "\n".join(f"{path}\t{text}" for path, text in pairs)
 
 
-def _cache_features(given: argparse.Namespace) -> str:
+def _features(given: argparse.Namespace) -> str:
     import torch
 
     from blip2fast.data.caching import cache_images
@@ -217,6 +219,8 @@ def _cache_features(given: argparse.Namespace) -> str:
         name=given.encoder,
         dtype=given.dtype,
         batch_size=given.batch_size,
+        workers=given.workers,
+        overwrite=given.overwrite,
     )
     return (
         f"{cache.path}: {cache.num_images} images of {cache.num_tokens} tokens x {cache.width}, "

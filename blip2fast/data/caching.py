@@ -1,16 +1,18 @@
-"""Compute a feature cache from a folder of images (`blip2fast cache-features`)."""
+"""Compute a feature cache from a folder of images (`blip2fast features`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from blip2fast.data.feature_cache import CacheDtype, FeatureCache
+from blip2fast.data.feature_cache import CacheDtype, FeatureCache, WhenThere
 from blip2fast.frozen.image_encoders import FrozenImageEncoder
-from blip2fast.frozen.images import read_image, transform_for
+from blip2fast.frozen.images import ImageTransform, read_image, transform_for
 
 
 def cache_images(
@@ -22,6 +24,8 @@ def cache_images(
     name: str,
     dtype: CacheDtype = "bfloat16",
     batch_size: int = 32,
+    workers: int = 0,
+    overwrite: bool = False,
 ) -> FeatureCache:
     """Encode `images/key` for every key into a feature cache; resumes an interrupted write.
 
@@ -33,25 +37,49 @@ def cache_images(
         name: the encoder's checkpoint, from which the normalisation mean and std are read.
         dtype: storage type of the features.
         batch_size: images per forward pass.
+        workers: processes that read and transform images; 0: this one.
+        overwrite: replace a cache at `out`, finished or not.
 
     Raises:
-        ValueError: an unreadable image, or a finished cache already at `out`.
+        ValueError: an unreadable image, a finished cache already at `out`, another process that
+            writes it, or a disk without room for it.
     """
     transform = transform_for(name, encoder.image_size)
     device = next(encoder.parameters()).device
-    writer = FeatureCache.create(
-        out, keys, encoder.num_tokens, encoder.width, dtype, encoder.identity, "resume"
-    )
-    missing = torch.tensor(writer.missing_rows, dtype=torch.long)
-    with tqdm(total=len(keys), initial=len(keys) - len(missing), unit="image") as bar:
-        for rows in missing.split(batch_size):
-            pixels = [
-                transform(read_image(Path(images), keys[row], transform.least_side))
-                for row in rows.tolist()
-            ]
-            features = encoder(torch.stack(pixels).to(device)).float().cpu()
-            for row, feature in zip(rows.tolist(), features, strict=True):
-                writer.write(row, feature[None])
-            bar.update(len(rows))
-    writer.close()
+    when_there: WhenThere = "replace" if overwrite else "resume"
+    with FeatureCache.create(
+        out, keys, encoder.num_tokens, encoder.width, dtype, encoder.identity, when_there
+    ) as writer:
+        missing = writer.missing_rows
+        print(f"{out}: {writer.nbytes / 1e9:,.2f} GB, {len(missing):,} images to encode")
+        loader = DataLoader(
+            _Pixels(Path(images), keys, missing, transform),
+            batch_size,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+        )
+        with tqdm(total=len(keys), initial=len(keys) - len(missing), unit="image") as bar:
+            for rows, pixels in loader:
+                features = encoder(pixels.to(device, non_blocking=True)).float().cpu()
+                for row, feature in zip(rows.tolist(), features, strict=True):
+                    writer.write(row, feature[None])
+                bar.update(len(rows))
     return FeatureCache(out)
+
+
+@dataclass(frozen=True)
+class _Pixels(Dataset[tuple[int, Tensor]]):
+    """Row numbers and transformed images [3, h, w] of the rows that are missing."""
+
+    folder: Path
+    keys: Sequence[str]
+    rows: Sequence[int]
+    transform: ImageTransform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> tuple[int, Tensor]:
+        row = self.rows[place]
+        image = read_image(self.folder, self.keys[row], self.transform.least_side)
+        return row, self.transform(image)

@@ -7,17 +7,20 @@ temporary name and renamed once every row is written, so a folder with the final
 Legend: n images, S image tokens, E image token width.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from blip2fast.data import manifest
@@ -71,7 +74,7 @@ class FeatureCache:
             hint = (
                 f"; {_partial(self.path)} is a half-written one: finish or delete it"
                 if _partial(self.path).exists()
-                else "; build it with `blip2fast cache-features`"
+                else "; build it with `blip2fast features`"
             )
             raise ValueError(f"no feature cache at {self.path}{hint}")
         stated = _read_json(manifest_path)
@@ -128,7 +131,8 @@ class FeatureCache:
                 encoder must match) or replaced; a finished cache is refused unless replaced.
 
         Raises:
-            ValueError: invalid sizes, duplicate keys, or a cache already at `path`.
+            ValueError: invalid sizes, duplicate keys, a cache already at `path`, another process
+                that writes it, or a disk without room for it.
         """
         return FeatureCacheWriter(path, keys, num_tokens, width, dtype, encoder_id, when_there)
 
@@ -176,6 +180,9 @@ class FeatureCacheWriter:
 
     Use it as a context manager: a clean exit calls `close`; after an exception the partial folder
     remains and can be resumed. Created by `FeatureCache.create`.
+
+    Attributes:
+        nbytes: size on disk, which is reserved at the start.
     """
 
     def __init__(
@@ -205,20 +212,32 @@ class FeatureCacheWriter:
         }
         if encoder is not None:
             self._plan["encoder"] = asdict(encoder)
-        resuming = self._clear(when_there)
-        mode: Literal["r+", "w+"] = "r+" if resuming else "w+"
         n = len(self.keys)
         shape = (n, num_tokens, width)
-        self._features = _map(self._partial / _FEATURES, _NUMPY_DTYPE[dtype], shape, mode)
-        self._scales = (
-            _map(self._partial / _SCALES, np.float32, shape[:2], mode) if dtype == "int8" else None
-        )
-        self._errors = _map(self._partial / _ERRORS, np.float64, (n, 2), mode)
-        self._written = _map(self._partial / _WRITTEN, np.bool_, (n,), mode)
-        if not resuming:
-            # Written last: a partial folder without a plan cannot be resumed.
-            _write_json(self._partial / _KEYS, self.keys)
-            _write_json(self._partial / "plan.json", self._plan)
+        files: dict[str, tuple[Any, tuple[int, ...]]] = {
+            _FEATURES: (_NUMPY_DTYPE[dtype], shape),
+            _ERRORS: (np.float64, (n, 2)),
+            _WRITTEN: (np.bool_, (n,)),
+        }
+        if dtype == "int8":
+            files[_SCALES] = (np.float32, shape[:2])
+        sizes = {
+            name: int(np.prod(s)) * np.dtype(kind).itemsize for name, (kind, s) in files.items()
+        }
+        self.nbytes = sum(sizes.values())
+        self._lock = self._acquire()
+        try:
+            if not self._clear(when_there):
+                self._reserve(sizes)
+                # Written last: a partial folder without a plan cannot be resumed.
+                _write_json(self._partial / _KEYS, self.keys)
+                _write_json(self._partial / "plan.json", self._plan)
+        except BaseException:
+            self._release()
+            raise
+        arrays = {name: _map(self._partial / name, *files[name], "r+") for name in files}
+        self._features, self._scales = arrays[_FEATURES], arrays.get(_SCALES)
+        self._errors, self._written = arrays[_ERRORS], arrays[_WRITTEN]
 
     def _check(self) -> None:
         if not self.keys:
@@ -232,6 +251,45 @@ class FeatureCacheWriter:
             )
         if self.dtype not in get_args(CacheDtype):
             raise ValueError(f"dtype={self.dtype!r}; one of {', '.join(get_args(CacheDtype))}")
+
+    def _acquire(self) -> FileLock:
+        """The lock of the process that writes; the system releases it when that dies."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # one for all writers of a process: what an earlier one left it may resume or replace
+        lock = FileLock(self.path.with_name(self.path.name + ".lock"), is_singleton=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"{self.path}: another process is writing it; wait for its end"
+            ) from None
+        return lock
+
+    def _release(self) -> None:
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release(force=True)
+
+    def _reserve(self, sizes: Mapping[str, int]) -> None:
+        """Take the disk space: writing to a mapped file on a full disk would end the process."""
+        free = shutil.disk_usage(self._partial).free
+        try:
+            if self.nbytes > free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            for name, size in sizes.items():
+                with (self._partial / name).open("wb") as file:
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, size)
+                    else:
+                        file.truncate(size)
+        except OSError as error:
+            shutil.rmtree(self._partial)
+            if error.errno != errno.ENOSPC:
+                raise
+            raise ValueError(
+                f"{self.path}: {_gigabytes(self.nbytes)} for {len(self.keys):,} images of "
+                f"{self.num_tokens} tokens x {self.width} in {self.dtype}, and "
+                f"{_gigabytes(free)} are free on the disk"
+            ) from None
 
     def _clear(self, when_there: WhenThere) -> bool:
         """Prepare the partial folder; returns True if an earlier write is resumed."""
@@ -333,6 +391,7 @@ class FeatureCacheWriter:
         manifest.rename_folder(self._partial, self.path)
         for name in (_ERRORS, _WRITTEN, "plan.json"):
             (self.path / name).unlink()
+        self._release()
 
     def __enter__(self) -> "FeatureCacheWriter":
         return self
@@ -340,6 +399,8 @@ class FeatureCacheWriter:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self.close()
+        else:
+            self._release()
 
 
 def _partial(path: Path) -> Path:
@@ -350,16 +411,19 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.3f} MB"
+
+
 def _map(
-    path: Path, dtype: Any, shape: tuple[int, ...], mode: Literal["r", "r+", "w+"] = "r"
+    path: Path, dtype: Any, shape: tuple[int, ...], mode: Literal["r", "r+"] = "r"
 ) -> "np.memmap[Any, np.dtype[Any]]":
     """Memory-map a file that must hold exactly `shape` elements."""
-    if mode != "w+":
-        expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        found = path.stat().st_size if path.is_file() else 0
-        if found != expected:
-            raise ValueError(
-                f"{path} has {found} bytes, but the manifest's shape {shape} needs {expected}; "
-                "the cache is cut short or mixed up: write it again"
-            )
+    expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    found = path.stat().st_size if path.is_file() else 0
+    if found != expected:
+        raise ValueError(
+            f"{path} has {found} bytes, but the manifest's shape {shape} needs {expected}; "
+            "the cache is cut short or mixed up: write it again"
+        )
     return np.memmap(path, dtype=dtype, mode=mode, shape=shape)

@@ -82,7 +82,7 @@ def _path_faults(config: RunConfig) -> list[str]:
         if (value := getattr(data, name)) is not None and not Path(value).is_file()
     ]
     faults += [
-        f"data.{name} {value!r}: no feature cache; build it with `blip2fast cache-features`"
+        f"data.{name} {value!r}: no feature cache; build it with `blip2fast features`"
         for name in ("features", "eval_features")
         if (value := getattr(data, name)) is not None and not Path(value, "manifest.json").is_file()
     ]

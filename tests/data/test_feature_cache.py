@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from blip2fast.data import feature_cache
 from blip2fast.data.feature_cache import FeatureCache
 
 N, S, E = 5, 3, 8
@@ -220,3 +221,57 @@ def test_bad_input_names_the_values(tmp_path: Path) -> None:
         cache.row("x.png")
     with pytest.raises(ValueError, match=r"rows 0\.\.5 asked"):
         cache.read([0, 5])
+
+
+def test_a_disk_without_room_is_an_error_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a bus error in the middle: what is free is looked at, then reserved."""
+    named = r"c: 0\.001 MB for 5 images of 3 tokens x 8 in float32, and .* are free on the disk"
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(feature_cache.shutil, "disk_usage", lambda _: usage._replace(free=100))
+        with pytest.raises(ValueError, match=named):
+            _write(tmp_path / "c")
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(ValueError, match=named):
+            _write(tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+    with FeatureCache.create(tmp_path / "c", _keys(), S, E) as writer:
+        reserved = sum(file.stat().st_blocks * 512 for file in writer._partial.iterdir())
+        assert reserved >= writer.nbytes
+        writer.write(0, _features())
+
+
+def test_one_process_writes_a_cache(tmp_path: Path) -> None:
+    """A second is refused; a lock of a dead process holds nobody up."""
+    with FeatureCache.create(tmp_path / "c", _keys(), S, E) as writer:
+        assert _in_another_process(tmp_path / "c") == "c: another process is writing it"
+        writer.write(0, _features())
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert _in_another_process(tmp_path / "d") == "started"
+    assert (tmp_path / "d.lock").exists()
+    with FeatureCache.create(tmp_path / "d", _keys(), S, E, when_there="resume") as writer:
+        writer.write(0, _features())
+    assert len(FeatureCache(tmp_path / "d")) == N
+
+
+def _in_another_process(path: Path) -> str:
+    """Start to write a cache, and die: how far that came."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            FeatureCache.create(path, _keys(), S, E, when_there="replace")
+            said = "started"
+        except ValueError as error:
+            said = str(error).removeprefix(f"{path.parent}/").partition(";")[0]
+        os.write(write, said.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    return os.read(read, 1000).decode()

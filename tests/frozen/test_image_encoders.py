@@ -260,7 +260,7 @@ def test_the_cache_command_writes_the_encoders_tokens(
 ) -> None:
     main(
         [
-            "cache-features",
+            "features",
             *_arguments(photos, tmp_path / "cache"),
             "--dtype",
             "float32",
@@ -276,7 +276,11 @@ def test_the_cache_command_writes_the_encoders_tokens(
         image = ImageTransform(SIZE)(read_image(photos / "images", key))
         torch.testing.assert_close(cache.read([cache.row(key)]), encoder(image[None]))
     with pytest.raises(SystemExit, match=r"error: .*cache exists; delete it"):
-        main(["cache-features", *_arguments(photos, tmp_path / "cache")])
+        main(["features", *_arguments(photos, tmp_path / "cache")])
+    options = ["--dtype", "float32", "--batch-size", "3", "--workers", "2", "--overwrite"]
+    main(["features", *_arguments(photos, tmp_path / "cache"), *options])
+    again = FeatureCache(tmp_path / "cache")
+    torch.testing.assert_close(again.read(range(8)), cache.read(range(8)), rtol=0, atol=0)
 
 
 def test_an_interrupted_cache_is_finished_and_not_computed_again(
