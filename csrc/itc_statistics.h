@@ -10,6 +10,8 @@ namespace blip2fast {
 constexpr int kStatisticsThreads = 128;
 constexpr uint32_t kNoiseTag = 0x49544300;  // kernels/itc/noise.py
 constexpr int kNowhere = 0x7FFFFFFF;
+// similarities are loaded this many steps at a time, so that their latencies overlap
+constexpr int kLoads = 4;
 
 // A word as a draw from the standard Gumbel distribution.
 BLIP2FAST_DEVICE float gumbel(uint32_t word) {
@@ -84,6 +86,12 @@ BLIP2FAST_DEVICE Noise pair_noise(const ItcSweep& p, PhiloxKey philox, int64_t i
   return {{gumbel(words.word[of_column ? 2 : 0]), gumbel(words.word[of_column ? 3 : 1])}};
 }
 
+// Similarities with texts `text` and `text + 1`; zeros beyond the last.
+BLIP2FAST_DEVICE void load_pair(const float* sim, int64_t text, int64_t texts, float (&pair)[2]) {
+  BLIP2FAST_UNROLL
+  for (int e = 0; e < 2; ++e) pair[e] = text + e < texts ? sim[text + e] : 0.0f;
+}
+
 // One warp a row; a lane takes two neighbouring texts at a time.
 static BLIP2FAST_KERNEL(kStatisticsThreads, 4) itc_rows_kernel(const ItcSweep p) {
   const int lane = thread_index() % 32;
@@ -93,14 +101,22 @@ static BLIP2FAST_KERNEL(kStatisticsThreads, 4) itc_rows_kernel(const ItcSweep p)
   const PhiloxKey philox = p.philox == nullptr ? PhiloxKey{} : philox_key(p.philox);
   const float temp = *p.temp;
   Statistics statistics;
-  for (int64_t text = 2 * lane; text < p.texts; text += 64) {
-    Noise noise = {{-kInfinity, -kInfinity}};
-    if (p.philox != nullptr) noise = pair_noise(p, philox, image, text, false);
+  for (int64_t begin = 2 * lane; begin < p.texts; begin += 64 * kLoads) {
+    float values[kLoads][2];
     BLIP2FAST_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      if (text + e < p.texts)
-        statistics.add(sim[text + e] / temp, is_positive(p, image, text + e), noise.of[e],
-                       static_cast<int>(text + e));
+    for (int i = 0; i < kLoads; ++i) load_pair(sim, begin + 64 * i, p.texts, values[i]);
+    BLIP2FAST_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      const int64_t text = begin + 64 * i;
+      if (text >= p.texts) break;
+      Noise noise = {{-kInfinity, -kInfinity}};
+      if (p.philox != nullptr) noise = pair_noise(p, philox, image, text, false);
+      BLIP2FAST_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        if (text + e < p.texts)
+          statistics.add(values[i][e] / temp, is_positive(p, image, text + e), noise.of[e],
+                         static_cast<int>(text + e));
+      }
     }
   }
   BLIP2FAST_UNROLL
@@ -131,15 +147,24 @@ static BLIP2FAST_KERNEL(kStatisticsThreads, 4) itc_columns_kernel(const ItcSweep
   const PhiloxKey philox = p.philox == nullptr ? PhiloxKey{} : philox_key(p.philox);
   const float temp = *p.temp;
   Statistics statistics[2];
-  for (int64_t image = first; image < last; ++image) {
-    const float* sim = p.sim + (image - p.begin) * p.texts;
-    Noise noise = {{-kInfinity, -kInfinity}};
-    if (p.philox != nullptr) noise = pair_noise(p, philox, image, text, true);
+  for (int64_t begin = first; begin < last; begin += kLoads) {
+    const float* sim = p.sim + (begin - p.begin) * p.texts;
+    float values[kLoads][2];
     BLIP2FAST_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      if (text + e < p.texts)
-        statistics[e].add(sim[text + e] / temp, is_positive(p, image, text + e), noise.of[e],
-                          static_cast<int>(image));
+    for (int i = 0; i < kLoads; ++i)
+      load_pair(sim + i * p.texts, text, begin + i < last ? p.texts : 0, values[i]);
+    BLIP2FAST_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      const int64_t image = begin + i;
+      if (image >= last) break;
+      Noise noise = {{-kInfinity, -kInfinity}};
+      if (p.philox != nullptr) noise = pair_noise(p, philox, image, text, true);
+      BLIP2FAST_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        if (text + e < p.texts)
+          statistics[e].add(values[i][e] / temp, is_positive(p, image, text + e), noise.of[e],
+                            static_cast<int>(image));
+      }
     }
   }
   BLIP2FAST_UNROLL
@@ -161,20 +186,27 @@ static BLIP2FAST_KERNEL(kStatisticsThreads, 4) itc_columns_kernel(const ItcSweep
 static BLIP2FAST_KERNEL(kStatisticsThreads, 4) itc_join_columns_kernel(const ItcSweep p) {
   const int64_t text = block_index() * kStatisticsThreads + thread_index();
   if (text >= p.texts) return;
+  const int64_t segments = (p.images + p.segment_rows - 1) / p.segment_rows;
   Statistics statistics;
-  for (int64_t segment = 0; segment * p.segment_rows < p.images; ++segment) {
-    const float* values = p.parts + segment * kItcStatistics * p.texts + text;
-    const int32_t* index = p.part_index + segment * 2 * p.texts + text;
-    Statistics part;
-    part.exponentials = values[0];
-    part.sum = values[p.texts];
-    part.positive_sum = values[2 * p.texts];
-    part.positive_count = values[3 * p.texts];
-    part.best = values[4 * p.texts];
-    part.key = values[5 * p.texts];
-    part.best_at = index[0];
-    part.key_at = index[p.texts];
-    statistics.join(part);
+  for (int64_t begin = 0; begin < segments; begin += kLoads) {
+    Statistics parts[kLoads];
+    BLIP2FAST_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      const int64_t segment = begin + i;
+      if (segment >= segments) break;
+      const float* values = p.parts + segment * kItcStatistics * p.texts + text;
+      const int32_t* index = p.part_index + segment * 2 * p.texts + text;
+      parts[i].exponentials = values[0];
+      parts[i].sum = values[p.texts];
+      parts[i].positive_sum = values[2 * p.texts];
+      parts[i].positive_count = values[3 * p.texts];
+      parts[i].best = values[4 * p.texts];
+      parts[i].key = values[5 * p.texts];
+      parts[i].best_at = index[0];
+      parts[i].key_at = index[p.texts];
+    }
+    BLIP2FAST_UNROLL
+    for (int i = 0; i < kLoads; ++i) statistics.join(parts[i]);
   }
   statistics.store(p.columns, p.column_index, p.texts, text, p.first_row);
 }
