@@ -55,7 +55,7 @@ TUNED = Tuned(
         "cross_backward/one_use": (*_CROSS, "uses"),
         "cross_backward/several_uses": (*_CROSS, "uses"),
     },
-    {"cross_backward/one_use": (2,), "cross_backward/several_uses": (2, 3)},
+    {"cross_backward/one_use": (1, 2), "cross_backward/several_uses": (1, 2, 3)},
 )
 
 
@@ -102,9 +102,10 @@ class CrossTiles(Tiles):
         tail: Keys of the tail tile; 0: none.
         interleaved: Whether further chunks of an image's rows are launched near its first chunk,
             not after the first chunks of all images, so that its keys are likelier still in cache.
-        uses: Backward, owners of images: the most blocks that read an image, each in a tile of rows
-            of its own, of which a program holds every dq (`cross_backward_images.py`); at most 4,
-            and 0 for tiles of an image's rows together.
+        uses: Backward: the most blocks that read an image, each in a tile of rows of its own, of
+            which the image's program holds every dq (`cross_backward_images.py`); at most 4. As the
+            last tile also for images with more, whose dq it computes first. 0: rows of all blocks
+            together.
     """
 
     full: bool = False

@@ -310,8 +310,8 @@ def cross_backward(
         q, kv, index, key_mask, scale, dropout_p, philox: As passed to `cross_forward`.
         out, lse: As returned by it.
         tiles: Override those of `config.py`: first for images whose rows fit one tile, in order of
-            increasing rows, and last for images whose rows fit none; with the same `block_n` if
-            keys are split, which they are not where a tile has `uses`.
+            increasing rows, and last for all other images; with the same `block_n` if keys are
+            split, which they are not where a tile has `uses`.
 
     Returns:
         `dq`, of the shape of `q`, and `dkv [B, S, 2, H, D]`, contiguous.
@@ -322,16 +322,20 @@ def cross_backward(
     if out.numel() == 0 or dkv.numel() == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dkv.zero_()
     *owners, chunked = tiles or cross_backward_tiles(q, kv, N)
+    owned = [(tiles, rows_owned(tiles, Q)) for tiles in owners]
+    if rows_owned(chunked, Q) and chunked.uses:
+        # its program takes any number of rows
+        owned.append((chunked, N * Q))
     if index is None:
         # every image has Q rows
-        owners = [tiles for tiles in owners if tiles.block_m >= Q][:1]
-    above = rows_owned(owners[-1], Q) if owners else -1
+        owned = [(tiles, rows) for tiles, rows in owned if rows >= Q][:1]
+    above = owned[-1][1] if owned else -1
     q, kv, dout = dense_width(q), dense_width(kv), dout.contiguous()
     row_programs = chunks(N, B, Q, chunked.block_m, index) * (H // chunked.heads)
-    first = owners[0] if owners else chunked
-    programs = B * (H // first.heads) if owners else row_programs
+    first = owned[0][0] if owned else chunked
+    programs = B * (H // first.heads) if owned else row_programs
     count, tiles_of_split = splits(programs, triton.cdiv(S, first.block_n), first.full)
-    if any(owner.uses for owner in owners):
+    if any(owner.uses for owner, _ in owned):
         count = 1
     shared = q.shape[0] != N
     # parts of dq, and contributions to shared queries, are summed before rounding
@@ -372,8 +376,7 @@ def cross_backward(
 
     with torch.cuda.device_of(q):
         below = -1
-        for owner in owners:
-            rows = rows_owned(owner, Q)
+        for owner, rows in owned:
             # no image has more rows than there are
             if below < N * Q:
                 if owner.uses:
@@ -381,7 +384,7 @@ def cross_backward(
                 else:
                     launch(owner, B * (H // owner.heads), below, rows, True)
             below = rows
-        if above < N * Q and not (owners and index is None):
+        if above < N * Q and not (owned and index is None):
             launch(chunked, row_programs, -1, above, False)
             options = constants(q, chunked, dropout_p, philox)
             del options["HEADS"]

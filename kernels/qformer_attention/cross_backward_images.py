@@ -2,8 +2,8 @@
 
 A tile of rows is one block that reads the image, one use of it, and up to four dq stay in registers
 while the program loops over the keys once: keys and values are read once and every weight is
-computed once, however many blocks read the image. Scores are computed with keys as rows, so that
-the products that sum over rows, dk and dv, take weights from the registers that hold them.
+computed once. With more uses it computes dq, then dk and dv. Scores are computed with keys as rows,
+so that the products that sum over rows take weights from the registers that hold them.
 """
 
 # mypy: allow-untyped-defs
@@ -23,6 +23,33 @@ def _block_of(use, order_ptr, HAS_INDEX: tl.constexpr):
     if HAS_INDEX:
         block = tl.load(order_ptr + use)
     return block.to(tl.int64)
+
+
+@triton.jit
+def _load_products(
+    q_ptr,
+    dout_ptr,
+    order_ptr,
+    use,
+    head,
+    Q,
+    stride_q_block,
+    stride_q_query,
+    stride_q_head,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+):
+    """A use's q and dout [BLOCK_M, BLOCK_D]."""
+    block = _block_of(use, order_ptr, HAS_INDEX)
+    query = tl.arange(0, BLOCK_M)
+    there = query < Q
+    q_at = block * stride_q_block + head.to(tl.int64) * stride_q_head
+    q = load_rows(q_ptr + q_at, query.to(tl.int64) * stride_q_query, there, D, BLOCK_D)
+    at = (block * Q * H + head) * D
+    return q, load_rows(dout_ptr + at, query * H * D, there, D, BLOCK_D)
 
 
 @triton.jit
@@ -46,14 +73,27 @@ def _load_use(
     HAS_INDEX: tl.constexpr,
 ):
     """Load a use's q and dout [BLOCK_M, BLOCK_D], and store its lse in base 2 and delta."""
+    q, dout = _load_products(
+        q_ptr,
+        dout_ptr,
+        order_ptr,
+        use,
+        head,
+        Q,
+        stride_q_block,
+        stride_q_query,
+        stride_q_head,
+        H,
+        D,
+        BLOCK_M,
+        BLOCK_D,
+        HAS_INDEX,
+    )
     block = _block_of(use, order_ptr, HAS_INDEX)
     query = tl.arange(0, BLOCK_M)
     there = query < Q
-    q_at = block * stride_q_block + head.to(tl.int64) * stride_q_head
-    q = load_rows(q_ptr + q_at, query.to(tl.int64) * stride_q_query, there, D, BLOCK_D)
     first = block * Q * H + head
     at = query * H
-    dout = load_rows(dout_ptr + first * D, at * D, there, D, BLOCK_D)
     out = load_rows(out_ptr + first * D, at * D, there, D, BLOCK_D)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     lse = load_lse(lse_ptr + first, at, there)
@@ -520,20 +560,175 @@ def _image_gradients(
 
 
 @triton.jit
-def _no_gradients(
+def _gradients_of_many_uses(
+    q_ptr,
+    kv_ptr,
+    dout_ptr,
+    out_ptr,
+    lse_ptr,
+    row_sums_ptr,
+    order_ptr,
+    key_mask_ptr,
+    philox_ptr,
+    dq_ptr,
     dkv_ptr,
     image,
+    first,
+    uses,
     head,
+    Q,
     S,
+    stride_q_block,
+    stride_q_query,
+    stride_q_head,
+    stride_image,
+    stride_token,
+    stride_kv,
+    stride_head,
+    scale,
+    keep_scale,
     H: tl.constexpr,
     D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """The gradients of an image that no block reads."""
-    nothing = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    """The gradients of an image that any number of blocks read: dq of each, then dk and dv."""
+    for use in tl.range(first, first + uses):
+        q, dout = _load_use(
+            q_ptr,
+            dout_ptr,
+            out_ptr,
+            lse_ptr,
+            row_sums_ptr,
+            order_ptr,
+            use,
+            head,
+            Q,
+            stride_q_block,
+            stride_q_query,
+            stride_q_head,
+            H,
+            D,
+            BLOCK_M,
+            BLOCK_D,
+            HAS_INDEX,
+        )
+        # what another thread stored is loaded below
+        tl.debug_barrier()
+        dq = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+        for c0 in tl.range(0, S, BLOCK_N):
+            dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            k, v, there = load_keys(
+                kv_ptr,
+                key_mask_ptr,
+                image,
+                c0,
+                head,
+                S,
+                stride_image,
+                stride_token,
+                stride_kv,
+                stride_head,
+                D,
+                BLOCK_N,
+                BLOCK_D,
+                HAS_MASK,
+                False,
+            )
+            dq, _, _ = _add_use(
+                k,
+                v,
+                there,
+                q,
+                dout,
+                dq,
+                dk,
+                dv,
+                row_sums_ptr,
+                order_ptr,
+                philox_ptr,
+                use,
+                head,
+                c0,
+                Q,
+                scale,
+                keep_scale,
+                H,
+                HAS_INDEX,
+                True,
+                THRESHOLD,
+                PRECISION,
+            )
+        _store_dq(dq_ptr, dq, order_ptr, use, head, Q, scale, H, D, HAS_INDEX)
     for c0 in tl.range(0, S, BLOCK_N):
-        store_key_gradients(dkv_ptr, image, c0, head, S, nothing, nothing, H, D, BLOCK_D)
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        k, v, there = load_keys(
+            kv_ptr,
+            key_mask_ptr,
+            image,
+            c0,
+            head,
+            S,
+            stride_image,
+            stride_token,
+            stride_kv,
+            stride_head,
+            D,
+            BLOCK_N,
+            BLOCK_D,
+            HAS_MASK,
+            False,
+        )
+        for use in tl.range(first, first + uses):
+            dq = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+            q, dout = _load_products(
+                q_ptr,
+                dout_ptr,
+                order_ptr,
+                use,
+                head,
+                Q,
+                stride_q_block,
+                stride_q_query,
+                stride_q_head,
+                H,
+                D,
+                BLOCK_M,
+                BLOCK_D,
+                HAS_INDEX,
+            )
+            _, dk, dv = _add_use(
+                k,
+                v,
+                there,
+                q,
+                dout,
+                dq,
+                dk,
+                dv,
+                row_sums_ptr,
+                order_ptr,
+                philox_ptr,
+                use,
+                head,
+                c0,
+                Q,
+                scale,
+                keep_scale,
+                H,
+                HAS_INDEX,
+                True,
+                THRESHOLD,
+                PRECISION,
+            )
+        store_key_gradients(dkv_ptr, image, c0, head, S, dk * scale, dv, H, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["Q", "S", "below", "above"])
@@ -576,7 +771,10 @@ def _qformer_cross_attention_bwd_image_kernel(
     PRECISION: tl.constexpr,
     USES: tl.constexpr,
 ):
-    """An image with more than `below` rows and at most `above`, of `USES` blocks at most."""
+    """An image with more than `below` rows and at most `above`.
+
+    Of `USES` blocks at most every dq stays in registers.
+    """
     program = tl.program_id(0)
     head, image = program % H, program // H
     first, uses = image, 1
@@ -789,6 +987,41 @@ def _qformer_cross_attention_bwd_image_kernel(
                     PRECISION,
                     4,
                 )
-        if uses == 0:
-            # nobody reads the image
-            _no_gradients(dkv_ptr, image, head, S, H, D, BLOCK_N, BLOCK_D)
+        if (uses == 0) | (uses > USES):
+            _gradients_of_many_uses(
+                q_ptr,
+                kv_ptr,
+                dout_ptr,
+                out_ptr,
+                lse_ptr,
+                row_sums_ptr,
+                order_ptr,
+                key_mask_ptr,
+                philox_ptr,
+                dq_ptr,
+                dkv_ptr,
+                image,
+                first,
+                uses,
+                head,
+                Q,
+                S,
+                stride_q_block,
+                stride_q_query,
+                stride_q_head,
+                stride_image,
+                stride_token,
+                stride_kv,
+                stride_head,
+                scale,
+                keep_scale,
+                H,
+                D,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                HAS_INDEX,
+                HAS_MASK,
+                THRESHOLD,
+                PRECISION,
+            )

@@ -101,6 +101,11 @@ def uses_cross(
     return SMALL, (*owners, SMALL)
 
 
+def last_cross(uses: int) -> tuple[config.CrossTiles, tuple[config.CrossTiles, ...]]:
+    """All images by the kernel that holds so many uses' dq in registers."""
+    return SMALL, (cross_tiles(16, 16, 16, uses),)
+
+
 CROSS_CASES = {
     "window": CrossCase(5, 3, 5, 15, heads=4),
     "shared_queries": CrossCase(3, 5, 3, 70, shared=True),
@@ -116,6 +121,12 @@ CROSS_CASES = {
     ),
     "more_uses_than_in_registers": CrossCase(
         14, 15, 4, 19, (0, 2, 2, 1, 2, 1, 1, 1, 1, 1, 1, 1, 0, 0), mask=True, tiles=uses_cross(3)
+    ),
+    "fewer_uses_in_registers": CrossCase(
+        15, 15, 5, 19, (4, 2, 2, 1, 2, 1, 1, 1, 1, 1, 1, 1, 4, 0, 0), mask=True, tiles=last_cross(3)
+    ),
+    "uses_one_by_one": CrossCase(
+        8, 5, 4, 35, (0, 0, 0, 2, 2, 3, 3, 3), shared=True, tiles=last_cross(1)
     ),
     "uses_in_registers_or_tiles": CrossCase(
         9, 16, 4, 32, (0, 0, 1, 2, 2, 2, 3, 3, 3), tiles=uses_cross(2, 0, tail=0)
