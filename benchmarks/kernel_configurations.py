@@ -354,7 +354,6 @@ def _cross_forward_configurations_of_uses() -> dict[str, Configuration]:
     tiles = {
         "m64_n64_w4_s2_interleaved_r168": _cross_tiles(64, 64, 4, 2, True, 168),
         "m64_n64_w4_s3_interleaved": _cross_tiles(64, 64, 4, 3, True),
-        "m64_n64_w4_s3_interleaved_r128": _cross_tiles(64, 64, 4, 3, True, 128),
         "m64_n32_w4_s3_interleaved": _cross_tiles(64, 32, 4, 3, True),
         "m64_n32_w4_s3_interleaved_r96": _cross_tiles(64, 32, 4, 3, True, 96),
         "m64_n32_w4_s3": _cross_tiles(64, 32, 4, 3),

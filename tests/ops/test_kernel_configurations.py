@@ -121,14 +121,15 @@ def test_configurations_differ_and_cases_say_their_work() -> None:
 
 
 # Bytes of a thread's stack with Triton 3.6. Several dq fill the registers, and what is spilled is
-# little of what a loop reads; where a limit makes room for a third program, it is in paths for
-# blocks with more texts than one.
+# little of what a loop reads; a limit makes room for one more program.
 SPILLED_BYTES = {
     "uses2_n64_w4_s2": 96,
-    "uses3_n64_w4_s1": 256,
     "uses3_n64_w4_s2": 256,
     "uses4_n64_w4_s2": 640,
     "m64_w4_r168_joined": 48,
+    "m32_n64_w2_s3_r200": 64,
+    "m32_n32_w2_s4_r168": 48,
+    "m64_n32_w4_s3_interleaved_r96": 32,
 }
 
 
