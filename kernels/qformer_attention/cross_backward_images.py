@@ -824,46 +824,47 @@ def _qformer_cross_attention_bwd_image_kernel(
             1,
         )
     else:
-        if uses == 1:
-            _image_gradients(
-                q_ptr,
-                kv_ptr,
-                dout_ptr,
-                out_ptr,
-                lse_ptr,
-                row_sums_ptr,
-                order_ptr,
-                key_mask_ptr,
-                philox_ptr,
-                dq_ptr,
-                dkv_ptr,
-                image,
-                first,
-                head,
-                Q,
-                S,
-                stride_q_block,
-                stride_q_query,
-                stride_q_head,
-                stride_image,
-                stride_token,
-                stride_kv,
-                stride_head,
-                scale,
-                keep_scale,
-                H,
-                D,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                FULL,
-                TAIL,
-                HAS_INDEX,
-                HAS_MASK,
-                THRESHOLD,
-                PRECISION,
-                1,
-            )
+        if USES == 1:
+            if uses == 1:
+                _image_gradients(
+                    q_ptr,
+                    kv_ptr,
+                    dout_ptr,
+                    out_ptr,
+                    lse_ptr,
+                    row_sums_ptr,
+                    order_ptr,
+                    key_mask_ptr,
+                    philox_ptr,
+                    dq_ptr,
+                    dkv_ptr,
+                    image,
+                    first,
+                    head,
+                    Q,
+                    S,
+                    stride_q_block,
+                    stride_q_query,
+                    stride_q_head,
+                    stride_image,
+                    stride_token,
+                    stride_kv,
+                    stride_head,
+                    scale,
+                    keep_scale,
+                    H,
+                    D,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_D,
+                    FULL,
+                    TAIL,
+                    HAS_INDEX,
+                    HAS_MASK,
+                    THRESHOLD,
+                    PRECISION,
+                    1,
+                )
         if USES >= 2:
             if uses == 2:
                 _image_gradients(
@@ -987,7 +988,8 @@ def _qformer_cross_attention_bwd_image_kernel(
                     PRECISION,
                     4,
                 )
-        if (uses == 0) | (uses > USES):
+        # one use is not compiled for where several are: few images have it
+        if (uses == 0) | (uses > USES) | ((uses == 1) & (USES > 1)):
             _gradients_of_many_uses(
                 q_ptr,
                 kv_ptr,
