@@ -3,8 +3,8 @@
 A configuration is the launcher's keyword arguments; "default" has none, so the formula in
 `config.py` of the op chooses: whatever is tuned already is ignored, so that sweeps can be compared.
 Every case stands for a class of calls that `tune.py` tunes. All are compiled for sm_90 by
-`tests/ops/test_kernel_configurations.py`, with dropout and without: none spills a register or asks
-for more shared memory than there is. None was timed.
+`tests/ops/test_kernel_configurations.py`, with dropout and without: none asks for more shared
+memory than there is, and few spill registers.
 
 Only the ops and kernels are imported: no model, no transformers. Letters as in `shapes.py`.
 """
@@ -181,49 +181,50 @@ def _tiles(
     heads: int = 1,
     reader_m: int = 32,
     max_registers: int | None = None,
+    joined: bool = False,
 ) -> Tiles:
     """All keys in one tile."""
-    return Tiles(block_m, 64, 64, heads, True, warps, stages, reader_m, max_registers)
+    return Tiles(block_m, 64, 64, heads, True, warps, stages, reader_m, max_registers, joined)
 
 
 def _self_forward_configurations(causal: bool) -> dict[str, Configuration]:
-    tiles = {
-        "m64_w2": _tiles(64, 2, 2),
-        "m64_w4": _tiles(64, 4, 2),
-        "m64_w8": _tiles(64, 8, 2),
-        "m64_w4_2_heads": _tiles(64, 4, 2, heads=2),
-        "m32_w2": _tiles(32, 2, 2),
-        "m32_w4": _tiles(32, 4, 2),
-        "m32_w2_2_heads": _tiles(32, 2, 2, heads=2),
-        "m16_w1": _tiles(16, 1, 2),
-        "m16_w2": _tiles(16, 2, 2),
-    }
-    # the default; and where text is causal no unit has more than 32 rows
-    without = {"m64_w2", "m64_w8", "m32_w2"} if causal else {"m64_w4"}
-    return {"default": {}} | {x: {"tiles": tiles[x]} for x in tiles if x not in without}
+    if causal:
+        tiles = {
+            "m32_w4": _tiles(32, 4, 2),
+            "m16_w1": _tiles(16, 1, 2),
+            "m16_w2": _tiles(16, 2, 2),
+            "m64_w4_joined": _tiles(64, 4, 2, joined=True),
+            "m64_w4_joined_2_heads": _tiles(64, 4, 2, heads=2, joined=True),
+        }
+    else:
+        tiles = {
+            "m64_w2": _tiles(64, 2, 2),
+            "m64_w8": _tiles(64, 8, 2),
+            "m64_w4_2_heads": _tiles(64, 4, 2, heads=2),
+            "m32_w2": _tiles(32, 2, 2),
+            "m32_w4": _tiles(32, 4, 2),
+        }
+    return {"default": {}} | {x: {"tiles": tiles[x]} for x in tiles}
 
 
 def _self_backward_configurations(causal: bool) -> dict[str, Configuration]:
-    default: dict[str, Configuration] = {"default": {}}
     if causal:
         tiles = {
-            "m32_w8_r128": _tiles(32, 8, 1, max_registers=128),
             "m32_w8_readers16": _tiles(32, 8, 1, reader_m=16),
-            "m32_w4": _tiles(32, 4, 1),
             "m32_w4_readers16": _tiles(32, 4, 1, reader_m=16),
-            "m64_w8": _tiles(64, 8, 1),
             "m64_w4": _tiles(64, 4, 1),
             "m64_w4_readers16": _tiles(64, 4, 1, reader_m=16),
-            "m16_w4": _tiles(16, 4, 1),
+            "m64_w4_joined": _tiles(64, 4, 1, reader_m=16, joined=True),
+            "m64_w4_r168_joined": _tiles(64, 4, 1, reader_m=16, max_registers=168, joined=True),
         }
-        return default | {name: {"tiles": tiles[name]} for name in tiles}
-    tiles = {
-        "m64_w8": _tiles(64, 8, 1),
-        "m64_w4": _tiles(64, 4, 1),
-        "m32_w8": _tiles(32, 8, 1),
-        "m32_w4": _tiles(32, 4, 1),
-    }
-    return default | {x: {"tiles": tiles[x]} for x in tiles}
+    else:
+        tiles = {
+            "m64_w8": _tiles(64, 8, 1),
+            "m64_w4": _tiles(64, 4, 1),
+            "m32_w8": _tiles(32, 8, 1),
+            "m32_w4": _tiles(32, 4, 1),
+        }
+    return {"default": {}} | {x: {"tiles": tiles[x]} for x in tiles}
 
 
 # cross-attention
@@ -322,6 +323,7 @@ def _cross_tiles(
     stages: int,
     interleaved: bool = False,
     max_registers: int | None = None,
+    uses: int = 0,
 ) -> CrossTiles:
     """For tokens of which one is left over by full tiles, as of 257."""
     return CrossTiles(
@@ -330,19 +332,19 @@ def _cross_tiles(
         full=True,
         tail=16,
         interleaved=interleaved,
+        uses=uses,
     )
 
 
 def _cross_forward_configurations() -> dict[str, Configuration]:
     tiles = {
         "m32_n64_w2_s3": _cross_tiles(32, 64, 2, 3),
+        "m32_n64_w2_s3_r200": _cross_tiles(32, 64, 2, 3, max_registers=200),
         "m32_n64_w2_s4": _cross_tiles(32, 64, 2, 4),
-        "m32_n64_w4_s2": _cross_tiles(32, 64, 4, 2),
         "m32_n64_w4_s2_r168": _cross_tiles(32, 64, 4, 2, max_registers=168),
-        "m32_n32_w2_s2": _cross_tiles(32, 32, 2, 2),
         "m32_n32_w2_s4": _cross_tiles(32, 32, 2, 4),
+        "m32_n32_w2_s4_r168": _cross_tiles(32, 32, 2, 4, max_registers=168),
         # half of the rows are none, but products of 64 rows take fewer registers
-        "m64_n64_w4_s2": _cross_tiles(64, 64, 4, 2),
         "m64_n64_w4_s2_r168": _cross_tiles(64, 64, 4, 2, max_registers=168),
     }
     return {"default": {}} | {name: {"tiles": tiles[name]} for name in tiles}
@@ -350,48 +352,43 @@ def _cross_forward_configurations() -> dict[str, Configuration]:
 
 def _cross_forward_configurations_of_uses() -> dict[str, Configuration]:
     tiles = {
-        "m64_n64_w4_s2_interleaved": _cross_tiles(64, 64, 4, 2, True),
         "m64_n64_w4_s2_interleaved_r168": _cross_tiles(64, 64, 4, 2, True, 168),
         "m64_n64_w4_s3_interleaved": _cross_tiles(64, 64, 4, 3, True),
         "m64_n32_w4_s3_interleaved": _cross_tiles(64, 32, 4, 3, True),
-        "m32_n64_w2_s2_interleaved": _cross_tiles(32, 64, 2, 2, True),
-        "m128_n64_w8_s2": _cross_tiles(128, 64, 8, 2),
-        "m128_n64_w8_s2_interleaved": _cross_tiles(128, 64, 8, 2, True),
-        "m128_n32_w8_s3_interleaved": _cross_tiles(128, 32, 8, 3, True),
+        "m64_n32_w4_s3_interleaved_r96": _cross_tiles(64, 32, 4, 3, True, 96),
+        "m64_n32_w4_s3": _cross_tiles(64, 32, 4, 3),
+        "m64_n32_w4_s4_interleaved": _cross_tiles(64, 32, 4, 4, True),
     }
     return {"default": {}} | {name: {"tiles": tiles[name]} for name in tiles}
 
 
 def _cross_backward_configurations() -> dict[str, Configuration]:
     tiles = {
-        "m32_n64_w8_s2": _cross_tiles(32, 64, 8, 2),
         "m32_n64_w4_s1": _cross_tiles(32, 64, 4, 1),
         "m32_n64_w4_s2": _cross_tiles(32, 64, 4, 2),
-        "m32_n32_w4_s1": _cross_tiles(32, 32, 4, 1),
         "m32_n32_w4_s2": _cross_tiles(32, 32, 4, 2),
         "m32_n16_w2_s2": _cross_tiles(32, 16, 2, 2),
-        # half of the rows are none, but products of 64 rows take fewer registers
-        "m64_n32_w4_s1": _cross_tiles(64, 32, 4, 1),
-        "m64_n32_w4_s2": _cross_tiles(64, 32, 4, 2),
-        "m64_n16_w4_s1": _cross_tiles(64, 16, 4, 1),
+        "uses1_n64_w4_s1": _cross_tiles(32, 64, 4, 1, uses=1),
+        "uses1_n64_w4_s2": _cross_tiles(32, 64, 4, 2, uses=1),
+        "uses1_n64_w4_s3": _cross_tiles(32, 64, 4, 3, uses=1),
     }
-    return {"default": {}} | {name: {"tiles": (tiles[name],) * 2} for name in tiles}
+    return {"default": {}} | {
+        name: {"tiles": (tiles[name],) if tiles[name].uses else (tiles[name],) * 2}
+        for name in tiles
+    }
 
 
 def _cross_backward_configurations_of_uses() -> dict[str, Configuration]:
     """Owners of images from the fewest rows to the most, then chunks of images with more."""
-    two_uses, four_uses = _cross_tiles(64, 32, 4, 1), _cross_tiles(128, 32, 8, 1)
-    wide, chunks = _cross_tiles(128, 64, 8, 2), _cross_tiles(64, 32, 4, 1, True)
+    two_uses, chunks = _cross_tiles(64, 32, 4, 1), _cross_tiles(64, 32, 4, 1, True)
+    wide = _cross_tiles(128, 64, 8, 2)
     tiles = {
         "m64_n32_w4_s1": (two_uses, chunks),
-        "m128_n16_w8_s1": (_cross_tiles(128, 16, 8, 1), chunks),
-        "m64_n64_w8_interleaved": (_cross_tiles(64, 64, 8, 1), _cross_tiles(64, 64, 8, 1, True)),
-        "m128_n32_w8_s1": (four_uses, chunks),
-        "m128_n32_w8_s2": (_cross_tiles(128, 32, 8, 2), chunks),
-        "m128_n64_w8_s2": (wide, chunks),
-        "m64_m128_n32": (two_uses, four_uses, chunks),
         "m64_n32_m128_n64": (two_uses, wide, chunks),
-        "m64_m128_n16": (_cross_tiles(64, 16, 4, 1), _cross_tiles(128, 16, 8, 1), chunks),
+        "uses1_n64_w4_s2": (_cross_tiles(32, 64, 4, 2, uses=1),),
+        "uses2_n64_w4_s2": (_cross_tiles(32, 64, 4, 2, uses=2),),
+        "uses3_n64_w4_s2": (_cross_tiles(32, 64, 4, 2, uses=3),),
+        "uses4_n64_w4_s2": (_cross_tiles(32, 64, 4, 2, uses=4),),
     }
     return {"default": {}} | {name: {"tiles": tiles[name]} for name in tiles}
 

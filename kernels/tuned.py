@@ -19,7 +19,8 @@ from typing import Any
 FILE_NAME = "tuned.json"
 Entry = Mapping[str, Any]
 # fields that are not counts
-_FLAGS = {"interleaved"}
+_FLAGS = {"interleaved", "joined"}
+_MAY_BE_0 = {"uses"}
 _MAY_BE_NONE = {"max_registers"}
 _formula = [False]
 
@@ -104,7 +105,8 @@ class Tuned:
                 right = isinstance(value, bool)
             elif isinstance(value, int):
                 # bool is a subclass of int
-                right = value is not True and value > 0
+                least = 0 if field in _MAY_BE_0 else 1
+                right = not isinstance(value, bool) and value >= least
             if not right:
                 raise ValueError(f"{name}: {field} cannot be {value!r}")
 

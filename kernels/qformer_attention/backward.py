@@ -1,8 +1,9 @@
 """Self-attention of a token buffer in Triton, backward: no atomics, every sum in a fixed order.
 
 A program owns keys (dk, dv) and loops over the rows that see them: its unit's, then, for a block,
-those of each text that sees it, in order. If a unit's keys fit one tile, it also computes its rows'
-dq from the same weights; otherwise a kernel that owns rows runs first.
+those of each text that sees it, in order; with `joined` tiles the first such text is in its unit.
+If a unit's keys fit one tile, it also computes its rows' dq from the same weights; otherwise a
+kernel that owns rows runs first.
 """
 
 # mypy: allow-untyped-defs
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from blip2fast.kernels.qformer_attention.config import (
     Tiles,
+    has_causal,
+    joined_tile,
     self_backward_tiles,
     self_sizes,
 )
@@ -26,7 +29,7 @@ from blip2fast.kernels.qformer_attention.tiles import (
     load_rows,
     store_rows,
 )
-from blip2fast.kernels.qformer_attention.units import find_text, find_unit, row_of
+from blip2fast.kernels.qformer_attention.units import find_text, find_unit, row_of, visible_pairs
 
 
 @triton.jit(do_not_specialize=["N", "Q", "row_tiles"])
@@ -66,9 +69,12 @@ def _qformer_attention_bwd_dq_kernel(
         kinds_ptr,
         blocks_ptr,
         block_text_ptr,
+        None,
+        None,
         N,
         Q,
         HAS_BIDIRECTIONAL,
+        False,
     )
     first_place = first_row + row_tile * BLOCK_M
     if first_place >= end:
@@ -91,6 +97,7 @@ def _qformer_attention_bwd_dq_kernel(
         key_at = row_of(key, block, text_row, Q) * stride_row + (H + head) * D
         k = load_rows(qkv_ptr, key_at, key_there, D, BLOCK_D)
         v = load_rows(qkv_ptr, key_at + H * D, key_there, D, BLOCK_D)
+        # no text is joined to a block here: a causal text's places are all after the queries
         visible = key_there[None, :] & ((key[None, :] <= place[:, None]) | (kind != 2))
         _, d_scores = gradient_tile(
             q,
@@ -175,7 +182,7 @@ def _add_rows(
         dout,
         load_lse(lse_ptr, at, there),
         delta,
-        key_there[None, :] & ((key[None, :] <= place[:, None]) | (causal == 0)),
+        visible_pairs(place, key, key_there, Q, causal),
         philox_ptr,
         head,
         row,
@@ -195,6 +202,154 @@ def _add_rows(
         dq = tl.dot(d_scores, k, input_precision=PRECISION) * scale
         store_rows(dqkv_ptr, (row * 3 * H + head) * D, dq, there, D, BLOCK_D)
     return dk, dv
+
+
+@triton.jit
+def _unit_gradients(
+    block,
+    text_row,
+    first_row,
+    first_key,
+    end,
+    kind,
+    begin,
+    stop,
+    key_tile,
+    first_head,
+    qkv_ptr,
+    dout_ptr,
+    out_ptr,
+    lse_ptr,
+    delta_ptr,
+    cu_seqlens_ptr,
+    kinds_ptr,
+    order_ptr,
+    philox_ptr,
+    dqkv_ptr,
+    N,
+    Q,
+    stride_row,
+    scale,
+    keep_scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    READER_M: tl.constexpr,
+    HEADS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    HAS_CAUSAL: tl.constexpr,
+    HAS_READERS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients of a tile of a unit's keys, and with SINGLE of its rows' queries.
+
+    HAS_READERS: texts `begin` to `stop` of `order`, where causal, see the unit's queries.
+    """
+    # for a text's dq the single tile includes its block's queries; dropout needs a multiple of 4
+    if SINGLE:
+        c0 = first_key // 4 * 4
+    else:
+        first_key = first_row
+        c0 = first_row // 4 * 4 + key_tile * BLOCK_N
+    if (first_row < end) & (c0 < end):
+        key = c0 + tl.arange(0, BLOCK_N)
+        key_there = (key >= first_key) & (key < end)
+        key_row = row_of(key, block, text_row, Q)
+        # without causal texts only a unit's own rows see its keys: dk and dv need not live across a
+        # second loop, which would cost 64 registers a thread
+        causal = kind == 2 if HAS_CAUSAL else False
+        for h in tl.range(0, HEADS):
+            head = first_head + h
+            dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            rows_begin = first_row
+            if HAS_CAUSAL and not SINGLE:
+                rows_begin = tl.where(causal, tl.maximum(first_row, c0), first_row)
+            row_tiles = 1 if WHOLE else tl.cdiv(end - rows_begin, BLOCK_M)
+            for tile in tl.range(0, row_tiles):
+                dk, dv = _add_rows(
+                    dk,
+                    dv,
+                    key,
+                    key_row,
+                    key_there,
+                    c0,
+                    rows_begin + tile * BLOCK_M,
+                    end,
+                    causal,
+                    block,
+                    text_row,
+                    qkv_ptr,
+                    dout_ptr,
+                    out_ptr,
+                    lse_ptr,
+                    delta_ptr,
+                    philox_ptr,
+                    dqkv_ptr,
+                    head,
+                    Q,
+                    stride_row,
+                    scale,
+                    keep_scale,
+                    H,
+                    D,
+                    BLOCK_M,
+                    BLOCK_D,
+                    WHOLE,
+                    SINGLE,
+                    not SINGLE,
+                    THRESHOLD,
+                    PRECISION,
+                )
+            # texts that see the block's queries; a BIDIRECTIONAL text is part of the block's rows
+            if HAS_READERS:
+                for i in tl.range(begin, stop):
+                    reader = tl.load(order_ptr + i)
+                    reader_row, length = find_text(reader, cu_seqlens_ptr, N * Q)
+                    length = tl.where(tl.load(kinds_ptr + reader) == 2, length, 0)
+                    for first_place in tl.range(Q, Q + length, READER_M):
+                        dk, dv = _add_rows(
+                            dk,
+                            dv,
+                            key,
+                            key_row,
+                            key_there & (key < Q),
+                            c0,
+                            first_place,
+                            Q + length,
+                            False,
+                            block,
+                            reader_row,
+                            qkv_ptr,
+                            dout_ptr,
+                            out_ptr,
+                            lse_ptr,
+                            delta_ptr,
+                            philox_ptr,
+                            dqkv_ptr,
+                            head,
+                            Q,
+                            stride_row,
+                            scale,
+                            keep_scale,
+                            H,
+                            D,
+                            READER_M,
+                            BLOCK_D,
+                            False,
+                            False,
+                            not SINGLE,
+                            THRESHOLD,
+                            PRECISION,
+                        )
+            owned = key_there & (key >= first_row)
+            dk_at = (key_row * 3 * H + H + head) * D
+            store_rows(dqkv_ptr, dk_at, dk * scale, owned, D, BLOCK_D)
+            store_rows(dqkv_ptr, dk_at + H * D, dv, owned, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["N", "Q", "key_tiles"])
@@ -229,65 +384,99 @@ def _qformer_attention_bwd_kernel(
     WHOLE: tl.constexpr,
     HAS_BIDIRECTIONAL: tl.constexpr,
     HAS_CAUSAL: tl.constexpr,
+    JOINED: tl.constexpr,  # 0, or the rows and keys of the tile of a UNIMODAL text
     THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
     first_head = program % (H // HEADS) * HEADS
+    key_tile = program // (H // HEADS) % key_tiles
     unit = program // (H // HEADS) // key_tiles
+    # a unit owns its rows as keys
     block, text_row, first_row, first_key, end, kind = find_unit(
-        unit, cu_seqlens_ptr, kinds_ptr, blocks_ptr, block_text_ptr, N, Q, HAS_BIDIRECTIONAL
+        unit,
+        cu_seqlens_ptr,
+        kinds_ptr,
+        blocks_ptr,
+        block_text_ptr,
+        order_ptr,
+        offsets_ptr,
+        N,
+        Q,
+        HAS_BIDIRECTIONAL,
+        JOINED > 0,
     )
-    # a unit owns its rows as keys; for a text's dq the single tile includes its block's queries;
-    # dropout needs a multiple of 4
-    if SINGLE:
-        c0 = first_key // 4 * 4
-    else:
-        first_key = first_row
-        c0 = first_row // 4 * 4 + program // (H // HEADS) % key_tiles * BLOCK_N
-    if (first_row >= end) | (c0 >= end):
-        return
-    key = c0 + tl.arange(0, BLOCK_N)
-    key_there = (key >= first_key) & (key < end)
-    key_row = row_of(key, block, text_row, Q)
-    # without causal texts only a unit's own rows see its keys: dk and dv need not live across a
-    # second loop, which would cost 64 registers a thread
+    begin, stop = 0, 0
     if HAS_CAUSAL:
-        causal = kind == 2
-        has_queries = (unit < N) & (c0 < Q)
+        has_queries = (unit < N) & (key_tile * BLOCK_N < Q)
         begin = tl.load(offsets_ptr + unit, mask=has_queries, other=0)
         stop = tl.load(offsets_ptr + unit + 1, mask=has_queries, other=0)
-    else:
-        causal = False
-    for h in tl.range(0, HEADS):
-        head = first_head + h
-        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        rows_begin = first_row
-        if HAS_CAUSAL:
-            rows_begin = tl.where(causal, tl.maximum(first_row, c0), first_row)
-        row_tiles = 1 if WHOLE else tl.cdiv(end - rows_begin, BLOCK_M)
-        for tile in tl.range(0, row_tiles):
-            dk, dv = _add_rows(
-                dk,
-                dv,
-                key,
-                key_row,
-                key_there,
-                c0,
-                rows_begin + tile * BLOCK_M,
-                end,
-                causal,
+    if JOINED > 0:
+        begin += 1
+        if kind == 0:
+            _unit_gradients(
                 block,
                 text_row,
+                first_row,
+                first_key,
+                end,
+                kind,
+                begin,
+                stop,
+                key_tile,
+                first_head,
                 qkv_ptr,
                 dout_ptr,
                 out_ptr,
                 lse_ptr,
                 delta_ptr,
+                cu_seqlens_ptr,
+                kinds_ptr,
+                order_ptr,
                 philox_ptr,
                 dqkv_ptr,
-                head,
+                N,
+                Q,
+                stride_row,
+                scale,
+                keep_scale,
+                H,
+                D,
+                JOINED,
+                JOINED,
+                BLOCK_D,
+                READER_M,
+                HEADS,
+                True,
+                True,
+                False,
+                False,
+                THRESHOLD,
+                PRECISION,
+            )
+        else:
+            _unit_gradients(
+                block,
+                text_row,
+                first_row,
+                first_key,
+                end,
+                kind,
+                begin,
+                stop,
+                key_tile,
+                first_head,
+                qkv_ptr,
+                dout_ptr,
+                out_ptr,
+                lse_ptr,
+                delta_ptr,
+                cu_seqlens_ptr,
+                kinds_ptr,
+                order_ptr,
+                philox_ptr,
+                dqkv_ptr,
+                N,
                 Q,
                 stride_row,
                 scale,
@@ -295,58 +484,58 @@ def _qformer_attention_bwd_kernel(
                 H,
                 D,
                 BLOCK_M,
+                BLOCK_N,
                 BLOCK_D,
-                WHOLE,
+                READER_M,
+                HEADS,
                 SINGLE,
-                not SINGLE,
+                WHOLE,
+                HAS_CAUSAL,
+                HAS_CAUSAL,
                 THRESHOLD,
                 PRECISION,
             )
-        # texts that see the block's queries; a BIDIRECTIONAL text is part of the block's own rows
-        if HAS_CAUSAL:
-            for i in tl.range(begin, stop):
-                reader = tl.load(order_ptr + i)
-                reader_row, length = find_text(reader, cu_seqlens_ptr, N * Q)
-                length = tl.where(tl.load(kinds_ptr + reader) == 2, length, 0)
-                for first_place in tl.range(Q, Q + length, READER_M):
-                    dk, dv = _add_rows(
-                        dk,
-                        dv,
-                        key,
-                        key_row,
-                        key_there & (key < Q),
-                        c0,
-                        first_place,
-                        Q + length,
-                        False,
-                        block,
-                        reader_row,
-                        qkv_ptr,
-                        dout_ptr,
-                        out_ptr,
-                        lse_ptr,
-                        delta_ptr,
-                        philox_ptr,
-                        dqkv_ptr,
-                        head,
-                        Q,
-                        stride_row,
-                        scale,
-                        keep_scale,
-                        H,
-                        D,
-                        READER_M,
-                        BLOCK_D,
-                        False,
-                        False,
-                        not SINGLE,
-                        THRESHOLD,
-                        PRECISION,
-                    )
-        owned = key_there & (key >= first_row)
-        dk_at = (key_row * 3 * H + H + head) * D
-        store_rows(dqkv_ptr, dk_at, dk * scale, owned, D, BLOCK_D)
-        store_rows(dqkv_ptr, dk_at + H * D, dv, owned, D, BLOCK_D)
+    else:
+        _unit_gradients(
+            block,
+            text_row,
+            first_row,
+            first_key,
+            end,
+            kind,
+            begin,
+            stop,
+            key_tile,
+            first_head,
+            qkv_ptr,
+            dout_ptr,
+            out_ptr,
+            lse_ptr,
+            delta_ptr,
+            cu_seqlens_ptr,
+            kinds_ptr,
+            order_ptr,
+            philox_ptr,
+            dqkv_ptr,
+            N,
+            Q,
+            stride_row,
+            scale,
+            keep_scale,
+            H,
+            D,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            READER_M,
+            HEADS,
+            SINGLE,
+            WHOLE,
+            HAS_CAUSAL,
+            HAS_CAUSAL,
+            THRESHOLD,
+            PRECISION,
+        )
 
 
 def self_backward(
@@ -398,8 +587,9 @@ def self_backward(
             READER_M=min(tiles.block_m, tiles.reader_m),
             SINGLE=tiles.single,
             WHOLE=tiles.single and rows <= tiles.block_m,
-            # without causal texts fewer sums are held in registers; a causal text needs a block
-            HAS_CAUSAL=layout.has_causal and layout.num_blocks > 0 and layout.num_texts > 0,
+            # without causal texts fewer sums are held in registers
+            HAS_CAUSAL=has_causal(layout),
+            JOINED=joined_tile(layout, tiles),
             **options,
         )
     return dqkv

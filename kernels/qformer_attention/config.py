@@ -46,16 +46,16 @@ _CROSS = ("block_m", "block_n", "num_warps", "num_stages", "max_registers", "int
 TUNED = Tuned(
     Path(__file__).parent,
     {
-        "self_forward/causal": _SELF,
+        "self_forward/causal": (*_SELF, "joined"),
         "self_forward/no_causal": _SELF,
-        "self_backward/causal": (*_SELF, "reader_m"),
+        "self_backward/causal": (*_SELF, "reader_m", "joined"),
         "self_backward/no_causal": (*_SELF, "reader_m"),
         "cross_forward/one_use": _CROSS,
         "cross_forward/several_uses": _CROSS,
-        "cross_backward/one_use": _CROSS,
-        "cross_backward/several_uses": _CROSS,
+        "cross_backward/one_use": (*_CROSS, "uses"),
+        "cross_backward/several_uses": (*_CROSS, "uses"),
     },
-    {"cross_backward/one_use": (2,), "cross_backward/several_uses": (2, 3)},
+    {"cross_backward/one_use": (1, 2), "cross_backward/several_uses": (1, 2, 3)},
 )
 
 
@@ -74,6 +74,9 @@ class Tiles:
             pass takes the lesser of this and `block_m`.
         max_registers: Limit per thread, so that one more program fits a multiprocessor; None: no
             limit.
+        joined: Self-attention: whether the first text that sees a block's queries is processed
+            with it, in one tile, if no text is BIDIRECTIONAL and a tile holds both; UNIMODAL texts
+            are in a smaller tile then.
     """
 
     block_m: int
@@ -85,6 +88,7 @@ class Tiles:
     num_stages: int = 2
     reader_m: int = READER_ROWS
     max_registers: int | None = None
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,16 @@ class CrossTiles(Tiles):
         tail: Keys of the tail tile; 0: none.
         interleaved: Whether further chunks of an image's rows are launched near its first chunk,
             not after the first chunks of all images, so that its keys are likelier still in cache.
+        uses: Backward: the most blocks that read an image, each in a tile of rows of its own, of
+            which the image's program holds every dq (`cross_backward_images.py`); at most 4. As the
+            last tile also for images with more, whose dq it computes first. 0: rows of all blocks
+            together.
     """
 
     full: bool = False
     tail: int = 0
     interleaved: bool = False
+    uses: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,24 @@ def self_sizes(layout: AttentionLayout) -> tuple[int, int]:
     # keys start at a multiple of 4
     keys = T + (Q if layout.num_blocks else Q % 4)
     return max(rows, 1), max(keys, 1)
+
+
+def has_causal(layout: AttentionLayout) -> bool:
+    """Whether a text may see a block's queries without being seen by them."""
+    return layout.has_causal and layout.num_blocks > 0 and layout.num_texts > 0
+
+
+def joined_tile(layout: AttentionLayout, tiles: Tiles) -> int:
+    """Rows and keys of a UNIMODAL text's tile if blocks are joined by a text that sees them, or 0.
+
+    See `Tiles.joined`.
+    """
+    both = layout.num_queries + layout.max_seqlen
+    fits = tiles.single and both <= min(tiles.block_m, tiles.block_n)
+    if not (tiles.joined and fits and has_causal(layout)) or layout.has_bidirectional:
+        return 0
+    # keys start at a multiple of 4
+    return power_of_two(layout.max_seqlen + layout.num_queries % 4, tiles.block_n)
 
 
 def self_forward_tiles(layout: AttentionLayout, qkv: Tensor) -> Tiles:
@@ -229,9 +256,10 @@ def _tuned_cross(direction: str, q: Tensor, kv: Tensor, N: int) -> tuple[CrossTi
     if name is None or not 16 < Q <= 32 or S <= TUNED_KEYS:
         return ()
     entries = _tuned(f"cross_{direction}/{name}", q)
-    # keys are split among programs in tiles of one size
+    # keys are split among programs in tiles of one size, and by no program with several uses
     widths = {entry["block_n"] for entry in entries}
-    if len(widths) > 1 and any(splits(B * H, -(-S // width), True)[0] > 1 for width in widths):
+    one_size = len(widths) == 1 and not any(entry.get("uses") for entry in entries)
+    if not one_size and any(splits(B * H, -(-S // width), True)[0] > 1 for width in widths):
         return ()
     found = []
     for entry in entries:

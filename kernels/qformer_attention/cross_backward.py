@@ -3,6 +3,7 @@
 If all the rows that read an image fit one tile, one program holds them and loops over the keys:
 keys and values are read once, every weight is computed once. For an image with more readers, one
 kernel owns chunks of rows (dq), and a second owns tiles of keys and sums over the readers in order.
+`cross_backward_images.py` is another kernel for images with few readers.
 """
 
 # mypy: allow-untyped-defs
@@ -18,6 +19,9 @@ from blip2fast.kernels.qformer_attention.config import (
     CrossTiles,
     cross_backward_tiles,
     splits,
+)
+from blip2fast.kernels.qformer_attention.cross_backward_images import (
+    _qformer_cross_attention_bwd_image_kernel,
 )
 from blip2fast.kernels.qformer_attention.cross_forward import (
     chunks,
@@ -306,8 +310,8 @@ def cross_backward(
         q, kv, index, key_mask, scale, dropout_p, philox: As passed to `cross_forward`.
         out, lse: As returned by it.
         tiles: Override those of `config.py`: first for images whose rows fit one tile, in order of
-            increasing rows, and last for images whose rows fit none; with the same `block_n` if
-            keys are split.
+            increasing rows, and last for all other images; with the same `block_n` if keys are
+            split, which they are not where a tile has `uses`.
 
     Returns:
         `dq`, of the shape of `q`, and `dkv [B, S, 2, H, D]`, contiguous.
@@ -318,15 +322,21 @@ def cross_backward(
     if out.numel() == 0 or dkv.numel() == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dkv.zero_()
     *owners, chunked = tiles or cross_backward_tiles(q, kv, N)
+    owned = [(tiles, rows_owned(tiles, Q)) for tiles in owners]
+    if rows_owned(chunked, Q) and chunked.uses:
+        # its program takes any number of rows
+        owned.append((chunked, N * Q))
     if index is None:
         # every image has Q rows
-        owners = [tiles for tiles in owners if tiles.block_m >= Q][:1]
-    above = owners[-1].block_m if owners else -1
+        owned = [(tiles, rows) for tiles, rows in owned if rows >= Q][:1]
+    above = owned[-1][1] if owned else -1
     q, kv, dout = dense_width(q), dense_width(kv), dout.contiguous()
     row_programs = chunks(N, B, Q, chunked.block_m, index) * (H // chunked.heads)
-    first = owners[0] if owners else chunked
-    programs = B * (H // first.heads) if owners else row_programs
+    first = owned[0][0] if owned else chunked
+    programs = B * (H // first.heads) if owned else row_programs
     count, tiles_of_split = splits(programs, triton.cdiv(S, first.block_n), first.full)
+    if any(owner.uses for owner, _ in owned):
+        count = 1
     shared = q.shape[0] != N
     # parts of dq, and contributions to shared queries, are summed before rounding
     dq_type = torch.float32 if count > 1 or shared else q.dtype
@@ -350,14 +360,31 @@ def cross_backward(
             **constants(q, tiles, dropout_p, philox),
         )
 
+    def launch_images(tiles: CrossTiles, below: int, above: int) -> None:
+        sums = torch.empty(N, H, 2, tiles.block_m, dtype=torch.float32, device=q.device)
+        options = constants(q, tiles, dropout_p, philox)
+        del options["HEADS"]
+        _qformer_cross_attention_bwd_image_kernel[(B * H,)](
+            *(q, kv, dout, *statistics[:2], sums, *uses[1:], philox, dq, dkv),
+            *(Q, S, below, above, *strides, *factors),
+            FULL=tiles.full,
+            TAIL=tiles.tail,
+            USES=1 if index is None else tiles.uses,
+            **has,
+            **options,
+        )
+
     with torch.cuda.device_of(q):
         below = -1
-        for owner in owners:
+        for owner, rows in owned:
             # no image has more rows than there are
             if below < N * Q:
-                launch(owner, B * (H // owner.heads), below, owner.block_m, True)
-            below = owner.block_m
-        if above < N * Q and not (owners and index is None):
+                if owner.uses:
+                    launch_images(owner, below, rows)
+                else:
+                    launch(owner, B * (H // owner.heads), below, rows, True)
+            below = rows
+        if above < N * Q and not (owned and index is None):
             launch(chunked, row_programs, -1, above, False)
             options = constants(q, chunked, dropout_p, philox)
             del options["HEADS"]
@@ -369,3 +396,11 @@ def cross_backward(
             )
     dq = dq.sum((0, 1), keepdim=True)[0] if shared else dq.sum(0) if count > 1 else dq[0]
     return dq.to(q.dtype), dkv
+
+
+def rows_owned(tiles: CrossTiles, Q: int) -> int:
+    """The most rows that an image has whose owner these tiles are for; 0 or more."""
+    if tiles.uses:
+        # one block a tile of rows
+        return tiles.uses * Q if tiles.block_m >= Q else 0
+    return tiles.block_m

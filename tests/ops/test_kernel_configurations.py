@@ -120,12 +120,25 @@ def test_configurations_differ_and_cases_say_their_work() -> None:
         assert (case.flops > 0) == case.name.startswith(("self", "cross", "itc"))
 
 
+# Bytes of a thread's stack with Triton 3.6. Several dq fill the registers, and what is spilled is
+# little of what a loop reads; a limit makes room for one more program.
+SPILLED_BYTES = {
+    "uses2_n64_w4_s2": 96,
+    "uses3_n64_w4_s2": 256,
+    "uses4_n64_w4_s2": 640,
+    "m64_w4_r168_joined": 48,
+    "m32_n64_w2_s3_r200": 64,
+    "m32_n32_w2_s4_r168": 48,
+    "m64_n32_w4_s3_interleaved_r96": 32,
+}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted, not compiled")
 @pytest.mark.parametrize("case", CASES, ids=names(CASES))
 def test_all_configurations_fit_an_h100(case: Case) -> None:
-    """They were chosen by what Triton 3.6 does not spill; a later one may spill a few registers."""
-    spilled_bytes = 0 if triton.__version__.startswith("3.6") else 64
+    """They were chosen by what Triton 3.6 spills; a later one may spill a few registers more."""
+    more = 0 if triton.__version__.startswith("3.6") else 64
     seen: dict[object, Compiled] = {}
     for dropout_p in (0.0, 0.1):
         for name, configuration in case.configurations.items():
@@ -134,7 +147,7 @@ def test_all_configurations_fit_an_h100(case: Case) -> None:
                     continue
                 compiled = seen[launch.variant] = launch.compile(90)
                 assert compiled.shared_bytes <= SHARED_LIMIT_BYTES[90], name
-                assert compiled.resources["STACK"] <= spilled_bytes, name
+                assert compiled.resources["STACK"] <= SPILLED_BYTES.get(name, 0) + more, name
                 assert compiled.resources["LOCAL"] == 0, name
 
 

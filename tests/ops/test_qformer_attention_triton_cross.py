@@ -48,7 +48,7 @@ class CrossCase:
     width: int = 24
     mask: bool = False
     shared: bool = False
-    tiles: tuple[config.CrossTiles, tuple[config.CrossTiles, config.CrossTiles]] | None = None
+    tiles: tuple[config.CrossTiles, tuple[config.CrossTiles, ...]] | None = None
 
     @property
     def index(self) -> KVIndex | None:
@@ -83,13 +83,29 @@ class CrossCase:
         return make_rows(*shape, seed=3, dtype=torch.float32, device=DEVICE).detach()
 
 
-def cross_tiles(block_m: int, block_n: int, tail: int) -> config.CrossTiles:
+def cross_tiles(block_m: int, block_n: int, tail: int, uses: int = 0) -> config.CrossTiles:
     return config.CrossTiles(
-        block_m, block_n, 32, heads=1, single=False, num_warps=4, full=True, tail=tail
+        block_m, block_n, 32, heads=1, single=False, num_warps=4, full=True, tail=tail, uses=uses
     )
 
 
-SMALL_CROSS = (cross_tiles(16, 16, 16), (cross_tiles(16, 16, 16), cross_tiles(16, 16, 16)))
+SMALL = cross_tiles(16, 16, 16)
+SMALL_CROSS = (SMALL, (SMALL, SMALL))
+
+
+def uses_cross(
+    *uses: int, tail: int = 16
+) -> tuple[config.CrossTiles, tuple[config.CrossTiles, ...]]:
+    """Owners of images with at most so many uses, then chunks."""
+    owners = [SMALL if each == 0 else cross_tiles(16, 16, tail, each) for each in uses]
+    return SMALL, (*owners, SMALL)
+
+
+def last_cross(uses: int) -> tuple[config.CrossTiles, tuple[config.CrossTiles, ...]]:
+    """All images by the kernel that holds so many uses' dq in registers."""
+    return SMALL, (cross_tiles(16, 16, 16, uses),)
+
+
 CROSS_CASES = {
     "window": CrossCase(5, 3, 5, 15, heads=4),
     "shared_queries": CrossCase(3, 5, 3, 70, shared=True),
@@ -100,6 +116,26 @@ CROSS_CASES = {
     "beyond_a_tile": CrossCase(
         9, 15, 3, 37, (1, 1, 1, 0, 0, 1, 1, 1, 1), mask=True, tiles=SMALL_CROSS
     ),
+    "uses_in_registers": CrossCase(
+        11, 5, 5, 37, (1, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4), tiles=uses_cross(4)
+    ),
+    "more_uses_than_in_registers": CrossCase(
+        14, 15, 4, 19, (0, 2, 2, 1, 2, 1, 1, 1, 1, 1, 1, 1, 0, 0), mask=True, tiles=uses_cross(3)
+    ),
+    "fewer_uses_in_registers": CrossCase(
+        15, 15, 5, 19, (4, 2, 2, 1, 2, 1, 1, 1, 1, 1, 1, 1, 4, 0, 0), mask=True, tiles=last_cross(3)
+    ),
+    "uses_one_by_one": CrossCase(
+        8, 5, 4, 35, (0, 0, 0, 2, 2, 3, 3, 3), shared=True, tiles=last_cross(1)
+    ),
+    "uses_in_registers_or_tiles": CrossCase(
+        9, 16, 4, 32, (0, 0, 1, 2, 2, 2, 3, 3, 3), tiles=uses_cross(2, 0, tail=0)
+    ),
+    "shared_queries_in_registers": CrossCase(
+        6, 5, 2, 33, (1, 1, 1, 1, 0, 0), shared=True, tiles=uses_cross(4)
+    ),
+    "one_use_in_registers": CrossCase(3, 5, 3, 37, mask=True, tiles=uses_cross(1)),
+    "too_many_queries_for_registers": CrossCase(3, 17, 3, 37, tiles=uses_cross(1)),
     "mask": CrossCase(4, 3, 2, 33, (1, 0, 1, 1), mask=True),
     "shared_and_read_often": CrossCase(6, 15, 2, 70, (1, 1, 1, 1, 1, 0), shared=True, heads=1),
     "split": CrossCase(2, 3, 2, 531, (1, 1), heads=1, mask=True),

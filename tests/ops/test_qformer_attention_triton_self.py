@@ -73,6 +73,7 @@ MIXED = SelfCase(
     3, 5, (4, 0, 7, 9, 1, 0, 0), (UNI, BI, CAUSAL, CAUSAL, BI, UNI, CAUSAL), (0, 1, 2, 2, 0, 0, 1)
 )
 SMALL_TILES = config.Tiles(16, 16, 32, heads=1, single=False, num_warps=4)
+JOINED = config.Tiles(64, 64, 32, 1, True, 4, reader_m=16, joined=True)
 SELF_CASES = {
     "mixed": MIXED,
     # more than one tile of rows and keys, at little cost
@@ -85,6 +86,29 @@ SELF_CASES = {
     "bidirectional": SelfCase(2, 32, (12, 31), (BI, BI), width=64),
     "unimodal_and_causal": SelfCase(2, 32, (12, 5, 12, 5), (UNI, UNI, CAUSAL, CAUSAL), (0, 1) * 2),
     "tile_plus_one": SelfCase(2, 32, (33, 1), (BI, BI), heads=1),
+    # a block with a text, one that nobody sees, one with several texts, and an empty text
+    "joined": SelfCase(
+        4,
+        5,
+        (9, 4, 17, 0, 3, 1, 18),
+        (CAUSAL, UNI, CAUSAL, CAUSAL, UNI, CAUSAL, CAUSAL),
+        (0, 1, 3, 2, 0, 3, 3),
+        tiles=JOINED,
+    ),
+    "joined_heads_together": SelfCase(
+        2,
+        32,
+        (12, 5, 32, 1),
+        (UNI, UNI, CAUSAL, CAUSAL),
+        (0, 1) * 2,
+        width=32,
+        tiles=replace(JOINED, heads=2),
+    ),
+    # a tile does not hold a block and its text, or another text is BIDIRECTIONAL
+    "joined_but_too_long": SelfCase(
+        2, 32, (20, 2), (CAUSAL,) * 2, tiles=replace(JOINED, block_m=32)
+    ),
+    "joined_but_bidirectional": replace(MIXED, tiles=JOINED),
     "three_texts_of_one_block": SelfCase(2, 3, (2, 17, 4), (CAUSAL,) * 3, (1, 1, 1), heads=4),
     "text_alone": SelfCase(0, 7, (4, 3, 17), (UNI,) * 3, heads=3, width=16),
     "queries_alone": SelfCase(3, 3, heads=12, width=16),

@@ -35,13 +35,21 @@ OWNER = CROSS | {"block_m": 64, "block_n": 32, "interleaved": False}
 TABLE: dict[tuple[int, str], tuple[dict[str, Any], ...]] = {
     (90, "self_forward/no_causal"): (SELF | {"block_m": 16, "heads": 2},),
     (90, "self_backward/no_causal"): (SELF | {"block_m": 32, "heads": 2, "reader_m": 16},),
-    (90, "self_forward/causal"): (SELF | {"block_m": 16, "heads": 1},),
-    (90, "self_backward/causal"): (SELF | {"block_m": 16, "heads": 2, "reader_m": 16},),
+    (90, "self_forward/causal"): (SELF | {"block_m": 64, "heads": 1, "joined": True},),
+    (90, "self_backward/causal"): (
+        SELF | {"block_m": 64, "heads": 2, "reader_m": 16, "joined": True},
+    ),
     (90, "cross_forward/one_use"): (CROSS | {"block_m": 16, "block_n": 32, "interleaved": True},),
     (90, "cross_forward/several_uses"): (OWNER | {"block_m": 32},),
-    (90, "cross_backward/one_use"): (OWNER | {"block_m": 32}, OWNER | {"block_m": 32}),
+    (90, "cross_backward/one_use"): (
+        OWNER | {"block_m": 32, "block_n": 64, "num_stages": 2, "uses": 1},
+        OWNER | {"block_m": 32, "uses": 0},
+    ),
     # of one width, which may be split; images with more rows than 64
-    (90, "cross_backward/several_uses"): (OWNER, OWNER | {"interleaved": True}),
+    (90, "cross_backward/several_uses"): (
+        OWNER | {"uses": 0},
+        OWNER | {"interleaved": True, "uses": 0},
+    ),
 }
 # of two widths, for enough images that keys are not split
 WIDE = (
