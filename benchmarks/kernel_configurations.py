@@ -388,7 +388,6 @@ def _cross_backward_configurations_of_uses() -> dict[str, Configuration]:
         "uses1_n64_w4_s2": (_cross_tiles(32, 64, 4, 2, uses=1),),
         "uses2_n64_w4_s2": (_cross_tiles(32, 64, 4, 2, uses=2),),
         "uses3_n64_w4_s2": (_cross_tiles(32, 64, 4, 2, uses=3),),
-        "uses4_n64_w4_s2": (_cross_tiles(32, 64, 4, 2, uses=4),),
     }
     return {"default": {}} | {name: {"tiles": tiles[name]} for name in tiles}
 

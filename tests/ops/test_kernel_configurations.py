@@ -125,7 +125,6 @@ def test_configurations_differ_and_cases_say_their_work() -> None:
 SPILLED_BYTES = {
     "uses2_n64_w4_s2": 96,
     "uses3_n64_w4_s2": 256,
-    "uses4_n64_w4_s2": 640,
     "m64_w4_r168_joined": 48,
     "m32_n64_w2_s3_r200": 64,
     "m32_n32_w2_s4_r168": 48,
