@@ -124,6 +124,8 @@ def _time(contenders: Contenders, name: str | None) -> str:
     text = f"{label} {seconds(result['median_s'])} ({low} to {high})"
     if "phases_s" in result:
         text += ": " + ", ".join(f"{n} {seconds(s)}" for n, s in result["phases_s"].items())
+    if "host_s" in result:
+        text += f"; queued in {seconds(result['host_s'])}"
     if "images_per_s" in result:
         text += f": {result['images_per_s']:.3g} images/s"
     return text

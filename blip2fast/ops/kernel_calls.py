@@ -172,11 +172,16 @@ def kernel_records(device: torch.device | str | None = None) -> list[Record]:
 
 def current_codes() -> set[str]:
     """Hashes of the current kernel code."""
-    tables: tuple[Sequence[Backend[Any]], ...]
-    tables = (GELU_BACKENDS, NORM_BACKENDS, ATTENTION_BACKENDS, ITC_BACKENDS)
+    tables: dict[str, Sequence[Backend[Any]]] = {
+        "bias_gelu": GELU_BACKENDS,
+        "dropout_add_layer_norm": NORM_BACKENDS,
+        "qformer_attention": ATTENTION_BACKENDS,
+        "qformer_cross_attention": ATTENTION_BACKENDS,
+        "itc_loss": ITC_BACKENDS,
+    }
     return {
-        code_hash(backend.check.folder, backend.name)
-        for backends in tables
+        code_hash(op, backend.check.folder, backend.name)
+        for op, backends in tables.items()
         for backend in backends
         if backend.check is not None
     }

@@ -95,7 +95,7 @@ class Request:
             op=self.op,
             backend=self.backend,
             kind=self.kind,
-            code=code_hash(self.folder, self.backend),
+            code=code_hash(self.op, self.folder, self.backend),
             **asdict(machine(self.device)),
         )
 

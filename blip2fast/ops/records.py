@@ -176,22 +176,30 @@ def machine(device: str) -> Machine:
     return Machine(card, capability, driver, *versions, __version__)
 
 
+# ops that share a folder, and what the names of their classes in its tuned.json begin with
+_TUNED_OF = {"qformer_attention": "self_", "qformer_cross_attention": "cross_"}
+
+
 @cache
-def code_hash(folder: str, backend: str) -> str:
+def code_hash(op: str, folder: str, backend: str) -> str:
     """Hash of a backend's code: `kernels/<folder>`, and what was compiled for `cuda`.
 
-    The folder's `tuned.json` is included, because it chooses what runs.
-
-    For `cuda`, the Triton kernels are included because they may be its rival.
+    What is tuned for the op is included, because it chooses what runs. For `cuda`, the Triton
+    kernels are included because they may be its rival.
     """
     digest = hashlib.sha256()
-    files = [*sorted(KERNELS.glob("*.py")), *sorted((KERNELS / folder).glob("*.py"))]
-    files += sorted((KERNELS / folder).glob("tuned.json"))
-    if backend == "cuda":
-        digest.update(compiled_code().encode())
-    for file in files:
+    for file in (*sorted(KERNELS.glob("*.py")), *sorted((KERNELS / folder).glob("*.py"))):
         digest.update(f"{file.parent.name}/{file.name}\n".encode())
         digest.update(file.read_bytes())
+    for file in (KERNELS / folder).glob("tuned.json"):
+        start = _TUNED_OF.get(op, "")
+        tuned = {
+            capability: {name: entry for name, entry in classes.items() if name.startswith(start)}
+            for capability, classes in json.loads(file.read_text(encoding="utf-8")).items()
+        }
+        digest.update(json.dumps(tuned, sort_keys=True).encode())
+    if backend == "cuda":
+        digest.update(compiled_code().encode())
     return digest.hexdigest()[:16]
 
 

@@ -140,7 +140,7 @@ def test_a_stale_hash_and_other_versions_are_no_record(
     found: Found, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     again = Checks(found.checks.file.path.parent, shipped={})
-    monkeypatch.setattr(kernel_checks, "code_hash", lambda folder, backend: "of other code")
+    monkeypatch.setattr(kernel_checks, "code_hash", lambda op, folder, backend: "of other code")
     assert again.find([request("none")]) == [None]
     monkeypatch.undo()
     here = records.machine("cpu")
@@ -156,28 +156,38 @@ def test_the_hash_is_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Of an op's folder, tuned parameters included, and shared code; for `cuda` of its build."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    for file in ("launch.py", "a/forward.py", "a/tuned.json", "b/forward.py", "b/tuned.json"):
+    for file in ("launch.py", "a/forward.py", "b/forward.py"):
         (tmp_path / file).write_text("x = 1\n")
+    for file in ("a/tuned.json", "b/tuned.json"):
+        (tmp_path / file).write_text('{"90": {"cross_forward": [1], "self_forward": [1]}}')
     monkeypatch.setattr(records, "KERNELS", tmp_path)
     monkeypatch.setattr(records, "compiled_code", lambda: "some code")
 
     def hashes() -> list[str]:
         records.code_hash.cache_clear()
-        return [records.code_hash(f, b) for f, b in (("a", "triton"), ("a", "cuda"))]
+        return [records.code_hash("an_op", "a", backend) for backend in ("triton", "cuda")]
 
     try:
         first = hashes()
         assert first[0] != first[1]
         for file in ("b/forward.py", "b/tuned.json", "a/README.md"):
-            (tmp_path / file).write_text("x = 2\n")
+            (tmp_path / file).write_text("{}\n")
         assert hashes() == first
         monkeypatch.setattr(records, "compiled_code", lambda: "other code")
         assert hashes()[0] == first[0]
         assert hashes()[1] != first[1]
+        both = ("qformer_attention", "qformer_cross_attention")
+        own = [records.code_hash(op, "a", "triton") for op in both]
         for file in ("launch.py", "a/forward.py", "a/tuned.json"):
             before = hashes()
-            (tmp_path / file).write_text("x = 2\n")
+            text = '{"90": {"cross_forward": [2], "self_forward": [1]}}'
+            (tmp_path / file).write_text(text if file == "a/tuned.json" else "x = 2\n")
             assert not set(hashes()) & set(before), file
+            now = [records.code_hash(op, "a", "triton") for op in both]
+            # what is tuned for cross-attention is nothing to self-attention
+            same = [x == y for x, y in zip(now, own, strict=True)]
+            assert same == [file == "a/tuned.json", False]
+            own = now
     finally:
         records.code_hash.cache_clear()
 
