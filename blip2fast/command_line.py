@@ -4,6 +4,7 @@ blip2fast plan --config configs/vitg_opt6.7b_stage2.yaml --processes 8 --device-
 blip2fast storage-loss --config configs/scenes_stage2.yaml --storage int4 --batches 8
 blip2fast caption --model runs/scenes/stage2 one.png two.png
 blip2fast check-kernels
+blip2fast doctor
 blip2fast features --images DIR --records FILE --encoder PATH --out DIR
 """
 
@@ -46,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loss.add_argument("--batches", type=_positive, default=4)
     _add_caption(commands)
     _add_check_kernels(commands)
+    commands.add_parser(
+        "doctor",
+        help="print what a bug report should carry",
+        description="Print versions, devices, the extension, and for every op the backend that "
+        "would run and why others would not. Nothing is checked or compiled.",
+    ).add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
     _add_features(commands)
     given = parser.parse_args(arguments)
     run = {
@@ -53,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "storage-loss": _storage_loss,
         "caption": _caption,
         "check-kernels": _check_kernels,
+        "doctor": _doctor,
         "features": _features,
     }[given.command]
 
@@ -184,6 +192,13 @@ def _check_kernels(given: argparse.Namespace) -> str:
     lines = [f"{record}, as recorded before" for record in records if record not in made]
     right = sum(not record.fault for record in records)
     return "\n".join([*lines, f"{right} of {len(records)} kinds are right and quicker here"])
+
+
+def _doctor(given: argparse.Namespace) -> str:
+    from blip2fast.doctor import report
+    from blip2fast.ops.kernel_kinds import DTYPES
+
+    return report(DTYPES[given.precision])
 
 
 def _caption(given: argparse.Namespace) -> str:

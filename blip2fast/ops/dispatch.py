@@ -58,6 +58,11 @@ def set_kernels(kernels: Kernels) -> None:
     forget_decisions()
 
 
+def kernels_setting() -> Kernels:
+    """What `set_kernels` was last given."""
+    return _kernels
+
+
 def forget_decisions() -> None:
     """Clear cached choices after a change that `choose` cannot detect, such as a repeated check."""
     _decisions.clear()

@@ -44,6 +44,7 @@ class Sizes:
 
 
 BLIP2 = Sizes()
+UNCHECKED = "not checked yet: it is at first use, or by `blip2fast check-kernels`"
 OpCall = tuple[str, Sequence[Backend[Any]], Any]
 
 
@@ -154,6 +155,54 @@ def check_kernels(
             if requests:
                 records += checks().settle(list(requests), again, jobs, tell)
     return records
+
+
+@dataclass(frozen=True)
+class OpChoice:
+    """What `auto` would run for one kind of call, from records alone.
+
+    Attributes:
+        op, kind: The op and its kind of call.
+        backend: The backend that would run, if nothing else were checked.
+        passed_over: Why each backend before it would not, by name.
+    """
+
+    op: str
+    kind: str
+    backend: str
+    passed_over: dict[str, str]
+
+
+def op_choices(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16, sizes: Sizes = BLIP2
+) -> list[OpChoice]:
+    """What `auto` would run for the calls of both stages and of inference; runs no check.
+
+    Args:
+        device: Of the calls.
+        dtype: Compute precision.
+        sizes: Of the model.
+    """
+    found: dict[tuple[str, str], OpChoice] = {}
+    for op, backends, call in usual_calls(torch.device(device), dtype, sizes):
+        kinds = [backend.check.kind(call) for backend in backends if backend.check is not None]
+        reasons: dict[str, str] = {}
+        for backend in backends:
+            reason = "; ".join(
+                backend.not_supported_reasons(call) or backend.not_automatic_reasons(call)
+            )
+            if not reason and backend.check is not None:
+                check = backend.check
+                what = (op, backend.name, check.kind(call), check.device(call))
+                (record,) = checks().find([Request(*what, check.folder, check.source)])
+                reason = UNCHECKED if record is None else record.reason
+            if not reason:
+                found.setdefault(
+                    (op, kinds[0]), OpChoice(op, kinds[0], backend.name, dict(reasons))
+                )
+                break
+            reasons[backend.name] = reason
+    return list(found.values())
 
 
 def kernel_records(device: torch.device | str | None = None) -> list[Record]:

@@ -34,6 +34,7 @@ ROOMS = (
     "inference",
     "scenes",
     "demo",
+    "doctor",
     "command_line",
     "train",
 )
