@@ -229,8 +229,12 @@ step_sanitize() {
             "$python" benchmarks/launches.py --small &
         jobs+=($!)
     done
+    # the one that made an illegal access on an H200
+    run sanitize-uses1 "${most[sanitize]}" compute-sanitizer --error-exitcode 9 "$python" \
+        benchmarks/launches.py --only cross_backward_32x257_b256:uses1_n64_w4_s1 &
+    jobs+=($!)
     wait "${jobs[@]}"
-    for tool in memcheck racecheck; do
+    for tool in memcheck racecheck uses1; do
         say "$tool: $(tail -n 1 "$work/sanitize-$tool.log")"
     done
 }

@@ -2,6 +2,7 @@
 
     ncu --clock-control none --set detailed --csv python benchmarks/launches.py
     compute-sanitizer --tool racecheck python benchmarks/launches.py --small
+    compute-sanitizer python benchmarks/launches.py --only CASE:CONFIGURATION
 
 Small: the CUDA kernels at sizes that leave no tile full, which a checker takes seconds for. Full:
 Triton's at the sizes of `kernel_configurations.py`, CUDA's at those of `shapes.py`.
@@ -46,6 +47,22 @@ def cross(N: int, Q: int, S: int) -> None:
     out.backward(torch.randn_like(out))
 
 
+def chosen(only: str) -> Callable[[], object]:
+    """One configuration of a case of `kernel_configurations.py`, without dropout.
+
+    Raises:
+        ValueError: there is none of that name; the message lists those there are.
+    """
+    name, _, configuration = only.partition(":")
+    cases = {case.name: case for case in CASES}
+    if name not in cases:
+        raise ValueError(f"no case {name!r}; there are {', '.join(cases)}")
+    known = cases[name].configurations
+    if configuration not in known:
+        raise ValueError(f"{name} has no {configuration!r}; there are {', '.join(known)}")
+    return lambda: cases[name].run(cases[name].make("cuda", 0.0), known[configuration])
+
+
 def launches(small: bool) -> list[Callable[[], object]]:
     """What to launch."""
     if small:
@@ -64,11 +81,16 @@ def main() -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true", help="sizes for a memory checker")
-    small = parser.parse_args().small
+    parser.add_argument("--only", action="append", metavar="CASE:CONFIGURATION")
+    given = parser.parse_args()
+    try:
+        found = [chosen(only) for only in given.only or ()]
+    except ValueError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
         print("needs a CUDA device", file=sys.stderr)
         return 2
-    for launch in launches(small):
+    for launch in found or launches(given.small):
         launch()
         torch.cuda.synchronize()
     return 0
