@@ -137,6 +137,9 @@ class OptimSection:
         losses: stage-1 losses: itc, optionally with itm and itg.
         grad_cache: in stage 1, ITC contrasts all samples of an optimizer step instead of those of
             one forward pass; features are computed twice (`blip2fast.stage1.contrast`).
+        word_mean: what ITG and the language-modelling loss average over. `step`: the words of the
+            optimizer step, whatever its passes and processes. `per_pass`: the words of each forward
+            pass, and then the passes, as in LAVIS; words of short texts count more.
     """
 
     __pydantic_config__ = _STRICT
@@ -153,6 +156,7 @@ class OptimSection:
     accumulation: _Count = 1
     losses: tuple[LossName, ...] = LOSSES
     grad_cache: bool = False
+    word_mean: Literal["step", "per_pass"] = "step"
 
 
 @dataclass

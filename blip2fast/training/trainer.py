@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -44,6 +44,7 @@ from blip2fast.training.log import Progress, RunLog
 from blip2fast.training.placement import choose_placement
 from blip2fast.training.preflight import check_machine, prepare_kernels
 from blip2fast.training.validation import validate
+from blip2fast.training.word_means import Weights, pass_weights, weighted
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -59,17 +60,18 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *, for_contrast: bool = False, **batch: Any) -> tuple[Any, ...]:
-        """Return `(loss, scalars)` of the model, or with `for_contrast` its `features`."""
+    def forward(
+        self, *, for_contrast: bool = False, weights: Weights | None = None, **batch: Any
+    ) -> tuple[Any, ...]:
+        """Return `(loss, scalars)` of the model, or with `for_contrast` its `features`.
+
+        Args:
+            weights: the weights of the losses in their optimizer step, from `pass_weights`.
+        """
         if for_contrast:
             return cast(Blip2Stage1, self.model).features(**batch)
-        output = self.model(**batch)
-        scalars = {
-            name: value.detach().float()
-            for name, value in output.items()
-            if name.startswith(("loss", "accuracy")) and value is not None
-        }
-        return output.loss, scalars
+        found = weighted(self.model(**batch), weights or {})
+        return found["loss"], {name: value.detach().float() for name, value in found.items()}
 
 
 def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, float]:
@@ -246,13 +248,24 @@ class Trainer:
             progress.since += time.perf_counter() - paused
         return metrics
 
-    def _micro_batches(self, batches: Iterator[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-        """The micro-batches of an optimizer step; collected first if ITC contrasts all of them."""
-        of_step = islice(batches, self.config.optim.accumulation)
-        if not self.config.optim.grad_cache or not isinstance(self.model, Blip2Stage1):
-            return of_step
-        held = list(of_step)
-        shares = step_contrast(partial(self.engine, for_contrast=True), held, self.model.config)
+    def _micro_batches(self, batches: Iterator[dict[str, Tensor]]) -> Iterable[dict[str, Any]]:
+        """The arguments of the forward passes of an optimizer step.
+
+        They are moved to the device one by one, unless ITC contrasts all of them.
+        """
+        optim = self.config.optim
+        if optim.word_mean == "per_pass" or optim.accumulation * self.world_size == 1:
+            weights: Iterable[Weights] = repeat({})
+            of_step: Iterable[dict[str, Tensor]] = islice(batches, optim.accumulation)
+        else:
+            of_step = list(islice(batches, optim.accumulation))
+            weights = pass_weights(self.model, of_step, self.device)
+        moved = ({**self.tokens(b), "weights": w} for b, w in zip(of_step, weights, strict=False))
+        if not optim.grad_cache or not isinstance(self.model, Blip2Stage1):
+            return moved
+        held = list(moved)
+        alone = [{n: v for n, v in batch.items() if n != "weights"} for batch in held]
+        shares = step_contrast(partial(self.engine, for_contrast=True), alone, self.model.config)
         return [{**batch, "contrast": share} for batch, share in zip(held, shares, strict=True)]
 
     def _missing_evaluation(self, log: RunLog | None) -> dict[str, float]:
@@ -330,7 +343,7 @@ class Trainer:
             # The loader draws a seed on start; from the global generator, a resume would shift it.
             generator=torch.Generator(),
         )
-        return (self.tokens(batch) for batch in loader)
+        return iter(loader)
 
     def _save_checkpoint(self) -> None:
         save_checkpoint(
