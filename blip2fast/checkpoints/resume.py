@@ -47,7 +47,7 @@ def save_checkpoint(
     description: Description,
     parameters: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
-    run: Mapping[str, Any],
+    state: Mapping[str, Any],
     process: Mapping[str, Any],
     keep_last: int,
 ) -> Path:
@@ -57,7 +57,8 @@ def save_checkpoint(
         folder: the run's checkpoint folder.
         description, parameters: as for `save_model`.
         moments: AdamW's moments, `exp_avg/<name>` and `exp_avg_sq/<name>`.
-        run: the run's settings, stored in `state.json` with the step and compared on resume.
+        state: stored in `state.json` with the step; `run` holds the run's settings, which are
+            compared on resume.
         process: state of this process besides its random states; tensors and plain values.
         keep_last: number of newest checkpoints to keep; older ones are deleted.
 
@@ -78,7 +79,7 @@ def save_checkpoint(
     write_through(partial / _process_file(rank), lambda path: torch.save(kept, path))
     dist.barrier()
     if rank == 0:
-        state = {"step": description.step, "world_size": world, "run": run}
+        state = {"step": description.step, "world_size": world, **state}
         files = {
             **model_files(parameters, description),
             OPTIMIZER: lambda path: save_file(on_cpu(moments), path),
@@ -95,11 +96,16 @@ def save_checkpoint(
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint; see `read_checkpoint`."""
+    """The contents of a checkpoint; see `read_checkpoint`.
+
+    Attributes:
+        state: the contents of `state.json`.
+    """
 
     path: Path
     step: int
     world_size: int
+    state: dict[str, Any]
     parameters: dict[str, Tensor]
     moments: dict[str, Tensor]
 
@@ -117,7 +123,7 @@ def read_checkpoint(
 
     Args:
         path: the checkpoint's folder.
-        run: the resuming run's settings, as passed to `save_checkpoint`.
+        run: the resuming run's settings, as in the state passed to `save_checkpoint`.
         frozen: the frozen models of the resuming run, as in `Description`.
 
     Raises:
@@ -145,6 +151,7 @@ def read_checkpoint(
         path,
         state["step"],
         state["world_size"],
+        state,
         read_parameters(path),
         load_tensors(path, OPTIMIZER),
     )

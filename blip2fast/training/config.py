@@ -188,6 +188,9 @@ class RunConfig:
         keep_last: number of checkpoints to keep.
         eval_batch_size: samples per evaluation batch, over all processes; the last may be smaller.
         resume: continue from the last checkpoint in `output_dir`, if there is one.
+        on_nonfinite: what to do about a step whose losses or gradients are not finite. It never
+            changes the parameters. `raise`: stop the run with an error. `skip`: go on, and stop
+            after `skip_limit` such steps. Overflows that fp16's loss scale answers are not counted.
     """
 
     __pydantic_config__ = _STRICT
@@ -217,3 +220,5 @@ class RunConfig:
     keep_last: _Count = 2
     log_every: _Count = 50
     resume: bool = False
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    skip_limit: _Count = 10

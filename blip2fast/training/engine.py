@@ -142,14 +142,25 @@ def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, 
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=adamw(model, config.optim), config=values
     )
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False  # `blip2fast.training.finite` says what happened
+    gather_trained(model)
+    return engine, values
+
+
+def gather_trained(model: nn.Module) -> None:
+    """Gather the trained part under ZeRO-3, at the start and after a step that DeepSpeed skipped.
+
+    Stage 3 gathers a weight when its module is called, but the fused passes read weights without
+    calling modules. Once gathered, the trained part stays so (`deepspeed_config`); only a skipped
+    step leaves it partitioned.
+    """
     kept: list[Any] = [
         p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_persist")
     ]
     if kept:
-        # Stage 3 gathers a weight when its module is called, but the fused passes read weights
-        # without calling modules. Once gathered, the trained part stays so (`deepspeed_config`).
         kept[0].all_gather(kept)
-    return engine, values
 
 
 def _place_the_rest(model: nn.Module, config: RunConfig) -> None:

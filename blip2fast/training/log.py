@@ -61,7 +61,7 @@ class RunLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics after `step` steps to metrics.jsonl, TensorBoard and the bar."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             group = "eval" if name.startswith("eval_") else "train"
@@ -142,55 +142,71 @@ def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
     return kept
 
 
+# the sum of passes that are counted in the others
+_PASSES = "passes"
+
+
 @dataclass
 class Progress:
     """Running sums of the scalars since the last log line, kept on the device to avoid syncs.
 
     Attributes:
-        count: micro-steps in the sums; after a resume it includes some of the interrupted run.
-        timed: micro-steps since `since`.
+        sums: over the passes of the steps whose losses are finite; after a resume they include
+            steps of the interrupted run.
+        skipped: steps since the last log line that did not update the parameters.
+        timed: steps since `since`.
         since: time of the last log line or of the resume, in seconds; pauses are added to it.
     """
 
     sums: dict[str, Tensor]
-    count: int = 0
+    skipped: int = 0
     timed: int = 0
     since: float = 0.0
 
-    def add(self, scalars: Mapping[str, Tensor]) -> None:
-        """Add one micro-step."""
-        for name, value in scalars.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
+    def add(self, scalars: Mapping[str, Tensor], passes: int, left_out: Tensor) -> None:
+        """Add one step.
+
+        Args:
+            scalars: sums over its passes.
+            passes: number of passes.
+            left_out: a bool scalar: not to be counted, as a loss is not finite.
+        """
+        count = left_out.new_full((), passes, dtype=torch.float32)
+        for name, value in {**scalars, _PASSES: count}.items():
+            kept = value.masked_fill(left_out, 0)
+            self.sums[name] = self.sums[name] + kept if name in self.sums else kept
         self.timed += 1
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint, so that the next log line after a resume covers all its steps."""
-        return {"sums": {n: v.cpu() for n, v in self.sums.items()}, "count": self.count}
+        return {"sums": {n: v.cpu() for n, v in self.sums.items()}, "skipped": self.skipped}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restore a state returned by `state`."""
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.count = state["count"]
+        self.skipped = state["skipped"]
 
-    def take(self, accumulation: int, samples_per_step: int) -> dict[str, float]:
-        """Means over micro-steps and processes, and the throughput; resets the sums.
+    def take(self, samples_per_step: int) -> dict[str, float]:
+        """Means over passes and processes, and the throughput; resets the sums.
 
-        Every process must call this.
+        Every process must call this. Without a step to count, the means are left out; the number
+        of skipped steps is left out if there is none.
 
         Args:
-            accumulation: micro-steps per optimizer step.
             samples_per_step: samples per optimizer step, over all processes.
         """
+        passes = self.sums.pop(_PASSES)
         names = sorted(self.sums)
-        means = torch.stack([self.sums[name] for name in names]) / self.count
+        means = torch.stack([self.sums[name] for name in names]) / passes
         if dist.get_world_size() > 1:
             dist.all_reduce(means)
             means /= dist.get_world_size()
         values = means.tolist()
-        now, steps = time.perf_counter(), self.timed / accumulation
-        metrics = dict(zip(names, values, strict=True))
+        now, steps = time.perf_counter(), self.timed
+        metrics = dict(zip(names, values, strict=True)) if passes.item() else {}
+        if self.skipped:
+            metrics["skipped"] = self.skipped
         metrics["seconds_per_step"] = (now - self.since) / steps
         metrics["samples_per_second"] = steps * samples_per_step / (now - self.since)
-        self.sums, self.count, self.timed, self.since = {}, 0, 0, now
+        self.sums, self.skipped, self.timed, self.since = {}, 0, 0, now
         return metrics

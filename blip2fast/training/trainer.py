@@ -33,16 +33,27 @@ from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.training.build import Run, build_run
 from blip2fast.training.config import DTYPE_OF, RunConfig
 from blip2fast.training.config_files import config_values, save_config
-from blip2fast.training.engine import learning_rate, start_engine, start_processes
+from blip2fast.training.engine import (
+    gather_trained,
+    learning_rate,
+    start_engine,
+    start_processes,
+)
 from blip2fast.training.engine_state import (
     keep_temperature,
+    lowers_loss_scale,
     master_parameters,
     optimizer_moments,
+    optimizer_state,
     restore,
+    restore_loss_scale,
 )
+from blip2fast.training.finite import Outcome, StepGate, nonfinite_names, some_of
+from blip2fast.training.finite_causes import explain, explain_held_out
 from blip2fast.training.log import Progress, RunLog
 from blip2fast.training.placement import choose_placement
 from blip2fast.training.preflight import check_machine, prepare_kernels
+from blip2fast.training.stopping import RunStopped, StopRequest
 from blip2fast.training.validation import validate
 from blip2fast.training.word_means import Weights, pass_weights, weighted
 
@@ -120,12 +131,14 @@ class Trainer:
         self.folder = Path(config.output_dir)
         self.model = parts.model
         self.step = 0
+        self.skipped = self.rescaled = 0
         self.progress = Progress({})
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         if parts.image_encoder is not None:
             parts.image_encoder.to(device)
         self.engine = self._start()
+        self.gate = StepGate(self.engine, device, stays_closed=config.on_nonfinite == "raise")
 
     def _start(self) -> DeepSpeedEngine:
         """Build the engine; a resuming run restores its last checkpoint."""
@@ -151,7 +164,10 @@ class Trainer:
             torch.manual_seed(self.config.seed + self.rank)
         else:
             self.step = checkpoint.step
-            restore(engine, self.model, checkpoint.parameters, checkpoint.moments, self.step)
+            kept = checkpoint.state["optimizer"]
+            restore(engine, self.model, checkpoint.parameters, checkpoint.moments, kept["updates"])
+            restore_loss_scale(engine, kept)
+            self.skipped, self.rescaled = (checkpoint.state[n] for n in ("skipped", "rescaled"))
             self._restore_random(checkpoint)
             self.say(f"resumed {checkpoint.path} at step {self.step}")
         keep_temperature(engine, self.model)
@@ -203,7 +219,8 @@ class Trainer:
             log = RunLog(self.folder, self.step, config.optim.max_steps, config.stage)
             self.say = log.say
         try:
-            metrics = self._steps(log)
+            with StopRequest() as self.stop:
+                metrics = self._steps(log)
         finally:
             if log is not None:
                 log.close()
@@ -221,32 +238,111 @@ class Trainer:
             rate = learning_rate(self.step, config.optim)
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = rate
-            for batch in self._micro_batches(batches):
-                loss, scalars = self.engine(**batch)
-                self.engine.backward(loss)
-                self.engine.step()
-                progress.add(scalars)
-            keep_temperature(self.engine, self.model)
+            self._train_step(batches)
             self.step += 1
             if log is not None:
                 log.advance()
-            if self.step % config.log_every == 0 or self.step == last:
-                samples = self.parts.batches.plan.samples_per_step
-                metrics = progress.take(config.optim.accumulation, samples)
-                _check_finite(metrics, self.step)
+            logs_now = self.step % config.log_every == 0 or self.step == last
+            saves_now = bool(config.save_every) and self.step % config.save_every == 0
+            evaluates_now = self._evaluates_now()
+            stops = self._read_outcomes(wait=logs_now or saves_now or evaluates_now)
+            if logs_now:
+                metrics = progress.take(self.parts.batches.plan.samples_per_step)
                 if log is not None:
                     log.write(self.step, {**metrics, "lr": rate})
             paused = time.perf_counter()
-            if config.save_every and self.step % config.save_every == 0:
+            if saves_now or stops:
                 if log is not None:
                     log.flush()
                 self._save_checkpoint()
-            if self._evaluates_now():
+            if stops:
+                raise self._stopped()
+            if evaluates_now:
                 metrics = self.evaluate()
                 if log is not None:
                     log.write(self.step, metrics)
             progress.since += time.perf_counter() - paused
+        self._say_skipped()
         return metrics
+
+    def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> None:
+        """An optimizer step: forward and backward passes, and an update if all is finite."""
+        passes, sums = self.config.optim.accumulation, dict[str, Tensor]()
+        lowest_scale = not lowers_loss_scale(self.engine)
+        for number, batch in enumerate(self._micro_batches(batches), 1):
+            loss, scalars = self.engine(**batch)
+            self.engine.backward(loss)
+            sums = {n: sums[n] + v if n in sums else v for n, v in scalars.items()}
+            if number == passes:
+                losses = {n: v for n, v in sums.items() if n.startswith("loss")}
+                stop = self.stop.reason is not None
+                left_out = self.gate.judge(self.step + 1, losses, stop)
+                self.progress.add(sums, passes, left_out)
+            self.engine.step()
+        self.gate.record(lowest_scale)
+        if not self.engine.was_step_applied():
+            gather_trained(self.model)
+        keep_temperature(self.engine, self.model)
+
+    def _read_outcomes(self, wait: bool) -> bool:
+        """Act on the outcomes of steps; returns whether to stop, alike on every process.
+
+        Raises:
+            FloatingPointError: a step was not finite, and `on_nonfinite` does not allow it.
+        """
+        stops = False
+        for outcome in self.gate.outcomes(wait):
+            stops = stops or outcome.stop
+            if outcome.rescaled:
+                self.progress.skipped += 1
+                self.rescaled += 1
+            if outcome.nonfinite:
+                self.progress.skipped += 1
+                self.skipped += 1
+                self._answer_nonfinite(outcome)
+        return stops
+
+    def _answer_nonfinite(self, outcome: Outcome) -> None:
+        """Report a step that was not finite; raises unless the run skips it and goes on."""
+        first = (outcome.step - 1) * self.config.optim.accumulation
+        count = self.config.optim.accumulation
+        found, bad_parameters = explain(
+            outcome,
+            self._parameters(),
+            (self.parts.batches[first + i] for i in range(count)),
+            [key for i in range(count) for key in self.parts.batches.keys(first + i)],
+            self.tokens,
+        )
+        limit = self.config.skip_limit
+        if self.config.on_nonfinite == "raise" or bad_parameters:
+            raise FloatingPointError(f"{found}. {self._last_good()}")
+        if self.skipped > limit:
+            raise FloatingPointError(
+                f"{found}. {self.skipped} steps of the run were skipped, more than skip_limit "
+                f"{limit}. {self._last_good()}"
+            )
+        self.say(f"{found}. Skipped ({self.skipped} of at most {limit})")
+
+    def _last_good(self) -> str:
+        """What there is to resume from, as a sentence."""
+        last = last_checkpoint(self.folder / "checkpoints")
+        if last is None:
+            return "No checkpoint was saved"
+        return f"The last checkpoint is good: resume: true continues from {last}"
+
+    def _say_skipped(self) -> None:
+        if self.skipped:
+            self.say(f"{self.skipped} step(s) were skipped, as they were not finite")
+        if self.rescaled:
+            self.say(f"{self.rescaled} step(s) only lowered the loss scale of fp16")
+
+    def _stopped(self) -> RunStopped:
+        return RunStopped(
+            f"stopped by {self.stop.reason or 'a signal to another process'} after step "
+            f"{self.step} of {self.config.optim.max_steps}; saved. To go on, run the same command "
+            "with --set resume=true",
+            self.stop.exit_code,
+        )
 
     def _micro_batches(self, batches: Iterator[dict[str, Tensor]]) -> Iterable[dict[str, Any]]:
         """The arguments of the forward passes of an optimizer step.
@@ -288,9 +384,16 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the held-out set, named `eval_*`; every process must call this."""
+        self._finite_parameters()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             metrics = validate(self._whole_model(), self.parts, self.config, self.tokens)
         self.engine.train()
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"held-out data, step {self.step}: {some_of(bad)} not finite: "
+                f"{explain_held_out(self.parts, self.tokens)}. {self._last_good()}"
+            )
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     def _whole_model(self) -> Blip2Stage1 | Blip2Stage2:
@@ -346,15 +449,41 @@ class Trainer:
         return iter(loader)
 
     def _save_checkpoint(self) -> None:
+        parameters = self._finite_parameters()
+        moments = optimizer_moments(self.engine, self.model)
+        self._refuse_nonfinite(moments)
         save_checkpoint(
             self.folder / "checkpoints",
             replace(self.parts.description, step=self.step),
-            self._parameters(),
-            optimizer_moments(self.engine, self.model),
-            self._identity(),
+            parameters,
+            moments,
+            {
+                "run": self._identity(),
+                "optimizer": optimizer_state(self.engine),
+                "skipped": self.skipped,
+                "rescaled": self.rescaled,
+            },
             {"progress": self.progress.state()},
             self.config.keep_last,
         )
+
+    def _finite_parameters(self) -> dict[str, Tensor]:
+        """The parameters, to be saved or evaluated.
+
+        Raises:
+            FloatingPointError: one of them is not finite.
+        """
+        parameters = self._parameters()
+        self._refuse_nonfinite(parameters)
+        return parameters
+
+    def _refuse_nonfinite(self, tensors: Mapping[str, Tensor]) -> None:
+        bad = nonfinite_names(tensors)
+        if bad:
+            raise FloatingPointError(
+                f"step {self.step}: {some_of(bad)} not finite after the update: lower optim.lr. "
+                f"Neither saved nor evaluated. {self._last_good()}"
+            )
 
     def _parameters(self) -> dict[str, Tensor]:
         """The full trained parameters in fp32, with scalars back in shape []."""
@@ -362,7 +491,7 @@ class Trainer:
         return {name: value.view(self.shapes[name]) for name, value in whole.items()}
 
     def _save_model(self, folder: Path) -> None:
-        state = self._parameters()
+        state = self._finite_parameters()
         if self.rank == 0:
             save_model(folder, state, replace(self.parts.description, step=self.step))
         dist.barrier()
@@ -370,11 +499,3 @@ class Trainer:
 
 def _silent(_: str) -> None:
     """Print nothing; used on all ranks but 0."""
-
-
-def _check_finite(metrics: Mapping[str, float], step: int) -> None:
-    if not math.isfinite(metrics["loss"]):
-        raise FloatingPointError(
-            f"loss is {metrics['loss']} at step {step}: lower optim.lr, or use precision bf16 or "
-            "fp32 instead of fp16"
-        )
