@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import transformers
 
     from blip2fast.training.config_files import load_config
+    from blip2fast.training.stopping import RunStopped
     from blip2fast.training.trainer import train
 
     transformers.logging.set_verbosity_error()
@@ -73,6 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The launcher kills all processes as soon as one exits, so each prints its own error.
         rank = os.environ.get("RANK", "0")
         sys.exit(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}")
+    except RunStopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)  # before the first step, or after the last
 
 
 def _share_cores() -> None:

@@ -105,9 +105,9 @@ class Checkpoint:
     path: Path
     step: int
     world_size: int
-    state: dict[str, Any]
     parameters: dict[str, Tensor]
     moments: dict[str, Tensor]
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def process(self, rank: int) -> dict[str, Any]:
         """The state of process `rank`; its random states are under `random`."""
@@ -151,9 +151,9 @@ def read_checkpoint(
         path,
         state["step"],
         state["world_size"],
-        state,
         read_parameters(path),
         load_tensors(path, OPTIMIZER),
+        state,
     )
 
 

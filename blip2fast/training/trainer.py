@@ -53,7 +53,7 @@ from blip2fast.training.finite_causes import explain, explain_held_out
 from blip2fast.training.log import Progress, RunLog
 from blip2fast.training.placement import choose_placement
 from blip2fast.training.preflight import check_machine, prepare_kernels
-from blip2fast.training.stopping import RunStopped, StopRequest
+from blip2fast.training.stopping import RunStopped, StopRequest, ignore_signals
 from blip2fast.training.validation import validate
 from blip2fast.training.word_means import Weights, pass_weights, weighted
 
@@ -99,7 +99,10 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
 
     Raises:
         ValueError: the run cannot start; see `blip2fast.training.preflight.check_machine`.
+        FloatingPointError: a value is not finite; see `RunConfig.on_nonfinite`.
+        RunStopped: a signal stopped the run, and a checkpoint was saved.
     """
+    stop = StopRequest()
     device = start_processes()
     check_machine(config, dist.get_world_size())
     prepare_kernels(config, say if dist.get_rank() == 0 else None)
@@ -108,7 +111,7 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
         config, dist.get_world_size(), machines, say if dist.get_rank() == 0 else None
     )
     parts = build_run(config, dist.get_rank(), dist.get_world_size())
-    return Trainer(config, parts, device, say).run()
+    return Trainer(config, parts, device, say, stop).run()
 
 
 class Trainer:
@@ -119,12 +122,19 @@ class Trainer:
         parts: model, data and the other parts of the run.
         device: the device of this process.
         say: prints a line; called on rank 0 only.
+        stop: notes requests to stop, during `run`.
     """
 
     def __init__(
-        self, config: RunConfig, parts: Run, device: torch.device, say: Callable[[str], None]
+        self,
+        config: RunConfig,
+        parts: Run,
+        device: torch.device,
+        say: Callable[[str], None],
+        stop: StopRequest | None = None,
     ) -> None:
         self.config, self.parts, self.device = config, parts, device
+        self.stop = stop or StopRequest()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.say = say if self.rank == 0 else _silent
         self.dtype = DTYPE_OF[config.precision]
@@ -219,7 +229,7 @@ class Trainer:
             log = RunLog(self.folder, self.step, config.optim.max_steps, config.stage)
             self.say = log.say
         try:
-            with StopRequest() as self.stop:
+            with self.stop:
                 metrics = self._steps(log)
         finally:
             if log is not None:
@@ -442,6 +452,7 @@ class Trainer:
             batch_size=None,
             sampler=range(first, optim.max_steps * optim.accumulation),
             num_workers=self.config.data.workers,
+            worker_init_fn=ignore_signals,
             pin_memory=self.device.type == "cuda",
             # The loader draws a seed on start; from the global generator, a resume would shift it.
             generator=torch.Generator(),

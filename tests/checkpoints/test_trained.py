@@ -154,7 +154,7 @@ def test_files_that_the_manifest_does_not_name_are_not_read(run: Path) -> None:
     folder = run / "checkpoints" / LAST
     shutil.copy(folder / "process_00000.pt", folder / "process_00001.pt")
     checkpoint = Checkpoint(folder, 6, 2, {}, {})
-    assert checkpoint.process(0)["progress"]["count"] == 0
+    assert checkpoint.process(0)["progress"]["skipped"] == 0
     with pytest.raises(ValueError, match=r"process_00001.pt is not among the files of .*manifest"):
         checkpoint.process(1)
 

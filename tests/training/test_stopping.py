@@ -1,0 +1,180 @@
+"""Signals end a run after its step, with a checkpoint, and leave no process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from small_run import config, distance, free_port, values, write_world
+
+from blip2fast import train as train_script
+from blip2fast.checkpoints.files import last_checkpoint, step_of
+from blip2fast.training import stopping
+from blip2fast.training.log import read_metrics
+from blip2fast.training.stopping import RunStopped
+from blip2fast.training.trainer import Trainer, train
+
+TRAIN = Path(train_script.__file__)
+BIN = Path(sys.executable).parent
+LONG = 100_000
+
+
+def _quiet(_: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS, ids=lambda n: n.name)
+def test_a_stopped_run_resumes_as_if_it_had_never_stopped(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    settings: dict[str, Any] = {"log_every": 4, "eval_every": 3}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(config(world, whole, 2, **settings), say=_quiet)
+    original = Trainer._train_step
+
+    def interrupted(self: Trainer, batches: Any) -> None:
+        if self.step == 1:
+            os.kill(os.getpid(), number)
+        original(self, batches)
+
+    before = [signal.getsignal(n) for n in stopping.SIGNALS]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", interrupted)
+        with pytest.raises(RunStopped, match=rf"{number.name} after step 2 of 6.*resume=true") as e:
+            train(config(world, stopped, 2, **settings), say=_quiet)
+    assert e.value.exit_code == 128 + number
+    assert [signal.getsignal(n) for n in stopping.SIGNALS] == before
+    assert not (stopped / "model.safetensors").exists()
+    train(config(world, stopped, 2, resume=True, **settings), say=_quiet)
+    timeless = [
+        [{n: v for n, v in line.items() if "second" not in n} for line in read_metrics(folder)]
+        for folder in (whole, stopped)
+    ]
+    assert timeless[0] == timeless[1]
+    assert distance(stopped, whole) == 0
+
+
+def test_a_stop_that_takes_too_long_ends_the_process() -> None:
+    """Also where the interpreter runs no handler, as in a collective that never returns."""
+    code = (
+        "import ctypes\n"
+        "from blip2fast.training.stopping import StopRequest\n"
+        "with StopRequest(seconds=1.0):\n"
+        "    print('ready', flush=True)\n"
+        "    while True:\n"
+        "        ctypes.CDLL(None).sleep(30)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=20)
+    assert time.monotonic() - start < 10
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said.startswith("error: not stopped within 1 s of SIGTERM")
+
+
+def _commands(kind: str) -> list[str]:
+    if kind == "python":
+        return [sys.executable]
+    if kind == "deepspeed":
+        return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    return [
+        *(str(BIN / "torchrun"), "--nproc_per_node", "2"),
+        *("--master_port", str(free_port())),
+    ]
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def _started(world: Path, output: Path, kind: str, workers: int) -> subprocess.Popen[str]:
+    """A long run that has logged a step."""
+    file = output.with_suffix(".yaml")
+    optim = {"max_steps": LONG, "batch_size": 4 if kind == "python" else 2}
+    data = {"workers": workers, "eval_records": None, "eval_features": None}
+    file.write_text(yaml.safe_dump(values(world, output, 2, optim=optim, data=data)))
+    kept = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    process = subprocess.Popen(
+        [*_commands(kind), str(TRAIN), "--config", str(file)],
+        stdout=output.with_suffix(".out").open("w"),
+        stderr=output.with_suffix(".err").open("w"),
+        text=True,
+        env=kept | {"OMP_NUM_THREADS": "1"},
+    )
+    metrics, limit = output / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or metrics.stat().st_size == 0:
+        assert process.poll() is None, output.with_suffix(".err").read_text()
+        assert time.monotonic() < limit
+        time.sleep(0.2)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "number", "workers"),
+    [
+        ("python", signal.SIGINT, 0),
+        ("python", signal.SIGTERM, 2),
+        ("python", signal.SIGUSR1, 0),
+        ("deepspeed", signal.SIGINT, 0),
+        ("deepspeed", signal.SIGTERM, 1),
+        ("deepspeed", signal.SIGKILL, 0),
+        ("torchrun", signal.SIGTERM, 1),
+        ("torchrun", signal.SIGINT, 0),
+        ("torchrun", signal.SIGKILL, 0),
+    ],
+)
+def test_a_signal_to_the_process_that_was_started(
+    world: Path, tmp_path: Path, kind: str, number: signal.Signals, workers: int
+) -> None:
+    """Before, a signal to `deepspeed` alone left its ranks training as orphans."""
+    output = tmp_path / "out"
+    process = _started(world, output, kind, workers)
+    tree = _tree(process.pid)
+    process.send_signal(number)
+    code = process.wait(timeout=60)
+    _, alive = psutil.wait_procs(tree, timeout=30)
+    left = [(p.pid, p.cmdline()) for p in alive if p.is_running()]
+    for each in alive:
+        each.kill()
+    assert left == []
+    saved = last_checkpoint(output / "checkpoints")
+    assert saved is not None, output.with_suffix(".err").read_text()
+    assert step_of(saved) >= 1
+    said = output.with_suffix(".err").read_text()
+    assert "To go on, run the same command with --set resume=true" in said
+    assert code != 0
+    if kind == "python":
+        assert code == 128 + number
+        assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all(world: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = _started(world, output, "deepspeed", 0)
+    tree = _tree(process.pid)
+    ranks = [p for p in tree if str(TRAIN) in p.cmdline() and "--local_rank=1" in p.cmdline()]
+    ranks[-1].send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) != 0
+    assert psutil.wait_procs(tree, timeout=30)[1] == []
+    assert last_checkpoint(output / "checkpoints") is not None
+    assert "stopped by a signal to another process" in output.with_suffix(".err").read_text()
