@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import transformers
 
     from blip2fast.training.config_files import load_config
+    from blip2fast.training.engine import ProcessLostError
     from blip2fast.training.stopping import RunStopped
     from blip2fast.training.trainer import train
 
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for run in [load_config(config, overrides) for config, overrides in given.runs]:
             train(run)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError, ProcessLostError) as error:
         # The launcher kills all processes as soon as one exits, so each prints its own error.
         rank = os.environ.get("RANK", "0")
         sys.exit(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}")

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ def save_checkpoint(
 
     Raises:
         ValueError: a checkpoint of this step already exists.
+        OSError: it cannot be written; nothing of it is left, and earlier ones are untouched.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     final = folder / f"step-{description.step:08d}"
@@ -71,27 +72,56 @@ def save_checkpoint(
     if final.exists():
         raise ValueError(f"{final} is there already; delete it, or resume from it")
     dist.barrier()
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    kept = {"random": random_states(), **process}
-    write_through(partial / _process_file(rank), lambda path: torch.save(kept, path))
-    dist.barrier()
-    if rank == 0:
-        state = {"step": description.step, "world_size": world, **state}
+
+    def begin() -> None:
+        if rank == 0:
+            remove(partial)
+            partial.mkdir(parents=True)
+
+    def write_own() -> None:
+        kept = {"random": random_states(), **process}
+        write_through(partial / _process_file(rank), lambda path: torch.save(kept, path))
+
+    def write_rest() -> None:
+        if rank != 0:
+            return
         files = {
             **model_files(parameters, description),
             OPTIMIZER: lambda path: save_file(on_cpu(moments), path),
-            STATE: write_json(state),
+            STATE: write_json({"step": description.step, "world_size": world, **state}),
         }
         for name, write in files.items():
             write_through(partial / name, write)
         manifest.seal(partial, [*files, *(_process_file(each) for each in range(world))])
         manifest.rename_folder(partial, final)
+        manifest.flush(folder.parent)
+
+    for work in (begin, write_own, write_rest):
+        _together(work, partial)
+    if rank == 0:
         keep_newest(folder, keep_last)
     dist.barrier()
     return final
+
+
+def _together(work: Callable[[], None], partial: Path) -> None:
+    """Do a part of the writing on every process; if one fails, all of them fail.
+
+    Raises:
+        OSError: a process could not write; what was written of the checkpoint is removed.
+    """
+    fault = None
+    try:
+        work()
+    except OSError as error:
+        fault = str(error)
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    found = next((each for each in faults if each is not None), None)
+    if found is not None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +161,11 @@ def read_checkpoint(
             other frozen models; each difference is named with both values.
     """
     state = read_json(path, STATE)
+    if "optimizer" not in state:
+        raise ValueError(
+            f"{path} was written by an earlier version and cannot be resumed: start a new "
+            "output_dir with init_from"
+        )
     there = dict(flat(state["run"]))
     here = dict(flat(json.loads(json.dumps(run))))
     differing = [
@@ -160,14 +195,22 @@ def read_checkpoint(
 def remove_unfinished(folder: Path) -> None:
     """Delete partial checkpoints that killed runs left behind."""
     for path in folder.glob("*.partial"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, a file or a link (not what it points to), if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def keep_newest(folder: Path, count: int) -> None:
     """Delete all checkpoints in `folder` except the `count` newest."""
     for path in sorted(checkpoints_in(folder), key=step_of)[:-count]:
         # Rename first: a kill during deletion must not leave half a checkpoint under this name.
-        shutil.rmtree(path.rename(path.with_name(path.name + ".old.partial")))
+        remove(path.rename(path.with_name(path.name + ".old.partial")))
     remove_unfinished(folder)
 
 

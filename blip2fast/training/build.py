@@ -268,7 +268,7 @@ def _stage2(
         _same_language_model(config, start, found)
     language_model = load_frozen(config)
     identity = found or identify_model(language_model)
-    tokenizer = AutoTokenizer.from_pretrained(config.language_model.path)
+    tokenizer = AutoTokenizer.from_pretrained(config.language_model.path, trust_remote_code=False)
     if start is None:
         return Blip2Stage2(size, language_model), tokenizer, identity
     state = read_parameters(str(config.init_from))

@@ -188,6 +188,7 @@ class RunConfig:
         keep_last: number of checkpoints to keep.
         eval_batch_size: samples per evaluation batch, over all processes; the last may be smaller.
         resume: continue from the last checkpoint in `output_dir`, if there is one.
+        overwrite: delete an earlier run in `output_dir` and start anew.
         on_nonfinite: what to do about a step whose losses or gradients are not finite. It never
             changes the parameters. `raise`: stop the run with an error. `skip`: go on, and stop
             after `skip_limit` such steps. Overflows that fp16's loss scale answers are not counted.
@@ -203,7 +204,7 @@ class RunConfig:
     language_model: LanguageModelSection | None = None
     init_from: str | None = None
     allow_other_frozen: bool = False
-    seed: _NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload_param: Offload = "none"
@@ -220,5 +221,6 @@ class RunConfig:
     keep_last: _Count = 2
     log_every: _Count = 50
     resume: bool = False
+    overwrite: bool = False
     on_nonfinite: Literal["raise", "skip"] = "raise"
     skip_limit: _Count = 10

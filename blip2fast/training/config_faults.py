@@ -33,6 +33,8 @@ def contradictions(config: RunConfig) -> list[str]:
         )
     if config.allow_other_frozen and config.init_from is None:
         faults.append("allow_other_frozen is about init_from, which is not set")
+    if config.resume and config.overwrite:
+        faults.append("resume continues an earlier run, and overwrite deletes it: set one of them")
     return faults + _stage_faults(config) + offload_faults(config)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,32 @@ from blip2fast.training.config import DTYPE_OF, OptimSection, RunConfig
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of the run has ended or cannot be reached."""
+
+
+@contextmanager
+def losing_a_process(remedy: Callable[[], str]) -> Iterator[None]:
+    """Turn the errors of collectives in the `with` block into a `ProcessLostError`.
+
+    Args:
+        remedy: a sentence on how to go on, for the error message.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        # gloo raises plain RuntimeErrors
+        signs = ("gloo", "Connection closed by peer", "Connection reset", "Broken pipe", "NCCL")
+        if dist.get_world_size() == 1 or not (
+            isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+        ):
+            raise
+        raise ProcessLostError(
+            f"another process of the run has ended or cannot be reached ({first}). {remedy()}"
+        ) from error
 
 
 # Number and size (elements) of the host buffers into which DeepSpeed reads weights from NVMe.
@@ -100,19 +127,20 @@ def start_processes() -> torch.device:
     if dist.is_initialized():
         pass
     elif "RANK" in os.environ:
-        deepspeed.init_distributed(dist_backend=backend)
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        try:
+            deepspeed.init_distributed(dist_backend=backend)
+        except dist.DistError as error:
+            raise ProcessLostError(
+                f"the processes cannot meet at {place} ({str(error).splitlines()[0]}): if the port "
+                "is in use, give the launcher another --master_port"
+            ) from error
     else:
         os.environ.setdefault("LOCAL_RANK", "0")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        deepspeed.init_distributed(
-            dist_backend=backend,
-            auto_mpi_discovery=False,
-            init_method=f"tcp://127.0.0.1:{port}",
-            rank=0,
-            world_size=1,
-        )
+        # no socket: PyTorch's store would listen on all interfaces, without authentication
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     if not on_gpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -119,7 +119,7 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], str]:
     for number, line in enumerate(whole, 1):
         try:
             values = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             return lines, f"{path}, line {number} is not JSON ({error}); delete it to read the rest"
         if not isinstance(values, dict) or "step" not in values:
             return lines, f"{path}, line {number}: expected a step and its metrics, got {line!r}"

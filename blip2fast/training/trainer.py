@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice, repeat
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from blip2fast.checkpoints.files import last_checkpoint
 from blip2fast.checkpoints.resume import (
@@ -36,6 +36,7 @@ from blip2fast.training.config_files import config_values, save_config
 from blip2fast.training.engine import (
     gather_trained,
     learning_rate,
+    losing_a_process,
     start_engine,
     start_processes,
 )
@@ -50,10 +51,12 @@ from blip2fast.training.engine_state import (
 )
 from blip2fast.training.finite import Outcome, StepGate, nonfinite_names, some_of
 from blip2fast.training.finite_causes import explain, explain_held_out
+from blip2fast.training.folder import FolderLock, folder_faults, remove_earlier_run
+from blip2fast.training.loading import read_batches
 from blip2fast.training.log import Progress, RunLog
 from blip2fast.training.placement import choose_placement
 from blip2fast.training.preflight import check_machine, prepare_kernels
-from blip2fast.training.stopping import RunStopped, StopRequest, ignore_signals
+from blip2fast.training.stopping import RunStopped, StopRequest
 from blip2fast.training.validation import validate
 from blip2fast.training.word_means import Weights, pass_weights, weighted
 
@@ -110,8 +113,33 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
     config = choose_placement(
         config, dist.get_world_size(), machines, say if dist.get_rank() == 0 else None
     )
-    parts = build_run(config, dist.get_rank(), dist.get_world_size())
-    return Trainer(config, parts, device, say, stop).run()
+    with _locked(config, say):
+        parts = build_run(config, dist.get_rank(), dist.get_world_size())
+        if config.overwrite and dist.get_rank() == 0:
+            remove_earlier_run(Path(config.output_dir))
+        return Trainer(config, parts, device, say, stop).run()
+
+
+def _locked(config: RunConfig, say: Callable[[str], None]) -> AbstractContextManager[Any]:
+    """Lock the output folder on rank 0; every process must call this.
+
+    Raises:
+        ValueError: another run is in it, or has been since `check_machine`.
+    """
+    faults: list[str | None] = [None]
+    lock: AbstractContextManager[Any] = nullcontext()
+    if dist.get_rank() == 0:
+        folder = Path(config.output_dir)
+        try:
+            lock = FolderLock(folder, say)
+            faults[0] = "; ".join(folder_faults(folder, config.resume, config.overwrite)) or None
+        except (ValueError, OSError) as error:
+            faults[0] = str(error)
+    dist.broadcast_object_list(faults)
+    if faults[0] is not None:
+        with lock:
+            raise ValueError(faults[0])
+    return lock
 
 
 class Trainer:
@@ -229,7 +257,7 @@ class Trainer:
             log = RunLog(self.folder, self.step, config.optim.max_steps, config.stage)
             self.say = log.say
         try:
-            with self.stop:
+            with self.stop, losing_a_process(self._last_good):
                 metrics = self._steps(log)
         finally:
             if log is not None:
@@ -446,37 +474,39 @@ class Trainer:
         return moved
 
     def _batches(self, first: int) -> Iterator[dict[str, Tensor]]:
-        optim = self.config.optim
-        loader = DataLoader(
+        end = self.config.optim.max_steps * self.config.optim.accumulation
+        return read_batches(
             self.parts.batches,
-            batch_size=None,
-            sampler=range(first, optim.max_steps * optim.accumulation),
-            num_workers=self.config.data.workers,
-            worker_init_fn=ignore_signals,
-            pin_memory=self.device.type == "cuda",
-            # The loader draws a seed on start; from the global generator, a resume would shift it.
-            generator=torch.Generator(),
+            range(first, end),
+            self.config.data.workers,
+            self.device.type == "cuda",
+            self.say,
         )
-        return iter(loader)
 
     def _save_checkpoint(self) -> None:
         parameters = self._finite_parameters()
         moments = optimizer_moments(self.engine, self.model)
         self._refuse_nonfinite(moments)
-        save_checkpoint(
-            self.folder / "checkpoints",
-            replace(self.parts.description, step=self.step),
-            parameters,
-            moments,
-            {
-                "run": self._identity(),
-                "optimizer": optimizer_state(self.engine),
-                "skipped": self.skipped,
-                "rescaled": self.rescaled,
-            },
-            {"progress": self.progress.state()},
-            self.config.keep_last,
-        )
+        state = {
+            "run": self._identity(),
+            "optimizer": optimizer_state(self.engine),
+            "skipped": self.skipped,
+            "rescaled": self.rescaled,
+        }
+        try:
+            save_checkpoint(
+                self.folder / "checkpoints",
+                replace(self.parts.description, step=self.step),
+                parameters,
+                moments,
+                state,
+                {"progress": self.progress.state()},
+                self.config.keep_last,
+            )
+        except OSError as error:
+            raise OSError(
+                f"step {self.step}: no checkpoint: {error}. {self._last_good()}"
+            ) from error
 
     def _finite_parameters(self) -> dict[str, Tensor]:
         """The parameters, to be saved or evaluated.

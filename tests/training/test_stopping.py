@@ -12,19 +12,14 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
-from small_run import config, distance, free_port, values, write_world
+from small_run import config, distance, write_world
+from started_run import TRAIN, process_tree, started
 
-from blip2fast import train as train_script
 from blip2fast.checkpoints.files import last_checkpoint, step_of
 from blip2fast.training import stopping
 from blip2fast.training.log import read_metrics
 from blip2fast.training.stopping import RunStopped
 from blip2fast.training.trainer import Trainer, train
-
-TRAIN = Path(train_script.__file__)
-BIN = Path(sys.executable).parent
-LONG = 100_000
 
 
 def _quiet(_: str) -> None: ...
@@ -89,44 +84,6 @@ def test_a_stop_that_takes_too_long_ends_the_process() -> None:
     assert said.startswith("error: not stopped within 1 s of SIGTERM")
 
 
-def _commands(kind: str) -> list[str]:
-    if kind == "python":
-        return [sys.executable]
-    if kind == "deepspeed":
-        return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
-    return [
-        *(str(BIN / "torchrun"), "--nproc_per_node", "2"),
-        *("--master_port", str(free_port())),
-    ]
-
-
-def _tree(pid: int) -> list[psutil.Process]:
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
-
-
-def _started(world: Path, output: Path, kind: str, workers: int) -> subprocess.Popen[str]:
-    """A long run that has logged a step."""
-    file = output.with_suffix(".yaml")
-    optim = {"max_steps": LONG, "batch_size": 4 if kind == "python" else 2}
-    data = {"workers": workers, "eval_records": None, "eval_features": None}
-    file.write_text(yaml.safe_dump(values(world, output, 2, optim=optim, data=data)))
-    kept = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    process = subprocess.Popen(
-        [*_commands(kind), str(TRAIN), "--config", str(file)],
-        stdout=output.with_suffix(".out").open("w"),
-        stderr=output.with_suffix(".err").open("w"),
-        text=True,
-        env=kept | {"OMP_NUM_THREADS": "1"},
-    )
-    metrics, limit = output / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() or metrics.stat().st_size == 0:
-        assert process.poll() is None, output.with_suffix(".err").read_text()
-        assert time.monotonic() < limit
-        time.sleep(0.2)
-    return process
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "number", "workers"),
@@ -147,8 +104,8 @@ def test_a_signal_to_the_process_that_was_started(
 ) -> None:
     """Before, a signal to `deepspeed` alone left its ranks training as orphans."""
     output = tmp_path / "out"
-    process = _started(world, output, kind, workers)
-    tree = _tree(process.pid)
+    process = started(world, output, kind, workers)
+    tree = process_tree(process.pid)
     process.send_signal(number)
     code = process.wait(timeout=60)
     _, alive = psutil.wait_procs(tree, timeout=30)
@@ -170,8 +127,8 @@ def test_a_signal_to_the_process_that_was_started(
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(world: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    process = _started(world, output, "deepspeed", 0)
-    tree = _tree(process.pid)
+    process = started(world, output, "deepspeed", 0)
+    tree = process_tree(process.pid)
     ranks = [p for p in tree if str(TRAIN) in p.cmdline() and "--local_rank=1" in p.cmdline()]
     ranks[-1].send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) != 0
