@@ -23,13 +23,12 @@ from torch import Tensor
 from blip2fast.checkpoints.files import (
     OPTIMIZER,
     STATE,
-    checkpoints_in,
     find_file,
     load_tensors,
     on_cpu,
     read_json,
-    step_of,
 )
+from blip2fast.checkpoints.kept import Kept, remove, remove_others
 from blip2fast.checkpoints.trained import (
     Description,
     check_frozen,
@@ -49,7 +48,7 @@ def save_checkpoint(
     moments: Mapping[str, Tensor],
     state: Mapping[str, Any],
     process: Mapping[str, Any],
-    keep_last: int,
+    kept: Kept,
 ) -> Path:
     """Write `folder/step-<step>`. Every process must call this; rank 0 writes the tensors.
 
@@ -60,7 +59,7 @@ def save_checkpoint(
         state: stored in `state.json` with the step; `run` holds the run's settings, which are
             compared on resume.
         process: state of this process besides its random states; tensors and plain values.
-        keep_last: number of newest checkpoints to keep; older ones are deleted.
+        kept: which checkpoints to keep; others are deleted.
 
     Raises:
         ValueError: a checkpoint of this step already exists.
@@ -79,8 +78,8 @@ def save_checkpoint(
             partial.mkdir(parents=True)
 
     def write_own() -> None:
-        kept = {"random": random_states(), **process}
-        write_through(partial / _process_file(rank), lambda path: torch.save(kept, path))
+        own = {"random": random_states(), **process}
+        write_through(partial / _process_file(rank), lambda path: torch.save(own, path))
 
     def write_rest() -> None:
         if rank != 0:
@@ -99,7 +98,7 @@ def save_checkpoint(
     for work in (begin, write_own, write_rest):
         _together(work, partial)
     if rank == 0:
-        keep_newest(folder, keep_last)
+        remove_others(folder, kept)
     dist.barrier()
     return final
 
@@ -190,28 +189,6 @@ def read_checkpoint(
         load_tensors(path, OPTIMIZER),
         state,
     )
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete partial checkpoints that killed runs left behind."""
-    for path in folder.glob("*.partial"):
-        remove(path)
-
-
-def remove(path: Path) -> None:
-    """Delete a folder, a file or a link (not what it points to), if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def keep_newest(folder: Path, count: int) -> None:
-    """Delete all checkpoints in `folder` except the `count` newest."""
-    for path in sorted(checkpoints_in(folder), key=step_of)[:-count]:
-        # Rename first: a kill during deletion must not leave half a checkpoint under this name.
-        remove(path.rename(path.with_name(path.name + ".old.partial")))
-    remove_unfinished(folder)
 
 
 def _process_file(rank: int) -> str:

@@ -185,9 +185,14 @@ class RunConfig:
             finds correct and faster (docs/kernels.md); `never`; or `trust`, without a check.
         eval_every, save_every: interval in optimizer steps; 0: evaluate only at the end, save no
             checkpoints.
-        keep_last: number of checkpoints to keep.
+        keep_last: number of newest checkpoints to keep.
+        keep_every: also keep checkpoints whose step is a multiple of it; 0: none.
+        keep_best: also keep the best checkpoint by this held-out metric, without its `eval_`:
+            the lowest `loss` or `loss_*`, the highest of others, such as `t2i_r1` (stage 1) or
+            `exact` (stage 2). It is saved when it is evaluated.
         eval_batch_size: samples per evaluation batch, over all processes; the last may be smaller.
-        resume: continue from the last checkpoint in `output_dir`, if there is one.
+        resume: continue from the last checkpoint in `output_dir`, if there is one. What may differ
+            from the earlier start: `blip2fast.training.restart`.
         overwrite: delete an earlier run in `output_dir` and start anew.
         on_nonfinite: what to do about a step whose losses or gradients are not finite. It never
             changes the parameters. `raise`: stop the run with an error. `skip`: go on, and stop
@@ -219,6 +224,8 @@ class RunConfig:
     eval_batch_size: Annotated[int, Field(ge=2)] = 64
     save_every: _NonNegative = 0
     keep_last: _Count = 2
+    keep_every: _NonNegative = 0
+    keep_best: str | None = None
     log_every: _Count = 50
     resume: bool = False
     overwrite: bool = False

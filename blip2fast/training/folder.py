@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -14,12 +13,17 @@ from pathlib import Path
 from types import TracebackType
 
 from blip2fast.checkpoints.files import DESCRIPTION, MODEL
+from blip2fast.checkpoints.kept import remove
 from blip2fast.data.manifest import MANIFEST
+from blip2fast.training.restart import HISTORY
 
 LOCK = "run.lock"
 # `resume` continues from these; others are written again.
 EARLIER = ("checkpoints", "metrics.jsonl")
-_OF_A_RUN = (*EARLIER, "tensorboard", "config.yaml", "deepspeed.json", DESCRIPTION, MODEL, MANIFEST)
+_OF_A_RUN = (
+    *(*EARLIER, HISTORY, "tensorboard", "config.yaml", "deepspeed.json"),
+    *(DESCRIPTION, MODEL, MANIFEST),
+)
 
 
 class FolderLock:
@@ -92,11 +96,7 @@ class FolderLock:
 def remove_earlier_run(folder: Path) -> None:
     """Delete what a run writes into its output folder; other files stay."""
     for name in _OF_A_RUN:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(folder / name)
 
 
 def folder_faults(folder: Path, resume: bool, overwrite: bool) -> list[str]:

@@ -142,8 +142,8 @@ def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
     return kept
 
 
-# the sum of passes that are counted in the others
-_PASSES = "passes"
+# the number of steps that are counted in the sums
+_STEPS = "steps"
 
 
 @dataclass
@@ -151,8 +151,8 @@ class Progress:
     """Running sums of the scalars since the last log line, kept on the device to avoid syncs.
 
     Attributes:
-        sums: over the passes of the steps whose losses are finite; after a resume they include
-            steps of the interrupted run.
+        sums: over the steps whose losses are finite, of the means of their passes; after a resume
+            they include steps of the interrupted run.
         skipped: steps since the last log line that did not update the parameters.
         timed: steps since `since`.
         since: time of the last log line or of the resume, in seconds; pauses are added to it.
@@ -172,8 +172,8 @@ class Progress:
             left_out: a bool scalar: not to be counted, as a loss is not finite.
         """
         count = left_out.new_full((), passes, dtype=torch.float32)
-        for name, value in {**scalars, _PASSES: count}.items():
-            kept = value.masked_fill(left_out, 0)
+        for name, value in {**scalars, _STEPS: count}.items():
+            kept = (value / passes).masked_fill(left_out, 0)
             self.sums[name] = self.sums[name] + kept if name in self.sums else kept
         self.timed += 1
 
@@ -187,7 +187,7 @@ class Progress:
         self.skipped = state["skipped"]
 
     def take(self, samples_per_step: int) -> dict[str, float]:
-        """Means over passes and processes, and the throughput; resets the sums.
+        """Means over steps and processes, and the throughput; resets the sums.
 
         Every process must call this. Without a step to count, the means are left out; the number
         of skipped steps is left out if there is none.
@@ -195,15 +195,15 @@ class Progress:
         Args:
             samples_per_step: samples per optimizer step, over all processes.
         """
-        passes = self.sums.pop(_PASSES)
+        counted = self.sums.pop(_STEPS)
         names = sorted(self.sums)
-        means = torch.stack([self.sums[name] for name in names]) / passes
+        means = torch.stack([self.sums[name] for name in names]) / counted
         if dist.get_world_size() > 1:
             dist.all_reduce(means)
             means /= dist.get_world_size()
         values = means.tolist()
         now, steps = time.perf_counter(), self.timed
-        metrics = dict(zip(names, values, strict=True)) if passes.item() else {}
+        metrics = dict(zip(names, values, strict=True)) if counted.item() else {}
         if self.skipped:
             metrics["skipped"] = self.skipped
         metrics["seconds_per_step"] = (now - self.since) / steps

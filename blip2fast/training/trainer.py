@@ -18,10 +18,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from blip2fast.checkpoints.files import last_checkpoint
+from blip2fast.checkpoints.kept import (
+    Kept,
+    read_best,
+    remove_others,
+    remove_unfinished,
+    write_best,
+)
 from blip2fast.checkpoints.resume import (
     Checkpoint,
     read_checkpoint,
-    remove_unfinished,
     save_checkpoint,
     set_random_states,
 )
@@ -32,7 +38,7 @@ from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.training.build import Run, build_run
 from blip2fast.training.config import DTYPE_OF, RunConfig
-from blip2fast.training.config_files import config_values, save_config
+from blip2fast.training.config_files import save_config
 from blip2fast.training.engine import (
     gather_trained,
     learning_rate,
@@ -56,6 +62,7 @@ from blip2fast.training.loading import read_batches
 from blip2fast.training.log import Progress, RunLog
 from blip2fast.training.placement import choose_placement
 from blip2fast.training.preflight import check_machine, prepare_kernels
+from blip2fast.training.restart import check_steps, record_start, run_identity
 from blip2fast.training.stopping import RunStopped, StopRequest
 from blip2fast.training.validation import validate
 from blip2fast.training.word_means import Weights, pass_weights, weighted
@@ -185,7 +192,9 @@ class Trainer:
         if self.config.resume and found is not None:
             frozen = self.parts.description.frozen
             checkpoint = read_checkpoint(found, self._identity(), frozen)
+            check_steps(self.config, checkpoint.step, found)
             load_parameters(self.model, checkpoint.parameters, str(found))
+            self.step = checkpoint.step
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         initial = {
             n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad
@@ -194,6 +203,7 @@ class Trainer:
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.folder / "checkpoints")
+            record_start(self.folder, self.config, self.step, self.world_size, self.say)
             replace_file(self.folder / "config.yaml", partial(save_config, self.config))
             replace_file(self.folder / "deepspeed.json", write_json(values))
         if checkpoint is None:
@@ -201,7 +211,6 @@ class Trainer:
             # Each rank draws its own dropout and negatives; rank 0 as in a single-process run.
             torch.manual_seed(self.config.seed + self.rank)
         else:
-            self.step = checkpoint.step
             kept = checkpoint.state["optimizer"]
             restore(engine, self.model, checkpoint.parameters, checkpoint.moments, kept["updates"])
             restore_loss_scale(engine, kept)
@@ -226,14 +235,8 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """The settings that must match between a checkpoint and a resuming run."""
-        values = config_values(self.config)
-        names = ("stage", "seed", "model", "language_model", "data", "optim")
-        same = {name: values[name] for name in names}
-        for free in ("workers", "eval_records", "eval_features", "eval_images"):
-            same["data"].pop(free)
-        for name in ("batch_size", "accumulation"):
-            same["optim"].pop(name)
-        return {**same, "samples_per_step": self.parts.batches.plan.samples_per_step}
+        samples = self.parts.batches.plan.samples_per_step
+        return run_identity(self.config, samples, self.parts.contents)
 
     def run(self) -> dict[str, float]:
         """Train to `optim.max_steps`; returns the last metrics."""
@@ -296,9 +299,7 @@ class Trainer:
             if stops:
                 raise self._stopped()
             if evaluates_now:
-                metrics = self.evaluate()
-                if log is not None:
-                    log.write(self.step, metrics)
+                metrics = self._evaluate_and_keep(log)
             progress.since += time.perf_counter() - paused
         self._say_skipped()
         return metrics
@@ -409,10 +410,45 @@ class Trainer:
         dist.broadcast(flag, 0)
         if not (flag.item() and self._evaluates_now()):
             return {}
+        return self._evaluate_and_keep(log)
+
+    def _evaluate_and_keep(self, log: RunLog | None) -> dict[str, float]:
+        """Evaluate, log the metrics, and keep the checkpoint if it is the best."""
         metrics = self.evaluate()
+        metric = self.config.keep_best
+        if metric is not None:
+            self._keep_if_best(metric, metrics[f"eval_{metric}"], log)
         if log is not None:
             log.write(self.step, metrics)
         return metrics
+
+    def _keep_if_best(self, metric: str, value: float, log: RunLog | None) -> None:
+        folder = self.folder / "checkpoints"
+        decided = torch.zeros(2, dtype=torch.int64, device=self.device)  # is it best, is it saved
+        if self.rank == 0:
+            before = read_best(folder)
+            if before is None or before["metric"] != metric:
+                better = True
+            elif metric.startswith("loss"):
+                better = value < before["value"]
+            else:
+                better = value > before["value"]
+            decided += torch.tensor([better, (folder / f"step-{self.step:08d}").exists()])
+        dist.broadcast(decided, 0)
+        best, saved = decided.tolist()
+        if not best:
+            return
+        if not saved:
+            if log is not None:
+                log.flush()
+            self._save_checkpoint()
+        if self.rank == 0:
+            write_best(folder, self.step, metric, value)
+            remove_others(folder, self._kept())
+        dist.barrier()
+
+    def _kept(self) -> Kept:
+        return Kept(self.config.keep_last, self.config.keep_every)
 
     def _evaluates_now(self) -> bool:
         if self.parts.held_out is None:
@@ -501,7 +537,7 @@ class Trainer:
                 moments,
                 state,
                 {"progress": self.progress.state()},
-                self.config.keep_last,
+                self._kept(),
             )
         except OSError as error:
             raise OSError(
