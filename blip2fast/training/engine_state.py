@@ -78,7 +78,7 @@ def restore(
         updates: steps that AdamW has taken, without skipped ones.
     """
     optimizer = engine.basic_optimizer
-    for shard in _shards(engine):
+    for shard in optimizer_shards(engine):
         optimizer.state[shard] = {
             "step": torch.full((), float(updates), device=shard.device),
             **{moment: torch.zeros_like(shard) for moment in MOMENTS},
@@ -94,7 +94,7 @@ def restore(
 def optimizer_state(engine: DeepSpeedEngine) -> dict[str, Any]:
     """What the optimizer holds besides moments: AdamW's count of updates, and fp16's loss scale."""
     state: dict[str, Any] = {
-        "updates": int(engine.basic_optimizer.state[_shards(engine)[0]]["step"])
+        "updates": int(engine.basic_optimizer.state[optimizer_shards(engine)[0]]["step"])
     }
     scaler = _loss_scaler(engine)
     if scaler is not None:
@@ -135,7 +135,7 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def _shards(engine: DeepSpeedEngine) -> list[Tensor]:
+def optimizer_shards(engine: DeepSpeedEngine) -> list[Tensor]:
     """The tensors that this process's AdamW updates."""
     if engine.zero_optimization_stage() == 3:
         shards: list[Tensor] = engine.optimizer.fp32_partitioned_groups_flat

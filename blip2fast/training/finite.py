@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from blip2fast.ops.collectives import HostCopy
+from blip2fast.training.engine_state import optimizer_shards
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -58,8 +59,8 @@ class StepGate:
         self._engine, self._device, self._stays_closed = engine, device, stays_closed
         # neither the engine nor a wrapper of AdamW looks at these gradients
         self._own_gradients = engine.optimizer is engine.basic_optimizer
-        shards = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
-        self._on_host = {p.device.type for p in shards} == {"cpu"} and device.type != "cpu"
+        on_host = all(shard.device.type == "cpu" for shard in optimizer_shards(engine))
+        self._offloaded = on_host and device.type != "cpu"
         self._closed = torch.zeros((), device=device)
         self._names: list[str] = []
         self._unread: list[tuple[int, HostCopy, bool, bool]] = []
@@ -87,7 +88,7 @@ class StepGate:
         if self._stays_closed:
             closed = self._closed = torch.maximum(self._closed, closed)
         # an offloaded AdamW would read the copy before it has arrived
-        self._engine.basic_optimizer.found_inf = closed.cpu() if self._on_host else closed
+        self._engine.basic_optimizer.found_inf = closed.cpu() if self._offloaded else closed
         self._step, self._found = step, flags
         return flags[: len(self._names)].amax() > 0
 

@@ -262,11 +262,25 @@ class Trainer:
         try:
             with self.stop, losing_a_process(self._last_good):
                 metrics = self._steps(log)
+                self._save_model(self.folder)
+                if self._stops_at_end():
+                    raise RunStopped(
+                        f"the run is complete; stopped by {self._reason()}", self.stop.exit_code
+                    )
         finally:
             if log is not None:
                 log.close()
-        self._save_model(self.folder)
         return metrics
+
+    def _stops_at_end(self) -> bool:
+        """Whether a process was asked to stop since the last step; alike on every process."""
+        flag = torch.tensor([int(self.stop.reason is not None)], device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _reason(self) -> str:
+        return self.stop.reason or "a signal to another process"
 
     def _steps(self, log: RunLog | None) -> dict[str, float]:
         config, last = self.config, self.config.optim.max_steps
@@ -287,6 +301,8 @@ class Trainer:
             saves_now = bool(config.save_every) and self.step % config.save_every == 0
             evaluates_now = self._evaluates_now()
             stops = self._read_outcomes(wait=logs_now or saves_now or evaluates_now)
+            if stops:
+                self._read_outcomes(wait=True)
             if logs_now:
                 metrics = progress.take(self.parts.batches.plan.samples_per_step)
                 if log is not None:
@@ -377,9 +393,9 @@ class Trainer:
 
     def _stopped(self) -> RunStopped:
         return RunStopped(
-            f"stopped by {self.stop.reason or 'a signal to another process'} after step "
-            f"{self.step} of {self.config.optim.max_steps}; saved. To go on, run the same command "
-            "with --set resume=true",
+            f"stopped by {self._reason()} after step {self.step} of "
+            f"{self.config.optim.max_steps}; saved. To go on, run the same command with --set "
+            "resume=true",
             self.stop.exit_code,
         )
 

@@ -61,6 +61,22 @@ def test_a_stopped_run_resumes_as_if_it_had_never_stopped(
     assert distance(stopped, whole) == 0
 
 
+def test_a_signal_after_the_last_step_lets_the_run_complete(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model is written; a later configuration of the same start does not begin."""
+    original = Trainer.evaluate
+
+    def interrupted(self: Trainer) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    with pytest.raises(RunStopped, match="the run is complete; stopped by SIGINT"):
+        train(config(world, tmp_path / "out", 2), say=_quiet)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_a_stop_that_takes_too_long_ends_the_process() -> None:
     """Also where the interpreter runs no handler, as in a collective that never returns."""
     code = (
