@@ -25,6 +25,8 @@ _STRICT = ConfigDict(extra="forbid")
 _Count = Annotated[int, Field(ge=1)]
 _NonNegative = Annotated[int, Field(ge=0)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_AtLeast0 = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass
@@ -60,7 +62,7 @@ class ModelSection:
     cross_attention_frequency: _Count | None = None
     dropout: _Share | None = None
     text_conditioned: bool | None = None
-    initializer_range: Annotated[float, Field(gt=0)] | None = None
+    initializer_range: _Positive | None = None
 
 
 @dataclass
@@ -146,13 +148,13 @@ class OptimSection:
 
     max_steps: _Count
     batch_size: _Count
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    min_lr: Annotated[float, Field(ge=0)] = 1e-5
+    lr: _Positive = 1e-4
+    min_lr: _AtLeast0 = 1e-5
     warmup_steps: _NonNegative = 2000
     betas: tuple[_Share, _Share] = (0.9, 0.98)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    eps: _Positive = 1e-8
+    weight_decay: _AtLeast0 = 0.05
+    clip_norm: _AtLeast0 = 1.0
     accumulation: _Count = 1
     losses: tuple[LossName, ...] = LOSSES
     grad_cache: bool = False

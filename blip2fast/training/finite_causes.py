@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip2fast.data.batches import Batch
 from blip2fast.training.build import Run
@@ -32,7 +32,7 @@ def explain(
 
     Args:
         outcome: what was found in the step.
-        parameters: the trained parameters, by name.
+        parameters: the trained parameters, and frozen ones, by name.
         batches: the batches of this process in that step, read again.
         keys: their image keys, in order.
         to_tokens: moves a batch to the device, images as tokens in the run's precision.
@@ -45,7 +45,7 @@ def explain(
         losses = [name for name in losses if name != "loss"]  # their sum
     # the gradient of a loss that is not finite is not finite either
     where = f"step {outcome.step}: {' and '.join(losses) or 'the gradient'} not finite"
-    bad = nonfinite_names(parameters)
+    bad = gather_lists(nonfinite_names(parameters))
     if bad:
         return f"{where}, as parameters are not: {some_of(bad)}: {_LOWER_RATE}", True
     images = gather_lists(_bad_images(batches, keys, to_tokens))
@@ -56,6 +56,16 @@ def explain(
         f"{where}, from finite images and parameters, in the computation: {_LOWER_RATE}. The "
         f"step's images: {some_of(every, 16)}"
     ), False
+
+
+def frozen_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The frozen weights that are in this process as floating-point numbers."""
+    return {
+        name: weight
+        for name, weight in model.named_parameters()
+        # under ZeRO-3 and offloading they are elsewhere
+        if not weight.requires_grad and weight.numel() and weight.device.type != "meta"
+    }
 
 
 def explain_held_out(parts: Run, to_tokens: ToTokens) -> str:

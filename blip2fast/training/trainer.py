@@ -56,7 +56,7 @@ from blip2fast.training.engine_state import (
     restore_loss_scale,
 )
 from blip2fast.training.finite import Outcome, StepGate, nonfinite_names, some_of
-from blip2fast.training.finite_causes import explain, explain_held_out
+from blip2fast.training.finite_causes import explain, explain_held_out, frozen_weights
 from blip2fast.training.folder import FolderLock, folder_faults, remove_earlier_run
 from blip2fast.training.loading import read_batches
 from blip2fast.training.log import Progress, RunLog
@@ -199,6 +199,10 @@ class Trainer:
         initial = {
             n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad
         }
+        bad = nonfinite_names(initial)
+        if bad:
+            source = found if checkpoint is not None else f"init_from {self.config.init_from!r}"
+            raise ValueError(f"{source}: {some_of(bad)} not finite: start from another model")
         engine, values = start_engine(TrainingStep(self.model), self.config)
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -363,7 +367,7 @@ class Trainer:
         count = self.config.optim.accumulation
         found, bad_parameters = explain(
             outcome,
-            self._parameters(),
+            {**frozen_weights(self.model), **self._parameters()},
             (self.parts.batches[first + i] for i in range(count)),
             [key for i in range(count) for key in self.parts.batches.keys(first + i)],
             self.tokens,

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +26,14 @@ from small_run import (
 )
 
 from blip2fast.checkpoints.files import checkpoints_in
+from blip2fast.checkpoints.trained import read_description, save_model
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.training.build import build_run
+from blip2fast.training.engine_state import (
+    lowers_loss_scale,
+    optimizer_state,
+    restore_loss_scale,
+)
 from blip2fast.training.log import read_metrics
 from blip2fast.training.trainer import Trainer, train
 
@@ -222,6 +229,81 @@ def test_a_held_out_loss_that_is_not_finite_is_an_error(
         train(run, say=_quiet)
     assert "NaN" not in (tmp_path / "out" / "metrics.jsonl").read_text()
     assert _steps_saved(tmp_path / "out") == [1, 2]
+
+
+def test_weights_of_the_language_model_that_are_not_finite_are_named(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer._train_step
+
+    def spoiled(self: Trainer, batches: Iterator[Any]) -> None:
+        self.model.get_parameter("language_model.lm_head.weight").data[0] = float("nan")
+        original(self, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", spoiled)
+    message = "step 1: loss not finite, as parameters are not: 'language_model.*embed_tokens"
+    with pytest.raises(FloatingPointError, match=message):
+        train(_settings(world, tmp_path / "out", 2, bad=False), say=_quiet)
+
+
+def test_a_start_from_a_model_that_is_not_finite_is_refused(world: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    train(_settings(world, start, 2, bad=False), say=_quiet)
+    state = weights(start)
+    state["ln_vision.weight"][3] = float("inf")
+    save_model(start, state, read_description(start))
+    run = _settings(world, tmp_path / "out", 2, bad=False, init_from=str(start))
+    with pytest.raises(ValueError, match=r"init_from '.*start': 'ln_vision.weight' not finite"):
+        train(run, say=_quiet)
+
+
+@pytest.mark.parametrize("name", ["lr", "min_lr", "eps", "weight_decay", "clip_norm"])
+def test_settings_that_are_not_finite_are_refused(world: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"optim.{name}: .*finite number"):
+        _settings(world, tmp_path / "out", 2, optim={name: float("inf")})
+
+
+def _fp16_engine(kind: str) -> Any:
+    """As much of an engine as its loss scale needs: fp16 is not there on a CPU."""
+    from deepspeed.runtime.fp16.loss_scaler import (
+        DynamicLossScaler,
+        LossScaleConfig,
+        LossScaleProfile,
+    )
+
+    shard = torch.nn.Parameter(torch.zeros(2))
+    basic = torch.optim.AdamW([shard])
+    basic.state[shard] = {"step": torch.tensor(7.0)}
+    if kind == "unfused":
+        scaler = LossScaleConfig(torch.float16, True, 1.0, None, profile=LossScaleProfile.UNFUSED)
+        holder = SimpleNamespace(loss_scale_config=scaler)
+    else:
+        scaler = DynamicLossScaler(2.0**16, 1000, 1.0, 2, False)
+        holder = SimpleNamespace(loss_scaler=scaler)
+    engine = SimpleNamespace(
+        fp16_enabled=lambda: True,
+        zero_optimization_stage=lambda: 0 if kind == "unfused" else 2,
+        optimizer=holder,
+        basic_optimizer=basic,
+    )
+    return engine, scaler
+
+
+@pytest.mark.parametrize("kind", ["unfused", "zero"])
+@pytest.mark.parametrize("other", ["unfused", "zero"])
+def test_the_loss_scale_of_fp16_is_kept(kind: str, other: str) -> None:
+    """Before, a resumed run began with the first scale again and skipped steps for it."""
+    engine, scaler = _fp16_engine(kind)
+    scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = 512.0, 40, 31
+    kept = json.loads(json.dumps(optimizer_state(engine)))
+    assert kept["updates"] == 7
+    resumed, restored = _fp16_engine(other)
+    restore_loss_scale(resumed, kept)
+    found = (restored.cur_scale, restored.cur_iter, restored.last_overflow_iter)
+    assert found == (512.0, 40, 31)
+    assert lowers_loss_scale(resumed)
+    restored.cur_scale = 0.25 if other == "unfused" else 1.0
+    assert not lowers_loss_scale(resumed)
 
 
 def _work(rank: int, port: int, world: Path, folder: Path) -> None:

@@ -151,3 +151,24 @@ def test_a_signal_to_one_rank_stops_all(world: Path, tmp_path: Path) -> None:
     assert psutil.wait_procs(tree, timeout=30)[1] == []
     assert last_checkpoint(output / "checkpoints") is not None
     assert "stopped by a signal to another process" in output.with_suffix(".err").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [("deepspeed", signal.SIGUSR1), ("deepspeed", signal.SIGINT), ("torchrun", signal.SIGTERM)],
+)
+def test_a_signal_to_every_process_of_a_run(
+    world: Path, tmp_path: Path, kind: str, number: signal.Signals
+) -> None:
+    """As Slurm and Ctrl-C send it; DataLoader workers leave it to their process."""
+    output = tmp_path / "out"
+    process = started(world, output, kind, 1)
+    tree = process_tree(process.pid)
+    for each in tree:
+        each.send_signal(number)
+    assert process.wait(timeout=60) != 0
+    assert psutil.wait_procs(tree, timeout=40)[1] == []
+    assert last_checkpoint(output / "checkpoints") is not None
+    said = output.with_suffix(".err").read_text()
+    assert f"stopped by {number.name} after step" in said
