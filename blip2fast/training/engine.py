@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +21,10 @@ from blip2fast.training.config import DTYPE_OF, OptimSection, RunConfig
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+
+# For processes to start, and for a collective; DeepSpeed's default.
+_TIMEOUT = timedelta(minutes=30)
 
 
 class ProcessLostError(RuntimeError):
@@ -129,8 +136,8 @@ def start_processes() -> torch.device:
     elif "RANK" in os.environ:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
-            deepspeed.init_distributed(dist_backend=backend)
-        except dist.DistError as error:
+            _meet(backend)
+        except (dist.DistError, OSError) as error:
             raise ProcessLostError(
                 f"the processes cannot meet at {place} ({str(error).splitlines()[0]}): if the port "
                 "is in use, give the launcher another --master_port"
@@ -140,12 +147,52 @@ def start_processes() -> torch.device:
         # no socket: PyTorch's store would listen on all interfaces, without authentication
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     if not on_gpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
+
+
+def _meet(backend: str) -> None:
+    """Join the process group that the launcher's environment describes.
+
+    Rank 0 holds the store in which the processes meet. PyTorch's own listens on all interfaces,
+    without authentication; this one listens on the address at which the others look for it.
+    """
+    named = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if any(name not in os.environ for name in named):
+        with needs("train", "deepspeed"):
+            import deepspeed
+
+        deepspeed.init_distributed(dist_backend=backend)  # asks MPI for the others
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has one already
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+        return
+    listener = None
+    if rank == 0:
+        try:
+            listener = socket.create_server((address, port)).detach()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+            # the address is not one of this machine's own, as behind a translated one
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address,
+        port,
+        world_size,
+        is_master=rank == 0,
+        timeout=_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
+    )
 
 
 def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, dict[str, Any]]:

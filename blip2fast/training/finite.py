@@ -61,6 +61,7 @@ class StepGate:
         self._own_gradients = engine.optimizer is engine.basic_optimizer
         on_host = all(shard.device.type == "cpu" for shard in optimizer_shards(engine))
         self._offloaded = on_host and device.type != "cpu"
+        self._lags = device.type != "cpu"
         self._closed = torch.zeros((), device=device)
         self._names: list[str] = []
         self._unread: list[tuple[int, HostCopy, bool, bool]] = []
@@ -107,7 +108,9 @@ class StepGate:
 
         They are the same on every process.
         """
-        count = len(self._unread) - (0 if wait or self._device.type == "cpu" else 1)
+        # DeepSpeed has waited for the overflows that it reports
+        wait = wait or not self._lags or any(o and not s for *_, o, s in self._unread)
+        count = len(self._unread) - (0 if wait else 1)
         ready, self._unread = self._unread[:count], self._unread[count:]
         return [self._outcome(*each) for each in ready]
 

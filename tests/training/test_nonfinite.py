@@ -34,7 +34,8 @@ from blip2fast.training.engine_state import (
     optimizer_state,
     restore_loss_scale,
 )
-from blip2fast.training.log import read_metrics
+from blip2fast.training.finite import StepGate
+from blip2fast.training.log import Progress, read_metrics
 from blip2fast.training.trainer import Trainer, train
 
 ALL = [{"zero_stage": stage} for stage in range(4)] + [
@@ -261,6 +262,70 @@ def test_a_start_from_a_model_that_is_not_finite_is_refused(world: Path, tmp_pat
 def test_settings_that_are_not_finite_are_refused(world: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=rf"optim.{name}: .*finite number"):
         _settings(world, tmp_path / "out", 2, optim={name: float("inf")})
+
+
+@pytest.fixture
+def lagging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host learns of a step after the next one, as on a GPU."""
+    original = StepGate.__init__
+
+    def lags(self: StepGate, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self._lags = True
+
+    monkeypatch.setattr(StepGate, "__init__", lags)
+
+
+@pytest.mark.usefixtures("lagging")
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_no_step_passes_before_the_host_knows(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero_stage: int
+) -> None:
+    seen: list[Any] = []
+    original = Trainer._read_outcomes
+
+    def noted(self: Trainer, wait: bool) -> bool:
+        seen.append({n: v.clone() for n, v in self._parameters().items()})
+        return original(self, wait)
+
+    monkeypatch.setattr(Trainer, "_read_outcomes", noted)
+    rare = {"log_every": 100, "save_every": 0, "zero_stage": zero_stage}
+    with pytest.raises(FloatingPointError, match="step 3: loss not finite, as the tokens"):
+        train(_settings(world, tmp_path / "out", 2, **rare), say=_quiet)
+    assert len(seen) == 4 if zero_stage == 0 else len(seen) in (3, 4)
+    for after in seen[2:]:
+        assert all(torch.equal(after[name], value) for name, value in seen[1].items())
+
+
+@pytest.mark.usefixtures("lagging")
+def test_a_late_count_is_complete_where_it_is_written(world: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    settings = {"on_nonfinite": "skip", "log_every": 3, "save_every": 3}
+    train(_settings(world, output, 2, **settings), say=_quiet)
+    assert [line.get("skipped", 0) for line in read_metrics(output)] == [1, 0]
+    state = json.loads((output / "checkpoints" / "step-00000003" / "state.json").read_text())
+    assert (state["skipped"], state["optimizer"]["updates"]) == (1, 2)
+
+
+def test_a_step_is_judged_without_a_wait() -> None:
+    """Tensors on the meta device have no values: reading one, as a wait would, raises."""
+    parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    parameter.grad = torch.zeros(3, device="meta")
+    basic = torch.optim.AdamW([parameter])
+    engine = SimpleNamespace(
+        optimizer=basic,
+        basic_optimizer=basic,
+        module=torch.nn.ParameterList([parameter]),
+        zero_optimization_stage=lambda: 0,
+    )
+    for stays_closed in (False, True):
+        gate = StepGate(engine, torch.device("meta"), stays_closed)
+        losses = {"loss": torch.zeros((), device="meta")}
+        left_out = gate.judge(1, losses, stop=False)
+        progress = Progress({})
+        for _ in range(2):
+            progress.add(losses, 2, left_out)
+    assert basic.found_inf.device.type == "meta"
 
 
 def _fp16_engine(kind: str) -> Any:

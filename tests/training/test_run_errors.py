@@ -122,17 +122,20 @@ def test_a_killed_rank_ends_the_others_with_one_line(world: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_single_process_listens_nowhere(world: Path, tmp_path: Path) -> None:
-    """Before, PyTorch's store listened on all interfaces, without authentication."""
-    process = started(world, tmp_path / "out", "python", 0)
+@pytest.mark.parametrize("kind", ["python", "deepspeed"])
+def test_no_process_listens_on_all_interfaces(world: Path, tmp_path: Path, kind: str) -> None:
+    """Before, PyTorch's store did, without authentication."""
+    process = started(world, tmp_path / "out", kind, 0)
     listening = [
-        connection
-        for connection in psutil.Process(process.pid).net_connections()
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.ip in ("0.0.0.0", "::")
+        connection.laddr
+        for each in process_tree(process.pid)
+        for connection in each.net_connections()
+        if connection.status == psutil.CONN_LISTEN
     ]
     process.terminate()
     process.wait(timeout=60)
-    assert listening == []
+    assert [place for place in listening if place.ip in ("0.0.0.0", "::")] == []
+    assert kind != "deepspeed" or "127.0.0.1" in {place.ip for place in listening}
 
 
 def test_system_errors_are_one_line(
