@@ -31,7 +31,12 @@ from blip2fast.checkpoints.resume import (
     save_checkpoint,
     set_random_states,
 )
-from blip2fast.checkpoints.trained import load_parameters, save_model, trained_names
+from blip2fast.checkpoints.trained import (
+    is_trained,
+    load_parameters,
+    save_model,
+    trained_names,
+)
 from blip2fast.data.manifest import replace_file, write_json
 from blip2fast.stage1.contrast import step_contrast
 from blip2fast.stage1.model import Blip2Stage1
@@ -114,17 +119,24 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
     """
     stop = StopRequest()
     device = start_processes()
-    check_machine(config, dist.get_world_size())
+    check_machine(_with_start(config), dist.get_world_size())
     prepare_kernels(config, say if dist.get_rank() == 0 else None)
     machines = max(1, dist.get_world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     config = choose_placement(
         config, dist.get_world_size(), machines, say if dist.get_rank() == 0 else None
     )
     with _locked(config, say):
-        parts = build_run(config, dist.get_rank(), dist.get_world_size())
+        parts = build_run(_with_start(config), dist.get_rank(), dist.get_world_size())
         if config.overwrite and dist.get_rank() == 0:
             remove_earlier_run(Path(config.output_dir))
         return Trainer(config, parts, device, say, stop).run()
+
+
+def _with_start(config: RunConfig) -> RunConfig:
+    """A resuming run whose `init_from` has been deleted is built from its own checkpoint."""
+    last = last_checkpoint(Path(config.output_dir) / "checkpoints")
+    gone = config.init_from is not None and not is_trained(config.init_from)
+    return replace(config, init_from=str(last)) if config.resume and last and gone else config
 
 
 def _locked(config: RunConfig, say: Callable[[str], None]) -> AbstractContextManager[Any]:
@@ -177,6 +189,7 @@ class Trainer:
         self.model = parts.model
         self.step = 0
         self.skipped = self.rescaled = 0
+        self._saved = 0  # step of the last checkpoint
         self.progress = Progress({})
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -194,7 +207,7 @@ class Trainer:
             checkpoint = read_checkpoint(found, self._identity(), frozen)
             check_steps(self.config, checkpoint.step, found)
             load_parameters(self.model, checkpoint.parameters, str(found))
-            self.step = checkpoint.step
+            self.step = self._saved = checkpoint.step
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         initial = {
             n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad
@@ -444,7 +457,7 @@ class Trainer:
 
     def _keep_if_best(self, metric: str, value: float, log: RunLog | None) -> None:
         folder = self.folder / "checkpoints"
-        decided = torch.zeros(2, dtype=torch.int64, device=self.device)  # is it best, is it saved
+        decided = torch.zeros((), dtype=torch.int64, device=self.device)
         if self.rank == 0:
             before = read_best(folder)
             if before is None or before["metric"] != metric:
@@ -453,12 +466,11 @@ class Trainer:
                 better = value < before["value"]
             else:
                 better = value > before["value"]
-            decided += torch.tensor([better, (folder / f"step-{self.step:08d}").exists()])
+            decided += int(better)
         dist.broadcast(decided, 0)
-        best, saved = decided.tolist()
-        if not best:
+        if not decided.item():
             return
-        if not saved:
+        if self._saved != self.step:
             if log is not None:
                 log.flush()
             self._save_checkpoint()
@@ -484,6 +496,8 @@ class Trainer:
         self.engine.train()
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
+            if self._saved != self.step:
+                self._save_checkpoint()
             raise FloatingPointError(
                 f"held-out data, step {self.step}: {some_of(bad)} not finite: "
                 f"{explain_held_out(self.parts, self.tokens)}. {self._last_good()}"
@@ -563,6 +577,7 @@ class Trainer:
             raise OSError(
                 f"step {self.step}: no checkpoint: {error}. {self._last_good()}"
             ) from error
+        self._saved = self.step
 
     def _finite_parameters(self) -> dict[str, Tensor]:
         """The parameters, to be saved or evaluated.

@@ -175,6 +175,25 @@ def test_resume_continues_with_the_configuration_of_the_folder(
         train_script.main([])
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_goes_on_without_the_model_that_it_started_from(
+    world: Path, tmp_path: Path, stage: int
+) -> None:
+    start, output = tmp_path / "start", tmp_path / "out"
+    train(config(world, start, 1), say=_quiet)
+    settings = {"init_from": str(start), "save_every": 3}
+    train(config(world, output, stage, **settings), say=_quiet)
+    expected = tmp_path / "expected"
+    shutil.copytree(output, expected)
+    shutil.rmtree(output / "checkpoints" / "step-00000006")
+    shutil.rmtree(start)
+    train(config(world, output, stage, **settings, resume=True), say=_quiet)
+    assert distance(output, expected) == 0
+    assert _history(output)[-1]["changes"] == {}
+    with pytest.raises(ValueError, match=r"init_from .*: no model.json"):
+        train(config(world, tmp_path / "new", stage, **settings), say=_quiet)
+
+
 def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
 
