@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,17 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in errors of writing to it; the system's do not once a file is open."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.strerror is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_through(path: Path, write: Write) -> None:
     """Write the file `path` with `write`, with the permissions of the umask, then fsync it.
 
@@ -60,7 +71,8 @@ def write_through(path: Path, write: Write) -> None:
         OSError: it cannot be written, whatever the writer raises for that.
     """
     try:
-        write(path)
+        with naming(path):
+            write(path)
     except (SafetensorError, RuntimeError) as error:  # of save_file and torch.save
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise OSError(f"{path} cannot be written ({reason})") from error

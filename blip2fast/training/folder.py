@@ -14,7 +14,7 @@ from types import TracebackType
 
 from blip2fast.checkpoints.files import DESCRIPTION, MODEL
 from blip2fast.checkpoints.kept import remove
-from blip2fast.data.manifest import MANIFEST
+from blip2fast.data.manifest import MANIFEST, naming
 from blip2fast.training.restart import HISTORY
 
 LOCK = "run.lock"
@@ -56,10 +56,11 @@ class FolderLock:
             if self._is_current():
                 break
             self._file.close()
-        self._file.truncate(0)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
-        self._file.write(json.dumps(holder) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.truncate(0)
+            self._file.write(json.dumps(holder) + "\n")
+            self._file.flush()
 
     def __enter__(self) -> FolderLock:
         return self

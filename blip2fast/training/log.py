@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blip2fast._imports import needs
-from blip2fast.data.manifest import replace_file
+from blip2fast.data.manifest import naming, replace_file
 
 with needs("log a run", "tensorboard"):
     from torch.utils.tensorboard import SummaryWriter
@@ -61,8 +61,9 @@ class RunLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics after `step` steps to metrics.jsonl, TensorBoard and the bar."""
-        self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+            self._file.flush()
         for name, value in metrics.items():
             group = "eval" if name.startswith("eval_") else "train"
             self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, step)
@@ -91,7 +92,8 @@ class RunLog:
     def close(self) -> None:
         """Close the progress bar, metrics.jsonl and TensorBoard."""
         self._bar.close()
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
         self._board.close()
 
 

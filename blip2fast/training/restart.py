@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from blip2fast.data.manifest import naming
 from blip2fast.frozen.identity import flat
 from blip2fast.training.config import RunConfig
 from blip2fast.training.config_files import config_values, load_config
@@ -84,7 +85,8 @@ def record_start(
         listed = "; ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
         say(f"changed since the last start: {listed}")
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, "processes": processes}
-    with (folder / HISTORY).open("a", encoding="utf-8") as file:
+    path = folder / HISTORY
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**line, "changes": changes}) + "\n")
 
 

@@ -605,7 +605,10 @@ class Trainer:
     def _save_model(self, folder: Path) -> None:
         state = self._finite_parameters()
         if self.rank == 0:
-            save_model(folder, state, replace(self.parts.description, step=self.step))
+            try:
+                save_model(folder, state, replace(self.parts.description, step=self.step))
+            except OSError as error:
+                raise OSError(f"the trained model: {error}. {self._last_good()}") from error
         dist.barrier()
 
 

@@ -139,6 +139,19 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(
     assert distance(output, whole) == 0
 
 
+def test_a_full_disk_is_named_by_file(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full takes no byte; the system's error for an open file names none."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "metrics.jsonl").symlink_to("/dev/full")
+    run = config(world, output, 2, resume=True)
+    monkeypatch.setattr("blip2fast.training.log._drop_after", lambda *_: [])
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+        train(run, say=_quiet)
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o007])
 def test_files_have_the_permissions_of_the_umask(world: Path, tmp_path: Path, mask: int) -> None:
     """Before, safetensors' files could be read by their owner alone."""
