@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_run import be_one_of_two, config, free_port, write_world
 from torch import Tensor
 
-from blip2fast.data.records import CaptionRecord, write_records
+from blip2fast.data.records import CaptionRecord, SequenceRecord, write_records
 from blip2fast.training.build import build_run
 from blip2fast.training.log import read_metrics
 from blip2fast.training.trainer import train
@@ -181,3 +181,33 @@ def test_words_are_counted_as_the_loss_counts_them(tmp_path: Path, stage: int) -
     output = parts.model(**batch)
     counted = output.counts["loss_itg" if stage == 1 else "loss"]
     assert parts.model.num_target_words(batch) == int(counted)
+
+
+@pytest.mark.parametrize("model", ["opt", "t5"])
+@pytest.mark.parametrize("task", ["vqa", "sequence"])
+def test_words_of_questions_and_sequences_are_counted(
+    tmp_path: Path, model: str, task: str
+) -> None:
+    """Of a sequence without a prompt nothing precedes the first token, which is not predicted."""
+    world = _world(tmp_path / "world")
+    write_records(
+        world / "sequence.jsonl",
+        [
+            SequenceRecord(("train0",), ("a red ring",), "<image>"),
+            SequenceRecord((), ("it is a blue star",)),
+            SequenceRecord(("train1", "train2"), ("a cross",), "<image> a disc <image>"),
+        ],
+    )
+    records = {"vqa": "train_questions.jsonl", "sequence": "sequence.jsonl"}[task]
+    data = {"records": str(world / records), "task": task, "max_txt_len": 24}
+    settings = config(
+        world,
+        tmp_path / "out",
+        2,
+        data={**data, "eval_records": None, "eval_features": None},
+        language_model={"path": str(world / model)},
+        optim={"batch_size": 3},
+    )
+    parts = build_run(settings, 0, 1)
+    batch = parts.batches[0]
+    assert parts.model.num_target_words(batch) == int(parts.model(**batch).counts["loss"])
