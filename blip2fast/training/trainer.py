@@ -134,9 +134,10 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
 
 def _with_start(config: RunConfig) -> RunConfig:
     """A resuming run whose `init_from` has been deleted is built from its own checkpoint."""
+    if not config.resume or config.init_from is None or is_trained(config.init_from):
+        return config
     last = last_checkpoint(Path(config.output_dir) / "checkpoints")
-    gone = config.init_from is not None and not is_trained(config.init_from)
-    return replace(config, init_from=str(last)) if config.resume and last and gone else config
+    return config if last is None else replace(config, init_from=str(last))
 
 
 def _locked(config: RunConfig, say: Callable[[str], None]) -> AbstractContextManager[Any]:
