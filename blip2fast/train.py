@@ -3,12 +3,14 @@
 deepspeed blip2fast/train.py --config configs/scenes_stage1.yaml
 deepspeed --num_gpus 2 blip2fast/train.py --config ... --set optim.lr=3e-4 --set zero_stage=2
 python blip2fast/train.py --config ...                       (one process)
+deepspeed blip2fast/train.py --resume runs/scenes/stage1     (continues in its own way)
 deepspeed blip2fast/train.py --config STAGE1 --set ... --config STAGE2 --set ...   (one start)
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ from typing import Any
 
 
 class _Runs(argparse.Action):
-    """`--config` starts a new run; `--set` overrides settings of the most recent one."""
+    """`--config` and `--resume` add a run; `--set` overrides settings of the most recent one."""
 
     def __call__(
         self,
@@ -29,11 +31,14 @@ class _Runs(argparse.Action):
         runs = [*(getattr(namespace, self.dest) or ())]
         if self.metavar == "FILE":
             runs.append((values, ()))
+        elif self.metavar == "FOLDER":
+            own = (f"output_dir={json.dumps(values)}", "resume=true", "overwrite=false")
+            runs.append((str(Path(values, "config.yaml")), own))
         elif runs:
             config, overrides = runs[-1]
             runs[-1] = (config, (*overrides, values))
         else:
-            parser.error(f"--set {values}: comes before the --config that it changes")
+            parser.error(f"--set {values}: comes before the --config or --resume that it changes")
         setattr(namespace, self.dest, runs)
 
 
@@ -43,25 +48,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--config",
         action=_Runs,
-        required=True,
         metavar="FILE",
         dest="runs",
         help="a yaml file, such as those in configs/; several run one after another",
+    )
+    parser.add_argument(
+        "--resume",
+        action=_Runs,
+        metavar="FOLDER",
+        dest="runs",
+        help="the output folder of a run, which continues with its own configuration",
     )
     parser.add_argument(
         "--set",
         action=_Runs,
         metavar="KEY=VALUE",
         dest="runs",
-        help="override one key of the --config before it, such as optim.lr=1e-4; repeatable",
+        help="override one key of the run before it, such as optim.lr=1e-4; repeatable",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
     given = parser.parse_args(arguments)
+    if not given.runs:
+        parser.error("give a --config FILE to start, or a --resume FOLDER to continue")
     _share_cores()
 
     import transformers
 
     from blip2fast.training.config_files import load_config
+    from blip2fast.training.engine import ProcessLostError
+    from blip2fast.training.stopping import RunStopped
     from blip2fast.training.trainer import train
 
     transformers.logging.set_verbosity_error()
@@ -69,10 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for run in [load_config(config, overrides) for config, overrides in given.runs]:
             train(run)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError, ProcessLostError) as error:
         # The launcher kills all processes as soon as one exits, so each prints its own error.
         rank = os.environ.get("RANK", "0")
         sys.exit(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}")
+    except RunStopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)  # before the first step, or after the last
 
 
 def _share_cores() -> None:

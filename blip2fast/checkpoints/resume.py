@@ -10,7 +10,7 @@ import dataclasses
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,12 @@ from torch import Tensor
 from blip2fast.checkpoints.files import (
     OPTIMIZER,
     STATE,
-    checkpoints_in,
     find_file,
     load_tensors,
     on_cpu,
     read_json,
-    step_of,
 )
+from blip2fast.checkpoints.kept import Kept, remove, remove_others
 from blip2fast.checkpoints.trained import (
     Description,
     check_frozen,
@@ -47,9 +46,9 @@ def save_checkpoint(
     description: Description,
     parameters: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
-    run: Mapping[str, Any],
+    state: Mapping[str, Any],
     process: Mapping[str, Any],
-    keep_last: int,
+    kept: Kept,
 ) -> Path:
     """Write `folder/step-<step>`. Every process must call this; rank 0 writes the tensors.
 
@@ -57,12 +56,14 @@ def save_checkpoint(
         folder: the run's checkpoint folder.
         description, parameters: as for `save_model`.
         moments: AdamW's moments, `exp_avg/<name>` and `exp_avg_sq/<name>`.
-        run: the run's settings, stored in `state.json` with the step and compared on resume.
+        state: stored in `state.json` with the step; `run` holds the run's settings, which are
+            compared on resume.
         process: state of this process besides its random states; tensors and plain values.
-        keep_last: number of newest checkpoints to keep; older ones are deleted.
+        kept: which checkpoints to keep; others are deleted.
 
     Raises:
         ValueError: a checkpoint of this step already exists.
+        OSError: it cannot be written; nothing of it is left, and earlier ones are untouched.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     final = folder / f"step-{description.step:08d}"
@@ -70,38 +71,72 @@ def save_checkpoint(
     if final.exists():
         raise ValueError(f"{final} is there already; delete it, or resume from it")
     dist.barrier()
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    kept = {"random": random_states(), **process}
-    write_through(partial / _process_file(rank), lambda path: torch.save(kept, path))
-    dist.barrier()
-    if rank == 0:
-        state = {"step": description.step, "world_size": world, "run": run}
+
+    def begin() -> None:
+        if rank == 0:
+            remove(partial)
+            partial.mkdir(parents=True)
+
+    def write_own() -> None:
+        own = {"random": random_states(), **process}
+        write_through(partial / _process_file(rank), lambda path: torch.save(own, path))
+
+    def write_rest() -> None:
+        if rank != 0:
+            return
         files = {
             **model_files(parameters, description),
             OPTIMIZER: lambda path: save_file(on_cpu(moments), path),
-            STATE: write_json(state),
+            STATE: write_json({"step": description.step, "world_size": world, **state}),
         }
         for name, write in files.items():
             write_through(partial / name, write)
         manifest.seal(partial, [*files, *(_process_file(each) for each in range(world))])
         manifest.rename_folder(partial, final)
-        keep_newest(folder, keep_last)
+        manifest.flush(folder.parent)
+
+    for work in (begin, write_own, write_rest):
+        _together(work, partial)
+    if rank == 0:
+        remove_others(folder, kept)
     dist.barrier()
     return final
 
 
+def _together(work: Callable[[], None], partial: Path) -> None:
+    """Do a part of the writing on every process; if one fails, all of them fail.
+
+    Raises:
+        OSError: a process could not write; what was written of the checkpoint is removed.
+    """
+    fault = None
+    try:
+        work()
+    except OSError as error:
+        fault = str(error)
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    found = next((each for each in faults if each is not None), None)
+    if found is not None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(found)
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint; see `read_checkpoint`."""
+    """The contents of a checkpoint; see `read_checkpoint`.
+
+    Attributes:
+        state: the contents of `state.json`.
+    """
 
     path: Path
     step: int
     world_size: int
     parameters: dict[str, Tensor]
     moments: dict[str, Tensor]
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def process(self, rank: int) -> dict[str, Any]:
         """The state of process `rank`; its random states are under `random`."""
@@ -117,7 +152,7 @@ def read_checkpoint(
 
     Args:
         path: the checkpoint's folder.
-        run: the resuming run's settings, as passed to `save_checkpoint`.
+        run: the resuming run's settings, as in the state passed to `save_checkpoint`.
         frozen: the frozen models of the resuming run, as in `Description`.
 
     Raises:
@@ -125,6 +160,11 @@ def read_checkpoint(
             other frozen models; each difference is named with both values.
     """
     state = read_json(path, STATE)
+    if "optimizer" not in state:
+        raise ValueError(
+            f"{path} was written by an earlier version and cannot be resumed: start a new "
+            "output_dir with init_from"
+        )
     there = dict(flat(state["run"]))
     here = dict(flat(json.loads(json.dumps(run))))
     differing = [
@@ -147,21 +187,8 @@ def read_checkpoint(
         state["world_size"],
         read_parameters(path),
         load_tensors(path, OPTIMIZER),
+        state,
     )
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete partial checkpoints that killed runs left behind."""
-    for path in folder.glob("*.partial"):
-        shutil.rmtree(path)
-
-
-def keep_newest(folder: Path, count: int) -> None:
-    """Delete all checkpoints in `folder` except the `count` newest."""
-    for path in sorted(checkpoints_in(folder), key=step_of)[:-count]:
-        # Rename first: a kill during deletion must not leave half a checkpoint under this name.
-        shutil.rmtree(path.rename(path.with_name(path.name + ".old.partial")))
-    remove_unfinished(folder)
 
 
 def _process_file(rank: int) -> str:

@@ -99,8 +99,13 @@ def read_description(path: str | Path) -> Description:
         ValueError: not found, of an older format, or damaged.
     """
     values = read_json(Path(path), DESCRIPTION)
-    identities = {part: FrozenIdentity(**v) for part, v in values.pop("frozen").items()}
-    return Description(**values, frozen=identities)
+    try:
+        identities = {part: FrozenIdentity(**v) for part, v in values.pop("frozen").items()}
+        return Description(**values, frozen=identities)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{Path(path) / DESCRIPTION} does not describe a trained model ({error})"
+        ) from error
 
 
 def read_parameters(path: str | Path) -> dict[str, Tensor]:

@@ -124,6 +124,11 @@ class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
         self.read_images = read_images
         self.make_text: Callable[[Sequence[Record], Batch], dict[str, Tensor]] = make_text
 
+    def keys(self, micro_step: int) -> list[str]:
+        """The image keys of a batch, in the order of its images."""
+        indices = self.plan.batch(micro_step).indices
+        return [key for i in indices for key in images_of(self.records[i])]
+
     def __getitem__(self, micro_step: int) -> dict[str, Tensor]:
         batch = self.plan.batch(micro_step)
         owned = [images_of(self.records[i]) for i in batch.indices]

@@ -43,7 +43,7 @@ def _digest(keys: Sequence[str]) -> str:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path}: not readable as JSON ({error}); write the cache again"
         ) from error
@@ -84,6 +84,23 @@ class FeatureCache:
                 f"{manifest_path}: format {found!r}, but this version reads {_FORMAT}; "
                 "write the cache again"
             )
+        try:
+            self._take(stated)
+            stored = _NUMPY_DTYPE[self.dtype]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.path}: {_MANIFEST} or {_KEYS} lacks what a cache states ({error}); write "
+                "the cache again"
+            ) from error
+        shape = (self.num_images, self.num_tokens, self.width)
+        self._features = _map(self.path / _FEATURES, stored, shape)
+        self._scales = (
+            _map(self.path / _SCALES, np.float32, shape[:2]) if self.dtype == "int8" else None
+        )
+        self._row_of = {key: row for row, key in enumerate(self.keys)}
+
+    def _take(self, stated: dict[str, Any]) -> None:
+        """Set the attributes that the manifest and the key file state."""
         self.keys: list[str] = _read_json(self.path / _KEYS)
         self.num_images: int = stated["num_images"]
         self.num_tokens: int = stated["num_tokens"]
@@ -98,12 +115,6 @@ class FeatureCache:
                 f"{self.path}: {_KEYS} holds {len(self.keys)} keys that are not the "
                 f"{self.num_images} of the manifest; write the cache again"
             )
-        shape = (self.num_images, self.num_tokens, self.width)
-        self._features = _map(self.path / _FEATURES, _NUMPY_DTYPE[self.dtype], shape)
-        self._scales = (
-            _map(self.path / _SCALES, np.float32, shape[:2]) if self.dtype == "int8" else None
-        )
-        self._row_of = {key: row for row, key in enumerate(self.keys)}
 
     @staticmethod
     def create(

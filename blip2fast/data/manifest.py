@@ -19,10 +19,12 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -51,10 +53,38 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in errors of writing to it; the system's do not once a file is open."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.strerror is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_through(path: Path, write: Write) -> None:
-    """Write the file `path` with `write`, then fsync it."""
-    write(path)
+    """Write the file `path` with `write`, with the permissions of the umask, then fsync it.
+
+    Raises:
+        OSError: it cannot be written, whatever the writer raises for that.
+    """
+    try:
+        with naming(path):
+            write(path)
+    except (SafetensorError, RuntimeError) as error:  # of save_file and torch.save
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise OSError(f"{path} cannot be written ({reason})") from error
+    # safetensors writes through a temporary file that only its owner may read
+    path.chmod(0o666 & ~_umask())
     flush(path)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # there is no other way to read it
+    os.umask(mask)
+    return mask
 
 
 def replace_file(path: Path, write: Write) -> None:
@@ -118,11 +148,14 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] == FORMAT:
+            outside = [name for name in values["files"] if Path(name).name != name]
+            if outside:
+                raise DamagedError(f"{path} names {outside[0]!r}, which is outside its folder")
             return {name: Entry(**entry) for name, entry in values["files"].items()}
         fault = f"is of format {values['format']!r}, but this version reads format {FORMAT}"
     except FileNotFoundError:
         raise ValueError(f"no trained model at {folder}: {MANIFEST} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DamagedError(f"{path} is cut short or damaged ({error})") from error
     except (KeyError, TypeError, AttributeError):
         fault = "is not the manifest of a trained model or checkpoint"

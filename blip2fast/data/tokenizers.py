@@ -16,7 +16,7 @@ def qformer_tokenizer(name: str) -> Any:
         ValueError: not found, or a tokenizer that does not produce [CLS] words [SEP] with padding.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(not_found("model.tokenizer", name, error)) from error
     if tokenizer.bos_token is None:

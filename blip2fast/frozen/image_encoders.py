@@ -126,7 +126,7 @@ def load_image_encoder(
         ValueError: not found, an unsupported model family, or fewer blocks than `layer`.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         kind = _KINDS.get(config.model_type)
         if kind is None:
             raise ValueError(

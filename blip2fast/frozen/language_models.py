@@ -17,9 +17,9 @@ def load_language_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
         ValueError: not found.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return kind.from_pretrained(name, dtype=dtype)
+        return kind.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(not_found("language model", name, error)) from error
 

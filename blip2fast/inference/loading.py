@@ -169,7 +169,7 @@ def _trained(
     _place(model, dtype, device)
     reads = model.config.text_conditioned
     words = qformer_tokenizer(str(description.tokenizer)) if reads else None
-    text = _text(model, AutoTokenizer.from_pretrained(name), words)
+    text = _text(model, AutoTokenizer.from_pretrained(name, trust_remote_code=False), words)
     return Loaded(model, text, prompts_of_run(model), transform, missing, [text.end_token_id])
 
 
@@ -219,19 +219,21 @@ def _transformers(
     path: str, dtype: torch.dtype, device: torch.device, offload: Residence
 ) -> Loaded:
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
+        kind = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
         if kind not in _KINDS:
             raise ValueError(
                 f"{path} is a {kind!r} model; give a run that blip2fast trained in stage 2, or a "
                 "transformers BLIP-2 or InstructBLIP"
             )
         whole = _KINDS[kind].from_pretrained(path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         # all models of these kinds use this class; AutoImageProcessor may require torchvision
         processor = BlipImageProcessorPil.from_pretrained(path)
         words = None
         if kind == "instructblip":
-            words = AutoTokenizer.from_pretrained(path, subfolder="qformer_tokenizer")
+            words = AutoTokenizer.from_pretrained(
+                path, subfolder="qformer_tokenizer", trust_remote_code=False
+            )
     except OSError as error:
         raise ValueError(
             f"{path!r}: not found: give a folder, a run of blip2fast or a transformers BLIP-2 with "

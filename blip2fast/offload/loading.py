@@ -55,7 +55,7 @@ def empty_language_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
         ValueError: not found.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(not_found("language model", name, error)) from error
     return build_empty(config, dtype)
@@ -67,7 +67,7 @@ def build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     # restore the RNG state, so that the trained part is initialised as if transformers had loaded
     # the model
     with torch.random.fork_rng([]), _EmptyOnMeta():
-        model = kind.from_config(config, dtype=dtype)
+        model = kind.from_config(config, dtype=dtype, trust_remote_code=False)
     model.requires_grad_(False)
     return model.eval()
 

@@ -441,6 +441,12 @@ class Blip2Stage1(nn.Module):
         kind = product_dtype(reader.packed.dtype, image_embeds.device) or image.dtype
         return image.to(kind), text.to(kind), self.temperature().detach().reshape(()).clone()
 
+    def num_target_words(self, batch: Mapping[str, Tensor]) -> int:
+        """Number of words over which `loss_itg` of a batch of padded texts is a mean."""
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        real = ids != self.config.pad_token_id if mask is None else mask != 0
+        return int(real.sum()) - len(ids)
+
     def _reader(self) -> Reader:
         """A `Reader` of the current weights, in the autocast dtype if autocast is enabled."""
         check_gathered(self.query_tokens)

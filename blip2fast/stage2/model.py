@@ -39,6 +39,7 @@ from blip2fast.stage2.language_model import (
     freeze,
     is_encoder_decoder,
     match_embedding_scale,
+    predictable,
     recompute_layers,
     text_loss,
     use_activation,
@@ -47,6 +48,7 @@ from blip2fast.stage2.language_model import (
 from blip2fast.stage2.packing import LEAST_SAVING, check_packable, not_packable_reasons
 from blip2fast.stage2.sequence import check_counts, instruction, read_sequence
 from blip2fast.stage2.text import Stage2Text
+from blip2fast.stage2.token_rows import IGNORED
 
 FROZEN = ("language_model.", "image_encoder.")
 
@@ -311,6 +313,13 @@ class Blip2Stage2(nn.Module):
         )
         output = Stage2Output(loss=loss, logits=logits, query_output=query_output, prompts=prompts)
         return output.set_counts({"loss": words})
+
+    def num_target_words(self, batch: Mapping[str, Tensor]) -> int:
+        """Number of words over which the loss of a batch with `labels` is a mean."""
+        labels = batch["labels"]
+        if "image_counts" in batch and not is_encoder_decoder(self.language_model):
+            labels = predictable(labels)
+        return int((labels != IGNORED).sum())
 
     def encode_image(
         self,

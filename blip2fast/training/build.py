@@ -35,6 +35,7 @@ from blip2fast.stage2.config import Stage2Config
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
 from blip2fast.training.config import DTYPE_OF, RunConfig
+from blip2fast.training.data_identity import identify_data
 from blip2fast.training.placement import load_frozen
 
 Records = Sequence[Any]  # CaptionRecord, or QuestionRecord for vqa
@@ -82,6 +83,7 @@ class Run:
         batches: item i is the batch of micro-step i.
         image_encoder: if images are files, the frozen encoder; it runs outside the engine.
         held_out: the held-out set; None without evaluation.
+        contents: digests of the data and the tokenizers, compared on resume.
     """
 
     model: Blip2Stage1 | Blip2Stage2
@@ -91,6 +93,7 @@ class Run:
     batches: PlannedBatches[Any]
     image_encoder: FrozenImageEncoder | None
     held_out: HeldOut | None
+    contents: dict[str, str]
 
 
 def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
@@ -103,13 +106,14 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
     source = _train_images(config)
     read = READERS[config.data.task]
     records: Records = read(config.data.records)
-    source.store.check({key for record in records for key in images_of(record)})
+    keys = list(dict.fromkeys(key for record in records for key in images_of(record)))
+    source.store.check(set(keys))
     held_out = None
     if config.data.eval_records is not None:
         held_out = HeldOut(read(config.data.eval_records), _eval_images(config))
         held_out.images.check(set(held_out.keys()))
     model, tokenizer, description = _model(config, source)
-    text = None
+    text, words = None, None
     if isinstance(model, Blip2Stage2):
         reads = model.config.text_conditioned
         words = qformer_tokenizer(str(config.model.tokenizer)) if reads else None
@@ -124,7 +128,9 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
     )
     texts = text_maker(config, tokenizer, text, records)
     batches = PlannedBatches(records, plan, source.store, texts)
-    return Run(model, description, tokenizer, text, batches, source.encoder, held_out)
+    tokenizers = [each for each in (tokenizer, words) if each is not None]
+    contents = identify_data(config.data.records, len(records), source.store, keys, tokenizers)
+    return Run(model, description, tokenizer, text, batches, source.encoder, held_out, contents)
 
 
 def _train_images(config: RunConfig) -> _ImageSource:
@@ -268,7 +274,7 @@ def _stage2(
         _same_language_model(config, start, found)
     language_model = load_frozen(config)
     identity = found or identify_model(language_model)
-    tokenizer = AutoTokenizer.from_pretrained(config.language_model.path)
+    tokenizer = AutoTokenizer.from_pretrained(config.language_model.path, trust_remote_code=False)
     if start is None:
         return Blip2Stage2(size, language_model), tokenizer, identity
     state = read_parameters(str(config.init_from))

@@ -25,6 +25,8 @@ _STRICT = ConfigDict(extra="forbid")
 _Count = Annotated[int, Field(ge=1)]
 _NonNegative = Annotated[int, Field(ge=0)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_AtLeast0 = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass
@@ -60,7 +62,7 @@ class ModelSection:
     cross_attention_frequency: _Count | None = None
     dropout: _Share | None = None
     text_conditioned: bool | None = None
-    initializer_range: Annotated[float, Field(gt=0)] | None = None
+    initializer_range: _Positive | None = None
 
 
 @dataclass
@@ -137,22 +139,26 @@ class OptimSection:
         losses: stage-1 losses: itc, optionally with itm and itg.
         grad_cache: in stage 1, ITC contrasts all samples of an optimizer step instead of those of
             one forward pass; features are computed twice (`blip2fast.stage1.contrast`).
+        word_mean: what ITG and the language-modelling loss average over. `step`: the words of the
+            optimizer step, whatever its passes and processes. `per_pass`: the words of each forward
+            pass, and then the passes, as in LAVIS; words of short texts count more.
     """
 
     __pydantic_config__ = _STRICT
 
     max_steps: _Count
     batch_size: _Count
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    min_lr: Annotated[float, Field(ge=0)] = 1e-5
+    lr: _Positive = 1e-4
+    min_lr: _AtLeast0 = 1e-5
     warmup_steps: _NonNegative = 2000
     betas: tuple[_Share, _Share] = (0.9, 0.98)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    eps: _Positive = 1e-8
+    weight_decay: _AtLeast0 = 0.05
+    clip_norm: _AtLeast0 = 1.0
     accumulation: _Count = 1
     losses: tuple[LossName, ...] = LOSSES
     grad_cache: bool = False
+    word_mean: Literal["step", "per_pass"] = "step"
 
 
 @dataclass
@@ -181,9 +187,18 @@ class RunConfig:
             finds correct and faster (docs/kernels.md); `never`; or `trust`, without a check.
         eval_every, save_every: interval in optimizer steps; 0: evaluate only at the end, save no
             checkpoints.
-        keep_last: number of checkpoints to keep.
+        keep_last: number of newest checkpoints to keep.
+        keep_every: also keep checkpoints whose step is a multiple of it; 0: none.
+        keep_best: also keep the best checkpoint by this held-out metric, without its `eval_`:
+            the lowest `loss` or `loss_*`, the highest of others, such as `t2i_r1` (stage 1) or
+            `exact` (stage 2). It is saved when it is evaluated.
         eval_batch_size: samples per evaluation batch, over all processes; the last may be smaller.
-        resume: continue from the last checkpoint in `output_dir`, if there is one.
+        resume: continue from the last checkpoint in `output_dir`, if there is one. What may differ
+            from the earlier start: `blip2fast.training.restart`.
+        overwrite: delete an earlier run in `output_dir` and start anew.
+        on_nonfinite: what to do about a step whose losses or gradients are not finite. It never
+            changes the parameters. `raise`: stop the run with an error. `skip`: go on, and stop
+            after `skip_limit` such steps. Overflows that fp16's loss scale answers are not counted.
     """
 
     __pydantic_config__ = _STRICT
@@ -196,7 +211,7 @@ class RunConfig:
     language_model: LanguageModelSection | None = None
     init_from: str | None = None
     allow_other_frozen: bool = False
-    seed: _NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload_param: Offload = "none"
@@ -211,5 +226,10 @@ class RunConfig:
     eval_batch_size: Annotated[int, Field(ge=2)] = 64
     save_every: _NonNegative = 0
     keep_last: _Count = 2
+    keep_every: _NonNegative = 0
+    keep_best: str | None = None
     log_every: _Count = 50
     resume: bool = False
+    overwrite: bool = False
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    skip_limit: _Count = 10

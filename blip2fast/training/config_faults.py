@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from blip2fast.evaluation.retrieval import RECALL_KS
 from blip2fast.stage1.config import LOSSES
 from blip2fast.training.config import RunConfig
 
@@ -33,7 +34,30 @@ def contradictions(config: RunConfig) -> list[str]:
         )
     if config.allow_other_frozen and config.init_from is None:
         faults.append("allow_other_frozen is about init_from, which is not set")
+    faults += _best_faults(config)
+    if config.resume and config.overwrite:
+        faults.append("resume continues an earlier run, and overwrite deletes it: set one of them")
     return faults + _stage_faults(config) + offload_faults(config)
+
+
+def _best_faults(config: RunConfig) -> list[str]:
+    if config.keep_best is None:
+        return []
+    if config.data.eval_records is None:
+        return [
+            f"keep_best {config.keep_best!r} needs held-out data, but data.eval_records is not set"
+        ]
+    known = ["loss"]
+    if config.stage == 1:
+        losses = [name for name in LOSSES if name in config.optim.losses]
+        known += [f"loss_{name}" for name in losses] + ["accuracy_i2t", "accuracy_t2i"]
+        known += [f"accuracy_{name}" for name in losses if name != "itc"]
+        known += [f"{way}_r{k}" for way in ("i2t", "t2i") for k in RECALL_KS]
+    elif config.data.task != "sequence":
+        known.append("exact")
+    if config.keep_best in known:
+        return []
+    return [f"keep_best {config.keep_best!r}: no such metric; there are {', '.join(known)}"]
 
 
 def _stage_faults(config: RunConfig) -> list[str]:

@@ -27,6 +27,10 @@ with needs("read a configuration", "pydantic", "yaml"):
     from pydantic import TypeAdapter, ValidationError
 
 
+# A few lines of yaml with aliases in aliases stand for billions of values.
+MOST_VALUES = 10_000
+
+
 class _Loader(yaml.SafeLoader):
     """A safe yaml loader that reads `1e-4` as a number (yaml 1.1 requires `1.0e-4`)."""
 
@@ -52,7 +56,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no configuration at {path}: not a file")
-    values = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error.reason})") from None
+    values = _parse(text, str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(values).__name__}")
     for override in overrides:
@@ -87,9 +95,33 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{source}: keys in keys, deeper than a configuration has") from None
+    except ValueError as error:  # a date that is none
+        raise ValueError(f"{source}: not valid YAML: {error}") from None
+    if not _is_small(values):
+        raise ValueError(
+            f"{source}: more than {MOST_VALUES} values, with its aliases (*name) written out"
+        )
+    return values
+
+
+def _is_small(values: Any) -> bool:
+    """Whether values have at most `MOST_VALUES` parts; those of aliases count each time."""
+    waiting, count = [values], 0
+    while waiting:
+        count += 1
+        if count > MOST_VALUES:
+            return False
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+    return True
 
 
 def _override(values: dict[str, Any], override: str) -> None:

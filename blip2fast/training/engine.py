@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import socket
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +21,36 @@ from blip2fast.training.config import DTYPE_OF, OptimSection, RunConfig
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+
+# For processes to start, and for a collective; DeepSpeed's default.
+_TIMEOUT = timedelta(minutes=30)
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of the run has ended or cannot be reached."""
+
+
+@contextmanager
+def losing_a_process(remedy: Callable[[], str]) -> Iterator[None]:
+    """Turn the errors of collectives in the `with` block into a `ProcessLostError`.
+
+    Args:
+        remedy: a sentence on how to go on, for the error message.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        # gloo raises plain RuntimeErrors
+        signs = ("gloo", "Connection closed by peer", "Connection reset", "Broken pipe", "NCCL")
+        if dist.get_world_size() == 1 or not (
+            isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+        ):
+            raise
+        raise ProcessLostError(
+            f"another process of the run has ended or cannot be reached ({first}). {remedy()}"
+        ) from error
 
 
 # Number and size (elements) of the host buffers into which DeepSpeed reads weights from NVMe.
@@ -100,24 +134,65 @@ def start_processes() -> torch.device:
     if dist.is_initialized():
         pass
     elif "RANK" in os.environ:
-        deepspeed.init_distributed(dist_backend=backend)
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        try:
+            _meet(backend)
+        except (dist.DistError, OSError) as error:
+            raise ProcessLostError(
+                f"the processes cannot meet at {place} ({str(error).splitlines()[0]}): if the port "
+                "is in use, give the launcher another --master_port"
+            ) from error
     else:
         os.environ.setdefault("LOCAL_RANK", "0")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        deepspeed.init_distributed(
-            dist_backend=backend,
-            auto_mpi_discovery=False,
-            init_method=f"tcp://127.0.0.1:{port}",
-            rank=0,
-            world_size=1,
-        )
+        # no socket: PyTorch's store would listen on all interfaces, without authentication
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     if not on_gpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
+
+
+def _meet(backend: str) -> None:
+    """Join the process group that the launcher's environment describes.
+
+    Rank 0 holds the store in which the processes meet. PyTorch's own listens on all interfaces,
+    without authentication; this one listens on the address at which the others look for it.
+    """
+    named = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if any(name not in os.environ for name in named):
+        with needs("train", "deepspeed"):
+            import deepspeed
+
+        deepspeed.init_distributed(dist_backend=backend)  # asks MPI for the others
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has one already
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+        return
+    listener = None
+    if rank == 0:
+        try:
+            listener = socket.create_server((address, port)).detach()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+            # the address is not one of this machine's own, as behind a translated one
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address,
+        port,
+        world_size,
+        is_master=rank == 0,
+        timeout=_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
+    )
 
 
 def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, dict[str, Any]]:
@@ -142,14 +217,25 @@ def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, 
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=adamw(model, config.optim), config=values
     )
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False  # `blip2fast.training.finite` says what happened
+    gather_trained(model)
+    return engine, values
+
+
+def gather_trained(model: nn.Module) -> None:
+    """Gather the trained part under ZeRO-3, at the start and after a step that DeepSpeed skipped.
+
+    Stage 3 gathers a weight when its module is called, but the fused passes read weights without
+    calling modules. Once gathered, the trained part stays so (`deepspeed_config`); only a skipped
+    step leaves it partitioned.
+    """
     kept: list[Any] = [
         p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_persist")
     ]
     if kept:
-        # Stage 3 gathers a weight when its module is called, but the fused passes read weights
-        # without calling modules. Once gathered, the trained part stays so (`deepspeed_config`).
         kept[0].all_gather(kept)
-    return engine, values
 
 
 def _place_the_rest(model: nn.Module, config: RunConfig) -> None:

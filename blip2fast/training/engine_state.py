@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def master_parameters(engine: DeepSpeedEngine, model: nn.Module) -> dict[str, Tensor]:
@@ -62,9 +63,9 @@ def restore(
     model: nn.Module,
     parameters: dict[str, Tensor],
     moments: dict[str, Tensor] | None = None,
-    step: int = 0,
+    updates: int = 0,
 ) -> None:
-    """Restore the parameters and moments of an engine that has taken `step` optimizer steps.
+    """Restore the parameters and moments of an engine whose AdamW has made `updates` updates.
 
     At step 0 this works around DeepSpeed 0.19, which rounds the fp32 copies of a new stage-0 bf16
     engine to bf16 and has already counted an AdamW step without gradients.
@@ -74,12 +75,12 @@ def restore(
             copies are already correct.
         parameters, moments: unsharded, and validated against the model by the caller. Empty
             moments are restored as zeros.
-        step: optimizer steps taken.
+        updates: steps that AdamW has taken, without skipped ones.
     """
     optimizer = engine.basic_optimizer
-    for shard in _shards(engine):
+    for shard in optimizer_shards(engine):
         optimizer.state[shard] = {
-            "step": torch.full((), float(step), device=shard.device),
+            "step": torch.full((), float(updates), device=shard.device),
             **{moment: torch.zeros_like(shard) for moment in MOMENTS},
         }
     with torch.no_grad():
@@ -88,15 +89,53 @@ def restore(
             if moments is not None:
                 for moment in MOMENTS:
                     _write(engine, parameter, moment, moments[f"{moment}/{name}"])
-    engine.global_steps = step
-    engine.micro_steps = step * engine.gradient_accumulation_steps()
+
+
+def optimizer_state(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """What the optimizer holds besides moments: AdamW's count of updates, and fp16's loss scale."""
+    state: dict[str, Any] = {
+        "updates": int(engine.basic_optimizer.state[optimizer_shards(engine)[0]]["step"])
+    }
+    scaler = _loss_scaler(engine)
+    if scaler is not None:
+        state["loss_scale"] = {
+            name: getattr(scaler, name) for name in _SCALE if hasattr(scaler, name)
+        }
+    return state
+
+
+def restore_loss_scale(engine: DeepSpeedEngine, state: dict[str, Any]) -> None:
+    """Restore fp16's loss scale from what `optimizer_state` returned; the stage may differ."""
+    scaler = _loss_scaler(engine)
+    if scaler is not None:
+        for name, value in state.get("loss_scale", {}).items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
+
+
+def lowers_loss_scale(engine: DeepSpeedEngine) -> bool:
+    """Whether the engine answers an overflow in fp16 with a lower loss scale."""
+    scaler = _loss_scaler(engine)
+    if scaler is None:
+        return False
+    # the two kinds of scalers name it differently
+    least = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None) or 0
+    return bool(scaler.cur_scale > least)
+
+
+def _loss_scaler(engine: DeepSpeedEngine) -> Any:
+    """The object that holds fp16's dynamic loss scale; None in other precisions."""
+    if not engine.fp16_enabled():
+        return None
+    optimizer = engine.optimizer
+    return getattr(optimizer, "loss_scale_config", None) or optimizer.loss_scaler
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def _shards(engine: DeepSpeedEngine) -> list[Tensor]:
+def optimizer_shards(engine: DeepSpeedEngine) -> list[Tensor]:
     """The tensors that this process's AdamW updates."""
     if engine.zero_optimization_stage() == 3:
         shards: list[Tensor] = engine.optimizer.fp32_partitioned_groups_flat

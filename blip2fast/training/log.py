@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blip2fast._imports import needs
-from blip2fast.data.manifest import replace_file
+from blip2fast.data.manifest import naming, replace_file
 
 with needs("log a run", "tensorboard"):
     from torch.utils.tensorboard import SummaryWriter
@@ -61,8 +61,9 @@ class RunLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics after `step` steps to metrics.jsonl, TensorBoard and the bar."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+            self._file.flush()
         for name, value in metrics.items():
             group = "eval" if name.startswith("eval_") else "train"
             self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, step)
@@ -91,7 +92,8 @@ class RunLog:
     def close(self) -> None:
         """Close the progress bar, metrics.jsonl and TensorBoard."""
         self._bar.close()
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
         self._board.close()
 
 
@@ -119,7 +121,7 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], str]:
     for number, line in enumerate(whole, 1):
         try:
             values = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             return lines, f"{path}, line {number} is not JSON ({error}); delete it to read the rest"
         if not isinstance(values, dict) or "step" not in values:
             return lines, f"{path}, line {number}: expected a step and its metrics, got {line!r}"
@@ -142,55 +144,71 @@ def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
     return kept
 
 
+# the number of steps that are counted in the sums
+_STEPS = "steps"
+
+
 @dataclass
 class Progress:
     """Running sums of the scalars since the last log line, kept on the device to avoid syncs.
 
     Attributes:
-        count: micro-steps in the sums; after a resume it includes some of the interrupted run.
-        timed: micro-steps since `since`.
+        sums: over the steps whose losses are finite, of the means of their passes; after a resume
+            they include steps of the interrupted run.
+        skipped: steps since the last log line that did not update the parameters.
+        timed: steps since `since`.
         since: time of the last log line or of the resume, in seconds; pauses are added to it.
     """
 
     sums: dict[str, Tensor]
-    count: int = 0
+    skipped: int = 0
     timed: int = 0
     since: float = 0.0
 
-    def add(self, scalars: Mapping[str, Tensor]) -> None:
-        """Add one micro-step."""
-        for name, value in scalars.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
+    def add(self, scalars: Mapping[str, Tensor], passes: int, left_out: Tensor) -> None:
+        """Add one step.
+
+        Args:
+            scalars: sums over its passes.
+            passes: number of passes.
+            left_out: a bool scalar: not to be counted, as a loss is not finite.
+        """
+        count = left_out.new_full((), passes, dtype=torch.float32)
+        for name, value in {**scalars, _STEPS: count}.items():
+            kept = (value / passes).masked_fill(left_out, 0)
+            self.sums[name] = self.sums[name] + kept if name in self.sums else kept
         self.timed += 1
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint, so that the next log line after a resume covers all its steps."""
-        return {"sums": {n: v.cpu() for n, v in self.sums.items()}, "count": self.count}
+        return {"sums": {n: v.cpu() for n, v in self.sums.items()}, "skipped": self.skipped}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restore a state returned by `state`."""
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.count = state["count"]
+        self.skipped = state["skipped"]
 
-    def take(self, accumulation: int, samples_per_step: int) -> dict[str, float]:
-        """Means over micro-steps and processes, and the throughput; resets the sums.
+    def take(self, samples_per_step: int) -> dict[str, float]:
+        """Means over steps and processes, and the throughput; resets the sums.
 
-        Every process must call this.
+        Every process must call this. Without a step to count, the means are left out; the number
+        of skipped steps is left out if there is none.
 
         Args:
-            accumulation: micro-steps per optimizer step.
             samples_per_step: samples per optimizer step, over all processes.
         """
+        counted = self.sums.pop(_STEPS)
         names = sorted(self.sums)
-        means = torch.stack([self.sums[name] for name in names]) / self.count
+        means = torch.stack([self.sums[name] for name in names]) / counted
         if dist.get_world_size() > 1:
             dist.all_reduce(means)
             means /= dist.get_world_size()
         values = means.tolist()
-        now, steps = time.perf_counter(), self.timed / accumulation
-        metrics = dict(zip(names, values, strict=True))
+        now, steps = time.perf_counter(), self.timed
+        metrics = dict(zip(names, values, strict=True)) if counted.item() else {}
+        if self.skipped:
+            metrics["skipped"] = self.skipped
         metrics["seconds_per_step"] = (now - self.since) / steps
         metrics["samples_per_second"] = steps * samples_per_step / (now - self.since)
-        self.sums, self.count, self.timed, self.since = {}, 0, 0, now
+        self.sums, self.skipped, self.timed, self.since = {}, 0, 0, now
         return metrics

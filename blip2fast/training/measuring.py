@@ -148,7 +148,7 @@ def read_model_config(key: str, name: str) -> Any:
         ValueError: not found.
     """
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(not_found(key, name, error)) from error
 
@@ -166,7 +166,11 @@ def measure_language_model(
     """
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with _without_numbers():
-        model = kind.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        model = (
+            kind.from_config(config, dtype=dtype, trust_remote_code=False)
+            .eval()
+            .requires_grad_(False)
+        )
         _untie_head(model)
         blocks = find_blocks(model)
         own = own_parameters(model, blocks)
@@ -240,7 +244,7 @@ def measure_image_encoder(config: Any) -> tuple[int, int]:
         if vision.model_type == "blip_2_vision_model":
             model = Blip2VisionModel(vision)
         else:
-            model = AutoModel.from_config(vision)
+            model = AutoModel.from_config(vision, trust_remote_code=False)
     return sum(p.numel() for p in model.parameters()), int(vision.hidden_size)
 
 

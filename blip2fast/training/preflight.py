@@ -20,6 +20,7 @@ from blip2fast.ops import check_kernels, set_kernels
 from blip2fast.ops.kernel_calls import BLIP2, Sizes
 from blip2fast.ops.records import Record
 from blip2fast.training.config import DTYPE_OF, RunConfig
+from blip2fast.training.folder import folder_faults
 
 
 def check_machine(config: RunConfig, world_size: int = 1) -> None:
@@ -32,7 +33,9 @@ def check_machine(config: RunConfig, world_size: int = 1) -> None:
     Raises:
         ValueError: the run cannot start; all errors are listed.
     """
-    faults = _path_faults(config) + _output_faults(config) + _batch_faults(config, world_size)
+    faults = _path_faults(config)
+    faults += folder_faults(Path(config.output_dir), config.resume, config.overwrite)
+    faults += _batch_faults(config, world_size)
     faults += _device_faults(config)
     if faults:
         raise ValueError("the run cannot start:\n  " + "\n  ".join(faults))
@@ -113,22 +116,9 @@ def _language_model_fault(key: str, name: str) -> str | None:
     if fault is not None:
         return fault
     try:
-        return quantised_fault(key, name, AutoConfig.from_pretrained(name))
+        return quantised_fault(key, name, AutoConfig.from_pretrained(name, trust_remote_code=False))
     except (OSError, ValueError) as error:
         return f"{key} {name!r}: its config.json cannot be read ({str(error).splitlines()[0]})"
-
-
-def _output_faults(config: RunConfig) -> list[str]:
-    output = Path(config.output_dir)
-    if output.exists() and not output.is_dir():
-        return [f"output_dir {config.output_dir!r} is a file"]
-    done = [name for name in ("checkpoints", "metrics.jsonl") if (output / name).exists()]
-    if done and not config.resume:
-        return [
-            f"output_dir {config.output_dir!r} holds an earlier run ({', '.join(done)}): set "
-            "resume: true to continue it, delete it, or choose another folder"
-        ]
-    return []
 
 
 def _batch_faults(config: RunConfig, world_size: int) -> list[str]:

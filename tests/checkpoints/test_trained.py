@@ -154,7 +154,7 @@ def test_files_that_the_manifest_does_not_name_are_not_read(run: Path) -> None:
     folder = run / "checkpoints" / LAST
     shutil.copy(folder / "process_00000.pt", folder / "process_00001.pt")
     checkpoint = Checkpoint(folder, 6, 2, {}, {})
-    assert checkpoint.process(0)["progress"]["count"] == 0
+    assert checkpoint.process(0)["progress"]["skipped"] == 0
     with pytest.raises(ValueError, match=r"process_00001.pt is not among the files of .*manifest"):
         checkpoint.process(1)
 
@@ -205,3 +205,12 @@ def test_a_resumed_finished_run_returns_its_evaluation(world: Path, run: Path) -
     metrics = train(config(world, run, 2, resume=True, **SETTINGS), say=_quiet)
     assert (run / "metrics.jsonl").read_text().splitlines(keepends=True) == lines
     assert metrics == {k: v for k, v in json.loads(lines[-1]).items() if k != "step"}
+
+
+@pytest.mark.parametrize(
+    "values", [[], 7, {}, {"frozen": 3}, {"frozen": {"image_encoder": 3}}, {"x": 1, "frozen": {}}]
+)
+def test_a_description_of_something_else_is_one_line(tmp_path: Path, values: Any) -> None:
+    manifest.replace_files(tmp_path / "m", {"model.json": manifest.write_json(values)})
+    with pytest.raises(ValueError, match=r"m/model.json does not describe a trained model \("):
+        read_description(tmp_path / "m")

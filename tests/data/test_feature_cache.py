@@ -275,3 +275,31 @@ def _in_another_process(path: Path) -> str:
         os._exit(0)
     os.waitpid(child, 0)
     return os.read(read, 1000).decode()
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("manifest.json", '{"format": FORMAT}'),
+        ("manifest.json", "[" * 100_000),
+        ("keys.json", "7"),
+        ("keys.json", '["a", 1]'),
+        ("keys.json", "[" * 100_000),
+    ],
+    ids=["empty", "deep", "number", "mixed", "deep keys"],
+)
+def test_json_that_is_not_a_cache_is_one_line(tmp_path: Path, file: str, text: str) -> None:
+    _write(tmp_path / "c")
+    stated = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    (tmp_path / "c" / file).write_text(text.replace("FORMAT", json.dumps(stated["format"])))
+    with pytest.raises(ValueError, match="write the cache again") as error:
+        FeatureCache(tmp_path / "c")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_dtype_in_the_manifest_is_refused(tmp_path: Path) -> None:
+    _write(tmp_path / "c")
+    path = tmp_path / "c" / "manifest.json"
+    path.write_text(path.read_text().replace('"float32"', '"float7"'))
+    with pytest.raises(ValueError, match=r"float7.*write the cache again"):
+        FeatureCache(tmp_path / "c")

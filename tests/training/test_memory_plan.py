@@ -373,7 +373,7 @@ def test_the_command_plans_without_weights(
 def test_an_unreachable_hub_name_is_named(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(name: str) -> None:
+    def refuse(name: str, **_: Any) -> None:
         raise OSError(f"{name} cannot be reached\nand more lines")
 
     monkeypatch.setattr(measuring.AutoConfig, "from_pretrained", refuse)

@@ -1,0 +1,68 @@
+"""What a run's data and tokenizers are, by their contents, so that a resume notices a change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from blip2fast.data.images import CachedImages, FileImages, ImageStore
+
+# Images that are read: the first, the last, and those evenly spaced between.
+_SAMPLES = 16
+
+
+def identify_data(
+    records: str | Path,
+    count: int,
+    images: ImageStore,
+    keys: Sequence[str],
+    tokenizers: Sequence[Any],
+) -> dict[str, str]:
+    """Digests of the training data, by what they are of.
+
+    The records are hashed in full. Of images or their features all keys are hashed, and the
+    contents of a sample.
+
+    Args:
+        records: path of the records.
+        count: number of records.
+        images: the images of the run.
+        keys: their distinct keys.
+        tokenizers: the tokenizers that read the texts.
+    """
+    with Path(records).open("rb") as file:
+        of_records = hashlib.file_digest(file, "sha256").hexdigest()
+    chosen = [keys[i * (len(keys) - 1) // max(_SAMPLES - 1, 1)] for i in range(_SAMPLES)]
+    words = "".join(_words(tokenizer) for tokenizer in tokenizers).encode()
+    return {
+        "contents of data.records": f"{count} records, {of_records[:16]}",
+        "contents of the images": f"{len(keys)} images, {_of_images(images, chosen)[:16]}",
+        "the tokenizer": hashlib.sha256(words).hexdigest()[:16],
+    }
+
+
+def _of_images(images: ImageStore, chosen: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    if isinstance(images, CachedImages):
+        cache = images.cache
+        digest.update("\0".join(cache.keys).encode())
+        digest.update(cache.read([cache.row(key) for key in chosen]).numpy().tobytes())
+    elif isinstance(images, FileImages):
+        for key in chosen:
+            digest.update(key.encode() + (images.folder / key).read_bytes())
+    return digest.hexdigest()
+
+
+def _words(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return json.dumps(
+            [sorted(tokenizer.get_vocab().items()), str(tokenizer.all_special_tokens)]
+        )
+    values = json.loads(backend.to_str())
+    for name in ("truncation", "padding"):  # as of the last call
+        values.pop(name, None)
+    return json.dumps([values, str(tokenizer.all_special_tokens)], sort_keys=True)

@@ -1,0 +1,129 @@
+"""The output folder of a run: one run at a time, and what an earlier run left in it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from blip2fast.checkpoints.files import DESCRIPTION, MODEL
+from blip2fast.checkpoints.kept import remove
+from blip2fast.data.manifest import MANIFEST, naming
+from blip2fast.training.restart import HISTORY
+
+LOCK = "run.lock"
+# `resume` continues from these; others are written again.
+EARLIER = ("checkpoints", "metrics.jsonl")
+_OF_A_RUN = (
+    *(*EARLIER, HISTORY, "tensorboard", "config.yaml", "deepspeed.json"),
+    *(DESCRIPTION, MODEL, MANIFEST),
+)
+
+
+class FolderLock:
+    """A lock on an output folder, which the system releases when the process ends, however it does.
+
+    The file `run.lock` says who holds it. A file that a killed process left is taken over. It is a
+    POSIX record lock, which child processes do not inherit and which holds across machines on NFS.
+
+    Args:
+        folder: created if it does not exist.
+        say: prints a line if the file system has no locks.
+
+    Raises:
+        ValueError: another process holds the lock; it is named.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.path = folder / LOCK
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            self._file = self.path.open("a+", encoding="utf-8")
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise ValueError(self._in_use()) from None
+                say(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+                return
+            # a run that has just ended may have removed the file in between
+            if self._is_current():
+                break
+            self._file.close()
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
+        with naming(self.path):
+            self._file.truncate(0)
+            self._file.write(json.dumps(holder) + "\n")
+            self._file.flush()
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+    def _is_current(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _in_use(self) -> str:
+        self._file.seek(0)
+        try:
+            holder = json.loads(self._file.read())
+            who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+        except (ValueError, KeyError, TypeError):
+            who = "another process"
+        self._file.close()
+        return (
+            f"output_dir {str(self.path.parent)!r} is in use by {who}: wait until that run has "
+            "ended, or choose another folder"
+        )
+
+
+def remove_earlier_run(folder: Path) -> None:
+    """Delete what a run writes into its output folder; other files stay."""
+    for name in _OF_A_RUN:
+        remove(folder / name)
+
+
+def folder_faults(folder: Path, resume: bool, overwrite: bool) -> list[str]:
+    """Why a run cannot write into `folder`, one line each."""
+    name = f"output_dir {str(folder)!r}"
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        return [f"{name}: {error.strerror}"]
+    except ValueError as error:
+        return [f"{name}: {error}"]
+    if folder.is_symlink() and not folder.exists():
+        return [f"{name} is a link to {str(folder.readlink())!r}, which does not exist"]
+    if folder.exists() and not folder.is_dir():
+        return [f"{name} is a file"]
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        return [f"{name}: {str(above)!r} is a file"]
+    if not os.access(above, os.W_OK | os.X_OK):
+        return [f"{name}: {str(above)!r} cannot be written to; choose another folder"]
+    done = [each for each in EARLIER if (folder / each).exists()]
+    if done and not (resume or overwrite):
+        return [
+            f"{name} holds an earlier run ({', '.join(done)}): set resume: true to continue it, "
+            "overwrite: true to delete it, or choose another folder"
+        ]
+    return []

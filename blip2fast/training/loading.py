@@ -1,0 +1,91 @@
+"""Reads the batches of a run, in worker processes that are started again when they die."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from blip2fast.training.stopping import ignore_signals
+
+# One that the system kills for its memory will be killed again.
+MOST_RESTARTS = 3
+
+
+def read_batches(
+    dataset: Dataset[dict[str, Tensor]],
+    micro_steps: Sequence[int],
+    workers: int,
+    pin_memory: bool,
+    say: Callable[[str], None],
+) -> Iterator[dict[str, Tensor]]:
+    """The batches of a sequence of micro-steps, in order.
+
+    A batch depends on its number alone, so workers that were killed are replaced and the batches
+    go on where they stopped.
+
+    Args:
+        dataset: item i is the batch of micro-step i.
+        workers: processes that read ahead; 0: none.
+        pin_memory: as in DataLoader.
+        say: prints a line.
+
+    Raises:
+        ValueError, OSError: as the dataset raises, with its message alone.
+        RuntimeError: workers died more than `MOST_RESTARTS` times.
+    """
+    done = restarts = 0
+    while done < len(micro_steps):
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=micro_steps[done:],
+            num_workers=workers,
+            worker_init_fn=ignore_signals,
+            pin_memory=pin_memory,
+            # The loader draws a seed on start; from the global generator, a resume would shift it.
+            generator=torch.Generator(),
+        )
+        try:
+            for batch in _iterator(loader):
+                done += 1
+                yield batch
+        except (ValueError, OSError) as error:
+            raise _without_traceback(error) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            first = str(error).splitlines()[0]
+            if restarts == MOST_RESTARTS:
+                raise OSError(
+                    f"data.workers {workers}: {first}; {MOST_RESTARTS + 1} times in this run: "
+                    "lower data.workers if the machine is out of memory"
+                ) from None
+            restarts += 1
+            say(f"{first}: workers started again ({restarts} of at most {MOST_RESTARTS} times)")
+
+
+def _iterator(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start the workers; their death is then reported when a batch is asked for.
+
+    PyTorch's handler of SIGCHLD would raise anywhere, also in the middle of a step.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    started = iter(loader)
+    signal.signal(signal.SIGCHLD, handler)
+    return started
+
+
+def _without_traceback(error: ValueError | OSError) -> ValueError | OSError:
+    """An error of a worker carries its traceback as text; the last line is the error itself."""
+    lines = str(error).strip().splitlines()
+    if not any("Original Traceback" in line for line in lines):
+        return error
+    return type(error)(lines[-1].partition(": ")[2])
