@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import GELUActivation
 
 from blip2fast.kernels.philox import keep_mask
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
@@ -31,6 +30,7 @@ from blip2fast.ops import (
 from blip2fast.qformer.fused_linear import FusedLinear, Linear, image_form, image_keys_values
 from blip2fast.qformer.layers import QFormerIntermediate, QFormerLayer, QFormerResidual
 from blip2fast.qformer.model import QFormer
+from blip2fast.qformer.plain import is_exact_gelu
 
 _SITES_A_LAYER = 6
 
@@ -231,9 +231,7 @@ class _FeedForward:
         self.widen = Linear(widen.dense, dtype)
         self.activation = widen.intermediate_act_fn
         # only the exact GELU has a fused kernel
-        self.exact_gelu = isinstance(self.activation, GELUActivation | nn.GELU) and (
-            getattr(self.activation, "approximate", "none") == "none"
-        )
+        self.exact_gelu = is_exact_gelu(self.activation)
         self.narrow = _Residual(narrow, dtype, is_last)
 
     def __call__(self, x: States, p: float, philox: Tensor | None) -> States:
@@ -287,9 +285,7 @@ class PackedQFormer:
             for index, layer in enumerate(qformer.encoder.layer)
         ]
 
-    def image_keys_values(
-        self, image_embeds: Tensor, ln_vision: nn.LayerNorm
-    ) -> list[Tensor | None]:
+    def image_keys_values(self, image_embeds: Tensor, ln_vision: nn.Module) -> list[Tensor | None]:
         """Keys and values `[B, S, 2, H, D]` per layer; None for layers without cross-attention.
 
         Args:
@@ -299,7 +295,7 @@ class PackedQFormer:
         crossing = [layer for layer in self.layers if layer.has_cross_attention]
         heads = self.config.num_attention_heads
         projections = [layer.key_value for layer in crossing]
-        self.image_form = image_form(image_embeds, projections)
+        self.image_form = image_form(image_embeds, ln_vision, projections)
         pairs = image_keys_values(image_embeds, ln_vision, projections, heads, self.dtype)
         values = iter(pairs)
         return [next(values) if layer.has_cross_attention else None for layer in self.layers]
