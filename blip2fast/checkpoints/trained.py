@@ -192,15 +192,23 @@ def load_parameters(model: nn.Module, state: Mapping[str, Tensor], source: str) 
         ValueError: a missing or unknown parameter, or a shape mismatch, with both shapes.
     """
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    check_state(source, state, own)
+    check_state(source, scalars(state), scalars(own))
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(state[name])
+            parameter.copy_(state[name].view(parameter.shape))
+
+
+def scalars(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The temperature as a scalar, as files hold it; a model and its engine hold it as [1]."""
+    return {
+        name: value.detach().view(()) if name.rpartition("/")[2] == "temp" else value
+        for name, value in state.items()
+    }
 
 
 def model_files(state: Mapping[str, Tensor], description: Description) -> dict[str, manifest.Write]:
     """A writer function for each file of a trained model, by file name."""
     return {
-        MODEL: lambda path: save_file(on_cpu(state), path),
+        MODEL: lambda path: save_file(on_cpu(scalars(state)), path),
         DESCRIPTION: write_json(dataclasses.asdict(description)),
     }

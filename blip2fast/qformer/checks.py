@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,25 @@ def check_gathered(query_tokens: Tensor) -> None:
             "the parameters are partitioned (DeepSpeed ZeRO-3); outside the engine's forward, "
             "gather them: with deepspeed.zero.GatheredParameters(list(model.parameters()))"
         )
+
+
+def check_recompute(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of gradient checkpointing: every layer is recomputed, never reentrantly.
+
+    Raises:
+        ValueError: a setting other than the defaults of Hugging Face's `Trainer`.
+    """
+    given = dict(settings)
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        given |= dict(given.pop(name, None) or {})
+    for name, value in given.items():
+        if {"every_n_layers": 1, "use_reentrant": False}.get(name, value) != value or (
+            name not in ("every_n_layers", "use_reentrant") and value
+        ):
+            raise ValueError(
+                f"gradient checkpointing with {name}={value!r}: every layer is recomputed, without "
+                "reentrant autograd, and there are no other settings; leave it out"
+            )
 
 
 def check_image_mask(image_embeds: Tensor, image_attention_mask: Tensor | None) -> Tensor | None:

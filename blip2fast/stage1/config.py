@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,9 +24,27 @@ LossName = Literal["itc", "itm", "itg"]
 LOSSES: tuple[LossName, ...] = ("itc", "itm", "itg")
 
 
-@dataclass(frozen=True)
-class Stage1Config:
+class TrainerConfig:
+    """What Hugging Face's `Trainer` and its loggers call on a model's configuration."""
+
+    def get_text_config(self, **_: Any) -> TrainerConfig:
+        """This configuration itself; `Trainer` sets token ids of its tokenizer on it."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def to_json_string(self) -> str:
+        """The fields as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+@dataclass
+class Stage1Config(TrainerConfig):
     """Sizes of the stage-1 model; the defaults are BLIP-2's with ViT-g/14.
+
+    Not frozen, because Hugging Face's `Trainer` sets attributes such as `use_cache`.
 
     Attributes:
         hidden_size: C.

@@ -8,7 +8,7 @@ values, which are computed once. Shapes are named as in `config.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,13 @@ from blip2fast.kernels.precision import wide
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
 from blip2fast.ops import itc_loss, lm_cross_entropy
 from blip2fast.ops.dispatch import describe_choices
-from blip2fast.qformer.checks import check_gathered, check_image_mask, check_state, image_tokens
+from blip2fast.qformer.checks import (
+    check_gathered,
+    check_image_mask,
+    check_recompute,
+    check_state,
+    image_tokens,
+)
 from blip2fast.qformer.fused_linear import describe_fusion
 from blip2fast.qformer.masks import qformer_mask
 from blip2fast.qformer.model import QFormer
@@ -36,7 +42,13 @@ from blip2fast.stage1.inputs import (
     packed_texts,
     sizes_of_ranks,
 )
-from blip2fast.stage1.modules import LMHead, TextEmbeddings, copy_text_ffn_to_queries
+from blip2fast.stage1.modules import (
+    LMHead,
+    TextEmbeddings,
+    copy_text_ffn_to_queries,
+    scalar_temp,
+    temp_as_it_is,
+)
 from blip2fast.stage1.passes import Reader, first_pass, matching_pass, second_pass
 from blip2fast.stage1.texts import PackedTexts
 
@@ -57,14 +69,18 @@ class Blip2Stage1(nn.Module):
     Attributes:
         ln_vision: Normalises the image tokens; trained, although the encoder is frozen.
         query_tokens: `[1, Q, C]`, the learned queries.
-        temp: The learned contrastive temperature. `half`, `bfloat16` and `to` leave it in fp32: an
-            AdamW step is smaller than the spacing of 16-bit floats at its value.
-        exact_temp: The fp32 value used in the losses if an engine stores `temp` in 16 bits; None:
-            use `temp` itself.
+        temp: [1], the learned contrastive temperature; a scalar in state dicts, as in LAVIS, but
+            FSDP shards no scalars. `half`, `bfloat16` and `to` leave it in fp32: an AdamW step is
+            smaller than the spacing of 16-bit floats at its value.
+        exact_temp: [1], the fp32 value used in the losses if an engine stores `temp` in 16 bits;
+            None: use `temp` itself.
 
     Raises:
         ValueError: `losses` lacks ITC or contains an unknown name.
     """
+
+    # Hugging Face's Trainer looks for it when it loads a checkpoint
+    _keys_to_ignore_on_save: ClassVar[list[str] | None] = None
 
     def __init__(
         self,
@@ -86,9 +102,11 @@ class Blip2Stage1(nn.Module):
         self.text_projection = nn.Linear(C, config.embed_dim)
         self.itm_head = nn.Linear(C, 2)
         self.lm_head = LMHead(config)
-        self.temp = nn.Parameter(torch.tensor(config.initial_temp))
+        self.temp = nn.Parameter(torch.tensor([config.initial_temp]))
         self.exact_temp: Tensor | None = None
         copy_text_ffn_to_queries(self.qformer)
+        self.register_state_dict_post_hook(scalar_temp)
+        self.register_load_state_dict_pre_hook(temp_as_it_is)
 
         self._attach_image_encoder(image_encoder)
 
@@ -155,18 +173,29 @@ class Blip2Stage1(nn.Module):
         return self
 
     def temperature(self) -> Tensor:
-        """The temperature used in the losses: the value of `exact_temp`, with gradient to `temp`.
+        """The temperature used in the losses, a scalar, with gradient to `temp`.
 
-        Returns `temp` if `exact_temp` is None.
+        Its value is that of `exact_temp`, or of `temp` if that is None.
         """
         if self.exact_temp is None:
-            return self.temp
+            return self.temp.reshape(())
         wide_temp = self.temp.to(self.exact_temp.dtype)
-        return self.exact_temp + (wide_temp - wide_temp.detach())
+        return (self.exact_temp + (wide_temp - wide_temp.detach())).reshape(())
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Trade time for memory: recompute the Q-Former's layers in the backward pass."""
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        """Trade time for memory: recompute the Q-Former's layers in the backward pass.
+
+        Args:
+            settings: Those of Hugging Face's `Trainer`; only its defaults are accepted.
+
+        Raises:
+            ValueError: another setting.
+        """
+        check_recompute(settings)
         self.qformer.recompute_layers()
+
+    # the name in transformers 5.23
+    activation_checkpointing_enable = gradient_checkpointing_enable
 
     def extra_repr(self) -> str:
         how = describe_fusion(self.qformer, self._image_form)
@@ -439,7 +468,7 @@ class Blip2Stage1(nn.Module):
         first = first_pass(reader, reader.images(image_embeds, visible), texts, philox)
         image, text = self._image_features(first.queries), self._text_features(first.cls)
         kind = product_dtype(reader.packed.dtype, image_embeds.device) or image.dtype
-        return image.to(kind), text.to(kind), self.temperature().detach().reshape(()).clone()
+        return image.to(kind), text.to(kind), self.temperature().detach().clone()
 
     def _reader(self) -> Reader:
         """A `Reader` of the current weights, in the autocast dtype if autocast is enabled."""

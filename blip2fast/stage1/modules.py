@@ -1,9 +1,11 @@
-"""The text modules of stage 1: input embeddings and the generation head.
+"""Parts of stage 1: input embeddings, the generation head, the temperature in state dicts.
 
 Shapes: B images, T text tokens, C hidden width, V words.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,3 +68,20 @@ def copy_text_ffn_to_queries(qformer: nn.Module) -> None:
         for name, parameter in qformer.named_parameters():
             if "_query." in name:
                 parameter.copy_(state[name.replace("_query.", ".")])
+
+
+def scalar_temp(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """State dict hook: the temperature is saved as a scalar, as in LAVIS.
+
+    A sharded one (FSDP) is left as it is: a process may hold no part of it.
+    """
+    value = state.get(f"{prefix}temp")
+    if value is not None and type(value) in (Tensor, nn.Parameter) and value.numel() == 1:
+        state[f"{prefix}temp"] = value.reshape(())
+
+
+def temp_as_it_is(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Hook of `load_state_dict`: the temperature, saved as a scalar or [1], as it is held."""
+    value = state.get(f"{prefix}temp")
+    if isinstance(value, Tensor) and value.shape in ((), (1,)):
+        state[f"{prefix}temp"] = value.reshape(module.get_parameter("temp").shape)
