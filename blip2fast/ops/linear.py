@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from blip2fast.ops.tracing import has_values
 
 # The first product of a shape costs oneDNN 0.3 to 7 ms more, and text lengths make new shapes every
 # step. So training pads rows to multiples of 64 (a step of 8 pairs, ViT-g: 3.9 s without, 3.5 s
@@ -24,15 +27,16 @@ _OPERATOR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def is_supported(x: Tensor, weight: Tensor) -> bool:
-    """Whether `onednn_product` supports the call: fp32 on a CPU, not empty, no functorch."""
+    """Whether `onednn_product` supports the call: fp32 on a CPU, not empty, called as it is."""
     return (
         x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and has_values(x)  # neither compiled nor recorded: other programs do not know the operator
+        and (type(weight) is nn.Parameter or type(weight) is Tensor)
         and x.numel() > 0
         and weight.numel() > 0
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()  # the operator has no batching rule
+        and forward_ad._current_level < 0  # the operator has no forward derivative
         and _OPERATOR is not None
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)

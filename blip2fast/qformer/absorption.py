@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from blip2fast.qformer.fused_linear import is_plain
+from blip2fast.ops.tracing import is_recording
+from blip2fast.qformer.plain import is_plain
 
 # Absorption's GEMMs are narrower. On a CPU (benchmarks/README.md, "Q-Former, forward") in fp32, at
 # 0.61 of the operations (BLIP-2's own shape) it is on par or up to 1.2 times slower; at 0.5 it was
@@ -30,7 +31,9 @@ def is_cheaper(
 ) -> bool:
     """Whether to expect absorption to be faster than projection for a call.
 
-    The threshold is 0.6 of projection's operations; 0.65 in bf16 on a CPU.
+    The threshold is 0.6 of projection's operations; 0.65 in bf16 on a CPU. Never while a program is
+    recorded: it would hold for one number of images and tokens, and ONNX's optimiser drops reshapes
+    of its form that look alike in the example.
 
     Args:
         query: `[B or 1, L, C]`, projected queries.
@@ -41,6 +44,8 @@ def is_cheaper(
     """
     if torch.is_grad_enabled() or weights or not (is_plain(key) and is_plain(value)):
         return False
+    if is_recording() or not (_readable(key, tokens) and _readable(value, tokens)):
+        return False
     blocks, L, C = query.shape
     images, S, E = tokens.shape
     uses = max(blocks, images)
@@ -48,6 +53,14 @@ def is_cheaper(
     absorbed = 2 * (blocks + uses) * L * C * E + 4 * uses * heads * L * S * E
     bf16 = tokens.dtype == torch.bfloat16 and tokens.device.type == "cpu"
     return absorbed < (_FEWER_OPERATIONS_CPU_BF16 if bf16 else _FEWER_OPERATIONS) * projected
+
+
+def _readable(layer: nn.Linear, tokens: Tensor) -> bool:
+    """Whether the weight is where the tokens are, and of their dtype unless autocast casts both."""
+    weight = layer.weight
+    if weight.device != tokens.device:
+        return False
+    return weight.dtype == tokens.dtype or torch.is_autocast_enabled(tokens.device.type)
 
 
 def absorbed_attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,16 +66,55 @@ def image_tokens(
 
 
 def check_gathered(query_tokens: Tensor) -> None:
-    """Refuse parameters that DeepSpeed ZeRO-3 has partitioned.
+    """Refuse parameters that DeepSpeed ZeRO-3 or FSDP has partitioned.
 
     Raises:
         RuntimeError: if they are partitioned; explains how to gather them.
     """
+    check_whole("query_tokens", query_tokens)
     if query_tokens.dim() != 3:
         raise RuntimeError(
             "the parameters are partitioned (DeepSpeed ZeRO-3); outside the engine's forward, "
             "gather them: with deepspeed.zero.GatheredParameters(list(model.parameters()))"
         )
+
+
+def check_whole(name: str, parameter: Tensor) -> None:
+    """Refuse a parameter that FSDP2 holds in parts.
+
+    Raises:
+        RuntimeError: says how to gather it.
+    """
+    if is_sharded(parameter):
+        raise RuntimeError(
+            f"{name} is a DTensor, which FSDP gathers only for the forward of the module that it "
+            "was given: leave it to fully_shard(model), and call the model itself, or name the "
+            "method: torch.distributed.fsdp.register_fsdp_forward_method(model, 'encode_image')"
+        )
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a DTensor, as FSDP2 holds it."""
+    return type(parameter).__name__ == "DTensor"
+
+
+def check_recompute(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of gradient checkpointing: every layer is recomputed, never reentrantly.
+
+    Raises:
+        ValueError: a setting other than the defaults of Hugging Face's `Trainer`.
+    """
+    given = dict(settings)
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        given |= dict(given.pop(name, None) or {})
+    for name, value in given.items():
+        if {"every_n_layers": 1, "use_reentrant": False}.get(name, value) != value or (
+            name not in ("every_n_layers", "use_reentrant") and value
+        ):
+            raise ValueError(
+                f"gradient checkpointing with {name}={value!r}: every layer is recomputed, without "
+                "reentrant autograd, and there are no other settings; leave it out"
+            )
 
 
 def check_image_mask(image_embeds: Tensor, image_attention_mask: Tensor | None) -> Tensor | None:

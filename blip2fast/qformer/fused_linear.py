@@ -1,56 +1,26 @@
 """Several linear layers fused into one GEMM; weights are cast to the compute dtype once per step.
 
-Only plain `nn.Linear` modules can be fused. Any other module (a LoRA wrapper, a quantised layer, a
-parametrised weight, a module with a user's hook) is called instead and listed by `not_plain`.
+Only plain `nn.Linear` modules can be fused (`plain.py`); any other module is called.
 
 Shapes: C hidden width, E image token width, H heads, D head width, B images, S image tokens.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from blip2fast.ops.linear import linear
-
-
-def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is an `nn.Linear` whose call is fully defined by its weight and bias."""
-    hooks = (
-        *module._forward_hooks.values(),
-        *module._forward_pre_hooks.values(),
-        *module._backward_hooks.values(),
-        *module._backward_pre_hooks.values(),
-    )
-    return (
-        type(module) is nn.Linear
-        and not is_parametrized(module)
-        # ZeRO's own hooks gather partitioned weights; the engine keeps the Q-Former unpartitioned
-        and all((getattr(h, "__module__", "") or "").startswith("deepspeed") for h in hooks)
-    )
-
-
-def not_plain(root: nn.Module) -> list[str]:
-    """Names of the linear-like modules below `root` that must be called, not fused."""
-    names = []
-    inside: tuple[str, ...] = ()
-    for name, module in root.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if hasattr(module, "weight") and hasattr(module, "in_features") and not is_plain(module):
-            names.append(f"{name} ({type(module).__name__})")
-            inside = (*inside, f"{name}.")
-    return names
-
+from blip2fast.qformer.plain import describe_called, input_dtype, is_plain, is_plain_norm
 
 # how `ln_vision` is applied when computing image keys and values
 FOLDED = "ln_vision folded into the keys' and values' weights"
 TRAINED = "ln_vision not folded: the image tokens need a gradient"
 CALLED = "ln_vision not folded: layers of keys or values are called"
+NORM_CALLED = "ln_vision not folded: it is called"
 
 
 def describe_fusion(root: nn.Module, image_form: str) -> str:
@@ -58,13 +28,10 @@ def describe_fusion(root: nn.Module, image_form: str) -> str:
 
     Args:
         root: The Q-Former.
-        image_form: One of the three constants above, or empty before the first pass.
+        image_form: One of the constants above, or empty before the first pass.
     """
-    called = not_plain(root)
-    how = "linear layers fused"
-    if called:
-        how = f"called, not fused: {', '.join(called[:4])}"
-        how += f" and {len(called) - 4} more" if len(called) > 4 else ""
+    called = describe_called(root)
+    how = f"called, not fused: {called}" if called else "linear layers fused"
     return f"{how}, last step: {image_form or 'none yet'}"
 
 
@@ -74,7 +41,7 @@ class _ConcatCast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *parts: Tensor) -> Tensor:
         ctx.sizes = [len(part) for part in parts]
-        ctx.dtype = parts[0].dtype
+        ctx.dtypes = [part.dtype for part in parts]
         joined = parts[0].new_empty((sum(ctx.sizes), *parts[0].shape[1:]), dtype=dtype)
         for piece, part in zip(joined.split(ctx.sizes), parts, strict=True):
             piece.copy_(part)
@@ -82,14 +49,15 @@ class _ConcatCast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *(piece.to(ctx.dtype) for piece in grad.split(ctx.sizes)))
+        pieces = zip(grad.split(ctx.sizes), ctx.dtypes, strict=True)
+        return (None, *(piece.to(dtype) for piece, dtype in pieces))
 
 
 def concat_cast(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     """`torch.cat(parts).to(dtype)`, in one copy.
 
     Args:
-        parts: Tensors `[n_i, ...]` of one dtype.
+        parts: Tensors `[n_i, ...]`.
         dtype: Of the result.
 
     Returns:
@@ -153,16 +121,20 @@ class FusedLinear:
         return linear(x, self.weight, self.bias).unflatten(-1, (len(self.modules), -1))
 
 
-def image_form(image_embeds: Tensor, projections: list[tuple[nn.Module, nn.Module]]) -> str:
-    """`FOLDED`, `TRAINED` or `CALLED`: the path `image_keys_values` takes for these arguments."""
+def image_form(
+    image_embeds: Tensor, ln_vision: nn.Module, projections: list[tuple[nn.Module, nn.Module]]
+) -> str:
+    """One of the constants above: the path `image_keys_values` takes for these arguments."""
     if not all(is_plain(module) for pair in projections for module in pair):
         return CALLED
+    if not is_plain_norm(ln_vision):
+        return NORM_CALLED
     return TRAINED if image_embeds.requires_grad else FOLDED
 
 
 def image_keys_values(
     image_embeds: Tensor,
-    ln_vision: nn.LayerNorm,
+    ln_vision: nn.Module,
     projections: list[tuple[nn.Module, nn.Module]],
     heads: int,
     dtype: torch.dtype,
@@ -188,14 +160,14 @@ def image_keys_values(
     split = (len(projections), 2, heads, -1)
     plain = [module for module in modules if is_plain(module)]
     if len(plain) < len(modules):
-        tokens = ln_vision(image_embeds.to(ln_vision.weight.dtype)).to(dtype)
+        tokens = ln_vision(image_embeds.to(input_dtype(ln_vision, image_embeds))).to(dtype)
         pairs = (torch.stack([key(tokens), value(tokens)], dim=2) for key, value in projections)
         return [pair.to(dtype).unflatten(-1, (heads, -1)) for pair in pairs]
     weight = torch.cat([module.weight for module in plain])
     bias = torch.cat([_bias(module) for module in plain])
     with torch.autocast(image_embeds.device.type, enabled=False):
-        if image_form(image_embeds, projections) == TRAINED:
-            tokens = ln_vision(image_embeds.to(ln_vision.weight.dtype)).to(dtype)
+        if image_embeds.requires_grad or not is_plain_norm(ln_vision):
+            tokens = ln_vision(image_embeds.to(input_dtype(ln_vision, image_embeds))).to(dtype)
             merged = linear(tokens, weight.to(dtype), bias.to(dtype))
         else:
             tokens = normalised(image_embeds, ln_vision, dtype)

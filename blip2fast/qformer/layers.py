@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN, GELUActivation
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blip2fast.ops.linear import is_supported, onednn_product
+from blip2fast.ops.tracing import is_recording
 from blip2fast.qformer import absorption
-from blip2fast.qformer.fused_linear import is_plain
+from blip2fast.qformer.plain import input_dtype, is_exact_gelu, is_plain
 
 
 def linear(
@@ -34,14 +35,10 @@ def linear(
         x: `[..., K]`.
         activation: None: the identity.
     """
-    gelu = isinstance(activation, GELUActivation) and activation.act is F.gelu
-    if (
-        (gelu or activation is None)
-        and not torch.is_grad_enabled()
-        and is_plain(layer)
-        and is_supported(x, layer.weight)
-    ):
-        return onednn_product(x, layer.weight, layer.bias, gelu)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_plain(layer):
+        gelu = activation is not None and is_exact_gelu(activation)
+        if (gelu or activation is None) and is_supported(x, layer.weight):
+            return onednn_product(x, layer.weight, layer.bias, gelu)
     y: Tensor = layer(x)
     return y if activation is None else activation(y)
 
@@ -71,13 +68,22 @@ def attention(
         mask = mask.to(query.dtype)
     if explicit:
         return _explicit_attention(query, key, value, mask, dropout)
-    batch = max(query.shape[0], key.shape[0], 1 if mask is None else mask.shape[0])
-    query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+    if torch.compiler.is_compiling() or not is_recording():
+        # TorchScript's ONNX would write the batch size of the example into the program
+        batch = max(query.shape[0], key.shape[0], 1 if mask is None else mask.shape[0])
+        query, key, value = (
+            x if x.shape[0] == batch else x.expand(batch, -1, -1, -1) for x in (query, key, value)
+        )
     blind = None
-    if mask is not None and mask.dtype == torch.bool and query.device.type != "cpu":
-        # 16-bit SDPA on GPU (H200, PyTorch 2.11) returns garbage for fully masked rows
-        blind = ~mask.any(-1, keepdim=True)
-        mask = mask | blind
+    # What a fully masked row gives depends on the kernel: 16-bit SDPA on a GPU (H200, PyTorch 2.11)
+    # returns garbage, and runtimes of recorded programs have kernels of their own.
+    if mask is not None and mask.dtype == torch.bool:
+        if query.device.type != "cpu" or is_recording():
+            blind = ~mask.any(-1, keepdim=True)
+            mask = mask | blind
+    elif mask is not None and is_recording():
+        blind = (mask == -torch.inf).all(-1, keepdim=True)
+        mask = mask.masked_fill(blind, 0.0)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return output if blind is None else output.masked_fill(blind, 0.0), None
 
@@ -294,7 +300,7 @@ class QFormerEmbeddings(nn.Module):
                 position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
             embeds = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
             if query_embeds is not None:
-                embeds = torch.cat([query_embeds.expand(len(embeds), -1, -1), embeds], dim=1)
+                embeds = torch.cat([query_embeds.expand(embeds.shape[0], -1, -1), embeds], dim=1)
         if embeds is None:
             raise ValueError("input_ids and query_embeds are both None: give at least one of them")
-        return self.dropout(self.layernorm(embeds.to(self.layernorm.weight.dtype)))
+        return self.dropout(self.layernorm(embeds.to(input_dtype(self.layernorm, embeds))))

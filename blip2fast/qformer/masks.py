@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from blip2fast.kernels.qformer_attention.layout import MaskKind
+from blip2fast.ops.tracing import has_values
 
 
 def prepare_mask(
@@ -74,22 +75,20 @@ def prepare_mask(
 
 
 def _is_additive(mask: Tensor) -> bool:
-    """Whether a float mask has negative values, so is additive rather than 0/1. CPU only."""
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return bool((mask < 0).any())
+    """Whether a float mask has negative values, so is additive rather than 0/1.
+
+    False where the values must not be looked at.
+    """
+    return has_values(mask) and bool((mask < 0).any())
 
 
 def _hides_nothing(mask: Tensor) -> bool:
-    """Whether the mask is all true. CPU only: on an accelerator this would synchronise."""
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return bool(mask.all())
+    """Whether the mask is all true; False where the values must not be looked at."""
+    return has_values(mask) and bool(mask.all())
 
 
 def _check_shape(mask: Tensor, *, batch: int, rows: int, keys: int, name: str) -> None:
     shape = tuple(mask.shape)
-    forms = f"[{batch}, {keys}], [{batch}, {rows}, {keys}] or [{batch}, 1 or heads, {rows}, {keys}]"
     fits = shape[:1] in ((batch,), (1,))
     if mask.ndim == 1:
         fits = fits and name.startswith("encoder") and not mask.is_floating_point()
@@ -100,6 +99,8 @@ def _check_shape(mask: Tensor, *, batch: int, rows: int, keys: int, name: str) -
     else:
         fits = False
     if not fits:
+        pairs = f"{rows}, {keys}"
+        forms = f"[{batch}, {keys}], [{batch}, {pairs}] or [{batch}, 1 or heads, {pairs}]"
         raise ValueError(
             f"{name} has shape {list(shape)} and dtype {mask.dtype}; expected {forms} "
             f"for a batch of {batch}, {rows} attending rows and {keys} attended tokens"

@@ -21,6 +21,7 @@ from blip2fast.qformer.layers import (
     QFormerMultiHeadAttention,
 )
 from blip2fast.qformer.masks import pad_ragged, prepare_mask
+from blip2fast.qformer.plain import describe_called, input_dtype
 
 QFORMER_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "blip-2": Blip2QFormerConfig,
@@ -135,6 +136,11 @@ class QFormer(PreTrainedModel):
                 f"{list(wanted)} in the model ({len(report['mismatched_keys'])} such tensors)"
             )
         return (model, report) if output_loading_info else model
+
+    def extra_repr(self) -> str:
+        """Which linear layers are called although inference could read their weights."""
+        called = describe_called(self)
+        return f"called, not read: {called}" if called else ""
 
     def recompute_layers(self) -> None:
         """Enable gradient checkpointing under the name this version of transformers uses."""
@@ -267,7 +273,7 @@ class QFormer(PreTrainedModel):
         if self.has_embeddings or query_embeds is None:
             hidden_states = self.embeddings(input_ids, position_ids, query_embeds)
         else:
-            query_embeds = query_embeds.to(self.layernorm.weight.dtype)
+            query_embeds = query_embeds.to(input_dtype(self.layernorm, query_embeds))
             hidden_states = self.dropout(self.layernorm(query_embeds))
 
         rows = hidden_states.shape[1]
@@ -315,9 +321,9 @@ class QFormer(PreTrainedModel):
                 f"query_length is {query_length}, but beside input_ids query_embeds holds the "
                 f"queries alone, here {queries}: leave query_length out"
             )
-        if query_embeds is not None and len(query_embeds) not in (1, len(input_ids)):
+        if query_embeds is not None and query_embeds.shape[0] not in (1, batch):
             raise ValueError(
-                f"query_embeds has batch {len(query_embeds)} and input_ids batch {len(input_ids)}: "
+                f"query_embeds has batch {query_embeds.shape[0]} and input_ids batch {batch}: "
                 "they must agree, or query_embeds have batch 1"
             )
 
@@ -325,7 +331,7 @@ class QFormer(PreTrainedModel):
         self, hidden_states: Tensor, query_length: int, encoder_hidden_states: Tensor | None
     ) -> int:
         """Checks the image tokens `[B, S, E]` and returns the batch size of the call."""
-        batch = len(hidden_states)
+        batch = hidden_states.shape[0]
         if encoder_hidden_states is None:
             if query_length > 0:
                 raise ValueError(
@@ -334,7 +340,7 @@ class QFormer(PreTrainedModel):
                 )
             return batch
         _check_rows("encoder_hidden_states", encoder_hidden_states, self.config.encoder_hidden_size)
-        images = len(encoder_hidden_states)
+        images = encoder_hidden_states.shape[0]
         if batch != images and 1 not in (batch, images):
             raise ValueError(
                 f"encoder_hidden_states has batch {images} and the rows have batch {batch}: "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,9 +24,27 @@ LossName = Literal["itc", "itm", "itg"]
 LOSSES: tuple[LossName, ...] = ("itc", "itm", "itg")
 
 
-@dataclass(frozen=True)
-class Stage1Config:
+class TrainerConfig:
+    """What Hugging Face's `Trainer` and its loggers call on a model's configuration."""
+
+    def get_text_config(self, **_: Any) -> TrainerConfig:
+        """This configuration itself; `Trainer` sets token ids of its tokenizer on it."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def to_json_string(self) -> str:
+        """The fields as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+@dataclass
+class Stage1Config(TrainerConfig):
     """Sizes of the stage-1 model; the defaults are BLIP-2's with ViT-g/14.
+
+    Not frozen, because Hugging Face's `Trainer` sets attributes such as `use_cache`.
 
     Attributes:
         hidden_size: C.
@@ -203,18 +222,26 @@ class Stage1Output(ModelOutput):
 
     @property
     def sim_i2t(self) -> Tensor:
-        sim: Tensor = self.__dict__["_similarities"]()[0]
+        sim: Tensor = self._computed("_similarities")[0]
         return sim
 
     @property
     def sim_t2i(self) -> Tensor:
-        sim: Tensor = self.__dict__["_similarities"]()[1]
+        sim: Tensor = self._computed("_similarities")[1]
         return sim
 
     @property
     def itg_logits(self) -> Tensor:
-        logits: Tensor = self.__dict__["_itg_logits"]()
+        logits: Tensor = self._computed("_itg_logits")
         return logits
+
+    def _computed(self, name: str) -> Any:
+        if name not in self.__dict__:
+            raise AttributeError(
+                "similarities and ITG logits are not kept by a compiled or transformed call; call "
+                "the model itself for them"
+            )
+        return self.__dict__[name]()
 
     def __getitem__(self, key: Any) -> Any:
         if key in ("sim_i2t", "sim_t2i", "itg_logits"):

@@ -1,14 +1,19 @@
-"""The text modules of stage 1: input embeddings and the generation head.
+"""Parts of stage 1: input embeddings, the generation head, the temperature in files.
 
 Shapes: B images, T text tokens, C hidden width, V words.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip2fast.qformer.checks import check_whole, is_sharded
+from blip2fast.qformer.plain import is_untouched
 from blip2fast.stage1.config import Stage1Config
 
 
@@ -59,6 +64,36 @@ class LMHead(nn.Module):
         return F.linear(self.transform(states), word_embeddings, self.bias)
 
 
+_HEAD = LMHead.forward
+
+
+def is_called_head(head: nn.Module) -> bool:
+    """Whether a generation head does more than its class, so that its loss must call it."""
+    return type(head) is not LMHead or not is_untouched(head, _HEAD)
+
+
+def tied_words(embeddings: TextEmbeddings) -> Tensor:
+    """The word embeddings `[V, C]`, which the generation head shares.
+
+    Raises:
+        RuntimeError: their module has no weight, FSDP holds it in parts, or a device map elsewhere.
+    """
+    table = embeddings.word_embeddings
+    weight = getattr(table, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise RuntimeError(
+            f"embeddings.word_embeddings is a {type(table).__name__} without a weight, but the "
+            "generation head shares the word embeddings; leave it out, or train without 'itg'"
+        )
+    check_whole("embeddings.word_embeddings.weight", weight)
+    if weight.is_meta and hasattr(table, "_hf_hook"):
+        raise RuntimeError(
+            "embeddings.word_embeddings.weight is on the meta device but while its module runs, "
+            "and the generation head shares it; leave the embeddings out of the device map"
+        )
+    return weight
+
+
 def copy_text_ffn_to_queries(qformer: nn.Module) -> None:
     """Initialise the query feed-forward layers from the text ones, as BLIP-2 does."""
     state = qformer.state_dict()
@@ -66,3 +101,24 @@ def copy_text_ffn_to_queries(qformer: nn.Module) -> None:
         for name, parameter in qformer.named_parameters():
             if "_query." in name:
                 parameter.copy_(state[name.replace("_query.", ".")])
+
+
+def with_scalar_temp(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose temperature is a scalar, as in LAVIS and in files; a model holds [1]."""
+    return {
+        name: value.detach().reshape(()) if name.rpartition("/")[2] == "temp" else value
+        for name, value in state.items()
+    }
+
+
+def temp_as_it_is(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Hook of `load_state_dict`: the temperature, saved as a scalar or [1], as it is held."""
+    value, own = state.get(f"{prefix}temp"), cast(Any, module.get_parameter("temp"))
+    if isinstance(value, Tensor) and value.shape in ((), (1,)):
+        value = value.reshape(own.shape)
+        if is_sharded(own) and not is_sharded(value):
+            # torch's distributed state dicts hand scalars over as they are
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value, own.device_mesh, own.placements)
+        state[f"{prefix}temp"] = value

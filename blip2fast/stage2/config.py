@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 from transformers.utils import ModelOutput
 
-from blip2fast.stage1.config import Stage1Config, check_sizes
+from blip2fast.stage1.config import Stage1Config, TrainerConfig, check_sizes
 
 
-@dataclass(frozen=True)
-class Stage2Config:
+@dataclass
+class Stage2Config(TrainerConfig):
     """Sizes of the trained part and the text settings; the defaults are BLIP-2's with ViT-g/14.
+
+    Not frozen, because Hugging Face's `Trainer` sets attributes such as `use_cache`.
 
     Attributes:
         hidden_size: C.

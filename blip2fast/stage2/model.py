@@ -10,7 +10,7 @@ L language model width, V words.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,15 @@ from transformers import PreTrainedModel
 
 from blip2fast.ops.checks import describe
 from blip2fast.ops.dispatch import describe_choices
-from blip2fast.qformer.checks import check_gathered, check_image_mask, check_state, image_tokens
+from blip2fast.qformer.checks import (
+    check_gathered,
+    check_image_mask,
+    check_recompute,
+    check_state,
+    image_tokens,
+)
 from blip2fast.qformer.model import QFormer
+from blip2fast.qformer.plain import input_dtype
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.config import Stage2Config, Stage2Output
 from blip2fast.stage2.convert import (
@@ -73,6 +80,9 @@ class Blip2Stage2(nn.Module):
         qformer: The Q-Former, without its text branch unless `config.text_conditioned`.
         language_projection: Linear, C to L.
     """
+
+    # Hugging Face's Trainer looks for it when it loads a checkpoint
+    _keys_to_ignore_on_save: ClassVar[list[str] | None] = None
 
     def __init__(
         self,
@@ -212,14 +222,21 @@ class Blip2Stage2(nn.Module):
         )
         return "\n".join([how, *describe_choices()])
 
-    def gradient_checkpointing_enable(self) -> None:
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
         """Trade time for memory: recompute the Q-Former's and the language model's layers.
 
+        Args:
+            settings: Those of Hugging Face's `Trainer`; only its defaults are accepted.
+
         Raises:
-            ValueError: a language model whose layers cannot be recomputed.
+            ValueError: another setting, or a language model whose layers cannot be recomputed.
         """
+        check_recompute(settings)
         recompute_layers(self.language_model)
         self.qformer.recompute_layers()
+
+    # the name in transformers 5.23
+    activation_checkpointing_enable = gradient_checkpointing_enable
 
     def text(self, tokenizer: Any, seed: int = 0, qformer_tokenizer: Any = None) -> Stage2Text:
         """A `Stage2Text` for this model and its configuration.
@@ -345,13 +362,14 @@ class Blip2Stage2(nn.Module):
         )
         states = self.qformer(
             query_embeds=self.query_tokens.expand(tokens.shape[0], -1, -1),
-            encoder_hidden_states=self.ln_vision(tokens.to(self.ln_vision.weight.dtype)),
+            encoder_hidden_states=self.ln_vision(tokens.to(input_dtype(self.ln_vision, tokens))),
             encoder_attention_mask=check_image_mask(tokens, image_attention_mask),
-            **instruction(self.config, len(tokens), qformer_input_ids, qformer_attention_mask),
+            **instruction(self.config, tokens.shape[0], qformer_input_ids, qformer_attention_mask),
         ).last_hidden_state
         query_output = states[:, : self.config.num_query_tokens]
         # the Q-Former and the projection may have different dtypes
-        prompts = self.language_projection(query_output.to(self.language_projection.weight.dtype))
+        dtype = input_dtype(self.language_projection, query_output)
+        prompts = self.language_projection(query_output.to(dtype))
         return prompts, query_output
 
     def _encode_images(

@@ -313,3 +313,21 @@ def test_bf16_autocast_keeps_losses_in_fp32(
     for name in LOSSES:
         assert out[name].dtype == torch.float32, name
         assert relative_error(out[name], truth[name]) < 0.05, name
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_the_temperature_may_be_saved_as_a_scalar(
+    small_config: Stage1Config, shape: tuple[int, ...]
+) -> None:
+    """Held as [1], since FSDP shards no scalars; loaded in either form, also inside a module."""
+    model = Blip2Stage1(small_config)
+    assert model.temp.shape == (1,)
+    outer = nn.Sequential(model)
+    state = outer.state_dict()
+    assert model.to_lavis_state_dict()["temp"].shape == ()
+    state["0.temp"] = torch.full(shape, 0.05)
+    outer.load_state_dict(state)
+    assert model.temp.shape == (1,)
+    assert model.temperature().item() == pytest.approx(0.05)
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.temp"):
+        outer.load_state_dict(state | {"0.temp": torch.ones(2)})

@@ -13,7 +13,8 @@ from textbook_stage1 import TextbookStage1
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from blip2fast.qformer.fused_linear import concat_cast, is_plain, not_plain
+from blip2fast.qformer.fused_linear import concat_cast
+from blip2fast.qformer.plain import is_plain, not_plain
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage1.passes import _rows_of
@@ -122,7 +123,7 @@ def test_what_counts_as_a_plain_linear_layer() -> None:
     hooked.register_forward_hook(lambda *args: None)
     weight_normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
     root = nn.ModuleDict({"a": linear, "b": hooked, "c": weight_normed, "d": LowRank(linear)})
-    assert not_plain(root)[0] == "b (Linear)"
+    assert not_plain(root)[0] == "b (Linear, hooks)"
     assert not_plain(root)[1].startswith("c (")
     assert not_plain(root)[2:] == ["d (LowRank)"]
 
