@@ -4,6 +4,8 @@ blip2fast plan --config configs/vitg_opt6.7b_stage2.yaml --processes 8 --device-
 blip2fast storage-loss --config configs/scenes_stage2.yaml --storage int4 --batches 8
 blip2fast caption --model runs/scenes/stage2 one.png two.png
 blip2fast check-kernels
+blip2fast data import captions_train2014.json --out DIR
+blip2fast data check metadata.csv --images DIR
 blip2fast cache-features --images DIR --records FILE --encoder PATH --out DIR
 """
 
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_caption(commands)
     _add_check_kernels(commands)
     _add_cache_features(commands)
+    _add_data(commands)
     given = parser.parse_args(arguments)
     run = {
         "plan": _plan,
@@ -54,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "caption": _caption,
         "check-kernels": _check_kernels,
         "cache-features": _cache_features,
+        "data": _data,
     }[given.command]
 
     import transformers
@@ -108,7 +112,7 @@ def _add_cache_features(commands: argparse._SubParsersAction[argparse.ArgumentPa
     )
     cache.add_argument("--images", required=True, metavar="DIR", help="folder of image files")
     cache.add_argument(
-        "--records", required=True, metavar="FILE", help="JSON lines that name the images"
+        "--records", required=True, metavar="SOURCE", help="what names the images (docs/data.md)"
     )
     cache.add_argument(
         "--encoder", required=True, metavar="PATH", help="folder or hub name of a vision model"
@@ -117,6 +121,35 @@ def _add_cache_features(commands: argparse._SubParsersAction[argparse.ArgumentPa
     cache.add_argument("--layer", type=_positive, help="blocks to run; default: BLIP-2's choice")
     cache.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="bfloat16")
     cache.add_argument("--batch-size", type=_positive, default=32)
+
+
+def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    data = commands.add_parser(
+        "data",
+        help="import or check records of any layout",
+        description="Records are read from JSON lines and lists, CSV, TSV, Parquet, COCO and VQAv2 "
+        "annotations, folders of datasets, webdataset shards, images with texts (docs/data.md).",
+    )
+    actions = data.add_subparsers(dest="action", required=True)
+    load = actions.add_parser("import", help="write records into a table that a run maps")
+    load.add_argument("sources", nargs="+", metavar="SOURCE", help="files, folders or patterns")
+    load.add_argument("--out", required=True, metavar="DIR", help="folder of the table")
+    _add_source(load)
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--task", choices=("caption", "vqa", "sequence"), help="by default what the first row fits"
+    )
+    command.add_argument("--images", metavar="DIR", help="folder from which images are named")
+    command.add_argument("--encoding", default="utf-8", help="of text files")
+    command.add_argument("--separator", help="of columns in a CSV file")
+    command.add_argument("--image-key", metavar="NAME", help="column of the images")
+    command.add_argument("--caption-key", metavar="NAME", help="column of the captions")
+    command.add_argument("--annotations", metavar="FILE", help="answers to VQAv2's questions")
+    command.add_argument(
+        "--image-name", metavar="NAME", help="of VQAv2's images, with {} for the number"
+    )
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -202,10 +235,10 @@ def _cache_features(given: argparse.Namespace) -> str:
     import torch
 
     from blip2fast.data.caching import cache_images
-    from blip2fast.data.records import image_keys
+    from blip2fast.data.sources import source_keys
     from blip2fast.frozen.image_encoders import load_image_encoder
 
-    keys = image_keys(given.records)
+    keys = source_keys(given.records)
     on_gpu = torch.cuda.is_available()
     compute = torch.bfloat16 if on_gpu else torch.float32
     encoder = load_image_encoder(given.encoder, given.layer, compute)
@@ -222,6 +255,21 @@ def _cache_features(given: argparse.Namespace) -> str:
         f"{cache.path}: {cache.num_images} images of {cache.num_tokens} tokens x {cache.width}, "
         f"{cache.dtype}, relative error {cache.relative_error:.2g}"
     )
+
+
+def _data(given: argparse.Namespace) -> str:
+    from pathlib import Path
+
+    from blip2fast.data.importing import import_records
+    from blip2fast.data.layouts import RecordSource
+
+    names = ("encoding", "separator", "image_key", "caption_key", "annotations", "image_name")
+    options = {name: getattr(given, name) for name in names}
+    if options["separator"] == "\\t":
+        options["separator"] = "\t"
+    sources = [RecordSource(source=source, **options) for source in given.sources]
+    images = None if given.images is None else Path(given.images)
+    return str(import_records(sources, given.out, given.task, images))
 
 
 def _storage_loss(given: argparse.Namespace) -> str:

@@ -9,8 +9,9 @@ import torch
 from tqdm import tqdm
 
 from blip2fast.data.feature_cache import CacheDtype, FeatureCache
+from blip2fast.data.images import read_picture
 from blip2fast.frozen.image_encoders import FrozenImageEncoder
-from blip2fast.frozen.images import read_image, transform_for
+from blip2fast.frozen.images import transform_for
 
 
 def cache_images(
@@ -46,7 +47,7 @@ def cache_images(
     with tqdm(total=len(keys), initial=len(keys) - len(missing), unit="image") as bar:
         for rows in missing.split(batch_size):
             pixels = [
-                transform(read_image(Path(images), keys[row], transform.least_side))
+                transform(read_picture(Path(images), keys[row], transform.least_side))
                 for row in rows.tolist()
             ]
             features = encoder(torch.stack(pixels).to(device)).float().cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from blip2fast.checkpoints.trained import (
 from blip2fast.data.batches import BatchPlan, PlannedBatches
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.data.images import CachedImages, FileImages, ImageStore
-from blip2fast.data.records import IMAGE_MARKER, READERS, images_of
+from blip2fast.data.records import IMAGE_MARKER, images_of
+from blip2fast.data.sources import open_records
 from blip2fast.data.texts import AnswerTexts, CaptionTexts, SequenceTexts, Stage1Texts
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.identity import FrozenIdentity, identify_model
@@ -37,6 +39,7 @@ from blip2fast.stage2.text import Stage2Text
 from blip2fast.training.config import DTYPE_OF, RunConfig
 from blip2fast.training.placement import load_frozen
 
+_log = logging.getLogger(__name__)
 Records = Sequence[Any]  # CaptionRecord, or QuestionRecord for vqa
 
 
@@ -101,12 +104,14 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
     """
     torch.manual_seed(config.seed)
     source = _train_images(config)
-    read = READERS[config.data.task]
-    records: Records = read(config.data.records)
+    note = _log.warning if rank == 0 else None
+    data = config.data
+    records = open_records(data.records, data.task, _folder(data.images), note)
     source.store.check({key for record in records for key in images_of(record)})
     held_out = None
-    if config.data.eval_records is not None:
-        held_out = HeldOut(read(config.data.eval_records), _eval_images(config))
+    if data.eval_records is not None:
+        read = open_records(data.eval_records, data.task, _folder(data.eval_images), note)
+        held_out = HeldOut(read, _eval_images(config))
         held_out.images.check(set(held_out.keys()))
     model, tokenizer, description = _model(config, source)
     text = None
@@ -125,6 +130,10 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
     texts = text_maker(config, tokenizer, text, records)
     batches = PlannedBatches(records, plan, source.store, texts)
     return Run(model, description, tokenizer, text, batches, source.encoder, held_out)
+
+
+def _folder(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def _train_images(config: RunConfig) -> _ImageSource:

@@ -20,11 +20,11 @@ from blip2fast.data.images import CachedImages
 from blip2fast.data.records import (
     CaptionRecord,
     QuestionRecord,
-    image_keys,
     read_captions,
     read_questions,
     write_records,
 )
+from blip2fast.data.sources import source_keys
 from blip2fast.data.texts import AnswerTexts, CaptionTexts, Stage1Texts, drawn_captions
 from blip2fast.stage2.text import Stage2Text
 
@@ -40,8 +40,8 @@ def test_records_are_read_as_written(tmp_path: Path) -> None:
     write_records(tmp_path / "q.jsonl", QUESTIONS)
     assert read_captions(tmp_path / "c.jsonl") == CAPTIONS
     assert read_questions(tmp_path / "q.jsonl") == QUESTIONS
-    assert image_keys(tmp_path / "c.jsonl") == ["a.png", "b.png"]
-    assert image_keys(tmp_path / "q.jsonl") == ["a.png"]
+    assert source_keys(tmp_path / "c.jsonl") == ["a.png", "b.png"]
+    assert source_keys(tmp_path / "q.jsonl") == ["a.png"]
 
 
 @pytest.mark.parametrize(
