@@ -50,7 +50,7 @@ class FileImages:
         if not keys:
             return {"image_embeds": torch.empty(0, 1, 1)}
         pixels = []
-        for key, index in zip(keys, batch.indices.tolist(), strict=True):
+        for key, index in zip(keys, batch.samples.tolist(), strict=True):
             # The fourth number separates this random stream from that of the caption choice.
             draws = np.random.default_rng([self.seed, batch.epoch, index, 2])
             pixels.append(self.transform(self._read(key), draws))

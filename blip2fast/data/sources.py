@@ -8,6 +8,7 @@ from pathlib import Path
 
 from blip2fast._imports import needs
 from blip2fast.data.layouts import Given, RecordSource, as_sources, read_rows
+from blip2fast.data.order import Mixture
 from blip2fast.data.records import AnyRecord, images_of
 from blip2fast.data.rows import RecordMaker, Task, task_of
 from blip2fast.data.table import MemoryTable, RecordTable, describe_table, is_table
@@ -76,6 +77,27 @@ def open_records(
             note(f"{source.source}: {ignored_names(ignored)}")
         parts.append(table.finish())
     return RecordTable(parts, task)
+
+
+def mixture(given: Given | Sequence[Given], table: RecordTable) -> Mixture | None:
+    """The shares of the sources of `open_records(given)`; None where they have no weights."""
+    weights = [source.weight for source in as_sources(given)]
+    known = tuple(weight for weight in weights if weight is not None)
+    return Mixture(tuple(table.sizes), known) if known else None
+
+
+# a stat on a network disk takes about 0.1 ms
+MOST_CHECKED = 100_000
+
+
+def checked_keys(records: Sequence[AnyRecord]) -> set[str]:
+    """The image keys that a run looks for as it starts.
+
+    All of up to `MOST_CHECKED` records, or as many at equal distances (`blip2fast data check` looks
+    for all).
+    """
+    step = -(-len(records) // MOST_CHECKED) if len(records) else 1
+    return {key for i in range(0, len(records), step) for key in images_of(records[i])}
 
 
 def ignored_names(ignored: Counter[str]) -> str:

@@ -23,7 +23,7 @@ from blip2fast.data.batches import BatchPlan, PlannedBatches
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.data.images import CachedImages, FileImages, ImageStore
 from blip2fast.data.records import IMAGE_MARKER, images_of
-from blip2fast.data.sources import open_records
+from blip2fast.data.sources import checked_keys, mixture, open_records
 from blip2fast.data.texts import AnswerTexts, CaptionTexts, SequenceTexts, Stage1Texts
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.identity import FrozenIdentity, identify_model
@@ -107,7 +107,7 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
     note = _log.warning if rank == 0 else None
     data = config.data
     records = open_records(data.records, data.task, _folder(data.images), note)
-    source.store.check({key for record in records for key in images_of(record)})
+    source.store.check(checked_keys(records))
     held_out = None
     if data.eval_records is not None:
         read = open_records(data.eval_records, data.task, _folder(data.eval_images), note)
@@ -126,8 +126,9 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
         rank,
         world_size,
         config.optim.accumulation,
+        mixture(data.records, records),
     )
-    texts = text_maker(config, tokenizer, text, records)
+    texts = text_maker(config, tokenizer, text)
     batches = PlannedBatches(records, plan, source.store, texts)
     return Run(model, description, tokenizer, text, batches, source.encoder, held_out)
 
@@ -347,13 +348,12 @@ def check_positions(config: RunConfig, positions: int) -> None:
         )
 
 
-def text_maker(
-    config: RunConfig, tokenizer: Any, text: Stage2Text | None, records: Sequence[Any]
-) -> Any:
+def text_maker(config: RunConfig, tokenizer: Any, text: Stage2Text | None) -> Any:
     """The callable that makes a batch's text tensors, for stage 1 or the stage-2 task."""
     if text is None:
-        numbers = {key: n for n, key in enumerate(dict.fromkeys(r.image for r in records))}
-        return Stage1Texts(tokenizer, config.data.max_txt_len, numbers, config.seed)
+        return Stage1Texts(tokenizer, config.data.max_txt_len, config.seed, config.data.positives)
     if config.data.task == "sequence":
         return SequenceTexts(text, config.seed)
-    return CaptionTexts(text, config.seed) if config.data.task == "caption" else AnswerTexts(text)
+    if config.data.task == "caption":
+        return CaptionTexts(text, config.seed)
+    return AnswerTexts(text, config.seed)

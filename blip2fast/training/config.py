@@ -119,6 +119,8 @@ class DataSection:
         augment: random crops and flips (`images` only).
         eval_records, eval_features, eval_images: the held-out set; None: no evaluation.
         max_txt_len: maximum text length in tokens; longer texts are truncated.
+        positives: which pairs of a batch are positives of each other (stage 1): those of one
+            `image`, or those of one caption `text`.
         workers: DataLoader workers; 0: batches are loaded in the training process.
     """
 
@@ -136,6 +138,7 @@ class DataSection:
     eval_features: str | None = None
     eval_images: str | None = None
     max_txt_len: Annotated[int, Field(ge=2)] = 32
+    positives: Literal["image", "text"] = "image"
     workers: _NonNegative = 0
 
 

@@ -27,6 +27,7 @@ from blip2fast.checkpoints.resume import (
 )
 from blip2fast.checkpoints.trained import load_parameters, save_model, trained_names
 from blip2fast.data.manifest import replace_file, write_json
+from blip2fast.data.order import MOST_SHUFFLED
 from blip2fast.stage1.contrast import step_contrast
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
@@ -177,6 +178,10 @@ class Trainer:
             same["data"].pop(free)
         for name in ("batch_size", "accumulation"):
             same["optim"].pop(name)
+        if same["data"]["positives"] == "image":
+            same["data"].pop("positives")  # as in checkpoints that do not know it
+        if self.parts.batches.plan.num_records > MOST_SHUFFLED:
+            same["shuffle"] = "feistel"
         return {**same, "samples_per_step": self.parts.batches.plan.samples_per_step}
 
     def run(self) -> dict[str, float]:
