@@ -14,6 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from blip2fast.data.layouts import RecordSource
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -135,6 +141,18 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     load.add_argument("sources", nargs="+", metavar="SOURCE", help="files, folders or patterns")
     load.add_argument("--out", required=True, metavar="DIR", help="folder of the table")
     _add_source(load)
+    check = actions.add_parser(
+        "check",
+        help="count records and images, and find what a run cannot use",
+        description="Read all records, and with --images all images. The exit status is 1 if "
+        "something is unusable.",
+    )
+    check.add_argument("sources", nargs="+", metavar="SOURCE", help="files, folders or patterns")
+    check.add_argument("--tokenizer", metavar="PATH", help="to count tokens: a folder or hub name")
+    check.add_argument("--max-txt-len", type=_positive, default=32, help="tokens that a run keeps")
+    check.add_argument("--workers", type=_positive, default=4, help="threads that read images")
+    check.add_argument("--json", action="store_true", help="print all that is found as JSON")
+    _add_source(check)
 
 
 def _add_source(command: argparse.ArgumentParser) -> None:
@@ -269,7 +287,33 @@ def _data(given: argparse.Namespace) -> str:
         options["separator"] = "\t"
     sources = [RecordSource(source=source, **options) for source in given.sources]
     images = None if given.images is None else Path(given.images)
-    return str(import_records(sources, given.out, given.task, images))
+    if images is not None and not images.is_dir():
+        raise ValueError(f"--images {images}: not a folder")
+    if given.action == "import":
+        return str(import_records(sources, given.out, given.task, images))
+    return _check_data(given, sources, images)
+
+
+def _check_data(given: argparse.Namespace, sources: list[RecordSource], images: Path | None) -> str:
+    import json
+
+    from transformers import AutoTokenizer
+
+    from blip2fast.data.checking import check_records
+
+    tokenizer = None
+    if given.tokenizer is not None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--tokenizer {given.tokenizer}: {reason}") from None
+    found = check_records(sources, given.task, images, tokenizer, given.max_txt_len, given.workers)
+    shown = json.dumps(found.values(), indent=1) if given.json else str(found)
+    if not found.usable:
+        print(shown)
+        sys.exit(1)
+    return shown
 
 
 def _storage_loss(given: argparse.Namespace) -> str:
