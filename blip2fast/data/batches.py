@@ -121,7 +121,8 @@ class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
         records: caption, question or sequence records.
         plan: selects the records of each step.
         read_images: returns the image tensors of a batch.
-        make_text: `(records, batch) -> tensors`, the text tensors of a batch.
+        make_text: `(records, batch) -> tensors`, the text tensors of a batch, whose `indices` are
+            places in `records`.
     """
 
     def __init__(
@@ -138,10 +139,13 @@ class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
 
     def __getitem__(self, micro_step: int) -> dict[str, Tensor]:
         batch = self.plan.batch(micro_step)
-        owned = [images_of(self.records[i]) for i in batch.indices]
+        chosen = [self.records[i] for i in batch.indices]
+        owned = [images_of(record) for record in chosen]
         keys = [key for row in owned for key in row]
         counts = [len(row) for row in owned]
         owners = Batch(
             batch.epoch, np.repeat(batch.indices, counts), np.repeat(batch.samples, counts)
         )
-        return {**self.read_images(keys, owners), **self.make_text(self.records, batch)}
+        # each record is read once: texts are made of a list of these alone
+        texts = self.make_text(chosen, Batch(batch.epoch, np.arange(len(chosen)), batch.samples))
+        return {**self.read_images(keys, owners), **texts}

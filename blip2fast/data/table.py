@@ -8,6 +8,7 @@ on are shared by all processes of a machine. A table of a small source may be in
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ KINDS: dict[str, type[AnyRecord]] = {
 }
 # Offsets within a batch are 32-bit, so its texts must stay below 2 GiB.
 _BATCH_ROWS, _BATCH_BYTES = 65_536, 2**28
+# Linux maps up to 64 KiB around each page that is read, five of which make a caption record.
+_READS_HELD = 128
 
 
 def is_table(path: str | Path) -> bool:
@@ -65,7 +68,9 @@ class RecordTable(Sequence[Any]):
         self.parts, self.task = list(parts), task
         self._kind: Any = KINDS[task]
         self._names = [f.name for f in fields(self._kind)]
-        tables = [_open(part, task) for part in self.parts]
+        self._maps: list[mmap.mmap] = []
+        self._reads = 0
+        tables = [self._open(part) for part in self.parts]
         self.sizes = [sum(batch.num_rows for batch in table) for table in tables]
         self._batches = [batch for table in tables for batch in table if batch.num_rows]
         self._ends = list(accumulate(batch.num_rows for batch in self._batches))
@@ -90,35 +95,52 @@ class RecordTable(Sequence[Any]):
         number = bisect_right(self._ends, row)
         batch = self._batches[number]
         row -= self._ends[number] - batch.num_rows
-        return self._record({name: batch.column(name)[row].as_py() for name in self._names})
+        values = {name: batch.column(name)[row].as_py() for name in self._names}
+        self._reads += 1
+        if self._reads % _READS_HELD == 0:
+            self._let_go()
+        return self._record(values)
 
     def __iter__(self) -> Iterator[AnyRecord]:
         for batch in self._batches:
             for start in range(0, batch.num_rows, 1024):
                 yield from map(self._record, batch.slice(start, 1024).to_pylist())
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Give up the pages that were read; they stay in the machine's page cache."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _open(self, part: Path | pa.Buffer) -> list[pa.RecordBatch]:
+        if isinstance(part, pa.Buffer):
+            return _batches(part)
+        values = describe_table(part)
+        if values["task"] != self.task:
+            raise ValueError(
+                f"{part}: records of the task {values['task']}, not {self.task} (data.task)"
+            )
+        path = part / ROWS
+        size = path.stat().st_size if path.is_file() else 0
+        if size != values["bytes"]:
+            raise ValueError(
+                f"{path}: {size} bytes, but {DESCRIPTION} states {values['bytes']}; import it again"
+            )
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):
+            mapped.madvise(mmap.MADV_RANDOM)
+        self._maps.append(mapped)
+        try:
+            return _batches(pa.py_buffer(mapped))
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path}: damaged ({error}); import it again") from None
 
     def _record(self, values: Mapping[str, Any]) -> AnyRecord:
         plain = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
         record: AnyRecord = self._kind(**plain)
         return record
-
-
-def _open(part: Path | pa.Buffer, task: str) -> list[pa.RecordBatch]:
-    if isinstance(part, pa.Buffer):
-        return _batches(part)
-    values = describe_table(part)
-    if values["task"] != task:
-        raise ValueError(f"{part}: records of the task {values['task']}, not {task} (data.task)")
-    path = part / ROWS
-    size = path.stat().st_size if path.is_file() else 0
-    if size != values["bytes"]:
-        raise ValueError(
-            f"{path}: {size} bytes, but {DESCRIPTION} states {values['bytes']}; import it again"
-        )
-    try:
-        return _batches(pa.memory_map(str(path)))
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: damaged ({error}); import it again") from None
 
 
 def _batches(source: Any) -> list[pa.RecordBatch]:
