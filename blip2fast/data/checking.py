@@ -133,7 +133,9 @@ class Checked:
                 f"tokens: {t.mean:.1f} a text (median {t.median:g}, longest {t.longest}), "
                 f"{t.cut:.2%} of the texts cut, {t.unknown:.2%} of the tokens unknown"
             )
-        if self.images is not None:
+        if self.images is None:
+            lines.append("images: not looked at (--images DIR)")
+        else:
             i = self.images
             lines.append(
                 f"images: {i.readable} readable, {i.missing} missing, {i.unreadable} unreadable, "

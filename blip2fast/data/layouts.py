@@ -160,6 +160,8 @@ def read_json(path: Path, encoding: str = DEFAULT_ENCODING) -> Any:
             f"{path}, line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}); "
             "it may be cut off: fetch or write it again"
         ) from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply for records; write it again") from None
 
 
 def _file_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
@@ -212,6 +214,8 @@ def _json_lines(path: Path, options: SourceOptions) -> Iterator[Row]:
 def _parsed(line: str, where: str) -> Row:
     try:
         values = json.loads(line)
+    except RecursionError:
+        return Row(where, fault="nested too deeply for a record; correct or drop the line")
     except json.JSONDecodeError as error:
         fault = f"not valid JSON ({error.msg} at column {error.colno}); correct or drop the line"
         return Row(where, fault=fault)
@@ -229,12 +233,11 @@ def _json_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
     text = read_text(path, options.encoding)
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and error.lineno > 1:  # JSON lines by another name
+    except (json.JSONDecodeError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":  # JSON lines by another name
             yield from _json_lines(path, options)
             return
-        read_json(path, options.encoding)
-        raise
+        content = read_json(path, options.encoding)  # says what is wrong
     if isinstance(content, list):
         for number, values in enumerate(content, 1):
             yield _named(values, f"{path}, entry {number}")
@@ -431,7 +434,9 @@ _WEB_NAMES = _WEB_CAPTIONS | {"question", "answer", "answers", "type"}
 
 def _sidecar_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
     images = sorted(
-        each for each in path.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES and each.is_file()
+        each
+        for each in path.rglob("*")
+        if each.suffix.lower() in IMAGE_SUFFIXES and each.is_file() and each.name[0] != "."
     )
     if not images:
         raise ValueError(

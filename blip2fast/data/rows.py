@@ -147,6 +147,7 @@ class RecordMaker:
             return self.keep_image(content, where)
         if not isinstance(value, str) or not value.strip():
             raise _Unusable(f"image: {_show(value)}, where the name of a file is expected")
+        value = _text(value, "image")
         if PurePath(value).is_absolute() and self.images is not None:
             try:
                 return PurePath(value).relative_to(self.images.absolute()).as_posix()

@@ -71,7 +71,7 @@ def shard_samples(path: Path, name: str, image_suffixes: Collection[str]) -> Ite
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isfile():
+                if not member.isfile() or PurePosixPath(member.name).name.startswith("."):
                     continue
                 stem, suffix = _split(member.name)
                 if sample is None or sample.name != stem:
@@ -137,7 +137,7 @@ def _start(name: str) -> bytes:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Name up to the first dot of the file, and its last suffix in lower case."""
+    """Name up to the first dot of the file, and the rest in lower case (webdataset's rule)."""
     path = PurePosixPath(name)
-    stem = str(path.parent / path.name.partition(".")[0])
-    return stem, path.suffix.lower()
+    first, dot, rest = path.name.partition(".")
+    return str(path.parent / first), (dot + rest).lower()

@@ -353,6 +353,12 @@ FAULTS: list[tuple[str, bytes, dict[str, Any], str]] = [
     ),
     ("r.jsonl", b'{"image": "a", "caption": "\\ud83d"}\n', {}, "holds half a character"),
     ("r.json", b'[{"image": "a", "caption": "x"},\n', {}, "line 2: not valid JSON"),
+    ("r.json", b"[" * 10**5, {}, "r.json: nested too deeply for records"),
+    ("r.jsonl", b"[" * 10**5, {}, "line 1: nested too deeply for a record"),
+    ("r.json", b'{"image": 3}{"image": 4}', {}, "line 1: not valid JSON .Extra data at column 13"),
+    ("r.csv", b"image,caption\ra.png,a ring\r", {}, "line 1: new-line character seen"),
+    ("r.csv", b"image,caption\na.png," + b"x" * 200000, {}, "line 2: field larger than"),
+    ("r.jsonl", b'{"image": "\\ud83d", "caption": "x"}\n', {}, "image: .* half a character"),
     ("r.json", b'{"a": 1}', {}, "keys a: neither a list of records, nor COCO captions"),
     ("r.json", b'{"images": [{"id": 1}], "annotations": []}', {}, "images entry 1: lacks file_na"),
     (
@@ -497,3 +503,38 @@ def test_the_command_imports(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "other").exists()
     main([*arguments, "--image-key", "pic", "--caption-key", "words"])
     assert open_records(str(tmp_path / "other"), "caption")[0].captions == ("a ring",)
+
+
+def test_an_import_that_is_stopped_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl(tmp_path)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("blip2fast.data.importing.TextCounts.add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            import_records(path, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["r.jsonl"]
+    # a killed one cannot clean up: what it left is not taken for a table, and is written anew
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "records.arrow").write_text("half")
+    import_records(path, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "r.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["records.arrow", "records.json"]
+
+
+def test_suffixes_in_shards_begin_at_the_first_dot(tmp_path: Path) -> None:
+    members = {"0.png": png(9), "0.seg.png": png(8), "._0.png": b"x", "0.txt": b"a ring"}
+    path = write_shard(tmp_path / "s.tar", members)
+    (record,) = open_records(str(path), "caption")
+    assert read_picture(tmp_path, record.image).getpixel((0, 0)) == (9, 0, 0)
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
+    path = jsonl(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"error: .*Not a directory: .*file"):
+        main(["data", "import", str(path), "--out", str(tmp_path / "file" / "out")])
