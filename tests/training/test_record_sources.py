@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_run import config, write_world
+from small_run import config, distance, write_world
 
 from blip2fast.data.importing import import_records
 from blip2fast.data.records import read_captions
 from blip2fast.training.build import build_run
 from blip2fast.training.config import RunConfig
+from blip2fast.training.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +81,34 @@ def test_positives_by_text(world: Path, tmp_path: Path) -> None:
     assert len(set(ids)) == len(set(texts)) < 20
     with pytest.raises(ValueError, match="positives belongs to stage 1, but stage is 2"):
         config(world, tmp_path, 2, data={"positives": "text"})
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All runs are large ones, whose order is computed and not kept."""
+    monkeypatch.setattr("blip2fast.data.order.MOST_SHUFFLED", 10)
+    monkeypatch.setattr("blip2fast.training.trainer.MOST_SHUFFLED", 10)
+
+
+@pytest.mark.usefixtures("large")
+def test_a_mixed_run_resumes_to_the_last_bit(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the border of an epoch, with the order of large runs; without it, it is refused."""
+    sources = [
+        {"source": str(world / "table"), "weight": 3},
+        {"source": str(world / "flat.csv"), "weight": 1},
+    ]
+    settings: dict[str, Any] = {"data": {"records": sources}, "save_every": 3}
+    settings["optim"] = {"batch_size": 11}  # four steps an epoch
+    whole = tmp_path / "whole"
+    train(config(world, whole, **settings), say=lambda _: None)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-00000006")
+    (resumed / "model.safetensors").unlink()
+    train(config(world, resumed, resume=True, **settings), say=lambda _: None)
+    assert distance(resumed, whole) == 0
+    monkeypatch.setattr("blip2fast.training.trainer.MOST_SHUFFLED", 100)
+    with pytest.raises(ValueError, match="shuffle is 'feistel' there, None here"):
+        train(config(world, resumed, resume=True, **settings), say=lambda _: None)
