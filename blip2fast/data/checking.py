@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from blip2fast._imports import needs
 from blip2fast.data.importing import TextCounts
 from blip2fast.data.layouts import Given, RecordSource, as_sources, read_rows
+from blip2fast.data.progress import RowBar
 from blip2fast.data.records import AnyRecord, QuestionRecord, images_of
 from blip2fast.data.rows import RecordMaker, Task, task_of
 from blip2fast.data.shards import NamedBytes, ShardKey, read_member
@@ -178,11 +180,15 @@ def check_records(
     first_seen: dict[str, str] = {}
     lengths = _Lengths(tokenizer, max_txt_len)
 
-    def rows() -> Iterator[tuple[str, AnyRecord | str]]:
-        for source in as_sources(given):
-            yield from _records(source, task, images, found.ignored)
+    sources = as_sources(given)
 
-    for where, record in tqdm(rows(), unit=" rows", unit_scale=True, disable=None):
+    def rows() -> Iterator[tuple[str, AnyRecord | str]]:
+        with RowBar(len(sources)) as bar:
+            for number, source in enumerate(sources):
+                tell = partial(bar.add, number)
+                yield from _records(source, task, images, found.ignored, tell)
+
+    for where, record in rows():
         if isinstance(record, str):
             found.bad_rows += 1
             faults.add("row", record)
@@ -221,13 +227,19 @@ class _Told:
 
 
 def _records(
-    source: RecordSource, task: Task | None, images: Path | None, ignored: Counter[str]
+    source: RecordSource,
+    task: Task | None,
+    images: Path | None,
+    ignored: Counter[str],
+    tell: Callable[[float], None],
 ) -> Iterator[tuple[str, AnyRecord | str]]:
     """Where each row is, and its record or its fault."""
     if is_table(source.source):
         path = Path(source.source)
         table = RecordTable([path], describe_table(path)["task"])
-        yield from ((f"{path}, record {n}", record) for n, record in enumerate(table, 1))
+        for number, record in enumerate(table, 1):
+            tell(number / len(table))
+            yield f"{path}, record {number}", record
         return
     make = None
     for row in read_rows(source.source, source):
@@ -235,6 +247,7 @@ def _records(
             # images within the rows are not checked: an import names those it cannot store
             kept = task or task_of(row)
             make = RecordMaker(kept, source, images, lambda _, where: where, ignored)
+        tell(row.share)
         try:
             yield row.where, make(row)
         except ValueError as error:

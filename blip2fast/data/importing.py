@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from blip2fast.data.layouts import Given, RecordSource, as_sources, read_rows
+from blip2fast.data.progress import RowBar
 from blip2fast.data.records import (
     AnyRecord,
     QuestionRecord,
@@ -136,22 +137,27 @@ def import_records(
     ignored, counts = Counter[str](), TextCounts()
     with TableWriter(out, task) as writer:
         packer = _Packer(writer.partial)
-        records = chain.from_iterable(
-            RecordTable([Path(source.source)], task)
-            if is_table(source.source)
-            else read_records(source, task, images, packer.add, ignored)
-            for source in sources
-        )
-        try:
-            for record in tqdm(records, unit=" records", unit_scale=True, disable=None):
-                writer.add(record)
-                counts.add(record)
-        finally:
-            packer.close()
+        with RowBar(len(sources)) as bar, contextlib.closing(packer):
+            for number, source in enumerate(sources):
+                tell = partial(bar.add, number)
+                records: Iterable[AnyRecord]
+                if is_table(source.source):
+                    records = _told(RecordTable([Path(source.source)], task), tell)
+                else:
+                    records = read_records(source, task, images, packer.add, ignored, tell)
+                for record in records:
+                    writer.add(record)
+                    counts.add(record)
         counts.finish()
         named = {name: value for name, value in vars(counts).items() if name[0] != "_"}
         writer.finish({"sources": [source.source for source in sources], **named})
     return Imported(Path(out), task, counts, ignored, packer.images)
+
+
+def _told(table: RecordTable, tell: Callable[[float], None]) -> Iterator[AnyRecord]:
+    for number, record in enumerate(table, 1):
+        tell(number / len(table))
+        yield record
 
 
 def _task_of(source: RecordSource) -> Task:

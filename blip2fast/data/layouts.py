@@ -106,11 +106,13 @@ class Row:
         where: file and line, for messages.
         values: by name, as the source has them.
         fault: why there are no values.
+        share: how much of the source has been read with this row, from 0 to 1; an estimate.
     """
 
     where: str
     values: dict[str, Any] = field(default_factory=dict)
     fault: str | None = None
+    share: float = 0.0
 
 
 def read_rows(source: str | Path, options: SourceOptions | None = None) -> Iterator[Row]:
@@ -136,7 +138,22 @@ def read_rows(source: str | Path, options: SourceOptions | None = None) -> Itera
         raise ValueError(f"no records at {source}: not a file, a folder or a pattern of files")
     if all(each.suffix == ".tar" for each in found):
         return _shard_rows(found, path.parent, options)
-    return chain.from_iterable(read_rows(each, options) for each in found)
+    return _in_turn([read_rows(each, options) for each in found])
+
+
+def _in_turn(parts: Sequence[Iterator[Row]]) -> Iterator[Row]:
+    """The rows of several files, with their share of all of these."""
+    for number, part in enumerate(parts):
+        for row in part:
+            row.share = (number + row.share) / len(parts)
+            yield row
+
+
+def _counted(rows: Iterable[Row], count: int) -> Iterator[Row]:
+    """Rows of which there are `count`."""
+    for number, row in enumerate(rows, 1):
+        row.share = number / count
+        yield row
 
 
 def source_files(source: str | Path) -> list[Path]:
@@ -195,20 +212,24 @@ def _folder_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
         return _dataset_rows(path)
     metadata = sorted(each for name in _METADATA for each in path.rglob(name))
     if metadata:
-        return chain.from_iterable(_imagefolder_rows(each, path, options) for each in metadata)
+        return _in_turn([_imagefolder_rows(each, path, options) for each in metadata])
     shards = sorted(path.rglob("*.tar"))
     if shards:
         return _shard_rows(shards, path, options)
     tables = sorted(path.rglob("*.parquet"))
     if tables:
-        return chain.from_iterable(_parquet_rows(each, options) for each in tables)
+        return _in_turn([_parquet_rows(each, options) for each in tables])
     return _sidecar_rows(path, options)
 
 
 def _json_lines(path: Path, options: SourceOptions) -> Iterator[Row]:
+    done, size = 0, path.stat().st_size
     for number, line in enumerate(text_lines(path, options.encoding), 1):
+        done += len(line)
         if line.strip():
-            yield _parsed(line, f"{path}, line {number}")
+            row = _parsed(line, f"{path}, line {number}")
+            row.share = done / size
+            yield row
 
 
 def _parsed(line: str, where: str) -> Row:
@@ -239,12 +260,12 @@ def _json_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
             return
         content = read_json(path, options.encoding)  # says what is wrong
     if isinstance(content, list):
-        for number, values in enumerate(content, 1):
-            yield _named(values, f"{path}, entry {number}")
+        rows = (_named(each, f"{path}, entry {number}") for number, each in enumerate(content, 1))
+        yield from _counted(rows, len(content))
     elif isinstance(content, dict) and "questions" in content:
-        yield from _vqa_rows(path, content, options)
+        yield from _counted(_vqa_rows(path, content, options), len(content["questions"]))
     elif isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        yield from _coco_rows(path, content)
+        yield from _counted(_coco_rows(path, content), len(content["images"]))
     else:
         found = f"keys {', '.join(sorted(content))}" if isinstance(content, dict) else text[:20]
         raise ValueError(
@@ -331,7 +352,15 @@ def _table_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
     separator = options.separator or _separator(path, header)
     if len(separator) != 1:
         raise ValueError(f"separator {separator!r}: not one character")
-    reader = csv.reader(chain([header], lines), delimiter=separator, strict=True)
+    done, size = 0, path.stat().st_size
+
+    def counted() -> Iterator[str]:
+        nonlocal done
+        for line in chain([header], lines):
+            done += len(line)
+            yield line
+
+    reader = csv.reader(counted(), delimiter=separator, strict=True)
     row: list[str] = []
     number = 1
     try:
@@ -346,9 +375,9 @@ def _table_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
                     f"{len(row)} columns, but the header has {len(names)} ({', '.join(names)}); "
                     f"quote texts that hold {separator!r}"
                 )
-                yield Row(where, fault=fault)
+                yield Row(where, fault=fault, share=done / size)
             else:
-                yield Row(where, dict(zip(names, row, strict=True)))
+                yield Row(where, dict(zip(names, row, strict=True)), share=done / size)
     except csv.Error as error:
         raise ValueError(f"{path}, line {number}: {error}; correct the quotes") from None
 
@@ -368,7 +397,8 @@ def _parquet_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
             for batch in file.iter_batches(_PARQUET_ROWS):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path}, row {number}", values)
+                    share = number / file.metadata.num_rows
+                    yield Row(f"{path}, row {number}", values, share=share)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
             f"{path}, after row {number}: not readable as Parquet ({_first_line(error)}); fetch it "
@@ -386,8 +416,8 @@ def _dataset_rows(path: Path) -> Iterator[Row]:
     for name, feature in dataset.features.items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
-    for number, values in enumerate(dataset, 1):
-        yield Row(f"{path}, row {number}", values)
+    rows = (Row(f"{path}, row {number}", values) for number, values in enumerate(dataset, 1))
+    yield from _counted(rows, len(dataset))
 
 
 def _imagefolder_rows(path: Path, top: Path, options: SourceOptions) -> Iterator[Row]:
@@ -402,30 +432,33 @@ def _imagefolder_rows(path: Path, top: Path, options: SourceOptions) -> Iterator
         yield row
 
 
-def _shard_rows(shards: Iterable[Path], top: Path, options: SourceOptions) -> Iterator[Row]:
+def _shard_rows(shards: Sequence[Path], top: Path, options: SourceOptions) -> Iterator[Row]:
     """Samples of tar shards: an image with a .txt, or with a .json of named values."""
-    for shard in shards:
-        name = shard.relative_to(top).as_posix()
-        for sample in shard_samples(shard, name, IMAGE_SUFFIXES):
-            where = f"{shard}, sample {sample.name}"
-            if sample.image is None:
-                yield Row(where, fault="no image")
-                continue
-            named: dict[str, Any] = {}
-            try:
-                if ".json" in sample.texts:
-                    loaded = json.loads(sample.texts[".json"].decode(options.encoding))
-                    named = loaded if isinstance(loaded, dict) else {}
-                if ".txt" in sample.texts:
-                    text = sample.texts[".txt"].decode(options.encoding).removeprefix("\ufeff")
-                    # what the .txt says comes first: the .json of img2dataset has it again
-                    named = {k: v for k, v in named.items() if k not in _WEB_CAPTIONS}
-                    named["caption"] = text.strip("\r\n")
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                yield Row(where, fault=f"{error}; state its encoding, or write the shard again")
-                continue
-            kept = {k: v for k, v in named.items() if k in _WEB_NAMES}
-            yield Row(where, {**kept, "image": sample.image})
+    return _in_turn([_samples(shard, top, options) for shard in shards])
+
+
+def _samples(shard: Path, top: Path, options: SourceOptions) -> Iterator[Row]:
+    name = shard.relative_to(top).as_posix()
+    for sample in shard_samples(shard, name, IMAGE_SUFFIXES):
+        where = f"{shard}, sample {sample.name}"
+        if sample.image is None:
+            yield Row(where, fault="no image")
+            continue
+        named: dict[str, Any] = {}
+        try:
+            if ".json" in sample.texts:
+                loaded = json.loads(sample.texts[".json"].decode(options.encoding))
+                named = loaded if isinstance(loaded, dict) else {}
+            if ".txt" in sample.texts:
+                text = sample.texts[".txt"].decode(options.encoding).removeprefix("\ufeff")
+                # what the .txt says comes first: the .json of img2dataset has it again
+                named = {k: v for k, v in named.items() if k not in _WEB_CAPTIONS}
+                named["caption"] = text.strip("\r\n")
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            yield Row(where, fault=f"{error}; state its encoding, or write the shard again")
+            continue
+        kept = {k: v for k, v in named.items() if k in _WEB_NAMES}
+        yield Row(where, {**kept, "image": sample.image})
 
 
 _WEB_CAPTIONS = frozenset(("caption", "captions", "text"))
@@ -443,13 +476,16 @@ def _sidecar_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
             f"{path}: no records in this folder: no metadata.csv, .jsonl or .parquet, no Parquet "
             "files, no .tar shards and no images with a .txt each"
         )
-    for image in images:
-        text = image.with_suffix(".txt")
-        if not text.is_file():
-            yield Row(str(image), fault=f"no caption: {text.name} is missing beside it")
-            continue
-        caption = read_text(text, options.encoding).strip("\n")
-        yield Row(f"{text}, line 1", {"image": image.relative_to(path).as_posix(), "text": caption})
+    yield from _counted((_sidecar_row(image, path, options) for image in images), len(images))
+
+
+def _sidecar_row(image: Path, path: Path, options: SourceOptions) -> Row:
+    text = image.with_suffix(".txt")
+    if not text.is_file():
+        return Row(str(image), fault=f"no caption: {text.name} is missing beside it")
+    caption = read_text(text, options.encoding).strip("\n")
+    name = image.relative_to(path).as_posix()
+    return Row(f"{text}, line 1", {"image": name, "text": caption})
 
 
 def _first_line(error: BaseException) -> str:

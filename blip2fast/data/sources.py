@@ -23,6 +23,7 @@ def read_records(
     images: Path | None = None,
     keep_image: Callable[[bytes, str], str] | None = None,
     ignored: Counter[str] | None = None,
+    tell: Callable[[float], None] | None = None,
 ) -> Iterator[AnyRecord]:
     """The records of a source that is not a table.
 
@@ -31,6 +32,7 @@ def read_records(
         task: their kind; None: found from the first row.
         images, keep_image: as in `RecordMaker`.
         ignored: receives the names that were passed over.
+        tell: receives the share of the source that has been read, for every row.
 
     Raises:
         ValueError: a fault of the source or of a row, or no records at all.
@@ -40,6 +42,8 @@ def read_records(
         if make is None:
             kept = Counter[str]() if ignored is None else ignored
             make = RecordMaker(task or task_of(row), source, images, keep_image, kept)
+        if tell is not None:
+            tell(row.share)
         yield make(row)
     if make is None:
         raise ValueError(f"{source.source} holds no records")

@@ -19,7 +19,8 @@ from PIL import Image
 from blip2fast.command_line import main
 from blip2fast.data.images import read_picture
 from blip2fast.data.importing import import_records
-from blip2fast.data.layouts import RecordSource
+from blip2fast.data.layouts import RecordSource, read_rows
+from blip2fast.data.progress import RowBar
 from blip2fast.data.records import CaptionRecord, QuestionRecord, SequenceRecord, write_records
 from blip2fast.data.sources import open_records, source_keys
 from blip2fast.data.table import RecordTable
@@ -154,6 +155,20 @@ def test_layouts(tmp_path: Path, write: Callable[[Path], Path], expected: list[A
     assert list(open_records(str(tmp_path / "out"), "caption")) == expected
     assert source_keys(source) == source_keys(tmp_path / "out") == ["a.png", "b.png"]
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "write", [jsonl, one_caption_json, csv_file, coco, imagefolder, parquet, dataset, sidecars]
+)
+def test_rows_say_how_much_was_read(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    """So that a bar can tell the time left."""
+    first, last = [row.share for row in read_rows(write(tmp_path))]
+    assert 0.3 < first < 0.8
+    assert last == pytest.approx(1, abs=0.02)
+    bar = RowBar(2)
+    for _ in range(100):
+        bar.add(0, 0.5)
+    assert bar.estimate(0, 0.5) == 400
 
 
 def test_vqa_has_the_answers_of_all_annotators(tmp_path: Path) -> None:
