@@ -86,7 +86,8 @@ class Checked:
 
     Attributes:
         texts: counts of the usable records.
-        bad_rows: rows that make no record.
+        bad_rows: rows that make no record, and files of a source that cannot be read.
+        bad_sources: sources that cannot be read to the end.
         images: None where no folder of images was given.
         tokens: None where no tokenizer was given.
         ignored: how often each name was passed over.
@@ -96,6 +97,7 @@ class Checked:
 
     texts: TextCounts
     bad_rows: int = 0
+    bad_sources: int = 0
     images: ImageCounts | None = None
     tokens: TokenCounts | None = None
     ignored: Counter[str] = field(default_factory=Counter)
@@ -106,7 +108,7 @@ class Checked:
     def usable(self) -> bool:
         """Whether a run can use all of it."""
         bad = 0 if self.images is None else self.images.missing + self.images.unreadable
-        return self.texts.rows > 0 and self.bad_rows + bad == 0
+        return self.texts.rows > 0 and self.bad_rows + self.bad_sources + bad == 0
 
     def values(self) -> dict[str, Any]:
         """All of it as plain values, for JSON."""
@@ -115,6 +117,7 @@ class Checked:
             "usable": self.usable,
             **texts,
             "bad_rows": self.bad_rows,
+            "bad_sources": self.bad_sources,
             "images_checked": None if self.images is None else dataclasses.asdict(self.images),
             "tokens": None if self.tokens is None else dataclasses.asdict(self.tokens),
             "ignored": dict(self.ignored),
@@ -173,7 +176,7 @@ def check_records(
         workers: threads that read images.
 
     Raises:
-        ValueError: a source that cannot be read as a whole; names the file and the remedy.
+        ValueError: no sources.
     """
     found = Checked(TextCounts())
     faults, remarks = _Told(found.faults), _Told(found.remarks)
@@ -186,7 +189,11 @@ def check_records(
         with RowBar(len(sources)) as bar:
             for number, source in enumerate(sources):
                 tell = partial(bar.add, number)
-                yield from _records(source, task, images, found.ignored, tell)
+                try:
+                    yield from _records(source, task, images, found.ignored, tell)
+                except (ValueError, OSError) as error:
+                    found.bad_sources += 1
+                    faults.add("source", str(error))
 
     for where, record in rows():
         if isinstance(record, str):
@@ -199,7 +206,7 @@ def check_records(
             for key in images_of(record):
                 first_seen.setdefault(key, where)
     found.texts.finish()
-    if not found.texts.rows and not found.bad_rows:
+    if not found.texts.rows + found.bad_rows + found.bad_sources:
         faults.add("row", "no records at all")
     found.tokens = lengths.finish()
     if images is not None:

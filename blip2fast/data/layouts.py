@@ -103,7 +103,7 @@ class Row:
     """One row of a source.
 
     Attributes:
-        where: file and line, for messages.
+        where: file and line, for messages; empty if the fault names them.
         values: by name, as the source has them.
         fault: why there are no values.
         share: how much of the source has been read with this row, from 0 to 1; an estimate.
@@ -142,11 +142,17 @@ def read_rows(source: str | Path, options: SourceOptions | None = None) -> Itera
 
 
 def _in_turn(parts: Sequence[Iterator[Row]]) -> Iterator[Row]:
-    """The rows of several files, with their share of all of these."""
+    """The rows of several files, with their share of all of these.
+
+    A file that cannot be read is a row with a fault, after which the next file comes.
+    """
     for number, part in enumerate(parts):
-        for row in part:
-            row.share = (number + row.share) / len(parts)
-            yield row
+        try:
+            for row in part:
+                row.share = (number + row.share) / len(parts)
+                yield row
+        except ValueError as error:
+            yield Row("", fault=str(error), share=(number + 1) / len(parts))
 
 
 def _counted(rows: Iterable[Row], count: int) -> Iterator[Row]:

@@ -74,7 +74,7 @@ class RecordMaker:
             ValueError: the row has a fault; names file and line, and the remedy.
         """
         if row.fault is not None:
-            raise ValueError(f"{row.where}: {row.fault}")
+            raise ValueError(f"{row.where}: {row.fault}" if row.where else row.fault)
         values = {name.strip().lower(): value for name, value in row.values.items()}
         try:
             record = self._record(values, row.where)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +86,10 @@ def test_the_command(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main(["data", "check", *given, "--tokenizer", str(data / "nothing")])
     with pytest.raises(SystemExit, match=r"error: --images .*nowhere: not a folder"):
         main(["data", "check", str(data / "r.csv"), "--images", str(data / "nowhere")])
-    with pytest.raises(SystemExit, match="error: no records at "):
-        main(["data", "check", "nowhere.csv"])
+    assert run("nowhere.csv", str(data / "r.csv")) == 1
+    said = capsys.readouterr().out
+    assert "5 records" in said
+    assert "fault: no records at nowhere.csv: not a file, a folder or a pattern" in said
 
 
 def test_unusable_images_are_named_by_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,3 +140,24 @@ def test_no_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r.csv").write_text("image,caption\n")
     assert run(str(tmp_path / "r.csv")) == 1
     assert "fault: no records at all" in capsys.readouterr().out
+
+
+def test_a_shard_that_is_cut_does_not_hide_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(file, "PNG")
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for name, content in (("0.png", file.getvalue()), ("0.txt", b"a ring")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    (tmp_path / "1.tar").write_bytes((tmp_path / "1.tar").read_bytes()[:700])
+    assert run(str(tmp_path), "--images", str(tmp_path)) == 1
+    said = capsys.readouterr().out
+    assert "2 records" in said
+    assert "images: 2 readable, 0 missing, 0 unreadable, 1 duplicates" in said
+    assert f"fault: {tmp_path}/1.tar: not a whole, uncompressed tar file" in said
+    with pytest.raises(SystemExit, match=r"error: .*1.tar: not a whole, uncompressed tar file"):
+        main(["data", "import", str(tmp_path), "--out", str(tmp_path / "out")])
