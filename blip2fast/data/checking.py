@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -181,6 +181,12 @@ def check_records(
     found = Checked(TextCounts())
     faults, remarks = _Told(found.faults), _Told(found.remarks)
     first_seen: dict[str, str] = {}
+    inside: dict[str, _Picture] = {}
+
+    def keep_image(content: bytes, where: str) -> str:
+        inside[where] = _inspect(where, NamedBytes(content, "in the row"))
+        return where
+
     lengths = _Lengths(tokenizer, max_txt_len)
 
     sources = as_sources(given)
@@ -190,7 +196,7 @@ def check_records(
             for number, source in enumerate(sources):
                 tell = partial(bar.add, number)
                 try:
-                    yield from _records(source, task, images, found.ignored, tell)
+                    yield from _records(source, task, images, keep_image, found.ignored, tell)
                 except (ValueError, OSError) as error:
                     found.bad_sources += 1
                     faults.add("source", str(error))
@@ -202,15 +208,18 @@ def check_records(
             continue
         found.texts.add(record)
         lengths.add(record)
-        if images is not None:
-            for key in images_of(record):
+        for key in images_of(record):
+            if images is not None or key in inside:
                 first_seen.setdefault(key, where)
     found.texts.finish()
     if not found.texts.rows + found.bad_rows + found.bad_sources:
         faults.add("row", "no records at all")
     found.tokens = lengths.finish()
-    if images is not None:
-        found.images = _check_images(images, first_seen, workers, faults, remarks)
+    if images is not None or inside:
+        with ThreadPoolExecutor(workers) as pool:
+            others = [] if images is None else [key for key in first_seen if key not in inside]
+            pictures = chain(inside.values(), _ahead(pool, images or Path(), others))
+            found.images = _count_images(pictures, first_seen, faults, remarks)
     faults.finish()
     remarks.finish()
     return found
@@ -237,6 +246,7 @@ def _records(
     source: RecordSource,
     task: Task | None,
     images: Path | None,
+    keep_image: Callable[[bytes, str], str],
     ignored: Counter[str],
     tell: Callable[[float], None],
 ) -> Iterator[tuple[str, AnyRecord | str]]:
@@ -251,9 +261,7 @@ def _records(
     make = None
     for row in read_rows(source.source, source):
         if make is None:
-            # images within the rows are not checked: an import names those it cannot store
-            kept = task or task_of(row)
-            make = RecordMaker(kept, source, images, lambda _, where: where, ignored)
+            make = RecordMaker(task or task_of(row), source, images, keep_image, ignored)
         tell(row.share)
         try:
             yield row.where, make(row)
@@ -317,17 +325,14 @@ class _Picture:
     digest: bytes = b""
 
 
-def _check_images(
-    folder: Path, first_seen: dict[str, str], workers: int, faults: _Told, remarks: _Told
+def _count_images(
+    pictures: Iterable[_Picture], first_seen: dict[str, str], faults: _Told, remarks: _Told
 ) -> ImageCounts:
     counts, modes = ImageCounts(), Counter[str]()
     sizes: list[tuple[int, int]] = []
     first_of: dict[bytes, str] = {}
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(first_seen), unit="image", disable=None) as bar,
-    ):
-        for picture in _ahead(pool, folder, first_seen):
+    with tqdm(total=len(first_seen), unit="image", disable=None) as bar:
+        for picture in pictures:
             bar.update()
             where = first_seen[picture.key]
             if picture.fault is not None:
@@ -371,15 +376,22 @@ def _picture(folder: Path, key: str) -> _Picture:
             file = read_member(folder, inside)
         else:
             file = NamedBytes((folder / key).read_bytes(), str(folder / key))
-        load_image(file)
-        file.seek(0)
-        with Image.open(file) as image:
-            mode, size = image.mode, image.size
     except FileNotFoundError:
         return _Picture(key, f"image {folder / key}: no such file", missing=True)
     except OSError as error:
         return _Picture(key, f"image {folder / key}: {error.strerror or error}")
     except ValueError as error:
         return _Picture(key, str(error), missing="no such shard" in str(error))
+    return _inspect(key, file)
+
+
+def _inspect(key: str, file: NamedBytes) -> _Picture:
+    try:
+        load_image(file)
+    except ValueError as error:
+        return _Picture(key, str(error))
+    file.seek(0)
+    with Image.open(file) as image:
+        mode, size = image.mode, image.size
     digest = hashlib.blake2b(file.getbuffer(), digest_size=16).digest()
     return _Picture(key, mode=mode, size=size, digest=digest)

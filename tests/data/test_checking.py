@@ -9,6 +9,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from small_run import word_tokenizer
@@ -161,3 +163,20 @@ def test_a_shard_that_is_cut_does_not_hide_the_others(
     assert f"fault: {tmp_path}/1.tar: not a whole, uncompressed tar file" in said
     with pytest.raises(SystemExit, match=r"error: .*1.tar: not a whole, uncompressed tar file"):
         main(["data", "import", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_images_within_rows(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("L", (40, 40)).save(file, "PNG")
+    whole = file.getvalue()
+    cells = [{"bytes": content, "path": None} for content in (whole, whole[:50], whole)]
+    table = pa.table({"image": cells, "text": ["a ring", "a disc", "a star"]})
+    pq.write_table(table, tmp_path / "r.parquet")
+    for images in (None, tmp_path):
+        found = check_records(tmp_path / "r.parquet", None, images)
+        assert found.images is not None
+        counts = (found.images.readable, found.images.unreadable, found.images.duplicates)
+        assert counts == (2, 1, 1)
+        assert found.images.missing == 0
+        (fault,) = found.faults
+        assert fault.startswith(f"{tmp_path}/r.parquet, row 2: image in the row: is cut off")

@@ -14,16 +14,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from blip2fast.command_line import main
-from blip2fast.data.images import read_picture
+from blip2fast.data.batches import Batch
+from blip2fast.data.images import FileImages, read_picture
 from blip2fast.data.importing import import_records
 from blip2fast.data.layouts import RecordSource, read_rows
 from blip2fast.data.progress import RowBar
 from blip2fast.data.records import CaptionRecord, QuestionRecord, SequenceRecord, write_records
 from blip2fast.data.sources import open_records, source_keys
 from blip2fast.data.table import RecordTable
+from blip2fast.frozen.images import ImageTransform
 
 RECORDS = [CaptionRecord("a.png", ("a red ring", "it is red")), CaptionRecord("b.png", ("a disc",))]
 FLAT = [CaptionRecord("a.png", ("a red ring",)), CaptionRecord("b.png", ("a disc, blue",))]
@@ -243,6 +246,12 @@ def test_shards_are_read_in_place(tmp_path: Path) -> None:
     assert [r.captions for r in records] == [("a red ring",), ("a disc",)] * 2
     shades = [read_picture(top, record.image).getpixel((0, 0))[0] for record in records]
     assert shades == [10, 20, 10, 20]
+    store = FileImages(top, ImageTransform(4), seed=0)
+    keys = [record.image for record in records]
+    store.check(keys)
+    pixels = store(keys, Batch(0, np.arange(4)))["images"]
+    assert torch.equal(pixels[0], pixels[2])
+    assert not torch.equal(pixels[0], pixels[1])
     import_records(f"{folder}/*.tar", tmp_path / "out")
     named = list(open_records(str(tmp_path / "out"), "caption"))
     assert read_picture(folder, named[3].image).getpixel((0, 0)) == (20, 0, 0)
@@ -257,6 +266,8 @@ def test_damaged_shards(tmp_path: Path, change: str) -> None:
     (record,) = open_records(str(path), "caption")
     if change == "gone":
         path.unlink()
+        with pytest.raises(ValueError, match="no such file in"):
+            FileImages(tmp_path, ImageTransform(4), seed=0).check([record.image])
         with pytest.raises(ValueError, match="no such shard"):
             read_picture(tmp_path, record.image)
         return
