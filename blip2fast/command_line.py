@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from blip2fast.data.layouts import RecordSource
+    from blip2fast.data.source_config import RecordSource
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -279,7 +279,7 @@ def _data(given: argparse.Namespace) -> str:
     from pathlib import Path
 
     from blip2fast.data.importing import import_records
-    from blip2fast.data.layouts import RecordSource
+    from blip2fast.data.source_config import RecordSource
 
     names = ("encoding", "separator", "image_key", "caption_key", "annotations", "image_name")
     options = {name: getattr(given, name) for name in names}

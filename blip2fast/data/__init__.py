@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from blip2fast.data.feature_cache import FeatureCache, FeatureCacheWriter
     from blip2fast.data.images import load_image
     from blip2fast.data.importing import import_records
-    from blip2fast.data.layouts import RecordSource
     from blip2fast.data.records import (
         CaptionRecord,
         QuestionRecord,
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
         read_sequences,
         write_records,
     )
+    from blip2fast.data.source_config import RecordSource
     from blip2fast.data.sources import open_records
     from blip2fast.data.table import RecordTable
 
@@ -45,7 +45,7 @@ _NAMES = {
     "FeatureCache": "feature_cache",
     "FeatureCacheWriter": "feature_cache",
     "QuestionRecord": "records",
-    "RecordSource": "layouts",
+    "RecordSource": "source_config",
     "RecordTable": "table",
     "SequenceRecord": "records",
     "cache_images": "caching",

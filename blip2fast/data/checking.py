@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from blip2fast._imports import needs
 from blip2fast.data.importing import TextCounts
-from blip2fast.data.layouts import Given, RecordSource, as_sources, read_rows
+from blip2fast.data.layouts import read_rows
 from blip2fast.data.progress import RowBar
 from blip2fast.data.records import AnyRecord, QuestionRecord, images_of
 from blip2fast.data.rows import RecordMaker, Task, task_of
 from blip2fast.data.shards import NamedBytes, ShardKey, read_member
+from blip2fast.data.source_config import Given, RecordSource, as_sources
 from blip2fast.data.table import RecordTable, describe_table, is_table
 from blip2fast.frozen.pictures import load_image
 
@@ -260,11 +261,11 @@ def _records(
         return
     make = None
     for row in read_rows(source.source, source):
-        if make is None:
+        if make is None and row.fault is None:
             make = RecordMaker(task or task_of(row), source, images, keep_image, ignored)
         tell(row.share)
         try:
-            yield row.where, make(row)
+            yield row.where, (make or RecordMaker("caption"))(row)
         except ValueError as error:
             yield row.where, str(error)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from blip2fast.data.layouts import Given, RecordSource, as_sources, read_rows
+from blip2fast.data.layouts import read_rows
 from blip2fast.data.progress import RowBar
 from blip2fast.data.records import (
     AnyRecord,
@@ -26,6 +26,7 @@ from blip2fast.data.records import (
 )
 from blip2fast.data.rows import Task, task_of
 from blip2fast.data.shards import ShardKey
+from blip2fast.data.source_config import Given, RecordSource, as_sources
 from blip2fast.data.sources import ignored_names, read_records
 from blip2fast.data.table import RecordTable, TableWriter, describe_table, is_table
 

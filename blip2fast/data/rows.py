@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from blip2fast.data.layouts import Row, SourceOptions
+from blip2fast.data.layouts import Row
 from blip2fast.data.records import (
     AnyRecord,
     CaptionRecord,
@@ -18,6 +18,7 @@ from blip2fast.data.records import (
     SequenceRecord,
     record_fault,
 )
+from blip2fast.data.source_config import SourceOptions
 
 Task = Literal["caption", "vqa", "sequence"]
 # field -> the names that it has in files, the first of them ours

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from blip2fast._imports import needs
-from blip2fast.data.layouts import Given, RecordSource, as_sources, read_rows
+from blip2fast.data.layouts import read_rows
 from blip2fast.data.order import Mixture
 from blip2fast.data.records import AnyRecord, images_of
 from blip2fast.data.rows import RecordMaker, Task, task_of
+from blip2fast.data.source_config import Given, RecordSource, as_sources
 from blip2fast.data.table import MemoryTable, RecordTable, describe_table, is_table
 
 with needs("keep records in a table", "pyarrow"):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 
 from blip2fast._imports import needs
-from blip2fast.data.layouts import RecordSource
+from blip2fast.data.source_config import RecordSource
 from blip2fast.offload.quantised import Storage
 from blip2fast.ops.dispatch import Kernels
 from blip2fast.stage1.config import LOSSES, LossName

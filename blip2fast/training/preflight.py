@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from blip2fast._imports import needs
 from blip2fast.checkpoints.trained import is_trained
-from blip2fast.data.layouts import as_sources, source_files
+from blip2fast.data.source_config import as_sources, source_files
 from blip2fast.frozen.hub import check_pretrained, check_weights
 from blip2fast.frozen.language_models import quantised_fault
 from blip2fast.ops import check_kernels, set_kernels

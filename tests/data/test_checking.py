@@ -180,3 +180,11 @@ def test_images_within_rows(tmp_path: Path) -> None:
         assert found.images.missing == 0
         (fault,) = found.faults
         assert fault.startswith(f"{tmp_path}/r.parquet, row 2: image in the row: is cut off")
+
+
+def test_the_first_good_row_tells_the_task(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text(
+        '{"ima\n{"image": "a.png", "question": "what", "answer": "a ring"}\n'
+    )
+    found = check_records(tmp_path / "r.jsonl")
+    assert (found.texts.rows, found.bad_rows) == (1, 1)

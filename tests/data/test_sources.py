@@ -21,9 +21,10 @@ from blip2fast.command_line import main
 from blip2fast.data.batches import Batch
 from blip2fast.data.images import FileImages, read_picture
 from blip2fast.data.importing import import_records
-from blip2fast.data.layouts import RecordSource, read_rows
+from blip2fast.data.layouts import read_rows
 from blip2fast.data.progress import RowBar
 from blip2fast.data.records import CaptionRecord, QuestionRecord, SequenceRecord, write_records
+from blip2fast.data.source_config import RecordSource
 from blip2fast.data.sources import open_records, source_keys
 from blip2fast.data.table import RecordTable
 from blip2fast.frozen.images import ImageTransform

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from small_run import values
 
-from blip2fast.data.layouts import RecordSource
+from blip2fast.data.source_config import RecordSource
 from blip2fast.training.config_files import (
     config_values,
     known_keys,
