@@ -255,6 +255,10 @@ def _records(
     if is_table(source.source):
         path = Path(source.source)
         table = RecordTable([path], describe_table(path)["task"])
+        try:
+            table.validate()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         for number, record in enumerate(table, 1):
             tell(number / len(table))
             yield f"{path}, record {number}", record

@@ -334,7 +334,7 @@ def _parquet_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
                     number += 1
                     share = number / file.metadata.num_rows
                     yield Row(f"{path}, row {number}", values, share=share)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}, after row {number}: not readable as Parquet ({_first_line(error)}); fetch it "
             "again"

@@ -107,6 +107,23 @@ class RecordTable(Sequence[Any]):
                 yield from map(self._record, batch.slice(start, 1024).to_pylist())
             self._let_go()
 
+    def validate(self) -> None:
+        """Read all rows and make sure that none of them is damaged.
+
+        Raises:
+            ValueError: offsets outside of the texts, or texts that are not UTF-8.
+        """
+        for number, batch in enumerate(self._batches):
+            try:
+                batch.validate(full=True)
+            except pa.ArrowInvalid as error:
+                first = self._ends[number] - batch.num_rows + 1
+                raise ValueError(
+                    f"records {first} to {self._ends[number]} are damaged "
+                    f"({str(error).splitlines()[0]}); import them again"
+                ) from None
+            self._let_go()
+
     def _let_go(self) -> None:
         """Give up the pages that were read; they stay in the machine's page cache."""
         if hasattr(mmap, "MADV_DONTNEED"):

@@ -188,3 +188,12 @@ def test_the_first_good_row_tells_the_task(tmp_path: Path) -> None:
     )
     found = check_records(tmp_path / "r.jsonl")
     assert (found.texts.rows, found.bad_rows) == (1, 1)
+
+
+def test_a_damaged_table_is_told(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import_records(data / "r.csv", data / "table")
+    path = data / "table" / "records.arrow"
+    path.write_bytes(path.read_bytes().replace(b"a walrus ring", b"a walrus \xff\xff\xff\xff"))
+    assert run(str(data / "table")) == 1
+    said = capsys.readouterr().out
+    assert f"fault: {data}/table: records 1 to 5 are damaged" in said

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from blip2fast.command_line import main
@@ -565,3 +567,37 @@ def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"error: .*Not a directory: .*file"):
         main(["data", "import", str(path), "--out", str(tmp_path / "file" / "out")])
+
+
+def _tar(folder: Path) -> Path:
+    return write_shard(folder / "s.tar", {"0.png": png(1), "0.txt": b"a ring", "0.json": b"{}"})
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    write=st.sampled_from([jsonl, one_caption_json, csv_file, coco, parquet, _tar]),
+    cut=st.floats(0, 1),
+    flips=st.lists(st.tuples(st.floats(0, 0.9999), st.integers(0, 255)), max_size=4),
+)
+def test_damage_of_any_kind_is_one_line(
+    tmp_path_factory: pytest.TempPathFactory,
+    write: Callable[[Path], Path],
+    cut: float,
+    flips: list[tuple[float, int]],
+) -> None:
+    """A file that is cut and has other bytes is read, or refused by name."""
+    path = write(tmp_path_factory.mktemp("damaged"))
+    content = bytearray(path.read_bytes())
+    for place, value in flips:
+        content[int(place * len(content))] = value
+    path.write_bytes(content[: max(1, int(len(content) * cut))])
+    said, records = None, []
+    try:
+        records = list(open_records(str(path), "caption"))
+    except ValueError as error:
+        said = str(error)
+    if said is None:
+        assert 0 < len(records) <= 2
+    else:
+        assert str(path) in said
+        assert "\n" not in said
