@@ -5,6 +5,8 @@ blip2fast storage-loss --config configs/scenes_stage2.yaml --storage int4 --batc
 blip2fast caption --model runs/scenes/stage2 one.png two.png
 blip2fast check-kernels
 blip2fast doctor
+blip2fast data import captions_train2014.json --out DIR
+blip2fast data check metadata.csv --images DIR
 blip2fast features --images DIR --records FILE --encoder PATH --out DIR
 """
 
@@ -13,6 +15,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from blip2fast.data.source_config import RecordSource
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "would run and why others would not. Nothing is checked or compiled.",
     ).add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
     _add_features(commands)
+    _add_data(commands)
     given = parser.parse_args(arguments)
     run = {
         "plan": _plan,
@@ -62,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "check-kernels": _check_kernels,
         "doctor": _doctor,
         "features": _features,
+        "data": _data,
     }[given.command]
 
     import transformers
@@ -70,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         print(run(given))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -116,7 +126,7 @@ def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     cache.add_argument("--images", required=True, metavar="DIR", help="folder of image files")
     cache.add_argument(
-        "--records", required=True, metavar="FILE", help="JSON lines that name the images"
+        "--records", required=True, metavar="SOURCE", help="what names the images (docs/data.md)"
     )
     cache.add_argument(
         "--encoder", required=True, metavar="PATH", help="folder or hub name of a vision model"
@@ -127,6 +137,47 @@ def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     cache.add_argument("--batch-size", type=_positive, default=32)
     cache.add_argument("--workers", type=int, default=0, help="processes that read the images")
     cache.add_argument("--overwrite", action="store_true", help="replace a cache that is there")
+
+
+def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    data = commands.add_parser(
+        "data",
+        help="import or check records of any layout",
+        description="Records are read from JSON lines and lists, CSV, TSV, Parquet, COCO and VQAv2 "
+        "annotations, folders of datasets, webdataset shards, images with texts (docs/data.md).",
+    )
+    actions = data.add_subparsers(dest="action", required=True)
+    load = actions.add_parser("import", help="write records into a table that a run maps")
+    load.add_argument("sources", nargs="+", metavar="SOURCE", help="files, folders or patterns")
+    load.add_argument("--out", required=True, metavar="DIR", help="folder of the table")
+    _add_source(load)
+    check = actions.add_parser(
+        "check",
+        help="count records and images, and find what a run cannot use",
+        description="Read all records, and with --images all images. The exit status is 1 if "
+        "something is unusable.",
+    )
+    check.add_argument("sources", nargs="+", metavar="SOURCE", help="files, folders or patterns")
+    check.add_argument("--tokenizer", metavar="PATH", help="to count tokens: a folder or hub name")
+    check.add_argument("--max-txt-len", type=_positive, default=32, help="tokens that a run keeps")
+    check.add_argument("--workers", type=_positive, default=4, help="threads that read images")
+    check.add_argument("--json", action="store_true", help="print all that is found as JSON")
+    _add_source(check)
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--task", choices=("caption", "vqa", "sequence"), help="by default what the first row fits"
+    )
+    command.add_argument("--images", metavar="DIR", help="folder from which images are named")
+    command.add_argument("--encoding", default="utf-8", help="of text files")
+    command.add_argument("--separator", help="of columns in a CSV file")
+    command.add_argument("--image-key", metavar="NAME", help="column of the images")
+    command.add_argument("--caption-key", metavar="NAME", help="column of the captions")
+    command.add_argument("--annotations", metavar="FILE", help="answers to VQAv2's questions")
+    command.add_argument(
+        "--image-name", metavar="NAME", help="of VQAv2's images, with {} for the number"
+    )
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -219,10 +270,10 @@ def _features(given: argparse.Namespace) -> str:
     import torch
 
     from blip2fast.data.caching import cache_images
-    from blip2fast.data.records import image_keys
+    from blip2fast.data.sources import source_keys
     from blip2fast.frozen.image_encoders import load_image_encoder
 
-    keys = image_keys(given.records)
+    keys = source_keys(given.records)
     on_gpu = torch.cuda.is_available()
     compute = torch.bfloat16 if on_gpu else torch.float32
     encoder = load_image_encoder(given.encoder, given.layer, compute)
@@ -241,6 +292,47 @@ def _features(given: argparse.Namespace) -> str:
         f"{cache.path}: {cache.num_images} images of {cache.num_tokens} tokens x {cache.width}, "
         f"{cache.dtype}, relative error {cache.relative_error:.2g}"
     )
+
+
+def _data(given: argparse.Namespace) -> str:
+    from pathlib import Path
+
+    from blip2fast.data.importing import import_records
+    from blip2fast.data.source_config import RecordSource
+
+    names = ("encoding", "separator", "image_key", "caption_key", "annotations", "image_name")
+    options = {name: getattr(given, name) for name in names}
+    if options["separator"] == "\\t":
+        options["separator"] = "\t"
+    sources = [RecordSource(source=source, **options) for source in given.sources]
+    images = None if given.images is None else Path(given.images)
+    if images is not None and not images.is_dir():
+        raise ValueError(f"--images {images}: not a folder")
+    if given.action == "import":
+        return str(import_records(sources, given.out, given.task, images))
+    return _check_data(given, sources, images)
+
+
+def _check_data(given: argparse.Namespace, sources: list[RecordSource], images: Path | None) -> str:
+    import json
+
+    from transformers import AutoTokenizer
+
+    from blip2fast.data.checking import check_records
+
+    tokenizer = None
+    if given.tokenizer is not None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--tokenizer {given.tokenizer}: {reason}") from None
+    found = check_records(sources, given.task, images, tokenizer, given.max_txt_len, given.workers)
+    shown = json.dumps(found.values(), indent=1) if given.json else str(found)
+    if not found.usable:
+        print(shown)
+        sys.exit(1)
+    return shown
 
 
 def _storage_loss(given: argparse.Namespace) -> str:

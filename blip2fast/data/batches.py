@@ -11,33 +11,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Generic
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from blip2fast.data.order import Indices, Mixture, shuffled
 from blip2fast.data.records import Record, images_of
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one micro-step: the epoch, and sample indices [B]."""
+    """The samples of one micro-step.
+
+    Attributes:
+        epoch: their epoch.
+        indices: [B] records.
+        samples: [B] numbers of the samples within the epoch, by which what is random about them is
+            drawn; the records, unless a record may come several times in an epoch.
+    """
 
     epoch: int
-    indices: npt.NDArray[np.int64]
+    indices: Indices
+    samples: Indices = None  # type: ignore[assignment]  # set below
+
+    def __post_init__(self) -> None:
+        if self.samples is None:
+            object.__setattr__(self, "samples", self.indices)
 
 
 @dataclass(frozen=True)
 class BatchPlan:
     """Deterministic shuffled batches that use every record at most once per epoch.
 
-    Each epoch is one permutation, seeded by (seed, epoch). It is cut into optimizer steps of
-    `batch_size * world_size * accumulation` records, and each step into micro-steps across all
-    processes. The records of a step depend on that product alone. Records left over for an
-    incomplete last step are skipped until the next epoch, so no step contains a record twice.
+    Each epoch is one permutation, seeded by (seed, epoch); see `blip2fast.data.order`. It is cut
+    into optimizer steps of `batch_size * world_size * accumulation` records, and each step into
+    micro-steps across all processes. The records of a step depend on that product alone. Records
+    left over for an incomplete last step are skipped until the next epoch, so no step contains a
+    record twice.
 
     Args:
         num_records: records to draw from.
@@ -45,6 +57,8 @@ class BatchPlan:
         seed: seed of the permutations.
         rank, world_size: select this process's slice of each micro-step.
         accumulation: micro-steps per optimizer step.
+        mixture: sources with weights; an epoch then has as many samples as there are records, but
+            takes from each source by its weight, and a step may contain a record twice.
 
     Raises:
         ValueError: invalid sizes, or a step larger than the dataset.
@@ -56,6 +70,7 @@ class BatchPlan:
     rank: int = 0
     world_size: int = 1
     accumulation: int = 1
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.accumulation) < 1 or not 0 <= self.rank < self.world_size:
@@ -87,14 +102,11 @@ class BatchPlan:
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.samples_per_step
         start += (slice_number * self.world_size + self.rank) * self.batch_size
-        order = _permutation(self.seed, epoch, self.num_records)
-        return Batch(epoch, order[start : start + self.batch_size])
-
-
-# Two epochs: prefetching workers reach the next epoch before the main process does.
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(count)
+        places = np.arange(start, start + self.batch_size)
+        samples = shuffled(self.seed, epoch, self.num_records, places)
+        if self.mixture is None:
+            return Batch(epoch, samples)
+        return Batch(epoch, self.mixture.records(self.seed, epoch, samples), samples)
 
 
 # (image keys, batch) -> the image part of a batch: {"image_embeds": [B, S, E]} or {"images": ...};
@@ -109,7 +121,8 @@ class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
         records: caption, question or sequence records.
         plan: selects the records of each step.
         read_images: returns the image tensors of a batch.
-        make_text: `(records, batch) -> tensors`, the text tensors of a batch.
+        make_text: `(records, batch) -> tensors`, the text tensors of a batch, whose `indices` are
+            places in `records`.
     """
 
     def __init__(
@@ -131,7 +144,13 @@ class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
 
     def __getitem__(self, micro_step: int) -> dict[str, Tensor]:
         batch = self.plan.batch(micro_step)
-        owned = [images_of(self.records[i]) for i in batch.indices]
+        chosen = [self.records[i] for i in batch.indices]
+        owned = [images_of(record) for record in chosen]
         keys = [key for row in owned for key in row]
-        owners = Batch(batch.epoch, np.repeat(batch.indices, [len(row) for row in owned]))
-        return {**self.read_images(keys, owners), **self.make_text(self.records, batch)}
+        counts = [len(row) for row in owned]
+        owners = Batch(
+            batch.epoch, np.repeat(batch.indices, counts), np.repeat(batch.samples, counts)
+        )
+        # each record is read once: texts are made of a list of these alone
+        texts = self.make_text(chosen, Batch(batch.epoch, np.arange(len(chosen)), batch.samples))
+        return {**self.read_images(keys, owners), **texts}

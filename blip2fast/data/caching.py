@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from blip2fast.data.feature_cache import CacheDtype, FeatureCache, WhenThere
+from blip2fast.data.images import read_picture
 from blip2fast.frozen.image_encoders import FrozenImageEncoder
-from blip2fast.frozen.images import ImageTransform, read_image, transform_for
+from blip2fast.frozen.images import ImageTransform, transform_for
 
 
 def cache_images(
@@ -81,5 +82,5 @@ class _Pixels(Dataset[tuple[int, Tensor]]):
 
     def __getitem__(self, place: int) -> tuple[int, Tensor]:
         row = self.rows[place]
-        image = read_image(self.folder, self.keys[row], self.transform.least_side)
+        image = read_picture(self.folder, self.keys[row], self.transform.least_side)
         return row, self.transform(image)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from blip2fast._imports import needs
 
@@ -26,7 +28,14 @@ class CaptionRecord:
 
 @dataclass(frozen=True)
 class QuestionRecord:
-    """A question about an image; `type` groups the answers in evaluation."""
+    """A question about an image.
+
+    Attributes:
+        answer: the right one; with several `answers` the commonest.
+        type: groups the answers in evaluation.
+        answers: those of several people (VQAv2 has ten), of which training samples one an epoch;
+            empty: `answer` alone.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -34,6 +43,7 @@ class QuestionRecord:
     question: str
     answer: str
     type: str = ""
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,13 +81,7 @@ def read_captions(path: str | Path) -> list[CaptionRecord]:
     Raises:
         ValueError: a missing or empty file, or an invalid line, named by its number.
     """
-    records = _read_lines(path, CaptionRecord)
-    for number, record in enumerate(records, 1):
-        if not record.captions or not all(caption.strip() for caption in record.captions):
-            raise ValueError(
-                f"{path}, record {number}: image {record.image!r} has an empty caption"
-            )
-    return records
+    return _read_lines(path, CaptionRecord)
 
 
 def read_questions(path: str | Path) -> list[QuestionRecord]:
@@ -86,11 +90,7 @@ def read_questions(path: str | Path) -> list[QuestionRecord]:
     Raises:
         ValueError: as `read_captions`.
     """
-    records = _read_lines(path, QuestionRecord)
-    for number, record in enumerate(records, 1):
-        if not record.question.strip() or not record.answer.strip():
-            raise ValueError(f"{path}, record {number}: an empty question or answer")
-    return records
+    return _read_lines(path, QuestionRecord)
 
 
 def read_sequences(path: str | Path) -> list[SequenceRecord]:
@@ -99,21 +99,46 @@ def read_sequences(path: str | Path) -> list[SequenceRecord]:
     Raises:
         ValueError: as `read_captions`; or the number of markers differs from that of the images.
     """
-    records = _read_lines(path, SequenceRecord)
-    for number, record in enumerate(records, 1):
-        where = f"{path}, record {number}"
-        if not record.captions:
-            raise ValueError(f"{where}: no captions, so nothing to write")
-        for caption in record.captions:
-            if not caption.replace(IMAGE_MARKER, "").strip():
-                raise ValueError(f"{where}: an empty caption {caption!r}")
-            markers = (record.prompt + caption).count(IMAGE_MARKER)
-            if markers != len(record.images):
-                raise ValueError(
-                    f"{where}: {markers} markers {IMAGE_MARKER} in the prompt and the caption "
-                    f"{caption!r}, but {len(record.images)} images; one marker an image"
-                )
-    return records
+    return _read_lines(path, SequenceRecord)
+
+
+def plain_text(text: str) -> str:
+    """A text without invisible characters, its white space as single spaces."""
+    if not text.isascii():
+        text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in _INVISIBLE)
+    return " ".join(text.split())
+
+
+_INVISIBLE = ("Cf", "Cc")
+
+
+def text_hash(text: str) -> int:
+    """A number of 63 bits that stands for a text or a key, the same in every process."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def record_fault(record: AnyRecord) -> str | None:
+    """What makes a record unusable: a text without a character, or markers without images."""
+    if isinstance(record, QuestionRecord):
+        texts = (record.question, record.answer, *record.answers)
+        return None if all(map(plain_text, texts)) else "an empty question or answer"
+    if isinstance(record, CaptionRecord):
+        if record.captions and all(map(plain_text, record.captions)):
+            return None
+        return f"image {record.image!r} has an empty caption"
+    if not record.captions:
+        return "no captions, so nothing to write"
+    for caption in record.captions:
+        if not plain_text(caption.replace(IMAGE_MARKER, "")):
+            return f"an empty caption {caption!r}"
+        markers = (record.prompt + caption).count(IMAGE_MARKER)
+        if markers != len(record.images):
+            return (
+                f"{markers} markers {IMAGE_MARKER} in the prompt and the caption "
+                f"{caption!r}, but {len(record.images)} images; one marker an image"
+            )
+    return None
 
 
 def _read_lines(path: str | Path, kind: type[Record]) -> list[Record]:
@@ -136,27 +161,11 @@ def _read_lines(path: str | Path, kind: type[Record]) -> list[Record]:
                 ) from None
     if not records:
         raise ValueError(f"{path} holds no records")
+    for number, record in enumerate(records, 1):
+        fault = record_fault(record)
+        if fault is not None:
+            raise ValueError(f"{path}, record {number}: {fault}")
     return records
-
-
-def image_keys(path: str | Path) -> list[str]:
-    """The distinct image keys of records of any kind, sorted.
-
-    Raises:
-        ValueError: as `read_captions`.
-    """
-    path = Path(path)
-    read_any: tuple[Callable[[Path], Sequence[AnyRecord]], ...]
-    read_any = (read_captions, read_questions, read_sequences)
-    errors = []
-    for reader in read_any:
-        try:
-            records = reader(path)
-        except ValueError as error:
-            errors.append(error)
-        else:
-            return sorted({key for record in records for key in images_of(record)})
-    raise errors[0]
 
 
 def write_records(path: str | Path, records: Sequence[AnyRecord | Mapping[str, object]]) -> None:
@@ -171,11 +180,3 @@ def write_records(path: str | Path, records: Sequence[AnyRecord | Mapping[str, o
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(record, ensure_ascii=False) for record in plain)
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-# by `data.task`
-READERS: dict[str, Callable[..., Sequence[Any]]] = {
-    "caption": read_captions,
-    "vqa": read_questions,
-    "sequence": read_sequences,
-}

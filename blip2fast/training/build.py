@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from blip2fast.checkpoints.trained import (
 from blip2fast.data.batches import BatchPlan, PlannedBatches
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.data.images import CachedImages, FileImages, ImageStore
-from blip2fast.data.records import IMAGE_MARKER, READERS, images_of
+from blip2fast.data.records import IMAGE_MARKER, images_of
+from blip2fast.data.sources import checked_keys, mixture, open_records
 from blip2fast.data.texts import AnswerTexts, CaptionTexts, SequenceTexts, Stage1Texts
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.identity import FrozenIdentity, identify_model
@@ -38,6 +40,7 @@ from blip2fast.training.config import DTYPE_OF, RunConfig
 from blip2fast.training.data_identity import identify_data
 from blip2fast.training.placement import load_frozen
 
+_log = logging.getLogger(__name__)
 Records = Sequence[Any]  # CaptionRecord, or QuestionRecord for vqa
 
 
@@ -104,13 +107,15 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
     """
     torch.manual_seed(config.seed)
     source = _train_images(config)
-    read = READERS[config.data.task]
-    records: Records = read(config.data.records)
-    keys = list(dict.fromkeys(key for record in records for key in images_of(record)))
+    note = _log.warning if rank == 0 else None
+    data = config.data
+    records = open_records(data.records, data.task, _folder(data.images), note)
+    keys = checked_keys(records)
     source.store.check(set(keys))
     held_out = None
-    if config.data.eval_records is not None:
-        held_out = HeldOut(read(config.data.eval_records), _eval_images(config))
+    if data.eval_records is not None:
+        read = open_records(data.eval_records, data.task, _folder(data.eval_images), note)
+        held_out = HeldOut(read, _eval_images(config))
         held_out.images.check(set(held_out.keys()))
     model, tokenizer, description = _model(config, source)
     text, words = None, None
@@ -125,12 +130,17 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
         rank,
         world_size,
         config.optim.accumulation,
+        mixture(data.records, records),
     )
-    texts = text_maker(config, tokenizer, text, records)
+    texts = text_maker(config, tokenizer, text)
     batches = PlannedBatches(records, plan, source.store, texts)
     tokenizers = [each for each in (tokenizer, words) if each is not None]
-    contents = identify_data(config.data.records, len(records), source.store, keys, tokenizers)
+    contents = identify_data(records, source.store, keys, tokenizers)
     return Run(model, description, tokenizer, text, batches, source.encoder, held_out, contents)
+
+
+def _folder(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def _train_images(config: RunConfig) -> _ImageSource:
@@ -344,13 +354,12 @@ def check_positions(config: RunConfig, positions: int) -> None:
         )
 
 
-def text_maker(
-    config: RunConfig, tokenizer: Any, text: Stage2Text | None, records: Sequence[Any]
-) -> Any:
+def text_maker(config: RunConfig, tokenizer: Any, text: Stage2Text | None) -> Any:
     """The callable that makes a batch's text tensors, for stage 1 or the stage-2 task."""
     if text is None:
-        numbers = {key: n for n, key in enumerate(dict.fromkeys(r.image for r in records))}
-        return Stage1Texts(tokenizer, config.data.max_txt_len, numbers, config.seed)
+        return Stage1Texts(tokenizer, config.data.max_txt_len, config.seed, config.data.positives)
     if config.data.task == "sequence":
         return SequenceTexts(text, config.seed)
-    return CaptionTexts(text, config.seed) if config.data.task == "caption" else AnswerTexts(text)
+    if config.data.task == "caption":
+        return CaptionTexts(text, config.seed)
+    return AnswerTexts(text, config.seed)

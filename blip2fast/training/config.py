@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 import torch
 
 from blip2fast._imports import needs
+from blip2fast.data.source_config import RecordSource
 from blip2fast.offload.quantised import Storage
 from blip2fast.ops.dispatch import Kernels
 from blip2fast.stage1.config import LOSSES, LossName
 
 with needs("configure a run", "pydantic"):
-    from pydantic import ConfigDict, Field
+    from pydantic import ConfigDict, Discriminator, Field, Tag
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPE_OF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,6 +28,21 @@ _NonNegative = Annotated[int, Field(ge=0)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _AtLeast0 = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _shape(value: object) -> str:
+    """By which of its forms an entry of `data.records` is judged, so that a fault is told once."""
+    if isinstance(value, list):
+        return "list"
+    return "path" if isinstance(value, str | int | float | None) else "source"
+
+
+_Path = Annotated[str, Tag("path")]
+_Source = Annotated[RecordSource, Tag("source")]
+_OneSource = Annotated[_Path | _Source, Discriminator(_shape)]
+_Records = Annotated[
+    _Path | _Source | Annotated[list[_OneSource], Tag("list")], Discriminator(_shape)
+]
 
 
 @dataclass
@@ -95,7 +111,8 @@ class DataSection:
     """Images and texts. Set either `features`, or `images` and `image_encoder`.
 
     Attributes:
-        records: JSON lines file, as in `blip2fast.data.records`.
+        records: a table of `blip2fast data import`, or a source of any layout (docs/data.md), or a
+            list of them, each with its options and perhaps a weight (`RecordSource`).
         task: `caption`, or in stage 2 `vqa`, or `sequence` (any number of images per sample).
         features: folder of a feature cache.
         images: folder of image files; the frozen encoder then runs in the training loop.
@@ -104,12 +121,14 @@ class DataSection:
         augment: random crops and flips (`images` only).
         eval_records, eval_features, eval_images: the held-out set; None: no evaluation.
         max_txt_len: maximum text length in tokens; longer texts are truncated.
+        positives: which pairs of a batch are positives of each other (stage 1): those of one
+            `image`, or those of one caption `text`.
         workers: DataLoader workers; 0: batches are loaded in the training process.
     """
 
     __pydantic_config__ = _STRICT
 
-    records: str
+    records: _Records
     task: Literal["caption", "vqa", "sequence"] = "caption"
     features: str | None = None
     images: str | None = None
@@ -117,10 +136,11 @@ class DataSection:
     image_encoder_layer: _Count | None = None
     image_size: _Count = 224
     augment: bool = True
-    eval_records: str | None = None
+    eval_records: _Records | None = None
     eval_features: str | None = None
     eval_images: str | None = None
     max_txt_len: Annotated[int, Field(ge=2)] = 32
+    positives: Literal["image", "text"] = "image"
     workers: _NonNegative = 0
 
 

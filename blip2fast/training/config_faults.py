@@ -88,6 +88,8 @@ def _stage_faults(config: RunConfig) -> list[str]:
             faults.append("optim.grad_cache belongs to stage 1, but stage is 2")
         if config.language_model is None:
             faults.append("language_model: stage 2 needs one (language_model.path)")
+        if config.data.positives != "image":
+            faults.append("data.positives belongs to stage 1, but stage is 2")
         faults += [
             f"model.{name} belongs to stage 1, but stage is 2"
             for name in ("bert", "embed_dim")

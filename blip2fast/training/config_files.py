@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import json
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -146,13 +145,19 @@ def known_keys(section: type = RunConfig, prefix: str = "") -> list[str]:
     hints = typing.get_type_hints(section)
     for each in dataclasses.fields(section):
         hint = hints[each.name]
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        inner = next((o for o in options if dataclasses.is_dataclass(o)), None)
+        inner = _section_of(hint)
         name = f"{prefix}{each.name}"
         names.append(name)
-        if isinstance(inner, type):
+        if inner is not None:
             names += known_keys(inner, f"{name}.")
     return names
+
+
+def _section_of(hint: Any) -> type | None:
+    """The dataclass in a type, such as that of the entries of a list; None without one."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return hint
+    return next(filter(None, map(_section_of, typing.get_args(hint))), None)
 
 
 def nearest_key(name: str) -> str:

@@ -5,40 +5,40 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from blip2fast.data.images import CachedImages, FileImages, ImageStore
+from blip2fast.data.images import CachedImages, FileImages, ImageStore, read_bytes
+from blip2fast.data.records import AnyRecord
+from blip2fast.data.sources import checked_records
 
 # Images that are read: the first, the last, and those evenly spaced between.
 _SAMPLES = 16
 
 
 def identify_data(
-    records: str | Path,
-    count: int,
+    records: Sequence[AnyRecord],
     images: ImageStore,
     keys: Sequence[str],
     tokenizers: Sequence[Any],
 ) -> dict[str, str]:
     """Digests of the training data, by what they are of.
 
-    The records are hashed in full. Of images or their features all keys are hashed, and the
-    contents of a sample.
+    All records are hashed, or a sample of more than `MOST_CHECKED`. Of a feature cache all keys
+    are hashed, and the contents of a sample.
 
     Args:
-        records: path of the records.
-        count: number of records.
+        records: those of the run.
         images: the images of the run.
-        keys: their distinct keys.
+        keys: the distinct keys of the records that are hashed.
         tokenizers: the tokenizers that read the texts.
     """
-    with Path(records).open("rb") as file:
-        of_records = hashlib.file_digest(file, "sha256").hexdigest()
+    of_records = hashlib.sha256()
+    for record in checked_records(records):
+        of_records.update(f"{record!r}\n".encode())
     chosen = [keys[i * (len(keys) - 1) // max(_SAMPLES - 1, 1)] for i in range(_SAMPLES)]
     words = "".join(_words(tokenizer) for tokenizer in tokenizers).encode()
     return {
-        "contents of data.records": f"{count} records, {of_records[:16]}",
+        "contents of data.records": f"{len(records)} records, {of_records.hexdigest()[:16]}",
         "contents of the images": f"{len(keys)} images, {_of_images(images, chosen)[:16]}",
         "the tokenizer": hashlib.sha256(words).hexdigest()[:16],
     }
@@ -52,7 +52,7 @@ def _of_images(images: ImageStore, chosen: Sequence[str]) -> str:
         digest.update(cache.read([cache.row(key) for key in chosen]).numpy().tobytes())
     elif isinstance(images, FileImages):
         for key in chosen:
-            digest.update(key.encode() + (images.folder / key).read_bytes())
+            digest.update(key.encode() + read_bytes(images.folder, key))
     return digest.hexdigest()
 
 

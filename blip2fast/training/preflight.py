@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from blip2fast._imports import needs
 from blip2fast.checkpoints.trained import is_trained
+from blip2fast.data.source_config import as_sources, source_files
 from blip2fast.frozen.hub import check_pretrained, check_weights
 from blip2fast.frozen.language_models import quantised_fault
 from blip2fast.ops import check_kernels, set_kernels
@@ -80,9 +81,12 @@ def prepare_kernels(config: RunConfig, say: Callable[[str], None] | None = None)
 def _path_faults(config: RunConfig) -> list[str]:
     data = config.data
     faults = [
-        f"data.{name} {value!r}: not a file; write the records first"
+        f"data.{name} {source.source!r}: not a file, folder or pattern of files; write the records "
+        "first"
         for name in ("records", "eval_records")
-        if (value := getattr(data, name)) is not None and not Path(value).is_file()
+        if (value := getattr(data, name)) is not None
+        for source in as_sources(value)
+        if not source_files(source.source)
     ]
     faults += [
         f"data.{name} {value!r}: no feature cache; build it with `blip2fast features`"

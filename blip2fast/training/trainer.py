@@ -38,6 +38,7 @@ from blip2fast.checkpoints.trained import (
     trained_names,
 )
 from blip2fast.data.manifest import replace_file, write_json
+from blip2fast.data.order import MOST_SHUFFLED
 from blip2fast.stage1.contrast import step_contrast
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
@@ -253,8 +254,13 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """The settings that must match between a checkpoint and a resuming run."""
-        samples = self.parts.batches.plan.samples_per_step
-        return run_identity(self.config, samples, self.parts.contents)
+        plan = self.parts.batches.plan
+        same = run_identity(self.config, plan.samples_per_step, self.parts.contents)
+        if same["data"]["positives"] == "image":
+            same["data"].pop("positives")  # as in checkpoints that do not know it
+        if plan.num_records > MOST_SHUFFLED:
+            same["shuffle"] = "feistel"
+        return same
 
     def run(self) -> dict[str, float]:
         """Train to `optim.max_steps`; returns the last metrics."""

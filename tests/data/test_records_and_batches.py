@@ -20,11 +20,11 @@ from blip2fast.data.images import CachedImages
 from blip2fast.data.records import (
     CaptionRecord,
     QuestionRecord,
-    image_keys,
     read_captions,
     read_questions,
     write_records,
 )
+from blip2fast.data.sources import source_keys
 from blip2fast.data.texts import AnswerTexts, CaptionTexts, Stage1Texts, drawn_captions
 from blip2fast.stage2.text import Stage2Text
 
@@ -40,8 +40,8 @@ def test_records_are_read_as_written(tmp_path: Path) -> None:
     write_records(tmp_path / "q.jsonl", QUESTIONS)
     assert read_captions(tmp_path / "c.jsonl") == CAPTIONS
     assert read_questions(tmp_path / "q.jsonl") == QUESTIONS
-    assert image_keys(tmp_path / "c.jsonl") == ["a.png", "b.png"]
-    assert image_keys(tmp_path / "q.jsonl") == ["a.png"]
+    assert source_keys(tmp_path / "c.jsonl") == ["a.png", "b.png"]
+    assert source_keys(tmp_path / "q.jsonl") == ["a.png"]
 
 
 @pytest.mark.parametrize(
@@ -146,9 +146,15 @@ def test_stage1_batches_mark_captions_of_one_image() -> None:
         CaptionRecord("b", ("a disc",)),
         CaptionRecord("a", ("it is a big red blue green ring",)),
     ]
-    make = Stage1Texts(tokenizer, 6, {"a": 0, "b": 1}, seed=0)
+    make = Stage1Texts(tokenizer, 6, seed=0)
     batch = make(records, Batch(0, np.array([2, 1, 0])))
-    assert batch["image_ids"].tolist() == [0, 1, 0]
+    ids = batch["image_ids"].tolist()
+    assert ids[0] == ids[2] != ids[1]
+    of_text = Stage1Texts(tokenizer, 6, 0, "text")
+    same = [*records, CaptionRecord("c", ("A  disc",))]
+    ids = of_text(same, Batch(0, np.arange(4)))["image_ids"].tolist()
+    assert ids[1] == ids[3]
+    assert len(set(ids)) == 3
     assert batch["input_ids"].shape == (3, 6)  # cut
     assert (batch["input_ids"][:, 0] == tokenizer.cls_token_id).all()
     lengths = batch["attention_mask"].sum(1)
@@ -174,8 +180,7 @@ def test_workers_read_what_the_main_process_reads(tmp_path: Path) -> None:
     records = read_captions(world / "train.jsonl")
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
     special |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
-    numbers = {key: n for n, key in enumerate(cache.keys)}
-    make = Stage1Texts(word_tokenizer(special, "[CLS] $A [SEP]"), 12, numbers, 0)
+    make = Stage1Texts(word_tokenizer(special, "[CLS] $A [SEP]"), 12, 0)
     batches = PlannedBatches(records, BatchPlan(len(records), 4, 0), CachedImages(cache), make)
     loader = DataLoader(batches, batch_size=None, sampler=range(3, 7), num_workers=1)
     for micro_step, read in zip(range(3, 7), loader, strict=True):

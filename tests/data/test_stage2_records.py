@@ -16,12 +16,12 @@ from blip2fast.data.records import (
     CaptionRecord,
     QuestionRecord,
     SequenceRecord,
-    image_keys,
     images_of,
     read_captions,
     read_sequences,
     write_records,
 )
+from blip2fast.data.sources import source_keys
 from blip2fast.data.texts import AnswerTexts, SequenceTexts
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
@@ -42,7 +42,7 @@ def language_tokenizer():
 def test_sequences_are_read_as_written(tmp_path: Path):
     write_records(tmp_path / "s.jsonl", RECORDS)
     assert read_sequences(tmp_path / "s.jsonl") == RECORDS
-    assert image_keys(tmp_path / "s.jsonl") == ["a", "b", "c"]
+    assert source_keys(tmp_path / "s.jsonl") == ["a", "b", "c"]
     assert images_of(RECORDS[0]) == ("a", "b")
     assert images_of(CaptionRecord("x", ("a disc",))) == ("x",)
 

@@ -45,7 +45,7 @@ FACES = (
 # What not every user has installed beside torch, transformers and NumPy.
 OPTIONAL = (
     *("pydantic", "deepspeed", "xformers", "triton", "tokenizers", "matplotlib", "rich"),
-    *("sklearn", "psutil", "tensorboard", "PIL"),
+    *("sklearn", "psutil", "tensorboard", "PIL", "pyarrow", "datasets"),
 )
 
 
@@ -282,6 +282,17 @@ except ModuleNotFoundError as error:
     package = expected.split()[0]
     said = f"blip2fast needs {expected}, and it is not installed: pip install {package}\n"
     assert _python(_without(*OPTIONAL) + code) == said
+
+
+def test_records_of_a_run_need_pyarrow() -> None:
+    code = """
+import blip2fast
+try:
+    blip2fast.data.open_records
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert "pip install pyarrow" in _python(_without("pyarrow") + code)
 
 
 def test_shapes_need_no_handwriting() -> None:

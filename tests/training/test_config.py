@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from small_run import values
 
+from blip2fast.data.source_config import RecordSource
 from blip2fast.training.config_files import (
     config_values,
     known_keys,
@@ -186,3 +188,20 @@ def test_nearest_key_prefers_the_section_and_the_word() -> None:
     assert nearest_key("batch_size") == "optim.batch_size"
     assert nearest_key("model.lr") == "optim.lr"
     assert nearest_key("language_model.pth") == "language_model.path"
+
+
+def test_sources_of_records(tmp_path: Path) -> None:
+    """A path, a source with options, or a list of both; each fault is told once."""
+    given = ["a.jsonl", {"source": "b.csv", "caption_key": "x"}]
+    config = parse_config(values(tmp_path, tmp_path, data={"records": given}))
+    assert config.data.records == ["a.jsonl", RecordSource(source="b.csv", caption_key="x")]
+    assert parse_config(config_values(config)) == config
+    for wrong, message in (
+        ([{"sorce": "b"}], "sorce: no such key; the nearest is data.records.source"),
+        ([{"source": "b", "weight": "x"}], "weight: Input should be a valid number, got 'x'"),
+        (3, "data.records.path: Input should be a valid string, got 3"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            parse_config(values(tmp_path, tmp_path, data={"records": wrong}))
+        assert message in str(caught.value)
+        assert str(caught.value).count("data.records") <= 3

@@ -49,7 +49,10 @@ def test_a_good_run_passes(world: Path, tmp_path: Path) -> None:
         ({"offload_param": "nvme", "zero_stage": 3}, "nvme_path None: not a folder"),
         ({"offload_param": "nvme", "zero_stage": 3}, "'nvme' needs precision bf16 or fp16, it is"),
         ({"optim": {"batch_size": 1}}, "stage 1 needs at least 2 samples"),
-        ({"data": {"records": "no.jsonl"}}, "data.records 'no.jsonl': not a file"),
+        (
+            {"data": {"records": "no.jsonl"}},
+            "data.records 'no.jsonl': not a file, folder",
+        ),
         ({"data": {"features": "no"}}, "data.features 'no': no feature cache; build it with"),
         ({"init_from": "no"}, "init_from 'no': no model.json"),
         ({"model": {"tokenizer": "/no"}}, "model.tokenizer '/no': not found: give a local folder"),
