@@ -9,10 +9,12 @@ if TYPE_CHECKING:
     from blip2fast.training.config_files import load_config, save_config
     from blip2fast.training.log import read_metrics
     from blip2fast.training.memory_plan import plan_memory
+    from blip2fast.training.stopping import RunStopped
     from blip2fast.training.trainer import train
 
 __all__ = [
     "RunConfig",
+    "RunStopped",
     "load_config",
     "plan_memory",
     "read_metrics",
@@ -22,6 +24,7 @@ __all__ = [
 
 _NAMES = {
     "RunConfig": "config",
+    "RunStopped": "stopping",
     "load_config": "config_files",
     "plan_memory": "memory_plan",
     "read_metrics": "log",
