@@ -22,6 +22,7 @@ from blip2fast.ops.dispatch import (
     triton_reasons,
 )
 from blip2fast.ops.kernel_kinds import device_of, gelu_kind
+from blip2fast.ops.second_derivatives import once_differentiable
 
 
 def _triton_reasons(call: BiasGeluCall) -> list[str]:
@@ -120,6 +121,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, bias)
 
 
+@once_differentiable("bias_gelu")
 def _autograd(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return None, None

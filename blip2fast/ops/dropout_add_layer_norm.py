@@ -25,6 +25,7 @@ from blip2fast.ops.dispatch import (
     triton_reasons,
 )
 from blip2fast.ops.kernel_kinds import device_of, norm_kind
+from blip2fast.ops.second_derivatives import once_differentiable
 
 
 def _triton_reasons(call: DropoutAddLayerNormCall) -> list[str]:
@@ -297,6 +298,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(total, mean, rstd, weight, philox)
 
 
+@once_differentiable("dropout_add_layer_norm")
 def _autograd(
     ctx: Any, dout: Tensor | None, dcopy: Tensor | None, *rest: Tensor | None
 ) -> tuple[Tensor | None, ...]:

@@ -19,6 +19,7 @@ from blip2fast.kernels.lm_cross_entropy.reference import reference
 from blip2fast.kernels.precision import wide_dtype
 from blip2fast.ops.checks import check_like, check_rows
 from blip2fast.ops.dispatch import AS_DEFINED, Backend, choose, no_reasons
+from blip2fast.ops.second_derivatives import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(count, dhidden, dweight, dbias)
 
 
+@once_differentiable("lm_cross_entropy")
 def _autograd(ctx: Any, dloss: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 10

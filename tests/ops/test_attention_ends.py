@@ -30,10 +30,12 @@ from torch import Tensor
 from triton_cases import run_interpreted, starts_interpreter
 
 from blip2fast.kernels.qformer_attention import padded as _attention_padded
+from blip2fast.kernels.qformer_attention.layout import MaskKind
 from blip2fast.ops import qformer_attention, qformer_cross_attention
 from blip2fast.ops.dispatch import INTERPRETED
 
 Function = Callable[..., Tensor]
+IMPLS = ("sdpa", "reference")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # heads 16, 17, 127 and 128 wide; 1 and 256 queries; texts of 1 and 512 tokens
@@ -121,3 +123,45 @@ def test_triton_is_as_exact_as_pytorch(name: str) -> None:
     most = keys.S if isinstance(keys, CrossCase) else keys.num_queries + max(keys.lengths)
     rounding = LSE_ROUNDING * (1.0 + math.log(most))
     assert_as_exact_as(ours, rival, inputs, dout, grad_rounding=rounding)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("kind", [U, B, C])
+def test_large_scores_of_ragged_texts_have_finite_gradients(kind: MaskKind, p: float) -> None:
+    """A score above another row's log-sum-exp by more than exp takes: rows of padding met it."""
+    case = SelfCase(2, 2, (2, 1), (kind, kind), (0, 1), H=2, D=16, p=p)
+    x = make_qkv(case, torch.float32) * 30
+    found, expected = (_gradient(partial(run_self, case=case, impl=i), x) for i in IMPLS)
+    assert_near(found, expected)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("tokens", [9, 200])
+def test_large_scores_of_hidden_images_have_finite_gradients(tokens: int, p: float) -> None:
+    """Image 0 is masked as a whole: its scores have no log-sum-exp to be held against."""
+    case = CrossCase(3, 3, 3, tokens, masked=True, p=p)
+    q, kv = (x * 12 for x in make_q_kv(case, torch.float32))
+    for place, leaf in enumerate((q, kv)):
+        found, expected = (
+            _gradient(partial(_with_leaf, place=place, given=(q, kv), case=case, impl=impl), leaf)
+            for impl in IMPLS
+        )
+        assert_near(found, expected)
+
+
+def _with_leaf(
+    x: Tensor, place: int, given: tuple[Tensor, Tensor], case: CrossCase, impl: str
+) -> Tensor:
+    return run_cross(*((x, given[1]) if place == 0 else (given[0], x)), case, impl)
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """Finite, and the definition's but for roundings, which scores of hundreds enlarge."""
+    assert bool(expected.isfinite().all())
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
+
+
+def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    (found,) = torch.autograd.grad(function(leaf).sin().sum(), leaf)
+    return found

@@ -279,6 +279,10 @@ def _check_features(
         raise ValueError(
             f"temp: expected a floating-point scalar, got {temp.dtype} {tuple(temp.shape)}"
         )
+    # a tensor with values on the host: elsewhere the check would wait for the device
+    plain = type(temp) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    if plain and temp.device.type == "cpu" and float(temp.detach()) <= 0:
+        raise ValueError(f"temp: expected above 0, got {float(temp.detach()):g}")
     if image_ids is not None and (image_ids.shape != (b,) or image_ids.is_floating_point()):
         raise ValueError(
             f"image_ids: expected {b} integers, got {image_ids.dtype} {tuple(image_ids.shape)}"

@@ -35,6 +35,7 @@ from blip2fast.ops.dispatch import (
     triton_reasons,
 )
 from blip2fast.ops.kernel_kinds import device_of, itc_kind
+from blip2fast.ops.second_derivatives import once_differentiable
 
 WHY_NO_CUDA = why_not("itc_sweep")
 
@@ -219,6 +220,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(image, text, temp, row_ids, column_ids, *swept)
 
 
+@once_differentiable("itc_loss")
 def _backward(
     ctx: Any, d_rows: Tensor | None, d_columns: Tensor | None, *rest: Tensor | None
 ) -> tuple[Tensor | None, ...]:

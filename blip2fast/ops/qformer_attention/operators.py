@@ -16,6 +16,7 @@ from blip2fast.kernels.precision import wide_dtype
 from blip2fast.kernels.qformer_attention import cuda
 from blip2fast.kernels.qformer_attention.cpu import cross_attention, self_attention
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
+from blip2fast.ops.second_derivatives import once_differentiable
 
 _LAYOUT = (
     "Tensor cu_seqlens, Tensor kinds, Tensor blocks, Tensor block_text, Tensor order, "
@@ -146,6 +147,7 @@ def _self_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
     ctx.save_for_backward(qkv, *output, *tensors, philox)
 
 
+@once_differentiable("qformer_attention")
 def _self_grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     qkv, out, lse, *tensors, philox = ctx.saved_tensors
     dqkv = None
@@ -248,6 +250,7 @@ def _cross_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.save_for_backward(q, kv, *output, *uses, philox)
 
 
+@once_differentiable("qformer_cross_attention")
 def _cross_grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, kv, out, lse, *uses, philox = ctx.saved_tensors
     dq = dkv = None

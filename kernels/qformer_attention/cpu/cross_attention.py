@@ -176,7 +176,8 @@ def cross_backward(
         d_output, statistics = _fold(dout, uses.blocks), _fold(lse, uses.blocks)
         if blind is not None:
             d_output = d_output.masked_fill(blind[..., None], 0)
-            statistics = statistics.masked_fill(blind, 0)
+            # no weights: without an lse of their own they could overflow
+            statistics = statistics.masked_fill(blind, torch.inf)
         grads = attend_backward(
             d_output,
             _fold(q, uses.blocks),

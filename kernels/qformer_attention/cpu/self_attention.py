@@ -6,6 +6,7 @@ L rows and M keys.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from blip2fast.kernels.precision import wide_dtype
@@ -94,17 +95,18 @@ def self_backward(
     for part in plan.parts:
         m, L = part.rows.shape
         q, k, v = part.keys.take(qkv).unbind(2)
-        d_output = part.rows.take(dout)
+        d_output, statistics = part.rows.take(dout), part.rows.take(lse)
         if part.padding is not None:
-            # padding has no gradient
+            # padding has no gradient, and no weights: with another row's lse they could overflow
             d_output = d_output.masked_fill(part.padding[..., None, None], 0)
+            statistics = statistics.masked_fill(part.padding[..., None], torch.inf)
         grads = attend_backward(
             d_output,
             q[:, -L:],
             k,
             v,
             part.rows.take(out),
-            part.rows.take(lse),
+            statistics,
             part.bias,
             scale,
             part.dropout(philox, dropout_p),
