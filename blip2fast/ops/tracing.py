@@ -16,6 +16,20 @@ def is_recording() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
+def is_traced() -> bool:
+    """Whether the call is compiled, recorded or transformed: shapes then depend on no value."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or is_transformed()
+    )
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` transforms the call: custom operators have no rules for it."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def has_values(x: Tensor) -> bool:
     """Whether the host may look at the values of `x` at no cost and without fixing a choice.
 
@@ -25,7 +39,5 @@ def has_values(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and (type(x) is Tensor or type(x) is nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
+        and not is_traced()
     )

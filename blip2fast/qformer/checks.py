@@ -66,15 +66,30 @@ def image_tokens(
 
 
 def check_gathered(query_tokens: Tensor) -> None:
-    """Refuse parameters that DeepSpeed ZeRO-3 has partitioned.
+    """Refuse parameters that DeepSpeed ZeRO-3 or FSDP has partitioned.
 
     Raises:
         RuntimeError: if they are partitioned; explains how to gather them.
     """
+    check_whole("query_tokens", query_tokens)
     if query_tokens.dim() != 3:
         raise RuntimeError(
             "the parameters are partitioned (DeepSpeed ZeRO-3); outside the engine's forward, "
             "gather them: with deepspeed.zero.GatheredParameters(list(model.parameters()))"
+        )
+
+
+def check_whole(name: str, parameter: Tensor) -> None:
+    """Refuse a parameter that FSDP2 holds in parts.
+
+    Raises:
+        RuntimeError: says how to gather it.
+    """
+    if type(parameter).__name__ == "DTensor":
+        raise RuntimeError(
+            f"{name} is a DTensor, which FSDP gathers only for the forward of the module that it "
+            "was given: leave it to fully_shard(model), and call the model itself, or name the "
+            "method: torch.distributed.fsdp.register_fsdp_forward_method(model, 'encode_image')"
         )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,39 @@ from blip2fast.ops import (
     qformer_cross_attention,
 )
 from blip2fast.qformer.fused_linear import FusedLinear, Linear, image_form, image_keys_values
-from blip2fast.qformer.layers import QFormerIntermediate, QFormerLayer, QFormerResidual
+from blip2fast.qformer.layers import (
+    QFormerAttention,
+    QFormerEncoder,
+    QFormerIntermediate,
+    QFormerLayer,
+    QFormerMultiHeadAttention,
+    QFormerResidual,
+)
 from blip2fast.qformer.model import QFormer
-from blip2fast.qformer.plain import is_exact_gelu
+from blip2fast.qformer.plain import (
+    LINEAR_NAMES,
+    is_exact_gelu,
+    is_plain_norm,
+    is_untouched,
+    own_forward,
+)
 
 _SITES_A_LAYER = 6
+# the modules that the packed form replaces, and what a call of each runs
+_NODES: dict[type[nn.Module], Any] = {
+    cls: cls.forward
+    for cls in (
+        QFormer,
+        QFormerAttention,
+        QFormerEncoder,
+        QFormerIntermediate,
+        QFormerLayer,
+        QFormerMultiHeadAttention,
+        QFormerResidual,
+    )
+} | {nn.Dropout: own_forward(nn.Dropout)}
+# the modules that it calls if they are not plain
+_CALLED = LINEAR_NAMES | {"intermediate_act_fn"}
 
 
 @dataclass(frozen=True)
@@ -380,6 +408,45 @@ def _one_block(layout: AttentionLayout) -> AttentionLayout:
         blocks=torch.zeros_like(layout.blocks),
         block_text=layout.block_text.new_full((1,), -1),
         offsets=torch.cat([joint.new_zeros(1), joint]),
+    )
+
+
+def called_node(qformer: QFormer) -> nn.Module | None:
+    """The first module whose call does more than the packed form knows of; None: there is none.
+
+    Linear layers, activations and image norms are not looked at: the packed form calls those that
+    are not plain.
+    """
+    config = qformer.config
+    dropout = config.hidden_dropout_prob
+    draws = dropout > 0 or config.attention_probs_dropout_prob > 0
+    stack: list[nn.Module] = [qformer]
+    while stack:
+        module = stack.pop()
+        kind = type(module)
+        if kind is nn.LayerNorm:
+            if not is_plain_norm(module):
+                return module
+            continue
+        if kind is not nn.ModuleList:
+            forward = _NODES.get(kind)
+            if forward is None or not is_untouched(module, forward):
+                return module
+            if draws and module.training is not qformer.training:
+                return module
+            if kind is nn.Dropout and module.p != dropout:
+                return module
+        for name, child in module._modules.items():
+            if name not in _CALLED and child is not None:
+                stack.append(child)
+    return None
+
+
+def describe_node(qformer: QFormer, node: nn.Module) -> str:
+    """The name and class of a `called_node`."""
+    name = next((name for name, module in qformer.named_modules() if module is node), "")
+    return (
+        f"qformer.{name} ({type(node).__name__}) is not plain" if name else "qformer is not plain"
     )
 
 

@@ -222,18 +222,26 @@ class Stage1Output(ModelOutput):
 
     @property
     def sim_i2t(self) -> Tensor:
-        sim: Tensor = self.__dict__["_similarities"]()[0]
+        sim: Tensor = self._computed("_similarities")[0]
         return sim
 
     @property
     def sim_t2i(self) -> Tensor:
-        sim: Tensor = self.__dict__["_similarities"]()[1]
+        sim: Tensor = self._computed("_similarities")[1]
         return sim
 
     @property
     def itg_logits(self) -> Tensor:
-        logits: Tensor = self.__dict__["_itg_logits"]()
+        logits: Tensor = self._computed("_itg_logits")
         return logits
+
+    def _computed(self, name: str) -> Any:
+        if name not in self.__dict__:
+            raise AttributeError(
+                "similarities and ITG logits are not kept by a compiled or transformed call; call "
+                "the model itself for them"
+            )
+        return self.__dict__[name]()
 
     def __getitem__(self, key: Any) -> Any:
         if key in ("sim_i2t", "sim_t2i", "itg_logits"):

@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, MaskKind
-from blip2fast.qformer.packed import PackedPass
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.modules import LMHead
+from blip2fast.stage1.padded import PaddedReader
 from blip2fast.stage1.passes import ProjectedImages, Reader
 
 
 @torch.no_grad()
 def generate(
-    reader: Reader,
+    reader: Reader | PaddedReader,
     lm_head: LMHead,
     words: Tensor,
     config: Stage1Config,
@@ -36,17 +35,8 @@ def generate(
     B, device = len(images.tokens), images.tokens.device
     ids = torch.full((B, 1), config.bos_token_id, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
-    for length in range(1, max_new_tokens + 1):
-        layout = AttentionLayout.build(
-            B, reader.num_queries, [length] * B, MaskKind.MULTIMODAL_CAUSAL, device=device
-        )
-        last = torch.arange(1, B + 1, device=device) * length - 1
-        positions = torch.arange(length, device=device).repeat(B)
-        _, states = reader.run(
-            PackedPass(layout, image_mask=images.mask, kept_text=last),
-            (ids.flatten(), positions),
-            images.keys_values,
-        )
+    for _ in range(max_new_tokens):
+        states = reader.next_word(images, ids)
         word = lm_head(states, words).argmax(-1).masked_fill(ended, config.pad_token_id)
         ids = torch.cat([ids, word[:, None]], dim=1)
         ended = ended | (word == eos_token_id)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from blip2fast.ops.checks import describe, is_float
 from blip2fast.ops.collectives import HostCopy, gather_detached, rank, world_size
-from blip2fast.stage1.texts import PackedTexts, check_packed
+from blip2fast.ops.tracing import has_values
+from blip2fast.stage1.texts import PackedTexts, PaddedTexts, check_packed
 
 
 def packed_texts(
@@ -59,6 +60,39 @@ def packed_texts(
     return texts
 
 
+def padded_texts(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    pad_token_id: int,
+    vocab_size: int,
+    max_positions: int,
+) -> PaddedTexts:
+    """As `packed_texts`, by shapes alone: the texts stay padded."""
+    if cu_seqlens is not None:
+        raise ValueError(
+            "cu_seqlens: a compiled or transformed model takes padded texts, since shapes must not "
+            "depend on their lengths; give input_ids [B, T] and attention_mask"
+        )
+    if input_ids is None or input_ids.dim() != 2 or is_float(input_ids) or 0 in input_ids.shape:
+        got = "none" if input_ids is None else describe(input_ids)
+        raise ValueError(f"input_ids: expected [B, T] integers, not empty, got {got}")
+    if attention_mask is None:
+        attention_mask = input_ids != pad_token_id
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)}, "
+            f"got {describe(attention_mask)}"
+        )
+    if input_ids.shape[1] > max_positions:
+        raise ValueError(
+            f"input_ids: texts of {input_ids.shape[1]} tokens do not fit the position table of "
+            f"{max_positions}; truncate the captions or raise max_position_embeddings"
+        )
+    return PaddedTexts(input_ids.long(), attention_mask.bool())
+
+
 def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
     if is_float(input_ids):
         raise ValueError(f"input_ids: expected integers, got {describe(input_ids)}")
@@ -86,7 +120,7 @@ def _check_padding(real: Tensor) -> None:
         )
 
 
-def check_pairs(image_embeds: Tensor, texts: PackedTexts) -> None:
+def check_pairs(image_embeds: Tensor, texts: PackedTexts | PaddedTexts) -> None:
     """Require one text per image."""
     if len(image_embeds) != texts.count:
         raise ValueError(
@@ -95,7 +129,7 @@ def check_pairs(image_embeds: Tensor, texts: PackedTexts) -> None:
         )
 
 
-def check_training_batch(texts: PackedTexts, image_ids: Tensor | None) -> None:
+def check_training_batch(texts: PackedTexts | PaddedTexts, image_ids: Tensor | None) -> None:
     """Require at least one negative and one token to predict, which the losses need."""
     B = texts.count
     if B * world_size() < 2:
@@ -113,7 +147,10 @@ def check_training_batch(texts: PackedTexts, image_ids: Tensor | None) -> None:
 
 
 def sizes_of_ranks(
-    image_embeds: Tensor, texts: PackedTexts, image_ids: Tensor | None, visible: Tensor | None
+    image_embeds: Tensor,
+    texts: PackedTexts | PaddedTexts,
+    image_ids: Tensor | None,
+    visible: Tensor | None,
 ) -> HostCopy:
     """Gather the batch sizes of all ranks, for `check_ranks_agree`.
 
@@ -158,14 +195,14 @@ def check_negatives(negatives: tuple[Tensor, Tensor], batch: int) -> tuple[Tenso
     for name, index in zip(("negative_image", "negative_text"), negatives, strict=True):
         if index.shape != (batch,) or is_float(index):
             raise ValueError(f"{name}: expected [B] = [{batch}] integers, got {describe(index)}")
-        outside = index.device.type == "cpu" and bool(((index < -1) | (index >= world_batch)).any())
+        outside = has_values(index) and bool(((index < -1) | (index >= world_batch)).any())
         if outside:
             raise ValueError(
                 f"{name}: expected indices from 0 to {world_batch - 1} (the batch of all ranks), "
                 f"or -1 for none, got {index.tolist()[:8]}"
             )
         own = torch.arange(batch, device=index.device) + rank() * batch
-        if index.device.type == "cpu" and bool((index == own).any()):
+        if has_values(index) and bool((index == own).any()):
             rows = (index == own).nonzero().flatten().tolist()
             raise ValueError(f"{name}: rows {rows[:8]} point at their own pair, which matches")
     return negatives[0].long(), negatives[1].long()

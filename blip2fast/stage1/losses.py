@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip2fast.kernels.precision import wide
-from blip2fast.ops.collectives import GradMode, gather_detached, gather_with_grad
+from blip2fast.ops.collectives import GradMode, gather_detached, gather_with_grad, rank
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -130,3 +130,38 @@ def itm_loss(
     if similarities is not None:
         hidden = hidden + (similarities.detach() * 0).masked_fill(counted.all(), 0)
     return loss + hidden, right.sum() / number
+
+
+def itg_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """The generation loss of logits that a head has computed: the definition of `lm_cross_entropy`.
+
+    Args:
+        logits: `[K, V]`.
+        labels: `[K]`, or -100 for rows that are ignored.
+        label_smoothing: As in `Stage1Config`.
+
+    Returns:
+        `(loss, right)`: the mean loss, and the number of labels whose logit is the largest.
+    """
+    loss = F.cross_entropy(wide(logits), labels, label_smoothing=label_smoothing)
+    return loss, (logits.detach().argmax(-1) == labels).sum()
+
+
+def itc_loss_of_logits(
+    logits: tuple[Tensor, Tensor], image_ids: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """The contrastive loss of materialised logits: the definition of `itc_loss`.
+
+    Args:
+        logits: From `itc_logits`, `[b, N]` each.
+        image_ids: `[b]`; pairs of equal ids are positives of each other. None: each pair alone.
+        label_smoothing: As in `Stage1Config`.
+    """
+    b, N = logits[0].shape
+    own = torch.arange(b, device=logits[0].device) + rank() * b
+    rows = own if image_ids is None else image_ids.reshape(-1)
+    columns = gather_detached(rows)
+    positive = (rows[:, None] == columns[None, :]).to(logits[0].dtype)
+    target = (1 - label_smoothing) * positive / positive.sum(1, keepdim=True) + label_smoothing / N
+    sides = [-(target * side.log_softmax(-1)).sum(-1).mean() for side in logits]
+    return (sides[0] + sides[1]) / 2

@@ -8,16 +8,18 @@ values, which are computed once. Shapes are named as in `config.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from blip2fast.kernels.philox import philox_state, with_offset
 from blip2fast.kernels.precision import wide
-from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex, MaskKind
+from blip2fast.kernels.qformer_attention.layout import MaskKind
 from blip2fast.ops import itc_loss, lm_cross_entropy
 from blip2fast.ops.dispatch import describe_choices
+from blip2fast.ops.itc.loss import ITCOutput
+from blip2fast.ops.tracing import is_traced, is_transformed
 from blip2fast.qformer.checks import (
     check_gathered,
     check_image_mask,
@@ -28,7 +30,8 @@ from blip2fast.qformer.checks import (
 from blip2fast.qformer.fused_linear import describe_fusion
 from blip2fast.qformer.masks import qformer_mask
 from blip2fast.qformer.model import QFormer
-from blip2fast.qformer.packed import PackedPass
+from blip2fast.qformer.packed import called_node, describe_node
+from blip2fast.qformer.plain import input_dtype
 from blip2fast.stage1 import lavis, losses
 from blip2fast.stage1.config import LOSSES, Stage1Config, Stage1Output, check_losses
 from blip2fast.stage1.contrast import StepContrast, product_dtype
@@ -40,17 +43,21 @@ from blip2fast.stage1.inputs import (
     check_ranks_agree,
     check_training_batch,
     packed_texts,
+    padded_texts,
     sizes_of_ranks,
 )
 from blip2fast.stage1.modules import (
     LMHead,
     TextEmbeddings,
     copy_text_ffn_to_queries,
+    is_called_head,
     scalar_temp,
     temp_as_it_is,
+    tied_words,
 )
-from blip2fast.stage1.passes import Reader, first_pass, matching_pass, second_pass
-from blip2fast.stage1.texts import PackedTexts
+from blip2fast.stage1.padded import PaddedReader
+from blip2fast.stage1.passes import Reader
+from blip2fast.stage1.texts import PackedTexts, PaddedTexts
 
 # larger than any dropout offset: negative sampling and dropout share a step's seed
 _NEGATIVES_OFFSET = 2**31
@@ -198,7 +205,9 @@ class Blip2Stage1(nn.Module):
     activation_checkpointing_enable = gradient_checkpointing_enable
 
     def extra_repr(self) -> str:
+        why = self._why_padded()
         how = describe_fusion(self.qformer, self._image_form)
+        how = f"the Q-Former called on padded texts ({why})" if why else how
         sizes = f"num_query_tokens={self.config.num_query_tokens}, losses={self.losses}"
         return "\n".join([f"{sizes}, {how}", *describe_choices()])
 
@@ -245,42 +254,40 @@ class Blip2Stage1(nn.Module):
         check_pairs(image_embeds, texts)
         check_training_batch(texts, image_ids)
         visible = check_image_mask(image_embeds, image_attention_mask)
-        sizes = sizes_of_ranks(image_embeds, texts, image_ids, visible)
+        # where shapes must not depend on values, every rank has texts of the same padded length
+        static = isinstance(texts, PaddedTexts)
+        sizes = None if static else sizes_of_ranks(image_embeds, texts, image_ids, visible)
         philox = philox_state(device=image_embeds.device) if contrast is None else contrast.philox
 
-        reader = self._reader()
+        reader = self._reader(repeatable=contrast is not None)
         read = reader.images(image_embeds, visible)
-        self._image_form = reader.packed.image_form
+        self._image_form = reader.image_form
         with_itg = "itg" in self.losses
         bos = self.config.bos_token_id if with_itg else None
-        first = first_pass(reader, read, texts, philox, bos)
+        first = reader.first_pass(read, texts, philox, bos)
         features = self._image_features(first.queries), self._text_features(first.cls)
         temp = self.temperature()
         # the device runs the first pass while the host waits here; no collective has started yet
-        longest = check_ranks_agree(sizes)
-        # if the whole step's contrast is given, this batch's ITC only provides the negatives
-        with torch.set_grad_enabled(torch.is_grad_enabled() and contrast is None):
-            itc = itc_loss(
-                *features,
-                temp,
-                label_smoothing=self.config.label_smoothing,
-                image_ids=image_ids,
-                grad_mode=self.config.grad_mode,
-                negatives="sample" if negatives is None else "none",
-                philox=with_offset(philox, _NEGATIVES_OFFSET),
-                products=product_dtype(reader.packed.dtype, image_embeds.device),
-            )
+        longest = texts.longest if sizes is None else check_ranks_agree(sizes)
+        itc = self._contrastive_loss(
+            features,
+            temp,
+            image_ids,
+            "sample" if negatives is None else "none",
+            with_offset(philox, _NEGATIVES_OFFSET),
+            product_dtype(reader.dtype, image_embeds.device),
+            # if the whole step's contrast is given, this batch's ITC only provides the negatives
+            learning=contrast is None,
+        )
         if negatives is None:
             negatives = itc.negative_image, itc.negative_text
         else:
             negatives = check_negatives(negatives, texts.count)
         loss_itc = itc.loss if contrast is None else contrast.loss_of(*features, temp)
         found = {"loss": loss_itc, "loss_itc": loss_itc}
+        words = len(first.labels) if first.words is None else first.words
         if "itm" in self.losses:
-            pad = self.config.pad_token_id
-            pairs = second_pass(
-                reader, read, texts, negatives, philox, longest=longest, pad_token_id=pad
-            )
+            pairs = reader.second_pass(read, texts, negatives, philox, longest=longest)
             found["itm_logits"] = self._matching_logits(pairs)
             found["loss_itm"], found["accuracy_itm"] = losses.itm_loss(
                 found["itm_logits"], negatives, itc.loss
@@ -288,7 +295,7 @@ class Blip2Stage1(nn.Module):
             found["loss"] = found["loss"] + found["loss_itm"]
         if with_itg:
             found["loss_itg"], found["accuracy_itg"] = self._generation_loss(
-                first.itg, first.labels
+                first.itg, first.labels, words
             )
             found["loss"] = found["loss"] + found["loss_itg"]
         output = Stage1Output(
@@ -306,9 +313,11 @@ class Blip2Stage1(nn.Module):
             {
                 **dict.fromkeys(("loss_itc", "accuracy_i2t", "accuracy_t2i"), texts.count),
                 **dict.fromkeys(("loss_itm", "accuracy_itm"), of_itm),
-                **dict.fromkeys(("loss_itg", "accuracy_itg"), len(first.labels)),
+                **dict.fromkeys(("loss_itg", "accuracy_itg"), words),
             }
         )
+        if isinstance(texts, PaddedTexts):
+            return output
         length = attention_mask.shape[1] if attention_mask is not None else texts.longest
         return output.set_lazy(
             lambda: losses.itc_logits(*features, temp, self.config.grad_mode),
@@ -331,16 +340,9 @@ class Blip2Stage1(nn.Module):
         """
         image_embeds = self.image_tokens(image_embeds)
         visible = check_image_mask(image_embeds, image_attention_mask)
-        layout = AttentionLayout.build(
-            len(image_embeds), self.config.num_query_tokens, device=image_embeds.device
-        )
         reader = self._reader()
         read = reader.images(image_embeds, visible)
-        states, _ = reader.run(
-            PackedPass(layout, image_mask=visible),
-            keys_values=read.keys_values,
-            philox=philox_state(device=image_embeds.device),
-        )
+        states = reader.image_queries(read, philox_state(device=image_embeds.device))
         return self._image_features(states), states
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -354,13 +356,7 @@ class Blip2Stage1(nn.Module):
             `[B, D]`.
         """
         texts = self.packed_texts(input_ids, attention_mask)
-        device = texts.ids.device
-        layout = AttentionLayout.build(0, 0, texts.lengths, MaskKind.UNIMODAL, device=device)
-        _, states = self._reader().run(
-            PackedPass(layout, kept_text=texts.cu_seqlens[:-1]),
-            (texts.ids, texts.positions),
-            philox=philox_state(device=device),
-        )
+        states = self._reader().text_cls(texts, philox_state(device=texts.ids.device))
         return self._text_features(states)
 
     def match(
@@ -383,21 +379,13 @@ class Blip2Stage1(nn.Module):
         """
         image_embeds = self.image_tokens(image_embeds)
         texts = self.packed_texts(input_ids, attention_mask)
-        index = None
         if image_index is None:
             check_pairs(image_embeds, texts)
-        else:
-            index = KVIndex.build(image_index.to(image_embeds.device), len(image_embeds))
         visible = check_image_mask(image_embeds, image_attention_mask)
-        pairs = matching_pass(texts, None, self.config.num_query_tokens, index, visible)
         reader = self._reader()
         read = reader.images(image_embeds, visible)
-        states, _ = reader.run(
-            pairs.packed,
-            (pairs.ids, pairs.positions),
-            read.keys_values,
-            philox_state(device=image_embeds.device),
-        )
+        philox = philox_state(device=image_embeds.device)
+        states = reader.match(read, texts, image_index, philox)
         return self._matching_logits(states)
 
     @torch.no_grad()
@@ -429,7 +417,7 @@ class Blip2Stage1(nn.Module):
         return generate(
             reader,
             self.lm_head,
-            self.embeddings.word_embeddings.weight,
+            tied_words(self.embeddings),
             self.config,
             reader.images(image_embeds, visible),
             eos_token_id,
@@ -464,19 +452,33 @@ class Blip2Stage1(nn.Module):
         texts = self.packed_texts(input_ids, attention_mask, cu_seqlens)
         check_pairs(image_embeds, texts)
         visible = check_image_mask(image_embeds, image_attention_mask)
-        reader = self._reader()
-        first = first_pass(reader, reader.images(image_embeds, visible), texts, philox)
+        reader = self._reader(repeatable=True)
+        first = reader.first_pass(reader.images(image_embeds, visible), texts, philox)
         image, text = self._image_features(first.queries), self._text_features(first.cls)
-        kind = product_dtype(reader.packed.dtype, image_embeds.device) or image.dtype
+        kind = product_dtype(reader.dtype, image_embeds.device) or image.dtype
         return image.to(kind), text.to(kind), self.temperature().detach().clone()
 
-    def _reader(self) -> Reader:
-        """A `Reader` of the current weights, in the autocast dtype if autocast is enabled."""
+    def _reader(self, repeatable: bool = False) -> Reader | PaddedReader:
+        """A reader of the current weights, in the autocast dtype if autocast is enabled.
+
+        Args:
+            repeatable: Whether a pass with the same `philox` must have the same dropout.
+        """
         check_gathered(self.query_tokens)
         dtype, device = self.query_tokens.dtype, self.query_tokens.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        return Reader(self.qformer, self.query_tokens, self.embeddings, self.ln_vision, dtype)
+        parts = self.qformer, self.query_tokens, self.embeddings, self.ln_vision, dtype
+        why = self._why_padded()
+        pad = self.config.pad_token_id
+        return PaddedReader(*parts, pad, why, repeatable) if why else Reader(*parts, pad)
+
+    def _why_padded(self) -> str:
+        """Why the Q-Former is called on padded texts; empty if its weights are read."""
+        if is_traced():
+            return "compiled, recorded or transformed"
+        node = called_node(self.qformer)
+        return "" if node is None else describe_node(self.qformer, node)
 
     def _image_features(self, states: Tensor) -> Tensor:
         """ITC features `[B, Q, D]` from query states `[B, Q, C]`."""
@@ -486,22 +488,66 @@ class Blip2Stage1(nn.Module):
         """ITC features `[B, D]` from [CLS] states `[B, C]`."""
         return losses.l2_normalize(self.text_projection(states))
 
+    def _contrastive_loss(
+        self,
+        features: tuple[Tensor, Tensor],
+        temp: Tensor,
+        image_ids: Tensor | None,
+        negatives: Literal["sample", "none"],
+        philox: Tensor,
+        products: torch.dtype | None,
+        learning: bool,
+    ) -> ITCOutput:
+        """ITC of image and text features, with gradient if `learning`; samples negatives."""
+        transformed = is_transformed()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learning and not transformed):
+            itc = itc_loss(
+                *features,
+                temp,
+                label_smoothing=self.config.label_smoothing,
+                image_ids=image_ids,
+                grad_mode=self.config.grad_mode,
+                negatives=negatives,
+                philox=philox,
+                products=products,
+            )
+        if not transformed:
+            return itc
+        # the operator has no rule for torch.func
+        logits = losses.itc_logits(*features, temp, self.config.grad_mode)
+        smoothing = self.config.label_smoothing
+        return itc._replace(loss=losses.itc_loss_of_logits(logits, image_ids, smoothing))
+
     def _matching_logits(self, states: Tensor) -> Tensor:
         """ITM logits of query states `[N, Q, C]`; the head is applied to the mean over queries."""
         return wide(self.itm_head(wide(states).mean(1).to(states.dtype)))
 
-    def _generation_loss(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """ITG loss and accuracy from the hidden states `[K, C]` that predict a token."""
-        hidden = self.lm_head.transform(states)
-        words = self.embeddings.word_embeddings.weight
-        loss, right = lm_cross_entropy(
-            hidden,
-            words,
-            self.lm_head.bias,
-            labels,
-            label_smoothing=self.config.label_smoothing,
-        )
-        return loss, right / max(len(labels), 1)
+    def _generation_loss(
+        self, states: Tensor, labels: Tensor, words: Tensor | int
+    ) -> tuple[Tensor, Tensor]:
+        """ITG loss and accuracy from the hidden states `[K, C]` that predict a token.
+
+        Args:
+            states: `[K, C]`.
+            labels: `[K]`, the tokens; -100 for rows that count for nothing.
+            words: Number of labels that count.
+        """
+        weight = tied_words(self.embeddings)
+        if is_called_head(self.lm_head) or is_transformed():
+            loss, right = losses.itg_loss(
+                self.lm_head(states, weight), labels, self.config.label_smoothing
+            )
+        else:
+            loss, right = lm_cross_entropy(
+                self.lm_head.transform(states),
+                weight,
+                self.lm_head.bias,
+                labels,
+                label_smoothing=self.config.label_smoothing,
+            )
+        if isinstance(words, Tensor):
+            return loss, right / words.clamp(min=1)
+        return loss, right / max(words, 1)
 
     def _padded_logits(
         self, image_embeds: Tensor, texts: PackedTexts, length: int, visible: Tensor | None
@@ -512,15 +558,16 @@ class Blip2Stage1(nn.Module):
         ids = torch.cat([torch.full_like(ids[:, :1], self.config.bos_token_id), ids[:, 1:]], 1)
         real = torch.arange(length, device=ids.device) < lengths[:, None]
         text = self.embeddings(ids)
+        tokens = image_embeds.to(input_dtype(self.ln_vision, image_embeds))
         queries = self.query_tokens.expand(B, -1, -1).to(text.dtype)
         states = self.qformer(
             query_embeds=torch.cat([queries, text], dim=1),
             query_length=Q,
             attention_mask=qformer_mask(MaskKind.MULTIMODAL_CAUSAL, Q, real),
-            encoder_hidden_states=self.ln_vision(image_embeds.to(self.ln_vision.weight.dtype)),
+            encoder_hidden_states=self.ln_vision(tokens),
             encoder_attention_mask=visible,
         ).last_hidden_state
-        logits: Tensor = self.lm_head(states[:, Q:], self.embeddings.word_embeddings.weight)
+        logits: Tensor = self.lm_head(states[:, Q:], tied_words(self.embeddings))
         return logits
 
     def image_tokens(self, image_embeds: Tensor | None, images: Tensor | None = None) -> Tensor:
@@ -535,9 +582,13 @@ class Blip2Stage1(nn.Module):
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None = None,
-    ) -> PackedTexts:
-        """Validate the texts of `forward`, pack them, and move them to the model's device."""
-        texts = packed_texts(
+    ) -> PackedTexts | PaddedTexts:
+        """Validate the texts of `forward`, pack them, and move them to the model's device.
+
+        They stay padded where a program must not depend on their lengths.
+        """
+        make = padded_texts if is_traced() else packed_texts
+        texts = make(
             input_ids,
             attention_mask,
             cu_seqlens,

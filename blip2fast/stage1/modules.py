@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip2fast.qformer.checks import check_whole
+from blip2fast.qformer.plain import is_untouched
 from blip2fast.stage1.config import Stage1Config
 
 
@@ -59,6 +61,31 @@ class LMHead(nn.Module):
     def forward(self, states: Tensor, word_embeddings: Tensor) -> Tensor:
         """Logits `[..., V]` from hidden states `[..., C]` and word embeddings `[V, C]`."""
         return F.linear(self.transform(states), word_embeddings, self.bias)
+
+
+_HEAD = LMHead.forward
+
+
+def is_called_head(head: nn.Module) -> bool:
+    """Whether a generation head does more than its class, so that its loss must call it."""
+    return type(head) is not LMHead or not is_untouched(head, _HEAD)
+
+
+def tied_words(embeddings: TextEmbeddings) -> Tensor:
+    """The word embeddings `[V, C]`, which the generation head shares.
+
+    Raises:
+        RuntimeError: their module has no weight, or FSDP holds it in parts.
+    """
+    table = embeddings.word_embeddings
+    weight = getattr(table, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise RuntimeError(
+            f"embeddings.word_embeddings is a {type(table).__name__} without a weight, but the "
+            "generation head shares the word embeddings; leave it out, or train without 'itg'"
+        )
+    check_whole("embeddings.word_embeddings.weight", weight)
+    return weight
 
 
 def copy_text_ffn_to_queries(qformer: nn.Module) -> None:

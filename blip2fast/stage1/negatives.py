@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from blip2fast.ops.collectives import gather_detached, rank, world_size
+from blip2fast.ops.tracing import has_values
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class NegativeExchange:
         _check_list(index)
         self.index = index
         if self.ranks == 1:
-            if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+            if index.numel() and has_values(index):
                 _check_range(int(index.min()), int(index.max()), batch)
             return
         self.route = _routes(index[None], batch, group)[0] if route is None else route

@@ -21,7 +21,7 @@ from blip2fast.qformer.model import QFormer
 from blip2fast.qformer.packed import PackedPass, PackedQFormer, PassDropout
 from blip2fast.stage1.modules import TextEmbeddings
 from blip2fast.stage1.negatives import NegativeExchange
-from blip2fast.stage1.texts import PackedTexts
+from blip2fast.stage1.texts import PackedTexts, PaddedTexts, packed
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Reader:
         embeddings: Word and position embeddings.
         ln_vision: Normalises image tokens.
         dtype: The compute dtype.
+        pad_token_id: Pads the texts that are exchanged between ranks.
 
     Attributes:
         packed: The Q-Former's packed form.
@@ -59,13 +60,21 @@ class Reader:
         qformer: QFormer,
         query_tokens: Tensor,
         embeddings: TextEmbeddings,
-        ln_vision: nn.LayerNorm,
+        ln_vision: nn.Module,
         dtype: torch.dtype,
+        pad_token_id: int = 0,
     ) -> None:
         self.packed = PackedQFormer(qformer, dtype)
+        self.dtype = dtype
         self.num_queries = query_tokens.shape[1]
         self._qformer, self._queries = qformer, query_tokens[0]
         self._embeddings, self._ln_vision = embeddings, ln_vision
+        self._pad = pad_token_id
+
+    @property
+    def image_form(self) -> str:
+        """How image keys and values were last computed."""
+        return self.packed.image_form
 
     def images(self, tokens: Tensor, mask: Tensor | None = None) -> ProjectedImages:
         """Image tokens with their keys and values, computed once for all passes.
@@ -98,6 +107,71 @@ class Reader:
             text = self._embeddings(*words)
         dropout = None if philox is None else PassDropout.of(self._qformer, philox, number)
         return self.packed(self._queries, text, keys_values or [], packed, dropout)
+
+    def first_pass(
+        self,
+        images: ProjectedImages,
+        texts: PackedTexts | PaddedTexts,
+        philox: Tensor,
+        bos_token_id: int | None = None,
+    ) -> FirstPass:
+        """See `first_pass`."""
+        return first_pass(self, images, packed(texts), philox, bos_token_id)
+
+    def second_pass(
+        self,
+        images: ProjectedImages,
+        texts: PackedTexts | PaddedTexts,
+        negatives: tuple[Tensor, Tensor],
+        philox: Tensor,
+        *,
+        longest: int,
+    ) -> Tensor:
+        """See `second_pass`."""
+        own = packed(texts)
+        return second_pass(
+            self, images, own, negatives, philox, longest=longest, pad_token_id=self._pad
+        )
+
+    def match(
+        self,
+        images: ProjectedImages,
+        texts: PackedTexts | PaddedTexts,
+        image_index: Tensor | None,
+        philox: Tensor,
+    ) -> Tensor:
+        """Query states `[B, Q, C]` of image-text pairs; text i with image `image_index[i]`."""
+        index = None
+        if image_index is not None:
+            index = KVIndex.build(image_index.to(images.tokens.device), len(images.tokens))
+        pairs = matching_pass(packed(texts), None, self.num_queries, index, images.mask)
+        words = pairs.ids, pairs.positions
+        return self.run(pairs.packed, words, images.keys_values, philox)[0]
+
+    def image_queries(self, images: ProjectedImages, philox: Tensor) -> Tensor:
+        """Query states `[B, Q, C]` of images without text."""
+        tokens = images.tokens
+        layout = AttentionLayout.build(len(tokens), self.num_queries, device=tokens.device)
+        rows = PackedPass(layout, image_mask=images.mask)
+        return self.run(rows, keys_values=images.keys_values, philox=philox)[0]
+
+    def text_cls(self, texts: PackedTexts | PaddedTexts, philox: Tensor) -> Tensor:
+        """[CLS] states `[B, C]` of texts without images."""
+        own = packed(texts)
+        kind, device = MaskKind.UNIMODAL, own.ids.device
+        layout = AttentionLayout.build(0, 0, own.lengths, kind, device=device)
+        rows = PackedPass(layout, kept_text=own.cu_seqlens[:-1])
+        return self.run(rows, (own.ids, own.positions), philox=philox)[1]
+
+    def next_word(self, images: ProjectedImages, ids: Tensor) -> Tensor:
+        """States `[B, C]` that predict the token after `ids` `[B, T]`."""
+        B, length = ids.shape
+        kind, device = MaskKind.MULTIMODAL_CAUSAL, ids.device
+        layout = AttentionLayout.build(B, self.num_queries, [length] * B, kind, device=device)
+        last = torch.arange(1, B + 1, device=device) * length - 1
+        rows = PackedPass(layout, image_mask=images.mask, kept_text=last)
+        positions = torch.arange(length, device=device).repeat(B)
+        return self.run(rows, (ids.flatten(), positions), images.keys_values)[1]
 
 
 @dataclass(frozen=True)
@@ -167,13 +241,15 @@ class FirstPass:
         queries: `[B, Q, C]`.
         cls: `[B, C]`, the [CLS] state of each text.
         itg: `[T_itg, C]`, states that predict a token; empty without ITG.
-        labels: `[T_itg]`, the tokens they predict.
+        labels: `[T_itg]`, the tokens they predict; -100 for rows that count for nothing.
+        words: Number of labels that count; None: all.
     """
 
     queries: Tensor
     cls: Tensor
     itg: Tensor
     labels: Tensor
+    words: Tensor | None = None
 
 
 def first_pass(

@@ -1,4 +1,4 @@
-"""Packed texts: token ids without padding, and offsets.
+"""Packed texts: token ids without padding, and offsets; and padded ones where shapes are fixed.
 
 `cu_seqlens` (B+1 offsets, the first 0, the last T_total) is the convention of variable-length
 attention kernels.
@@ -103,3 +103,49 @@ class PackedTexts:
         rows = (self.cu_seqlens[:-1, None] + column).clamp(max=len(self.ids) - 1)
         real = column < lengths[:, None]
         return self.ids[rows].masked_fill(~real, pad_token_id), lengths
+
+
+@dataclass(frozen=True)
+class PaddedTexts:
+    """B texts, padded on the right.
+
+    Attributes:
+        ids: `[B, T]` int64.
+        real: `[B, T]` bool, true where a token is real.
+    """
+
+    ids: Tensor
+    real: Tensor
+
+    @classmethod
+    def of(cls, texts: PackedTexts, pad_token_id: int) -> PaddedTexts:
+        """From texts without padding."""
+        ids, lengths = texts.padded(texts.longest, pad_token_id)
+        return cls(ids, torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])
+
+    def to(self, device: torch.device) -> PaddedTexts:
+        """The same texts on a device."""
+        return PaddedTexts(self.ids.to(device), self.real.to(device))
+
+    @property
+    def count(self) -> int:
+        """B, number of texts."""
+        return self.ids.shape[0]
+
+    @property
+    def longest(self) -> int:
+        """T, number of columns."""
+        return self.ids.shape[1]
+
+
+def packed(texts: PackedTexts | PaddedTexts) -> PackedTexts:
+    """The argument, which must be packed.
+
+    Raises:
+        TypeError: it is padded.
+    """
+    if isinstance(texts, PaddedTexts):
+        raise TypeError(
+            "texts: expected PackedTexts, got PaddedTexts, which only PaddedReader takes"
+        )
+    return texts

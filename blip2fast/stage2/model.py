@@ -26,6 +26,7 @@ from blip2fast.qformer.checks import (
     image_tokens,
 )
 from blip2fast.qformer.model import QFormer
+from blip2fast.qformer.plain import input_dtype
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.config import Stage2Config, Stage2Output
 from blip2fast.stage2.convert import (
@@ -352,13 +353,14 @@ class Blip2Stage2(nn.Module):
         )
         states = self.qformer(
             query_embeds=self.query_tokens.expand(tokens.shape[0], -1, -1),
-            encoder_hidden_states=self.ln_vision(tokens.to(self.ln_vision.weight.dtype)),
+            encoder_hidden_states=self.ln_vision(tokens.to(input_dtype(self.ln_vision, tokens))),
             encoder_attention_mask=check_image_mask(tokens, image_attention_mask),
             **instruction(self.config, len(tokens), qformer_input_ids, qformer_attention_mask),
         ).last_hidden_state
         query_output = states[:, : self.config.num_query_tokens]
         # the Q-Former and the projection may have different dtypes
-        prompts = self.language_projection(query_output.to(self.language_projection.weight.dtype))
+        dtype = input_dtype(self.language_projection, query_output)
+        prompts = self.language_projection(query_output.to(dtype))
         return prompts, query_output
 
     def _encode_images(

@@ -328,6 +328,6 @@ def test_the_temperature_is_a_scalar_in_state_dicts(
     state["0.temp"] = torch.full(shape, 0.05)
     outer.load_state_dict(state)
     assert model.temp.shape == (1,)
-    assert float(model.temperature()) == pytest.approx(0.05)
-    with pytest.raises(RuntimeError, match="size mismatch for 0.temp"):
+    assert model.temperature().item() == pytest.approx(0.05)
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.temp"):
         outer.load_state_dict(state | {"0.temp": torch.ones(2)})

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from blip2fast.ops import collectives
-from blip2fast.stage1 import model as stage1
-from blip2fast.stage1 import negatives
+from blip2fast.stage1 import negatives, passes
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage1.negatives import NegativeExchange
 
@@ -135,7 +134,7 @@ def events(rank: int, ranks: int) -> list[str]:
     with pytest.MonkeyPatch.context() as patch, Waits(happened):
         for name in ("all_gather", "all_to_all_single", "all_reduce"):
             patch.setattr(dist, name, noting(name, getattr(dist, name)))
-        patch.setattr(stage1, "first_pass", noting("first pass", stage1.first_pass))
+        patch.setattr(passes, "first_pass", noting("first pass", passes.first_pass))
         step(rank, ranks, "plain", trained_images=False)
     return happened
 
