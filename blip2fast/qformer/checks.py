@@ -85,12 +85,17 @@ def check_whole(name: str, parameter: Tensor) -> None:
     Raises:
         RuntimeError: says how to gather it.
     """
-    if type(parameter).__name__ == "DTensor":
+    if is_sharded(parameter):
         raise RuntimeError(
             f"{name} is a DTensor, which FSDP gathers only for the forward of the module that it "
             "was given: leave it to fully_shard(model), and call the model itself, or name the "
             "method: torch.distributed.fsdp.register_fsdp_forward_method(model, 'encode_image')"
         )
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a DTensor, as FSDP2 holds it."""
+    return type(parameter).__name__ == "DTensor"
 
 
 def check_recompute(settings: Mapping[str, Any]) -> None:

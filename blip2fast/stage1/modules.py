@@ -5,13 +5,13 @@ Shapes: B images, T text tokens, C hidden width, V words.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2fast.qformer.checks import check_whole
+from blip2fast.qformer.checks import check_whole, is_sharded
 from blip2fast.qformer.plain import is_untouched
 from blip2fast.stage1.config import Stage1Config
 
@@ -109,6 +109,12 @@ def scalar_temp(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -
 
 def temp_as_it_is(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Hook of `load_state_dict`: the temperature, saved as a scalar or [1], as it is held."""
-    value = state.get(f"{prefix}temp")
+    value, own = state.get(f"{prefix}temp"), cast(Any, module.get_parameter("temp"))
     if isinstance(value, Tensor) and value.shape in ((), (1,)):
-        state[f"{prefix}temp"] = value.reshape(module.get_parameter("temp").shape)
+        value = value.reshape(own.shape)
+        if is_sharded(own) and not is_sharded(value):
+            # torch's distributed state dicts hand scalars over as they are
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value, own.device_mesh, own.placements)
+        state[f"{prefix}temp"] = value
