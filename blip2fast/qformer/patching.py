@@ -7,6 +7,7 @@ change, an optimizer built before the swap stays valid, and the two trees need n
 """
 
 from collections.abc import Iterator
+from functools import partial, update_wrapper
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from blip2fast.qformer.layers import (
     QFormerResidual,
 )
 from blip2fast.qformer.model import QFormer
+from blip2fast.qformer.plain import is_own_method
 
 with needs("replace transformers' Q-Formers", "tokenizers"):
     from transformers import (
@@ -71,7 +73,7 @@ def patch(model: Model) -> Model:
     Works on any module that contains a `Blip2QFormerModel`, `InstructBlipQFormerModel` or
     `InstructBlipVideoQFormerModel` at any depth: the BLIP-2, InstructBLIP and InstructBLIP-Video
     models, Granite Speech, Granite Vision, or your own. Outputs do not change. Training mode,
-    gradient checkpointing, and hooks carry over.
+    gradient checkpointing, and hooks carry over, those of a device map too.
 
     Args:
         model: modified in place, unless it is itself a Q-Former: then use the returned module.
@@ -110,11 +112,13 @@ def unpatch(model: Model) -> Model:
     swaps: dict[nn.Module, nn.Module] = {}
     for qformer in patched:
         original: PreTrainedModel = vars(qformer)["_replaced"]
+        # The original's buffers were not in the model, so `.to(device)` did not move them. A device
+        # map moves none, and keeps parameters on the meta device.
+        mapped = any("_hf_hook" in vars(module) for module in qformer.modules())
         _carry(list(_inner_nodes(qformer, original)))
-        # The original's buffers were not in the model, so `.to(device)` did not move them.
         for node in original.modules():
             for name, buffer in node._buffers.items():
-                if buffer is not None:
+                if buffer is not None and not mapped:
                     node._buffers[name] = buffer.to(qformer.device)
         swaps[qformer] = original
     return _swap(model, swaps)
@@ -159,10 +163,13 @@ def _check_replaceable(original: PreTrainedModel) -> None:
             "call set_attn_implementation('sdpa') on it first"
         )
     for path, module in original.named_modules():
-        if "forward" in vars(module) and len(module._modules) > 0:
+        if "forward" not in vars(module) or len(module._modules) == 0:
+            continue
+        if not (_has_device_hook(module) or is_own_method(module, vars(module)["forward"])):
+            where = f"{name}.{path}" if path else name
             raise ValueError(
-                f"forward of {name}.{path} was replaced on the instance, as a device map does: "
-                "load the model without one"
+                f"forward of {where} was replaced on the instance, and its code would be lost: "
+                "patch first, then replace it"
             )
 
 
@@ -180,10 +187,28 @@ def _inner_nodes(qformer: nn.Module, original: nn.Module) -> Iterator[tuple[nn.M
             yield from _inner_nodes(child, original.get_submodule(name))
 
 
+def _has_device_hook(module: nn.Module) -> bool:
+    """Whether accelerate replaced the module's forward, to move inputs and load weights."""
+    own = vars(module)
+    forward = own.get("forward")
+    return "_hf_hook" in own and isinstance(forward, partial) and forward.args == (module,)
+
+
+def _move_device_hook(source: nn.Module, target: nn.Module) -> None:
+    """Moves accelerate's hook, which wraps the forward of the module that it is on."""
+    wrapped = source.__dict__.pop("forward")
+    source.__dict__.pop("_old_forward")
+    vars(target)["_hf_hook"] = source.__dict__.pop("_hf_hook")
+    old = vars(target)["_old_forward"] = target.forward
+    vars(target)["forward"] = update_wrapper(partial(wrapped.func, target), old)
+
+
 def _carry(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
     """Moves leaves and state from the first node of each pair to the second."""
     inner = {node for pair in pairs for node in pair}
     for source, target in pairs:
+        if _has_device_hook(source):
+            _move_device_hook(source, target)
         for name, child in source._modules.items():
             if child not in inner:
                 target._modules[name] = child

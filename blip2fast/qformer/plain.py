@@ -49,7 +49,9 @@ def is_untouched(module: nn.Module, forward: Any) -> bool:
         forward: From `own_forward(type(module))`.
     """
     own = module.__dict__
-    if type(module).forward is not forward or "forward" in own or nn.Module.__call__ is not _CALL:
+    if type(module).forward is not forward or nn.Module.__call__ is not _CALL:
+        return False
+    if "forward" in own and not is_own_method(module, own["forward"]):
         return False
     if (
         own["_forward_hooks"]
@@ -63,6 +65,12 @@ def is_untouched(module: nn.Module, forward: Any) -> bool:
     ):
         return all(_observes(hook) for hook in _hooks(module))
     return True
+
+
+def is_own_method(module: nn.Module, method: Any) -> bool:
+    """Whether a method is `forward` of the module's class, as accelerate leaves it behind."""
+    function = getattr(method, "__func__", None)
+    return function is type(module).forward and method.__self__ is module
 
 
 def is_ordinary(x: object) -> bool:

@@ -309,20 +309,24 @@ def test_patch_refuses_what_it_cannot_do() -> None:
         patch(model)
 
 
-def test_patch_refuses_subclasses_device_maps_and_other_attention() -> None:
+def test_patch_refuses_subclasses_replaced_forwards_and_other_attention() -> None:
     class Mine(Blip2QFormerModel):
         pass
 
     with pytest.raises(ValueError, match="Mine is a subclass"):
         patch(nn.ModuleList([Mine(tiny_config())]))
 
-    dispatched = Blip2QFormerModel(tiny_config())
-    layer = dispatched.encoder.layer[1]
-    layer.forward = layer.forward
-    model = nn.ModuleList([Blip2QFormerModel(tiny_config()), dispatched])
+    changed = Blip2QFormerModel(tiny_config())
+    layer = changed.encoder.layer[1]
+    layer.forward = lambda *args, **kwargs: None
+    model = nn.ModuleList([Blip2QFormerModel(tiny_config()), changed])
     with pytest.raises(ValueError, match=r"forward of Blip2QFormerModel.encoder.layer.1 was repl"):
         patch(model)
     assert type(model[0]) is Blip2QFormerModel
+    del layer.forward
+    changed.forward = lambda *args, **kwargs: None
+    with pytest.raises(ValueError, match=r"forward of Blip2QFormerModel was replaced on the inst"):
+        patch(model)
 
     flexible = InstructBlipQFormerModel(
         InstructBlipQFormerConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -330,6 +334,55 @@ def test_patch_refuses_subclasses_device_maps_and_other_attention() -> None:
     flexible.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match=r"attn_implementation='flex_attention'.*set_attn_impl"):
         patch(nn.ModuleList([flexible]))
+
+
+PARTS = ("query_tokens", "vision_model", "language_projection", "language_model")
+QFORMER_PARTS = {
+    "one device": {"qformer": "cpu"},
+    "on the disk": {"qformer": "disk"},
+    "a layer on the disk": {
+        "qformer.layernorm": "cpu",
+        "qformer.dropout": "cpu",
+        "qformer.encoder.layer.0": "cpu",
+        "qformer.encoder.layer.1": "disk",
+        "qformer.encoder.layer.2": "cpu",
+    },
+    "embeddings on the disk": {"qformer.embeddings": "disk", "qformer.encoder": "cpu"},
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("language", ["cpu", "disk"])
+@pytest.mark.parametrize("where", QFORMER_PARTS)
+def test_device_maps(where: str, language: str, when: str, tmp_path: Path) -> None:
+    """A map of several entries put hooks on the Q-Former's blocks, which patch refused."""
+    accelerate = pytest.importorskip("accelerate")
+    name = INSTRUCT if "embeddings" in where else "Blip2ForConditionalGeneration"
+    model, inputs = build(name)
+    places = {part: language if part == "language_model" else "cpu" for part in PARTS}
+    with torch.no_grad():
+        expected = tensors_in(model(**inputs))
+        if when == "after":
+            patch(model)
+        accelerate.dispatch_model(
+            model,
+            places | QFORMER_PARTS[where],
+            main_device="cpu",
+            offload_dir=str(tmp_path),
+            force_hooks=True,
+        )
+        if when == "before":
+            assert isinstance(qformers(patch(model))[0], QFormer)
+        for change in (None, unpatch, patch):
+            if change is not None:
+                change(model)
+            for index, (a, b) in enumerate(zip(expected, tensors_in(model(**inputs)), strict=True)):
+                assert_near(a, b, 1e-5, f"output {index} after {change}")
+        accelerate.hooks.remove_hook_from_submodules(unpatch(model))
+        if where == "one device" and language == "cpu":
+            # the methods that accelerate leaves behind are those of the classes
+            assert "forward" in vars(model.qformer)
+            patch(model)
 
 
 def test_unpatch_refuses_foreign_modules_in_the_tree() -> None:
