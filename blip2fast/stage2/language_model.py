@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blip2fast.offload.streaming import stream_of
 from blip2fast.ops.checks import describe
+from blip2fast.ops.tracing import has_values
 from blip2fast.stage2.packing import ROW_LENGTH, pack
 from blip2fast.stage2.token_rows import IGNORED, IMAGE_PLACE
 
@@ -144,8 +145,8 @@ def check_text(
             f"the mask of {name}: expected its shape {tuple(ids.shape)}, got {describe(mask)}"
         )
     words = language_model.get_input_embeddings().num_embeddings
-    # CPU only: on a GPU this would synchronise, and the GPU checks the range itself
-    if ids.device.type == "cpu" and ids.numel():
+    # on a GPU this would synchronise, and the GPU checks the range itself
+    if has_values(ids) and ids.numel():
         used = ids.masked_fill(ids == IGNORED, 0) if name == "labels" else ids
         low, high = int(used.min()), int(used.max())
         if low < 0 or high >= words:

@@ -355,7 +355,7 @@ class Blip2Stage2(nn.Module):
             query_embeds=self.query_tokens.expand(tokens.shape[0], -1, -1),
             encoder_hidden_states=self.ln_vision(tokens.to(input_dtype(self.ln_vision, tokens))),
             encoder_attention_mask=check_image_mask(tokens, image_attention_mask),
-            **instruction(self.config, len(tokens), qformer_input_ids, qformer_attention_mask),
+            **instruction(self.config, tokens.shape[0], qformer_input_ids, qformer_attention_mask),
         ).last_hidden_state
         query_output = states[:, : self.config.num_query_tokens]
         # the Q-Former and the projection may have different dtypes

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blip2fast.ops.checks import describe, is_float
+from blip2fast.ops.tracing import has_values
 from blip2fast.stage2.config import Stage2Config
 from blip2fast.stage2.language_model import check_positions, check_text
 from blip2fast.stage2.token_rows import IMAGE_PLACE
@@ -134,7 +135,7 @@ def instruction(
             "qformer_input_ids: this Q-Former is text-conditioned and needs an instruction for "
             "each image, got none"
         )
-    if ids.dim() != 2 or is_float(ids) or len(ids) != images:
+    if ids.dim() != 2 or is_float(ids) or ids.shape[0] != images:
         raise ValueError(
             f"qformer_input_ids: expected [{images}, T] integers, one row an image, got "
             f"{describe(ids)}"
@@ -146,7 +147,7 @@ def instruction(
             f"qformer_attention_mask: expected the shape of qformer_input_ids {tuple(ids.shape)}, "
             f"got {describe(mask)}"
         )
-    if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+    if has_values(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
         raise ValueError(
             f"qformer_input_ids: expected ids from 0 to {config.vocab_size - 1}, got "
             f"{int(ids.min())} to {int(ids.max())}; does the tokenizer belong to this Q-Former?"
