@@ -40,6 +40,7 @@ from blip2fast.offload.loading import source_identity
 from blip2fast.qformer.checks import check_state
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
+from blip2fast.stage1.modules import with_scalar_temp
 from blip2fast.stage2.config import Stage2Config
 from blip2fast.stage2.model import Blip2Stage2
 
@@ -192,23 +193,15 @@ def load_parameters(model: nn.Module, state: Mapping[str, Tensor], source: str) 
         ValueError: a missing or unknown parameter, or a shape mismatch, with both shapes.
     """
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    check_state(source, scalars(state), scalars(own))
+    check_state(source, with_scalar_temp(state), with_scalar_temp(own))
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name].view(parameter.shape))
 
 
-def scalars(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The temperature as a scalar, as files hold it; a model and its engine hold it as [1]."""
-    return {
-        name: value.detach().view(()) if name.rpartition("/")[2] == "temp" else value
-        for name, value in state.items()
-    }
-
-
 def model_files(state: Mapping[str, Tensor], description: Description) -> dict[str, manifest.Write]:
     """A writer function for each file of a trained model, by file name."""
     return {
-        MODEL: lambda path: save_file(on_cpu(scalars(state)), path),
+        MODEL: lambda path: save_file(on_cpu(with_scalar_temp(state)), path),
         DESCRIPTION: write_json(dataclasses.asdict(description)),
     }

@@ -139,9 +139,11 @@ def input_dtype(module: nn.Module, x: Tensor) -> torch.dtype:
 
 def _what(module: nn.Module) -> str:
     """What a module that is called is: its class and, for a plain class, what it carries."""
-    name, weight = type(module).__name__, getattr(module, "weight", None)
-    if type(module) is not nn.Linear:
-        return name
+    kind, weight = type(module), getattr(module, "weight", None)
+    name = kind.__name__
+    if kind is not nn.Linear:
+        # adapters' classes are often named like the one that they replace
+        return f"{kind.__module__}.{name}" if name == "Linear" else name
     if weight is not None and not is_ordinary(weight):
         return f"{name}, weight {type(weight).__name__}"
     return f"{name}, forward replaced" if "forward" in vars(module) else f"{name}, hooks"

@@ -51,9 +51,9 @@ from blip2fast.stage1.modules import (
     TextEmbeddings,
     copy_text_ffn_to_queries,
     is_called_head,
-    scalar_temp,
     temp_as_it_is,
     tied_words,
+    with_scalar_temp,
 )
 from blip2fast.stage1.padded import PaddedReader
 from blip2fast.stage1.passes import Reader
@@ -76,9 +76,9 @@ class Blip2Stage1(nn.Module):
     Attributes:
         ln_vision: Normalises the image tokens; trained, although the encoder is frozen.
         query_tokens: `[1, Q, C]`, the learned queries.
-        temp: [1], the learned contrastive temperature; a scalar in state dicts, as in LAVIS, but
-            FSDP shards no scalars. `half`, `bfloat16` and `to` leave it in fp32: an AdamW step is
-            smaller than the spacing of 16-bit floats at its value.
+        temp: [1], the learned contrastive temperature. LAVIS and the files of runs hold a scalar,
+            and scalars are loaded, but FSDP shards none. `half`, `bfloat16` and `to` leave it in
+            fp32: an AdamW step is smaller than the spacing of 16-bit floats at its value.
         exact_temp: [1], the fp32 value used in the losses if an engine stores `temp` in 16 bits;
             None: use `temp` itself.
 
@@ -112,7 +112,6 @@ class Blip2Stage1(nn.Module):
         self.temp = nn.Parameter(torch.tensor([config.initial_temp]))
         self.exact_temp: Tensor | None = None
         copy_text_ffn_to_queries(self.qformer)
-        self.register_state_dict_post_hook(scalar_temp)
         self.register_load_state_dict_pre_hook(temp_as_it_is)
 
         self._attach_image_encoder(image_encoder)
@@ -147,7 +146,7 @@ class Blip2Stage1(nn.Module):
             config = Stage1Config.from_dict(config)
         model = cls(config)
         renamed = lavis.from_lavis(state_dict)
-        check_state("LAVIS state dict", renamed, model.state_dict())
+        check_state("LAVIS state dict", renamed, with_scalar_temp(model.state_dict()))
         if any(value.dtype == torch.float64 for value in renamed.values()):
             model.double()
         model.load_state_dict(renamed)
@@ -160,9 +159,8 @@ class Blip2Stage1(nn.Module):
         The image encoder is excluded. The tied output embedding is stored once, as
         `Qformer.bert.embeddings.word_embeddings.weight`.
         """
-        own = (
-            item for item in self.state_dict().items() if not item[0].startswith("image_encoder.")
-        )
+        whole = with_scalar_temp(self.state_dict())
+        own = (item for item in whole.items() if not item[0].startswith("image_encoder."))
         return {lavis.to_lavis_name(name): value for name, value in own}
 
     def train(self, mode: bool = True) -> Blip2Stage1:

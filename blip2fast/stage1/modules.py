@@ -1,10 +1,11 @@
-"""Parts of stage 1: input embeddings, the generation head, the temperature in state dicts.
+"""Parts of stage 1: input embeddings, the generation head, the temperature in files.
 
 Shapes: B images, T text tokens, C hidden width, V words.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -75,7 +76,7 @@ def tied_words(embeddings: TextEmbeddings) -> Tensor:
     """The word embeddings `[V, C]`, which the generation head shares.
 
     Raises:
-        RuntimeError: their module has no weight, or FSDP holds it in parts.
+        RuntimeError: their module has no weight, FSDP holds it in parts, or a device map elsewhere.
     """
     table = embeddings.word_embeddings
     weight = getattr(table, "weight", None)
@@ -85,6 +86,11 @@ def tied_words(embeddings: TextEmbeddings) -> Tensor:
             "generation head shares the word embeddings; leave it out, or train without 'itg'"
         )
     check_whole("embeddings.word_embeddings.weight", weight)
+    if weight.is_meta and hasattr(table, "_hf_hook"):
+        raise RuntimeError(
+            "embeddings.word_embeddings.weight is on the meta device but while its module runs, "
+            "and the generation head shares it; leave the embeddings out of the device map"
+        )
     return weight
 
 
@@ -97,14 +103,12 @@ def copy_text_ffn_to_queries(qformer: nn.Module) -> None:
                 parameter.copy_(state[name.replace("_query.", ".")])
 
 
-def scalar_temp(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """State dict hook: the temperature is saved as a scalar, as in LAVIS.
-
-    A sharded one (FSDP) is left as it is: a process may hold no part of it.
-    """
-    value = state.get(f"{prefix}temp")
-    if value is not None and type(value) in (Tensor, nn.Parameter) and value.numel() == 1:
-        state[f"{prefix}temp"] = value.reshape(())
+def with_scalar_temp(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose temperature is a scalar, as in LAVIS and in files; a model holds [1]."""
+    return {
+        name: value.detach().reshape(()) if name.rpartition("/")[2] == "temp" else value
+        for name, value in state.items()
+    }
 
 
 def temp_as_it_is(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -310,3 +310,20 @@ def test_a_head_without_word_embeddings_to_share_says_so() -> None:
     model.embeddings.word_embeddings = Wrapper(model.embeddings.word_embeddings)
     with pytest.raises(RuntimeError, match=r"word_embeddings is a Wrapper without a weight, but"):
         model(**a_batch(), negatives=NEGATIVES)
+
+
+def test_a_device_map_of_the_whole_model_says_what_to_leave_out() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = a_model().eval()
+    with torch.no_grad():
+        itc_itm = a_model(), Blip2Stage1(model.config, losses=("itc", "itm")).eval()
+        expected = itc_itm[0].eval()(**a_batch(), negatives=NEGATIVES)
+        itc_itm[1].load_state_dict(model.state_dict())
+        for each in (model, itc_itm[1]):
+            accelerate.cpu_offload(each, execution_device=torch.device("cpu"))
+        with pytest.raises(
+            RuntimeError, match=r"word_embeddings\.weight is on the meta device but"
+        ):
+            model(**a_batch(), negatives=NEGATIVES)
+        found = itc_itm[1](**a_batch(), negatives=NEGATIVES)
+    assert relative_error(found.loss_itm, expected.loss_itm) < 1e-5
