@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from torch.nn.modules import module as _modules
 from transformers.activations import GELUActivation
 
+from blip2fast.ops.checks import FLOATS
+
 # Hooks that leave inputs and outputs as they are. DeepSpeed ZeRO gathers partitioned weights (its
 # engine keeps the Q-Former unpartitioned), transformers records outputs only where it was asked to,
 # and PyTorch's tracker tells FlopCounterMode the name of the module that runs.
@@ -73,9 +75,12 @@ def is_own_method(module: nn.Module, method: Any) -> bool:
     return function is type(module).forward and method.__self__ is module
 
 
-def is_ordinary(x: object) -> bool:
-    """Whether a weight is a `Parameter` or `Tensor` itself, not of a subclass of them."""
-    return type(x) is nn.Parameter or type(x) is Tensor
+def is_ordinary(x: Any) -> bool:
+    """Whether a weight is a `Parameter` or `Tensor` itself, not of a subclass, and of a float type.
+
+    Numbers of 8 bits stand for others, which only their layer knows.
+    """
+    return (type(x) is nn.Parameter or type(x) is Tensor) and x.dtype in FLOATS
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -145,7 +150,8 @@ def _what(module: nn.Module) -> str:
         # adapters' classes are often named like the one that they replace
         return f"{kind.__module__}.{name}" if name == "Linear" else name
     if weight is not None and not is_ordinary(weight):
-        return f"{name}, weight {type(weight).__name__}"
+        kind_of_weight = type(weight).__name__ if weight.dtype in FLOATS else weight.dtype
+        return f"{name}, weight {kind_of_weight}"
     return f"{name}, forward replaced" if "forward" in vars(module) else f"{name}, hooks"
 
 

@@ -187,3 +187,11 @@ def test_recording_outputs_leaves_layers_plain(onednn: list[int]) -> None:
         onednn.clear()
         qformer(**CALL)
     assert onednn
+
+
+@pytest.mark.usefixtures("cross")
+def test_compiles_into_one_graph_without_gradients() -> None:
+    """The checks of plain layers are traced with the rest."""
+    qformer = model()
+    compiled = torch.compile(qformer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(compiled, False), run(qformer, False), rtol=1e-5, atol=1e-5)

@@ -138,6 +138,48 @@ def bent(output: Any) -> Any:
     return output * torch.linspace(0.5, 1.5, output.shape[-1], dtype=output.dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_layer_of_another_dtype(dtype: torch.dtype) -> None:
+    """Under autocast, which casts it, too, if it is one of its types."""
+    model, twin = a_model(), padded(a_model())
+    for each in (model, twin):
+        each.qformer.encoder.layer[0].attention.attention.key.to(dtype)
+        if dtype == torch.float64:
+            each.double()
+    batch = a_batch()
+    batch["image_embeds"] = batch["image_embeds"].to(twin.query_tokens.dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours, truth = (m(**batch, negatives=NEGATIVES) for m in (model, twin))
+    ours.loss.backward()
+    truth.loss.backward()
+    for name in LOSSES:
+        assert relative_error(ours[name], truth[name]) < 0.02, name
+    weight = "qformer.encoder.layer.0.attention.attention.key.weight"
+    ours_grad, truth_grad = (m.get_parameter(weight).grad for m in (model, twin))
+    assert ours_grad.dtype == truth_grad.dtype == dtype
+    assert relative_error(ours_grad, truth_grad) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_of_8_bits_are_not_read_as_numbers(dtype: torch.dtype) -> None:
+    """They stand for other numbers: the layer is called, and says that it has no such product."""
+    model = a_model().eval()
+    layer = model.qformer.encoder.layer[0].output.dense
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    assert f"layer.0.output.dense (Linear, weight {dtype})" in model.extra_repr()
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        model.match(a_batch()["image_embeds"], a_batch()["input_ids"])
+
+
+def test_a_weight_of_several_layers() -> None:
+    model, twin = a_model(), padded(a_model())
+    for each in (model, twin):
+        layers = each.qformer.encoder.layer
+        layers[1].attention.attention.value.weight = layers[0].attention.attention.key.weight
+        layers[2].output.dense = layers[0].output.dense
+    assert_same(paths(model), paths(twin), 1e-3)
+
+
 class Bent(nn.Module):
     """Stands for an adapter of a LayerNorm, which has no weight of its own."""
 
