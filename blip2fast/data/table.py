@@ -7,6 +7,7 @@ on are shared by all processes of a machine. A table of a small source may be in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import shutil
@@ -59,6 +60,7 @@ class RecordTable(Sequence[Any]):
 
     Attributes:
         sizes: rows of each part.
+        digests: SHA-256 of each part that is a folder, as its import stated.
 
     Raises:
         ValueError: a folder that is no table, of another task, or damaged.
@@ -68,6 +70,7 @@ class RecordTable(Sequence[Any]):
         self.parts, self.task = list(parts), task
         self._kind: Any = KINDS[task]
         self._names = [f.name for f in fields(self._kind)]
+        self.digests: list[str] = []
         self._maps: list[mmap.mmap] = []
         self._reads = 0
         tables = [self._open(part) for part in self.parts]
@@ -138,6 +141,7 @@ class RecordTable(Sequence[Any]):
             raise ValueError(
                 f"{part}: records of the task {values['task']}, not {self.task} (data.task)"
             )
+        self.digests.append(values["sha256"])
         path = part / ROWS
         size = path.stat().st_size if path.is_file() else 0
         if size != values["bytes"]:
@@ -182,6 +186,9 @@ def describe_table(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: format {found!r}, but this version reads {FORMAT}; import the records again"
         )
+    missing = [name for name in ("task", "rows", "bytes", "sha256") if name not in values]
+    if missing or values["task"] not in KINDS:
+        raise ValueError(f"{path / DESCRIPTION}: damaged; import the records again")
     return dict(values)
 
 
@@ -273,11 +280,14 @@ class TableWriter:
         self._sink.close()
         for file in self.partial.iterdir():
             flush(file)
+        with (self.partial / ROWS).open("rb") as rows:
+            digest = hashlib.file_digest(rows, "sha256").hexdigest()
         values = {
             "format": FORMAT,
             "task": self.task,
             "rows": self.rows,
             "bytes": (self.partial / ROWS).stat().st_size,
+            "sha256": digest,
             **description,
         }
         replace_file(self.partial / DESCRIPTION, write_json(values))

@@ -9,7 +9,8 @@ from typing import Any
 
 from blip2fast.data.images import CachedImages, FileImages, ImageStore, read_bytes
 from blip2fast.data.records import AnyRecord
-from blip2fast.data.sources import checked_records
+from blip2fast.data.sources import MOST_CHECKED, checked_records
+from blip2fast.data.table import RecordTable
 
 # Images that are read: the first, the last, and those evenly spaced between.
 _SAMPLES = 16
@@ -23,8 +24,8 @@ def identify_data(
 ) -> dict[str, str]:
     """Digests of the training data, by what they are of.
 
-    All records are hashed, or a sample of more than `MOST_CHECKED`. Of a feature cache all keys
-    are hashed, and the contents of a sample.
+    All records are hashed, or of more than `MOST_CHECKED` a sample and what tables state of
+    themselves. Of a feature cache all keys are hashed, and the contents of a sample.
 
     Args:
         records: those of the run.
@@ -35,6 +36,8 @@ def identify_data(
     of_records = hashlib.sha256()
     for record in checked_records(records):
         of_records.update(f"{record!r}\n".encode())
+    if len(records) > MOST_CHECKED and isinstance(records, RecordTable):
+        of_records.update("".join(records.digests).encode())
     chosen = [keys[i * (len(keys) - 1) // max(_SAMPLES - 1, 1)] for i in range(_SAMPLES)]
     words = "".join(_words(tokenizer) for tokenizer in tokenizers).encode()
     return {

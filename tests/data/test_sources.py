@@ -506,6 +506,9 @@ def test_damaged_tables_are_refused(tmp_path: Path) -> None:
     (out / "records.arrow").write_bytes(bytes(len(whole)))
     with pytest.raises(ValueError, match=r"records.arrow: damaged .*; import it again"):
         open_records(str(out), "caption")
+    (out / "records.json").write_text('{"format": 1, "task": "caption"}')
+    with pytest.raises(ValueError, match=r"records.json: damaged; import the records again"):
+        open_records(str(out), "caption")
     (out / "records.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match="format 99, but this version reads 1"):
         open_records(str(out), "caption")

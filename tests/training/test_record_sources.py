@@ -112,3 +112,39 @@ def test_a_mixed_run_resumes_to_the_last_bit(
     monkeypatch.setattr("blip2fast.training.trainer.MOST_SHUFFLED", 100)
     with pytest.raises(ValueError, match="shuffle is 'feistel' there, None here"):
         train(config(world, resumed, resume=True, **settings), say=lambda _: None)
+
+
+def test_a_changed_source_is_noticed_as_a_run_goes_on(world: Path, tmp_path: Path) -> None:
+    """Whatever holds the records: a file, a table, or a folder."""
+    (tmp_path / "folder").mkdir()
+    metadata = tmp_path / "folder" / "metadata.csv"
+    metadata.write_text((world / "flat.csv").read_text().replace("filepath", "file_name"))
+    sources = [str(world / "table"), str(world / "flat.csv"), str(tmp_path / "folder")]
+
+    def contents() -> str:
+        run = build_run(config(world, tmp_path, data={"records": sources}), 0, 1)
+        assert run.batches.plan.num_records == 66
+        return run.contents["contents of data.records"]
+
+    before = contents()
+    assert contents() == before
+    metadata.write_text(metadata.read_text().replace("ring", "disc").replace("star", "disc"))
+    assert contents() != before
+
+
+def test_a_change_between_the_records_that_are_looked_at_is_noticed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large table, every record counts: by the hash that its import stated."""
+    for module in ("data.sources", "training.data_identity"):
+        monkeypatch.setattr(f"blip2fast.{module}.MOST_CHECKED", 10)
+    monkeypatch.setattr("blip2fast.data.sources.SAMPLED", 2)
+    lines = (world / "train.jsonl").read_text().splitlines()
+    found = set()
+    for number, changed in enumerate((lines[3], lines[3].replace("a ", "the ", 1))):
+        (tmp_path / "r.jsonl").write_text("\n".join([*lines[:3], changed, *lines[4:]]))
+        import_records(tmp_path / "r.jsonl", tmp_path / str(number))
+        settings = {"records": str(tmp_path / str(number))}
+        run = build_run(config(world, tmp_path, data=settings), 0, 1)
+        found.add(run.contents["contents of data.records"])
+    assert len(found) == 2
