@@ -240,7 +240,8 @@ def measure_trained(
 def measure_image_encoder(config: Any) -> tuple[int, int]:
     """Parameter count of a frozen image encoder, including unused last blocks, and its width E."""
     vision = getattr(config, "vision_config", config)
-    with _without_numbers():
+    # not on fake tensors, on which the initialisation of most ViTs (`trunc_normal_`) does not run
+    with torch.device("meta"):
         if vision.model_type == "blip_2_vision_model":
             model = Blip2VisionModel(vision)
         else:
