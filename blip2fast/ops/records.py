@@ -11,7 +11,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -284,13 +283,13 @@ def read_records(path: Path, complain: Any = warnings.warn) -> list[Record]:
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Replace a file atomically: a reader sees either the old records or the new ones."""
     lines = ",\n".join(json.dumps(as_json(record)) for record in records)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    # of this process alone, and with the permissions of its umask
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(f'{{"records": [\n{lines}\n]}}\n')
-        Path(name).replace(path)
+        part.write_text(f'{{"records": [\n{lines}\n]}}\n', encoding="utf-8")
+        part.replace(path)
     except OSError:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 

@@ -207,6 +207,16 @@ def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
     assert checks.find([request("none"), request("slow")]) == found
 
 
+def test_records_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        records.write_records(tmp_path / "records.json", [])
+    finally:
+        os.umask(before)
+    assert (tmp_path / "records.json").stat().st_mode & 0o777 == 0o644
+    assert [path.name for path in tmp_path.iterdir()] == ["records.json"]
+
+
 def test_a_file_that_is_not_ours_counts_as_empty(checks: Checks) -> None:
     checks.file.path.parent.mkdir()
     checks.file.path.write_text('{"records": [{"op": "cut off')
