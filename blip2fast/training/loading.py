@@ -55,12 +55,10 @@ def read_batches(
             for batch in _iterator(loader):
                 done += 1
                 yield batch
-        except (ValueError, OSError) as error:
-            raise _without_traceback(error) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            first = str(error).splitlines()[0]
+        except (RuntimeError, ValueError, OSError, EOFError) as error:
+            first = _of_a_dead_worker(error, workers)
+            if not first:
+                raise _without_traceback(error) from None
             if restarts == MOST_RESTARTS:
                 raise OSError(
                     f"data.workers {workers}: {first}; {MOST_RESTARTS + 1} times in this run: "
@@ -68,6 +66,17 @@ def read_batches(
                 ) from None
             restarts += 1
             say(f"{first}: workers started again ({restarts} of at most {MOST_RESTARTS} times)")
+
+
+def _of_a_dead_worker(error: Exception, workers: int) -> str:
+    """A line about the death of a worker; empty if the error is another."""
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return str(error).splitlines()[0]
+    # one that died while it sent a batch; a worker's own errors come with its traceback
+    lost = isinstance(error, ConnectionError | EOFError)
+    if workers > 0 and lost and not _has_traceback(error):
+        return f"a DataLoader worker was lost ({type(error).__name__})"
+    return ""
 
 
 def _iterator(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -83,9 +92,12 @@ def _iterator(loader: DataLoader[Any]) -> Iterator[Any]:
     return started
 
 
-def _without_traceback(error: ValueError | OSError) -> ValueError | OSError:
+def _has_traceback(error: Exception) -> bool:
+    return "Original Traceback" in str(error)
+
+
+def _without_traceback(error: Exception) -> Exception:
     """An error of a worker carries its traceback as text; the last line is the error itself."""
-    lines = str(error).strip().splitlines()
-    if not any("Original Traceback" in line for line in lines):
+    if not _has_traceback(error) or not isinstance(error, ValueError | OSError):
         return error
-    return type(error)(lines[-1].partition(": ")[2])
+    return type(error)(str(error).strip().splitlines()[-1].partition(": ")[2])

@@ -15,6 +15,8 @@ from wrapped_layers import WRAPPERS, wrap
 from blip2fast import QFormer
 from blip2fast.qformer import absorption
 
+pytestmark = pytest.mark.usefixtures("own_linear")
+
 LAYERS = (
     "attention.attention.value",
     "attention.output.dense",

@@ -34,7 +34,7 @@ def test_rooms() -> None:
         *("offload", "ops", "qformer", "scenes", "stage1", "stage2", "training"),
     }
     modules = {p.stem for p in (ROOT / "blip2fast").glob("*.py")}
-    assert modules == {"__init__", "_extension", "_imports", "command_line", "train"}
+    assert modules == {"__init__", "_extension", "_imports", "command_line", "doctor", "train"}
 
 
 def test_transformers_imports_from_the_repository_root() -> None:

@@ -21,6 +21,8 @@ from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.contrast import step_contrast
 from blip2fast.stage1.model import Blip2Stage1
 
+pytestmark = pytest.mark.usefixtures("own_linear")
+
 NEGATIVES = (torch.tensor([2, 3, 0, 1, 5, 4]), torch.tensor([5, 4, 1, 0, 2, 1]))
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
 VALUES = (*LOSSES, "itm_logits", "image_features", "text_features", "query_output")

@@ -12,6 +12,8 @@ from wrapped_layers import WRAPPERS, Wrapper, wrap
 from blip2fast.qformer import absorption
 from blip2fast.stage2.model import Blip2Stage2
 
+pytestmark = pytest.mark.usefixtures("own_linear")
+
 LAYERS = (
     "qformer.encoder.layer.0.crossattention.attention.value",
     "qformer.encoder.layer.0.output_query.dense",

@@ -22,6 +22,7 @@ from blip2fast import train as train_script
 from blip2fast.data.batches import PlannedBatches
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.language_models import load_language_model
+from blip2fast.training import loading
 from blip2fast.training.config_files import parse_config
 from blip2fast.training.trainer import train
 
@@ -66,6 +67,35 @@ def test_workers_that_keep_dying_end_the_run(
     _with_dying_workers(monkeypatch, tmp_path / "deaths", 100)
     with pytest.raises(OSError, match=r"data.workers 1: .*worker.*4 times in this run: lower data"):
         train(config(world, tmp_path / "out", 2, data={"workers": 1}), say=_quiet)
+
+
+@pytest.mark.parametrize("lost", [ConnectionResetError(104, "reset"), EOFError()])
+def test_a_worker_that_dies_while_it_sends_is_replaced(
+    lost: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the loader says nothing of workers, but that its connection is gone."""
+    original, attempts = loading._iterator, []
+
+    def breaking(loader: Any) -> Any:
+        attempts.append(1)
+        if len(attempts) > 1:
+            return original(loader)
+
+        def one_batch() -> Any:
+            yield next(iter(loader))
+            raise lost
+
+        return one_batch()
+
+    monkeypatch.setattr(loading, "_iterator", breaking)
+    said: list[str] = []
+    numbers = [{"x": torch.tensor(i)} for i in range(4)]
+    found = loading.read_batches(numbers, range(4), 1, False, said.append)  # type: ignore[arg-type]
+    assert [int(batch["x"]) for batch in found] == [0, 1, 2, 3]
+    assert said == [
+        f"a DataLoader worker was lost ({type(lost).__name__}): workers started again (1 of at "
+        "most 3 times)"
+    ]
 
 
 def test_the_error_of_a_worker_is_its_own_line(
