@@ -171,4 +171,6 @@ def test_a_signal_to_every_process_of_a_run(
     assert psutil.wait_procs(tree, timeout=40)[1] == []
     assert last_checkpoint(output / "checkpoints") is not None
     said = output.with_suffix(".err").read_text()
-    assert f"stopped by {number.name} after step" in said
+    # the signals are sent one after another, and a step may end between those to two ranks
+    heard = ("a signal to another process", number.name)
+    assert any(f"stopped by {each} after step" in said for each in heard), said
