@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,6 +172,6 @@ def test_a_signal_to_every_process_of_a_run(
     assert psutil.wait_procs(tree, timeout=40)[1] == []
     assert last_checkpoint(output / "checkpoints") is not None
     said = output.with_suffix(".err").read_text()
-    # the signals are sent one after another, and a step may end between those to two ranks
-    heard = ("a signal to another process", number.name)
-    assert any(f"stopped by {each} after step" in said for each in heard), said
+    # the signals are sent one after another: a rank may first hear of another's, or what its
+    # launcher sends on its own
+    assert re.search(r"stopped by .+ after step \d+ of 100000; saved", said), said
