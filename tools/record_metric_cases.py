@@ -3,8 +3,8 @@
     python tools/record_metric_cases.py VQA/PythonEvaluationTools/vqaEvaluation/vqaEval.py
 
 It needs pycocoevalcap (pip) and Java for caption_metrics.json, and the published evaluation script
-of VQAv2 (github.com/GT-Vision-Lab/VQA) for vqa_accuracy.json, which are written to tests/reference/.
-The script is of Python 2: its print statements are rewritten before it is run.
+of VQAv2 (github.com/GT-Vision-Lab/VQA) for vqa_accuracy.json; both go to tests/reference/. The
+script is of Python 2: its print statements are rewritten before it is run.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class _Annotations:
     def __init__(self, qa: dict[int, Any]) -> None:
         self.qa = qa
 
-    def getQuesIds(self) -> list[int]:  # noqa: N802, the script calls it
+    def getQuesIds(self) -> list[int]:
         return list(self.qa)
 
 

@@ -30,11 +30,11 @@ _TRANSLATED = str.maketrans(_BEFORE)
 _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'"}
 
 # with a period, in any place
-_ABBREVIATIONS = """
+_WITH_PERIOD = """
 mr mrs ms dr prof rev hon sgt gen gov sen rep lt col capt maj cpl adm st mt ft ave blvd rd sq ct
 jr sr co corp inc ltd bros dept univ assn est bldg etc vs jan feb mar apr jun jul aug sep sept
 oct nov dec mon tue tues wed thu thurs fri ph.d
-""".split()
+"""
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _CURRENCIES = {"\u00a3": "#", "\u20ac": "$", "\u00a2": "cents"}
 _SPLIT = {
@@ -73,7 +73,7 @@ _PATTERN = re.compile(
             rf"{_NOT_IN_WORD}(?:cannot|gonna|gotta|wanna|lemme|gimme)(?![-'/]?{_W})",
             rf"{_L}+(?=n't(?!{_W}))",
             # abbreviations and initials
-            rf"{_NOT_IN_WORD}(?:{'|'.join(map(re.escape, _ABBREVIATIONS))})\.(?!{_W})",
+            rf"{_NOT_IN_WORD}(?:{'|'.join(map(re.escape, _WITH_PERIOD.split()))})\.(?!{_W})",
             rf"{_NOT_IN_WORD}no\.(?=\s*\d)",
             rf"{_NOT_IN_WORD}{_L}(?:\.{_L})+(?!{_W})\.?",
             rf"{_NOT_IN_WORD}{_L}\.(?!\.\.)(?!{_L})",

@@ -11,13 +11,20 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-_NUMBERS = dict(
-    zip(
-        "none zero one two three four five six seven eight nine ten".split(),
-        ("0", *map(str, range(11))),
-        strict=True,
-    )
-)
+_NUMBERS = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
 _ARTICLES = ("a", "an", "the")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -32,7 +39,7 @@ someone's something'd something'd've something'll that's there'd there'd've ther
 they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
 when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
 would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()
+"""
 
 
 def _without_one(word: str) -> list[str]:
@@ -41,8 +48,8 @@ def _without_one(word: str) -> list[str]:
 
 
 def _table() -> dict[str, str]:
-    table = {}
-    for word in _CONTRACTIONS:
+    table: dict[str, str] = {}
+    for word in _CONTRACTIONS.split():
         spelt = _without_one(word)
         # of two apostrophes one is missing; "hadntve", without both, is not in the script's list
         table |= dict.fromkeys(spelt, word)

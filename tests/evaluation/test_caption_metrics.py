@@ -37,7 +37,7 @@ def test_scores_are_those_of_pycocoevalcap() -> None:
 
 def test_bleu_by_hand() -> None:
     # 4 of 5 words, 2 of 4 pairs, 0 of 3 triples; the nearer reference has 6 words
-    candidate, references = "a b c x d".split(), ["a b y c d z".split(), "a".split()]
+    candidate, references = ["a", "b", "c", "x", "d"], [["a", "b", "y", "c", "d", "z"], ["a"]]
     found = score_tokens([candidate], [references]).corpus
     penalty = math.exp(1 - 6 / 5)
     assert found["BLEU-1"] == pytest.approx(penalty * 4 / 5)
@@ -46,21 +46,21 @@ def test_bleu_by_hand() -> None:
 
 
 def test_a_word_counts_no_oftener_than_a_reference_has_it() -> None:
-    found = score_tokens([["the"] * 4], [["the cat the".split()]])
+    found = score_tokens([["the"] * 4], [[["the", "cat", "the"]]])
     assert found.corpus["BLEU-1"] == pytest.approx(2 / 4)
 
 
 def test_rouge_by_hand() -> None:
     # the common subsequence "a b d" has 3 of 4 words of the caption, and 3 of 5 of the reference
-    found = score_tokens(["a b c d".split()], [["a x b y d".split()]]).corpus["ROUGE-L"]
+    found = score_tokens([["a", "b", "c", "d"]], [[["a", "x", "b", "y", "d"]]]).corpus["ROUGE-L"]
     precision, recall, weight = 3 / 4, 3 / 5, 1.2**2
     assert found == pytest.approx((1 + weight) * precision * recall / (recall + weight * precision))
 
 
 def test_cider_by_hand() -> None:
     """Two images that share no word: every n-gram has the weight log 2."""
-    candidates = ["a b".split(), "x y z".split()]
-    references = [["a b".split(), "a c".split()], ["x y z".split()]]
+    candidates = [["a", "b"], ["x", "y", "z"]]
+    references = [[["a", "b"], ["a", "c"]], [["x", "y", "z"]]]
     # "a b" with "a b": 1-grams and 2-grams agree, there are no others. With "a c": one word of two
     first = 10 * ((1 + 1) / 4 + (1 / 2) / 4) / 2
     second = 10 * (1 + 1 + 1) / 4
@@ -71,8 +71,8 @@ def test_cider_by_hand() -> None:
 
 def test_cider_penalises_length_and_repetition() -> None:
     def cider(text: str) -> float:
-        references = [["a red dog".split()], ["the blue cat".split()]]
-        return score_tokens([text.split(), "x".split()], references).each["CIDEr-D"][0]
+        references = [[["a", "red", "dog"]], [["the", "blue", "cat"]]]
+        return score_tokens([text.split(), ["x"]], references).each["CIDEr-D"][0]
 
     assert cider("a red dog") == pytest.approx(10 * 3 / 4)
     assert cider("a red dog dog dog dog") < cider("a red dog") * math.exp(-9 / 72)
