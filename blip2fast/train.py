@@ -5,6 +5,7 @@ deepspeed --num_gpus 2 blip2fast/train.py --config ... --set optim.lr=3e-4 --set
 python blip2fast/train.py --config ...                       (one process)
 deepspeed blip2fast/train.py --resume runs/scenes/stage1     (continues in its own way)
 deepspeed blip2fast/train.py --config STAGE1 --set ... --config STAGE2 --set ...   (one start)
+deepspeed --module blip2fast.train --config ...              (installed, without a checkout)
 """
 
 from __future__ import annotations
@@ -42,9 +43,16 @@ class _Runs(argparse.Action):
         setattr(namespace, self.dest, runs)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; exits with a one-line message on bad input."""
-    parser = argparse.ArgumentParser(description="Train stage 1 or stage 2 of BLIP-2.")
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Entry point; exits with a one-line message on bad input.
+
+    Args:
+        arguments: those of the command line; None: `sys.argv[1:]`.
+        program: its name in messages; None: the script's.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program, description="Train stage 1 or stage 2 of BLIP-2."
+    )
     parser.add_argument(
         "--config",
         action=_Runs,
@@ -117,7 +125,7 @@ def _import_from_repository() -> None:
     sys.path.insert(0, str(here.parent))
 
 
-def _leave_processes() -> None:
+def leave_processes() -> None:
     """Destroy the process group; no training is possible in this process afterwards."""
     import torch.distributed as dist
 
@@ -130,4 +138,4 @@ if __name__ == "__main__":
     try:
         main()
     finally:
-        _leave_processes()
+        leave_processes()

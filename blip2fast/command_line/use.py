@@ -1,0 +1,58 @@
+"""`blip2fast caption` and `demo`: what a trained model is used for."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from blip2fast.command_line.options import Device, quiet_transformers
+
+
+def caption(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH",
+            help="A stage-2 run, a checkpoint of it, or a transformers BLIP-2 (folder, hub name).",
+        ),
+    ],
+    question: Annotated[str | None, typer.Option(help="To answer, instead of a caption.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Instead of the model's own; with {} for a question.")
+    ] = None,
+    num_beams: Annotated[int, typer.Option(min=1)] = 5,
+    device: Device = None,
+) -> None:
+    """Describe image files, or answer a question about each.
+
+    Prints a line for each image: its path, a tab, and what the model writes.
+
+    Example: blip2fast caption --model runs/scenes/stage2 one.png two.png
+    """
+    from blip2fast.inference.model import Blip2
+
+    quiet_transformers()
+    loaded = Blip2.from_pretrained(model, device=device)
+    if question is None:
+        texts = loaded.caption(images, prompt=prompt, num_beams=num_beams)
+    else:
+        texts = loaded.answer(images, question, prompt=prompt, num_beams=num_beams)
+    for path, text in zip(images, texts, strict=True):
+        print(f"{path}\t{text}")
+
+
+def demo(context: typer.Context) -> None:
+    """Train both stages on rendered scenes, on a CPU, and judge them on held-out images.
+
+    Everything lands in runs/scenes. `blip2fast demo --help` lists its options.
+
+    Example: blip2fast demo --fast
+    """
+    from blip2fast._imports import needs
+
+    with needs("run the demo", "matplotlib", "rich", "sklearn"):
+        from blip2fast.demo.run import main
+
+    raise typer.Exit(main(context.args, "blip2fast demo"))
