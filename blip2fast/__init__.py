@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from blip2fast import ops as ops
     from blip2fast import qformer as qformer
     from blip2fast import scenes as scenes
+    from blip2fast import scoring as scoring
     from blip2fast import stage1 as stage1
     from blip2fast import stage2 as stage2
     from blip2fast import training as training
@@ -70,6 +71,7 @@ _ROOMS = (
     "ops",
     "qformer",
     "scenes",
+    "scoring",
     "stage1",
     "stage2",
     "training",

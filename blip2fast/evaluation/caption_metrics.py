@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from blip2fast.evaluation.caption_tokens import caption_tokens
+from blip2fast.evaluation.caption_words import caption_tokens
 
 Tokens = Sequence[str]
 NGram = tuple[str, ...]

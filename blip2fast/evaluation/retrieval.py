@@ -126,6 +126,26 @@ def retrieval_recall(
     Raises:
         ValueError: the shapes disagree.
     """
+    ranks_i2t, ranks_t2i = retrieval_ranks(score_i2t, score_t2i, text_image)
+    ranks_i2t = ranks_i2t[ranks_i2t >= 0]
+    recall = {f"i2t_r{k}": (ranks_i2t < k).float().mean().item() for k in ks}
+    return recall | {f"t2i_r{k}": (ranks_t2i < k).float().mean().item() for k in ks}
+
+
+def retrieval_ranks(
+    score_i2t: Tensor, score_t2i: Tensor, text_image: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How many wrong texts rank above each image's best own text, and wrong images above a text's.
+
+    Args:
+        score_i2t, score_t2i, text_image: as in `retrieval_recall`, with its rule for ties and NaN.
+
+    Returns:
+        Ranks from 0 of the images [I], -1 for those without a text, and of the texts [J].
+
+    Raises:
+        ValueError: the shapes disagree.
+    """
     num_images, num_texts = score_i2t.shape
     if score_t2i.shape != score_i2t.shape or text_image.shape != (num_texts,):
         raise ValueError(
@@ -134,12 +154,10 @@ def retrieval_recall(
         )
     own = text_image[None, :] == torch.arange(num_images)[:, None]
     right_image = score_t2i.gather(0, text_image[None, :])
-    rank_t2i = (~(score_t2i < right_image) & ~own).sum(0)
-    has_text = own.any(1)
+    ranks_t2i = (~(score_t2i < right_image) & ~own).sum(0)
     best_own = score_i2t.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-    rank_i2t = (~(score_i2t < best_own) & ~own).sum(1)[has_text]
-    recall = {f"i2t_r{k}": (rank_i2t < k).float().mean().item() for k in ks}
-    return recall | {f"t2i_r{k}": (rank_t2i < k).float().mean().item() for k in ks}
+    ranks_i2t = (~(score_i2t < best_own) & ~own).sum(1)
+    return ranks_i2t.masked_fill(~own.any(1), -1), ranks_t2i
 
 
 def match_logits(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from blip2fast.evaluation.caption_metrics import score_captions, score_tokens
-from blip2fast.evaluation.caption_tokens import caption_tokens
+from blip2fast.evaluation.caption_words import caption_tokens
 
 RECORDED: dict[str, Any] = json.loads(
     (Path(__file__).parents[1] / "reference" / "caption_metrics.json").read_text()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from blip2fast.evaluation.vqa_accuracy import exact_answer, mean_by, normalise, vqa_accuracy
+from blip2fast.evaluation.answer_accuracy import exact_answer, mean_by, normalise, vqa_accuracy
 
 RECORDED: dict[str, Any] = json.loads(
     (Path(__file__).parents[1] / "reference" / "vqa_accuracy.json").read_text()
