@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -31,11 +30,13 @@ class Processes:
     Attributes:
         rank, count: its number, and how many there are.
         local_rank: its number on its machine, which chooses its GPU.
+        group: by which they exchange values; None: all processes.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    group: Any = None
 
     def device(self, given: str | None) -> torch.device:
         """The device of this process: the given one, else its GPU, else the CPU.
@@ -61,7 +62,7 @@ class Processes:
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def agree(self, compute: Callable[[], T]) -> T:
@@ -92,20 +93,20 @@ class Processes:
         if self.count == 1:
             return found  # type: ignore[return-value]
         values = [found]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]  # type: ignore[return-value]
 
 
-@contextmanager
-def started_processes() -> Iterator[Processes]:
-    """The processes that a launcher such as torchrun has started, connected within the block."""
+def started_processes() -> Processes:
+    """The processes that a launcher such as torchrun has started, connected on first use."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        yield Processes()
-        return
-    # what is exchanged is on the host
-    dist.init_process_group("gloo", timeout=_PATIENCE)
-    try:
-        yield Processes(dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
-    finally:
-        dist.destroy_process_group()
+        return Processes()
+    group = None
+    if not dist.is_initialized():
+        # what is exchanged is on the host
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    elif dist.get_backend() != "gloo":
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return Processes(dist.get_rank(), count, local_rank, group)

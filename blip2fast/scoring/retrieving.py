@@ -68,10 +68,8 @@ def evaluate_retrieval(
             f"rerank_k={rerank_k}, captions_per_image={captions_per_image}, max_txt_len="
             f"{max_txt_len}: expected at least 0, 1 and 2"
         )
-    with (
-        started_processes() as processes,
-        opened(setup, processes, "caption", captions_per_image) as evaluation,
-    ):
+    processes = started_processes()
+    with opened(setup, processes, "caption", captions_per_image) as evaluation:
         loaded = evaluation.load(load_matching)
         longest = min(max_txt_len, loaded.model.config.max_position_embeddings)
         evaluation.begin(

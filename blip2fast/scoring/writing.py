@@ -38,7 +38,8 @@ def evaluate_captions(
     Raises:
         ValueError: bad input, in one line.
     """
-    with started_processes() as processes, opened(setup, processes, "caption") as evaluation:
+    processes = started_processes()
+    with opened(setup, processes, "caption") as evaluation:
         loaded = evaluation.load(load_writing)
         used: GenerationOptions = {**CAPTION, **(options or {})}
         prefix = loaded.model.prompts.caption if prompt is None else prompt
@@ -73,7 +74,8 @@ def evaluate_answers(
     Raises:
         ValueError: as `evaluate_captions`.
     """
-    with started_processes() as processes, opened(setup, processes, "vqa") as evaluation:
+    processes = started_processes()
+    with opened(setup, processes, "vqa") as evaluation:
         loaded = evaluation.load(load_writing)
         used: GenerationOptions = {**ANSWER, **(options or {})}
         template = loaded.model.prompts.question if prompt is None else prompt
