@@ -69,6 +69,7 @@ _ROOMS = (
     "offload",
     "ops",
     "qformer",
+    "reporting",
     "scenes",
     "stage1",
     "stage2",

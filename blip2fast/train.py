@@ -91,7 +91,10 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     transformers.utils.logging.disable_progress_bar()
     try:
         for run in [load_config(config, overrides) for config, overrides in given.runs]:
-            train(run)
+            try:
+                train(run)
+            finally:
+                _write_report(run.output_dir)
     except (ValueError, FloatingPointError, OSError, ProcessLostError) as error:
         # The launcher kills all processes as soon as one exits, so each prints its own error.
         rank = os.environ.get("RANK", "0")
@@ -102,6 +105,18 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)  # before the first step, or after the last
+
+
+def _write_report(folder: str) -> None:
+    """Write the run's `report.html`, whatever ended it; the run itself does not depend on it."""
+    if os.environ.get("RANK", "0") != "0" or not Path(folder, "metrics.jsonl").is_file():
+        return
+    from blip2fast.reporting import write_report
+
+    try:
+        print(f"report: {write_report(folder)}", file=sys.stderr)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"no report: {error}", file=sys.stderr)
 
 
 def _share_cores() -> None:

@@ -32,6 +32,7 @@ ROOMS = (
     "checkpoints",
     "training",
     "inference",
+    "reporting",
     "scenes",
     "demo",
     "doctor",
@@ -41,7 +42,7 @@ ROOMS = (
 )
 FACES = (
     *("checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload", "qformer"),
-    *("stage1", "stage2", "training"),
+    *("reporting", "stage1", "stage2", "training"),
 )
 # What not every user has installed beside torch, transformers and NumPy.
 OPTIONAL = (
