@@ -433,8 +433,8 @@ class Blip2Stage2(nn.Module):
         parameters must be gathered around this call (`deepspeed.zero.GatheredParameters`).
 
         Args:
-            image_embeds, images, image_attention_mask, image_counts, qformer_input_ids,
-                qformer_attention_mask: As in `forward`.
+            image_embeds, images, image_attention_mask, image_counts: As in `forward`.
+            qformer_input_ids, qformer_attention_mask: As in `forward`.
             input_ids, attention_mask: [B, T] text to continue (decoder-only) or to encode; by
                 default an empty text: the model's bos token, or eos for an encoder.
             prompts: [B, Q, L] ([N, Q, L]) from `encode_image`, instead of images, to avoid encoding
