@@ -138,11 +138,10 @@ def _import_from_repository() -> None:
 
 
 def _leave_processes() -> None:
-    """Destroy the process group; no training is possible in this process afterwards."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, if one was joined."""
+    engine = sys.modules.get("blip2fast.training.engine")
+    if engine is not None:
+        engine.leave_processes()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import os
 import socket
@@ -199,6 +200,22 @@ def _meet(backend: str) -> None:
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
     )
+
+
+def leave_processes() -> None:
+    """Leave the process group and end its threads; this process cannot train afterwards.
+
+    DeepSpeed keeps a reference to the group, whose threads would go on. One that is still at work
+    when the interpreter ends aborts the process. (Under ZeRO-3 the engine keeps others.)
+    """
+    if not dist.is_initialized():
+        return
+    with needs("train", "deepspeed"):
+        from deepspeed.utils import groups
+
+    dist.destroy_process_group()
+    groups._WORLD_GROUP = None
+    gc.collect()  # engines are in cycles
 
 
 def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, dict[str, Any]]:
