@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import os
 import socket
@@ -150,7 +151,13 @@ def start_processes() -> torch.device:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     if not on_gpu:
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"LOCAL_RANK is {number}, but this process sees {count} GPU(s): start one process for "
+            "each GPU of a machine, and let each see them all"
+        )
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 
@@ -193,6 +200,22 @@ def _meet(backend: str) -> None:
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
     )
+
+
+def leave_processes() -> None:
+    """Leave the process group and end its threads; this process cannot train afterwards.
+
+    DeepSpeed keeps a reference to the group, whose threads would go on. One that is still at work
+    when the interpreter ends aborts the process. (Under ZeRO-3 the engine keeps others.)
+    """
+    if not dist.is_initialized():
+        return
+    with needs("train", "deepspeed"):
+        from deepspeed.utils import groups
+
+    dist.destroy_process_group()
+    groups._WORLD_GROUP = None
+    gc.collect()  # engines are in cycles
 
 
 def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, dict[str, Any]]:
