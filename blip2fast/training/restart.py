@@ -20,13 +20,14 @@ from blip2fast.training.config_files import config_values, load_config
 
 HISTORY = "history.jsonl"
 # What decides the data, their order and the function that is trained is compared on resume.
-_COMPARED = ("stage", "seed", "model", "language_model", "data", "optim")
+_COMPARED = ("stage", "seed", "model", "language_model", "image_encoder", "data", "optim")
 _FREE = {
     "data": ("workers", "eval_records", "eval_features", "eval_images"),
     "optim": (
         *("max_steps", "lr", "min_lr", "warmup_steps", "betas", "eps", "weight_decay"),
         *("clip_norm", "batch_size", "accumulation"),
     ),
+    "image_encoder": ("layer_decay", "gradient_checkpointing"),
 }
 # These say how to start, not what to train.
 _OF_A_START = ("resume", "overwrite", "output_dir")
@@ -47,7 +48,18 @@ def run_identity(
     for section, names in _FREE.items():
         for name in names:
             same[section].pop(name)
+    _leave_out_new_defaults(same)
     return {**same, "samples_per_step": samples_per_step, **contents}
+
+
+def _leave_out_new_defaults(same: dict[str, Any]) -> None:
+    """Settings that checkpoints of earlier versions do not have, where they change nothing."""
+    if same["language_model"] is not None and same["language_model"]["lora"] is None:
+        same["language_model"].pop("lora")
+    if not same["optim"]["lr_scales"]:
+        same["optim"].pop("lr_scales")
+    if not same["image_encoder"]["train"]:
+        same.pop("image_encoder")
 
 
 def check_steps(config: RunConfig, step: int, checkpoint: Path) -> None:
