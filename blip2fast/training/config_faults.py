@@ -57,8 +57,6 @@ def _encoder_faults(config: RunConfig) -> list[str]:
             )
     elif section != type(section)():
         faults.append("image_encoder.layer_decay and gradient_checkpointing need train: true")
-    if data.features is not None and data.image_size is not None:
-        faults.append("data.image_size is for data.images; a cache has the size it was made with")
     return faults
 
 

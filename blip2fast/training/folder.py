@@ -9,12 +9,16 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
+
+import torch.distributed as dist
 
 from blip2fast.checkpoints.files import DESCRIPTION, MODEL
 from blip2fast.checkpoints.kept import remove
 from blip2fast.data.manifest import MANIFEST, naming
+from blip2fast.training.config import RunConfig
 from blip2fast.training.restart import HISTORY
 
 LOCK = "run.lock"
@@ -92,6 +96,30 @@ class FolderLock:
             f"output_dir {str(self.path.parent)!r} is in use by {who}: wait until that run has "
             "ended, or choose another folder"
         )
+
+
+def lock_together(
+    config: RunConfig, say: Callable[[str], None]
+) -> AbstractContextManager[FolderLock | None]:
+    """Lock the output folder on rank 0; every process must call this.
+
+    Raises:
+        ValueError: another run is in it, or has been since `check_machine`.
+    """
+    faults: list[str | None] = [None]
+    lock: AbstractContextManager[FolderLock | None] = nullcontext()
+    if dist.get_rank() == 0:
+        folder = Path(config.output_dir)
+        try:
+            lock = FolderLock(folder, say)
+            faults[0] = "; ".join(folder_faults(folder, config.resume, config.overwrite)) or None
+        except (ValueError, OSError) as error:
+            faults[0] = str(error)
+    dist.broadcast_object_list(faults)
+    if faults[0] is not None:
+        with lock:
+            raise ValueError(faults[0])
+    return lock
 
 
 def remove_earlier_run(folder: Path) -> None:

@@ -34,6 +34,7 @@ from blip2fast.training.engine_state import (
     optimizer_state,
     restore_loss_scale,
 )
+from blip2fast.training.faults import Faults
 from blip2fast.training.finite import StepGate
 from blip2fast.training.log import Progress, read_metrics
 from blip2fast.training.trainer import Trainer, train
@@ -127,7 +128,9 @@ def spoil_gradient(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, ...]
             if not hasattr(self, "spoiled"):
                 self.spoiled = True
                 parameter = dict(self.model.named_parameters())["ln_vision.weight"]
-                parameter.register_hook(lambda g: g * float("nan") if self.step + 1 in steps else g)
+                parameter.register_hook(
+                    lambda g: g * float("nan") if self.state.step + 1 in steps else g
+                )
             original(self, batches)
 
         monkeypatch.setattr(Trainer, "_train_step", step)
@@ -205,7 +208,7 @@ def test_a_parameter_that_is_not_finite_is_never_saved(
 
     def overflows_in_step_4(self: Trainer, batches: Iterator[Any]) -> None:
         original(self, batches)
-        if self.step == 3:
+        if self.state.step == 3:
             self.model.ln_vision.bias.data[0] = float("inf")
 
     monkeypatch.setattr(Trainer, "_train_step", overflows_in_step_4)
@@ -288,13 +291,13 @@ def test_no_step_passes_before_the_host_knows(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero_stage: int
 ) -> None:
     seen: list[Any] = []
-    original = Trainer._read_outcomes
+    original = Faults.read_outcomes
 
-    def noted(self: Trainer, wait: bool) -> bool:
-        seen.append({n: v.clone() for n, v in self._parameters().items()})
+    def noted(self: Faults, wait: bool) -> bool:
+        seen.append({n: v.clone() for n, v in self._state.parameters().items()})
         return original(self, wait)
 
-    monkeypatch.setattr(Trainer, "_read_outcomes", noted)
+    monkeypatch.setattr(Faults, "read_outcomes", noted)
     rare = {"log_every": 100, "save_every": 0, "zero_stage": zero_stage}
     with pytest.raises(FloatingPointError, match="step 3: loss not finite, as the tokens"):
         train(_settings(world, tmp_path / "out", 2, **rare), say=_quiet)

@@ -41,7 +41,7 @@ def test_a_stopped_run_resumes_as_if_it_had_never_stopped(
     original = Trainer._train_step
 
     def interrupted(self: Trainer, batches: Any) -> None:
-        if self.step == 1:
+        if self.state.step == 1:
             os.kill(os.getpid(), number)
         original(self, batches)
 
