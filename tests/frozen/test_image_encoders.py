@@ -343,7 +343,7 @@ def test_an_image_size_between_patches_is_refused(photos: Path, tmp_path: Path) 
     live = {"features": None, "eval_features": None, "eval_records": None, "image_size": 32}
     live |= {"images": str(photos / "images"), "image_encoder": str(photos / "vit")}
     with pytest.raises(
-        ValueError, match="image_size 32 is not a multiple of .* patch size 14; 28 is"
+        ValueError, match=r"image_size 32 is not a multiple of .* patch size 14; 28 is"
     ):
         train(config(photos, tmp_path / "out", 1, data=live), say=lambda _: None)
 
