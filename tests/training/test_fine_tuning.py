@@ -160,7 +160,7 @@ def test_gradients_reach_the_encoder_through_the_three_losses(world: Path, tmp_p
     parts = build_run(_tuned(world, tmp_path, 1), 0, 1)
     model, batch = parts.model.double().eval(), dict(parts.batches[0])
     # LAVIS's `local` leaves out a part of ITC's gradient
-    model.config = replace(model.config, grad_mode="global")
+    model.config = replace(model.config, grad_mode="full")
     batch |= {"images": batch["images"].double(), "negatives": (torch.arange(4).roll(1),) * 2}
     encoder = [p for n, p in model.named_parameters() if n.startswith("image_encoder.")]
     model(**batch).loss.backward()
