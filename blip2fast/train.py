@@ -10,12 +10,13 @@ deepspeed blip2fast/train.py --config STAGE1 --set ... --config STAGE2 --set ...
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 class _Runs(argparse.Action):
@@ -74,16 +75,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     import transformers
 
+    from blip2fast.training.agreement import SharedFault, together
     from blip2fast.training.config_files import load_config
-    from blip2fast.training.engine import ProcessLostError
+    from blip2fast.training.engine import ProcessLostError, start_processes
     from blip2fast.training.stopping import RunStopped
     from blip2fast.training.trainer import train
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        for run in [load_config(config, overrides) for config, overrides in given.runs]:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            start_processes()  # a file that one machine lacks is an error of all
+        for run in together(lambda: [load_config(*each) for each in given.runs]):
             train(run)
+    except SharedFault as error:
+        _exit_together(f"error: {error}")
     except (ValueError, FloatingPointError, OSError, ProcessLostError) as error:
         # The launcher kills all processes as soon as one exits, so each prints its own error.
         rank = os.environ.get("RANK", "0")
@@ -108,6 +114,20 @@ def _share_cores() -> None:
     bound = getattr(os, "sched_getaffinity", None)
     cores = len(bound(0)) if bound is not None else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+
+
+def _exit_together(line: str) -> NoReturn:
+    """Print a line once a machine, and exit when all machines have.
+
+    A launcher kills the other processes as soon as one exits.
+    """
+    import torch.distributed as dist
+
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(RuntimeError):
+        dist.barrier()
+    sys.exit(1)
 
 
 def _import_from_repository() -> None:

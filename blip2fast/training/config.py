@@ -230,6 +230,19 @@ class OptimSection:
 
 
 @dataclass
+class LogSection:
+    """Where a run's metrics go besides `metrics.jsonl` and TensorBoard (docs/logs.md).
+
+    Attributes:
+        wandb: Weights & Biases: the name of a project, or true for the project `blip2fast`.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    wandb: bool | Annotated[str, Field(min_length=1)] = False
+
+
+@dataclass
 class RunConfig:
     """The configuration of a training run.
 
@@ -298,6 +311,7 @@ class RunConfig:
     keep_every: _NonNegative = 0
     keep_best: str | None = None
     log_every: _Count = 50
+    log: LogSection = field(default_factory=LogSection)
     resume: bool = False
     overwrite: bool = False
     on_nonfinite: Literal["raise", "skip"] = "raise"

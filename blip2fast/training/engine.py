@@ -151,7 +151,13 @@ def start_processes() -> torch.device:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     if not on_gpu:
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"LOCAL_RANK is {number}, but this process sees {count} GPU(s): start one process for "
+            "each GPU of a machine, and let each see them all"
+        )
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 

@@ -125,6 +125,15 @@ def lowers_loss_scale(engine: DeepSpeedEngine) -> bool:
     return bool(scaler.cur_scale > least)
 
 
+def scale_of_norm(engine: DeepSpeedEngine) -> float:
+    """The factor in the gradient norm that the engine reports after its next step.
+
+    ZeRO stages report it without the loss scale, and stage 0 in fp16 with it.
+    """
+    scaler = _loss_scaler(engine)
+    return 1.0 if scaler is None or engine.zero_optimization() else float(scaler.cur_scale)
+
+
 def _loss_scaler(engine: DeepSpeedEngine) -> Any:
     """The object that holds fp16's dynamic loss scale; None in other precisions."""
     if not engine.fp16_enabled():

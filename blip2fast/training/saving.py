@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from blip2fast.checkpoints.kept import Kept, read_best, remove_others, write_best
 from blip2fast.checkpoints.resume import save_checkpoint
-from blip2fast.checkpoints.trained import save_model
+from blip2fast.checkpoints.trained import Description, save_model
 from blip2fast.training.agreement import first_process
 from blip2fast.training.finite import nonfinite_names, some_of
 from blip2fast.training.log import RunLog
@@ -124,6 +125,19 @@ class Saver:
                 f"step {self._state.step}: {some_of(bad)} not finite after the update: lower "
                 f"optim.lr. Neither saved nor evaluated. {last_good(self._folder)}"
             )
+
+
+def how_to_use(folder: str, description: Description, task: str) -> str:
+    """Where the trained model is, and what to do with it next, as a line."""
+    path = shlex.quote(folder)
+    if description.stage == 1:
+        return f"model in {folder}; train stage 2 from it: --set init_from={path}"
+    # the command loads the image encoder by its name and number of blocks
+    if task == "sequence" or ", block " not in description.image_encoder:
+        code = f"blip2fast.checkpoints.load_trained({folder!r})"
+        return f"model in {folder}, try: {code}"
+    question = ' --question "..."' if task == "vqa" else ""
+    return f"model in {folder}, try: blip2fast caption --model {path} IMAGE{question}"
 
 
 def _is_better(folder: Path, metric: str, value: float) -> bool:

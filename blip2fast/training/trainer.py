@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,7 +13,12 @@ from torch import Tensor
 
 from blip2fast.checkpoints.trained import trained_names
 from blip2fast.stage1.model import Blip2Stage1
-from blip2fast.training.agreement import any_process, first_process
+from blip2fast.training.agreement import (
+    any_process,
+    first_process,
+    processes_by_machine,
+    together,
+)
 from blip2fast.training.build import Run, build_run
 from blip2fast.training.config import DTYPE_OF, RunConfig
 from blip2fast.training.engine import (
@@ -28,13 +33,20 @@ from blip2fast.training.folder import lock_together, remove_earlier_run
 from blip2fast.training.loading import read_batches
 from blip2fast.training.log import RunLog
 from blip2fast.training.placement import choose_placement
-from blip2fast.training.preflight import check_machine, prepare_kernels
+from blip2fast.training.preflight import (
+    check_machine,
+    check_same_data,
+    check_same_run,
+    prepare_kernels,
+)
 from blip2fast.training.restart import last_good, with_start
 from blip2fast.training.run_state import RunState
-from blip2fast.training.saving import Saver
+from blip2fast.training.saving import Saver, how_to_use
+from blip2fast.training.step_metrics import learning_rates, peak_memory_gib, timed
 from blip2fast.training.step_passes import DeviceBatches, step_passes
 from blip2fast.training.stopping import StopRequest
 from blip2fast.training.validation import validate
+from blip2fast.training.weights_and_biases import WandbRun
 
 
 def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, float]:
@@ -50,23 +62,36 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
         The metrics of the last evaluation, or without a held-out set the last logged ones.
 
     Raises:
-        ValueError: the run cannot start; see `blip2fast.training.preflight.check_machine`.
+        ValueError: the run cannot start; see `blip2fast.training.preflight.check_machine`. With
+            several processes all raise it, also where only one machine has the fault.
         FloatingPointError: a value is not finite; see `RunConfig.on_nonfinite`.
         RunStopped: a signal stopped the run, and a checkpoint was saved.
     """
     stop = StopRequest()
     device = start_processes()
-    check_machine(with_start(config), dist.get_world_size())
-    prepare_kernels(config, say if dist.get_rank() == 0 else None)
-    machines = max(1, dist.get_world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    config = choose_placement(
-        config, dist.get_world_size(), machines, say if dist.get_rank() == 0 else None
-    )
+    say_first = say if dist.get_rank() == 0 else None
+    check_same_run(config)
+    together(lambda: check_machine(with_start(config), dist.get_world_size()))
+    machines, beside = processes_by_machine()
+    together(lambda: prepare_kernels(config, say_first, beside))
+    config = choose_placement(config, dist.get_world_size(), machines, say_first)
     with lock_together(config, say):
-        parts = build_run(with_start(config), dist.get_rank(), dist.get_world_size())
+        parts = _build(with_start(config))
         if config.overwrite and dist.get_rank() == 0:
             remove_earlier_run(Path(config.output_dir))
         return Trainer(config, parts, device, say, stop).run()
+
+
+def _build(config: RunConfig) -> Run:
+    """Build the parts of the run, from the same data on every machine."""
+
+    def build() -> Run:
+        return build_run(config, dist.get_rank(), dist.get_world_size())
+
+    # the parts of a language model under ZeRO-3 are handed out while it is loaded: a collective
+    parts = build() if config.zero_stage == 3 else together(build)
+    check_same_data(parts)
+    return parts
 
 
 class Trainer:
@@ -111,22 +136,30 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Train to `optim.max_steps`; returns the last metrics."""
         self._introduce()
-        log = None
-        if dist.get_rank() == 0:
-            config = self.config
-            folder = Path(config.output_dir)
-            log = RunLog(folder, self.state.step, config.optim.max_steps, config.stage)
-            self._print = log.say
-        try:
-            with self.stop, losing_a_process(lambda: last_good(self.config.output_dir)):
-                metrics = self._steps(log)
-                self.saver.save_model()
-                if any_process(self.stop.reason is not None, self.device):
-                    raise self.stop.complete()
-        finally:
-            if log is not None:
-                log.close()
+        config, log = self.config, together(self._open_log)
+        with (
+            log or nullcontext(),
+            self.stop,
+            losing_a_process(lambda: last_good(config.output_dir)),
+        ):
+            metrics = self._steps(log)
+            self.saver.save_model()
+            description = self.parts.description
+            self.say(how_to_use(config.output_dir, description, config.data.task))
+            if any_process(self.stop.reason is not None, self.device):
+                raise self.stop.complete()
         return metrics
+
+    def _open_log(self) -> RunLog | None:
+        """The log, on rank 0; it then prints what is said."""
+        if dist.get_rank() > 0:
+            return None
+        config = self.config
+        also = WandbRun(config, self.say) if config.log.wandb else None
+        folder, last = Path(config.output_dir), config.optim.max_steps
+        log = RunLog(folder, self.state.step, last, config.stage, also)
+        self._print = log.say
+        return log
 
     def _steps(self, log: RunLog | None) -> dict[str, float]:
         config, state, last = self.config, self.state, self.config.optim.max_steps
@@ -148,9 +181,9 @@ class Trainer:
             if stops:
                 self.faults.read_outcomes(wait=True)
             if logs_now:
-                metrics = state.progress.take(self.parts.batches.plan.samples_per_step)
+                metrics = self._measure()
                 if log is not None:
-                    log.write(state.step, {**metrics, "lr": rate})
+                    log.write(state.step, metrics)
             paused = time.perf_counter()
             if saves_now or stops:
                 self.saver.save(log)
@@ -181,6 +214,21 @@ class Trainer:
         if not self.engine.was_step_applied():
             gather_trained(self.model)
         keep_temperature(self.engine, self.model)
+
+    def _measure(self) -> dict[str, float]:
+        """The metrics of the steps since the last log line."""
+        beside = {}
+        norm = self.faults.gate.gradient_norm()
+        if norm is not None:
+            beside["gradient_norm"] = norm
+        if isinstance(self.model, Blip2Stage1):
+            with torch.no_grad():
+                beside["temperature"] = self.model.temperature()
+        return {
+            **self.state.progress.take(self.parts.batches.plan.samples_per_step, beside),
+            **learning_rates(self.engine.optimizer.param_groups),
+            "peak_memory_gib": peak_memory_gib(self.device),
+        }
 
     def _evaluates_now(self) -> bool:
         if self.parts.held_out is None:
@@ -217,13 +265,14 @@ class Trainer:
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """The batches of the micro-steps that are left."""
         optim = self.config.optim
-        return read_batches(
+        batches = read_batches(
             self.parts.batches,
             range(self.state.step * optim.accumulation, optim.max_steps * optim.accumulation),
             self.config.data.workers,
             self.device.type == "cuda",
             self.say,
         )
+        return timed(batches, self.state.progress)
 
     def _introduce(self) -> None:
         config, plan = self.config, self.parts.batches.plan
