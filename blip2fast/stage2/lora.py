@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +96,7 @@ def add_lora(
         raise ValueError(
             "LoRA needs the whole language model on the device: leave out offload and zero_stage 3"
         )
-    _check_targets(language_model, config)
+    target_names(language_model, config.target_modules)
     frozen = {id(p) for p in language_model.parameters()}
     with torch.random.fork_rng(devices=[]):
         # like the rest of the model, adapters do not depend on what was drawn before
@@ -109,23 +109,40 @@ def add_lora(
     set_adapter_dropout(language_model, language_model.training)
 
 
-def _check_targets(language_model: PreTrainedModel, config: LoraConfig) -> None:
-    """Refuse target modules that the model does not have."""
-    names = config.target_modules
-    if names is None or names == "all-linear":
-        return
+def target_names(
+    language_model: PreTrainedModel, target_modules: Collection[str] | str | None
+) -> list[str]:
+    """The full names of the linear layers that `target_modules` means.
+
+    Raises:
+        ValueError: as `add_lora`; or None for a model type that peft does not know.
+    """
     linear = [n for n, m in language_model.named_modules() if isinstance(m, nn.Linear)]
+    if target_modules == "all-linear":
+        head = language_model.get_output_embeddings()
+        return [name for name in linear if language_model.get_submodule(name) is not head]
+    kind = language_model.config.model_type
+    if target_modules is None:
+        with needs("train LoRA adapters", "peft"):
+            from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+        target_modules = KNOWN.get(kind)
+        if target_modules is None:
+            raise ValueError(
+                f"language_model.lora: peft names no layers of a {kind!r} model: set target_modules"
+            )
+    wanted = {target_modules} if isinstance(target_modules, str) else set(target_modules)
+    ends = {name: [n for n in linear if n == name or n.endswith(f".{name}")] for name in wanted}
     known = sorted({name.rpartition(".")[2] for name in linear})
-    for name in [names] if isinstance(names, str) else sorted(names):
-        if any(full == name or full.endswith(f".{name}") for full in linear):
-            continue
-        if isinstance(names, str) and any(re.fullmatch(name, full) for full in linear):
-            continue
-        near = difflib.get_close_matches(name, known, 3, 0.4) or known
-        raise ValueError(
-            f"language_model.lora.target_modules {name!r}: no linear layer of "
-            f"{type(language_model).__name__} has this name; near it are {', '.join(near)}"
-        )
+    for name in sorted(wanted):
+        if not ends[name]:
+            near = difflib.get_close_matches(name, known, 3, 0.4) or known
+            raise ValueError(
+                f"language_model.lora.target_modules {name!r}: no linear layer of "
+                f"{type(language_model).__name__} has this name; near it are {', '.join(near)}"
+            )
+    found = {full for names in ends.values() for full in names}
+    return [name for name in linear if name in found]
 
 
 def has_lora(language_model: nn.Module) -> bool:

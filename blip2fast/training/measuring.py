@@ -33,7 +33,7 @@ from blip2fast.frozen.image_encoders import without_weights
 from blip2fast.offload.blocks import find_blocks, lay_out, own_parameters
 from blip2fast.offload.quantised import STORAGES, Storage
 from blip2fast.stage2.config import Stage2Config
-from blip2fast.stage2.lora import add_lora
+from blip2fast.stage2.lora import target_names
 from blip2fast.stage2.model import Blip2Stage2
 
 
@@ -173,7 +173,7 @@ def measure_language_model(
         dtype: dtype of the weights and activations.
         batch, prompts, text: B images, Q soft prompts before T text tokens; an encoder-decoder
             encodes Q + T tokens and decodes T.
-        lora: arguments of `add_lora`; None: no adapters.
+        lora: `r`, `dropout` and `target_modules` of adapters, as in `add_lora`; None: no adapters.
     """
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with _without_numbers():
@@ -186,9 +186,11 @@ def measure_language_model(
         blocks = find_blocks(model)
         own = own_parameters(model, blocks)
         if lora is not None:
-            add_lora(model, **lora)
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(dtype)
+            for name in target_names(model, lora["target_modules"]):
+                parent, _, last = name.rpartition(".")
+                layer: Any = model.get_submodule(name)
+                adapted = _Adapted(layer, lora["r"], lora["dropout"])
+                setattr(model.get_submodule(parent), last, adapted)
         embeddings = model.get_input_embeddings()
         with kept_tensors(model) as kept, _block_inputs(blocks, kept) as inputs:
             embeds = torch.empty(
@@ -306,7 +308,7 @@ def measure_trained_encoder(
     with torch.device("meta"):
         encoder = without_weights(vision, layer)
     with _without_numbers():
-        encoder.to_empty(device="cpu").to(dtype)
+        _as_fake(encoder, dtype)
         encoder.unfreeze()
         encoder.train()
         with kept_tensors(encoder) as kept, _block_inputs(list(encoder.blocks), kept) as inputs:
@@ -322,11 +324,41 @@ def measure_trained_encoder(
     )
 
 
+def _as_fake(module: nn.Module, dtype: torch.dtype) -> None:
+    """Replace tensors on the meta device by fake ones on the CPU, floating-point ones in `dtype`.
+
+    Fake tensor mode refuses meta tensors of its outside, also to convert them.
+    """
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                kind = dtype if buffer.dtype.is_floating_point else buffer.dtype
+                part._buffers[name] = torch.empty(buffer.shape, dtype=kind)
+
+
 def _untie_head(model: Any) -> None:
     """Untie the head of T5 1.1 and FlanT5, as transformers does when it loads their weights."""
     if getattr(model.config, "scale_decoder_outputs", None) is False:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
+
+
+class _Adapted(nn.Module):
+    """A linear layer with an adapter as peft computes it; peft's own cannot be built of fakes."""
+
+    def __init__(self, base: nn.Linear, r: int, dropout: float) -> None:
+        super().__init__()
+        self.base, self.dropout = base, nn.Dropout(dropout) if dropout else nn.Identity()
+        dtype = base.weight.dtype
+        self.down = nn.Linear(base.in_features, r, bias=False, dtype=dtype)
+        self.up = nn.Linear(r, base.out_features, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.base(x) + self.up(self.down(self.dropout(x))) * 2.0
+        return found
 
 
 class _NoLanguage(nn.Module):

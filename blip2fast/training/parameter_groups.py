@@ -1,7 +1,7 @@
 """The optimizer's parameter groups: weight decay, learning-rate scales, and what they freeze.
 
 A group holds the parameters of one weight decay and one scale of the learning rate, and has a
-`name` for logs: `decay`, `no_decay`, `image_encoder.block3.decay`, `decay x0.1`, ...
+`name` for logs: `decay`, `no_decay`, `image_encoder.block3.decay`, `decay_x0.1`, ...
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def parameter_groups(
     for name, parameter in trained:
         decayed = is_decayed(name, parameter)
         scale, place = lr_scale(name, scales or {}), ""
-        label = f" x{scale:g}" if scale != 1 else ""
+        label = f"_x{scale:g}" if scale != 1 else ""
         if name in depths:
             depth = depths[name]
             place = "image_encoder."

@@ -311,7 +311,7 @@ def test_rates_by_pattern(world: Path, tmp_path: Path) -> None:
     frozen = {n for n in before if n.startswith("qformer.") and ".layer.1." not in n}
     assert same == frozen | {"temp"}
     groups = parameter_groups(build_run(run, 0, 1).model, 0.05, {"qformer.*": 0.1})
-    names = ["decay", "decay x0.1", "no_decay", "no_decay x0.1"]
+    names = ["decay", "decay_x0.1", "no_decay", "no_decay_x0.1"]
     assert sorted(group["name"] for group in groups) == names
     run.optim.lr_scales = {"qformer.layers.*": 0.1}
     with pytest.raises(ValueError, match=r"'qformer\.layers\.\*' matches no .*'qformer\.encoder\."):
