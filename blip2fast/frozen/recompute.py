@@ -28,6 +28,13 @@ def _recomputed(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwa
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
 
 
+def recompute_encoder(encoder: nn.Module | None) -> None:
+    """Enable gradient checkpointing of an image encoder's blocks, if it is one that has it."""
+    recompute = getattr(encoder, "recompute_blocks", None)
+    if recompute is not None:
+        recompute()
+
+
 def is_unfrozen(module: nn.Module) -> bool:
     """Whether any parameter of a module requires a gradient."""
     return any(parameter.requires_grad for parameter in module.parameters())

@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from blip2fast.frozen.image_encoders import FrozenImageEncoder
-from blip2fast.frozen.recompute import is_unfrozen
+from blip2fast.frozen.recompute import is_unfrozen, recompute_encoder
 from blip2fast.kernels.philox import philox_state, with_offset
 from blip2fast.kernels.precision import wide
 from blip2fast.kernels.qformer_attention.layout import MaskKind
@@ -201,8 +200,7 @@ class Blip2Stage1(nn.Module):
         """
         check_recompute(settings)
         self.qformer.recompute_layers()
-        if isinstance(self.image_encoder, FrozenImageEncoder):
-            self.image_encoder.recompute_blocks()
+        recompute_encoder(self.image_encoder)
 
     # the name in transformers 5.23
     activation_checkpointing_enable = gradient_checkpointing_enable

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blip2fast.frozen.image_encoders import FrozenImageEncoder
-from blip2fast.frozen.recompute import is_unfrozen
+from blip2fast.frozen.recompute import is_unfrozen, recompute_encoder
 from blip2fast.ops.checks import describe
 from blip2fast.ops.dispatch import describe_choices
 from blip2fast.qformer.checks import (
@@ -54,7 +53,7 @@ from blip2fast.stage2.language_model import (
     use_activation,
     without_dropout,
 )
-from blip2fast.stage2.lora import set_adapter_dropout
+from blip2fast.stage2.lora import has_lora, set_adapter_dropout
 from blip2fast.stage2.packing import LEAST_SAVING, check_packable, not_packable_reasons
 from blip2fast.stage2.sequence import check_counts, instruction, read_sequence
 from blip2fast.stage2.text import Stage2Text
@@ -191,8 +190,14 @@ class Blip2Stage2(nn.Module):
 
         Raises:
             ValueError: no vision model, one of another width, or a language model whose embedding
-                width is not its hidden size, which transformers' BLIP-2 cannot express.
+                width is not its hidden size, which transformers' BLIP-2 cannot express; or one
+                with LoRA adapters that are not merged.
         """
+        if has_lora(self.language_model):
+            raise ValueError(
+                "the language model has LoRA adapters, which transformers' BLIP-2 does not have: "
+                "merge them first (blip2fast.stage2.lora.merge_lora)"
+            )
         if vision_model is None and isinstance(self.image_encoder, VisionTokens):
             vision_model = self.image_encoder.vision_model
         if vision_model is None:
@@ -240,8 +245,7 @@ class Blip2Stage2(nn.Module):
         check_recompute(settings)
         recompute_layers(self.language_model)
         self.qformer.recompute_layers()
-        if isinstance(self.image_encoder, FrozenImageEncoder):
-            self.image_encoder.recompute_blocks()
+        recompute_encoder(self.image_encoder)
 
     # the name in transformers 5.23
     activation_checkpointing_enable = gradient_checkpointing_enable
@@ -422,8 +426,8 @@ class Blip2Stage2(nn.Module):
     def _blank_tokens(self) -> Tensor:
         """Tokens of an image that is not there; through the encoder, if it is trained."""
         encoder = self.image_encoder
-        if isinstance(encoder, FrozenImageEncoder) and encoder.trains:
-            size = encoder.image_size
+        size = getattr(encoder, "image_size", None)
+        if encoder is not None and size is not None and is_unfrozen(encoder):
             tokens: Tensor = encoder(self.query_tokens.new_zeros(1, 3, size, size))
             return tokens
         return self.query_tokens.new_zeros(1, 1, self.config.encoder_hidden_size)

@@ -164,6 +164,11 @@ def test_gradients_reach_the_encoder_through_the_three_losses(world: Path, tmp_p
     batch |= {"images": batch["images"].double(), "negatives": (torch.arange(4).roll(1),) * 2}
     encoder = [p for n, p in model.named_parameters() if n.startswith("image_encoder.")]
     model(**batch).loss.backward()
+    plain = [p.grad for p in encoder]
+    model.gradient_checkpointing_enable()
+    model.zero_grad()
+    model(**batch).loss.backward()
+    assert all(torch.equal(p.grad, before) for p, before in zip(encoder, plain, strict=True))
     draws = torch.Generator().manual_seed(0)
     ways = [torch.randn(p.shape, generator=draws, dtype=p.dtype) for p in encoder]
     slope = sum(float((p.grad * way).sum()) for p, way in zip(encoder, ways, strict=True))
@@ -281,6 +286,26 @@ def test_a_tuned_encoder_goes_on_frozen(world: Path, tmp_path: Path) -> None:
     assert torch.equal(model.get_parameter(name), begun[name])
     with pytest.raises(ValueError, match=r"init_from .* has an image encoder that was trained"):
         build_run(config(world, tmp_path / "c", 2, init_from=str(first)), 0, 1)
+
+
+def test_a_streamed_language_model_beside_a_trained_encoder(world: Path, tmp_path: Path) -> None:
+    found = [
+        weights(_train(_tuned(world, tmp_path / where, optim={"max_steps": 3}, offload=where)))
+        for where in ("none", "stream")
+    ]
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_texts_without_images_leave_no_parameter_without_a_gradient(
+    world: Path, tmp_path: Path
+) -> None:
+    """Processes sum their gradients: one whose texts have no image must have zeros."""
+    model = build_run(_tuned(world, tmp_path), 0, 1).model
+    ids = torch.tensor([[2, 5, 7]])
+    model(images=None, input_ids=ids, image_counts=torch.tensor([0])).loss.backward()
+    names = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert names == []
 
 
 def test_what_an_encoder_cannot_be_trained_with(world: Path, tmp_path: Path) -> None:
