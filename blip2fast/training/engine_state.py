@@ -54,7 +54,9 @@ def keep_temperature(engine: DeepSpeedEngine, model: nn.Module) -> None:
     stay constant in the losses for many steps and then jump. Every process must call this after
     every optimizer step.
     """
-    if isinstance(model, Blip2Stage1) and model.temp.dtype.itemsize == 2:
+    if not (isinstance(model, Blip2Stage1) and model.temp.requires_grad):
+        return
+    if model.temp.dtype.itemsize == 2:
         model.exact_temp = _read(engine, model.temp, None).view(model.temp.shape)
 
 

@@ -25,31 +25,38 @@ from blip2fast.training.config_files import config_values, load_config
 
 HISTORY = "history.jsonl"
 # What decides the data, their order and the function that is trained is compared on resume.
-_COMPARED = ("stage", "seed", "model", "language_model", "data", "optim")
+_COMPARED = ("stage", "seed", "model", "language_model", "image_encoder", "data", "optim")
 _FREE = {
     "data": ("workers", "eval_records", "eval_features", "eval_images"),
     "optim": (
         *("max_steps", "lr", "min_lr", "warmup_steps", "betas", "eps", "weight_decay"),
         *("clip_norm", "batch_size", "accumulation"),
     ),
+    "image_encoder": ("layer_decay", "gradient_checkpointing"),
 }
 # These say how to start, not what to train.
 _OF_A_START = ("resume", "overwrite", "output_dir")
 
 
-def run_identity(config: RunConfig, plan: BatchPlan, contents: Mapping[str, str]) -> dict[str, Any]:
+def run_identity(
+    config: RunConfig, plan: BatchPlan, contents: Mapping[str, str], image_size: int | None = None
+) -> dict[str, Any]:
     """The settings that must match between a checkpoint and a resuming run.
 
     Args:
         config: the run.
         plan: of its batches, over all processes.
         contents: from `data_identity.identify_data`.
+        image_size: that of the image encoder, where there is one.
     """
     values = config_values(config)
     same = {name: values[name] for name in _COMPARED}
     for section, names in _FREE.items():
         for name in names:
             same[section].pop(name)
+    _leave_out_new_defaults(same)
+    # earlier versions had a number here, also for feature caches
+    same["data"]["image_size"] = same["data"]["image_size"] or image_size or 224
     if same["data"]["positives"] == "image":
         same["data"].pop("positives")  # as in checkpoints that do not know it
     found = {**same, "samples_per_step": plan.samples_per_step, **contents}
@@ -72,6 +79,16 @@ def with_start(config: RunConfig) -> RunConfig:
         return config
     last = last_checkpoint(Path(config.output_dir) / "checkpoints")
     return config if last is None else replace(config, init_from=str(last))
+
+
+def _leave_out_new_defaults(same: dict[str, Any]) -> None:
+    """Settings that checkpoints of earlier versions do not have, where they change nothing."""
+    if same["language_model"] is not None and same["language_model"]["lora"] is None:
+        same["language_model"].pop("lora")
+    if not same["optim"]["lr_scales"]:
+        same["optim"].pop("lr_scales")
+    if not same["image_encoder"]["train"]:
+        same.pop("image_encoder")
 
 
 def check_steps(config: RunConfig, step: int, checkpoint: Path) -> None:

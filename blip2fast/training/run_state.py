@@ -32,6 +32,7 @@ from blip2fast.training.engine_state import (
 )
 from blip2fast.training.finite import nonfinite_names, some_of
 from blip2fast.training.log import Progress
+from blip2fast.training.parameter_groups import freeze_names
 from blip2fast.training.restart import check_steps, record_start, run_identity
 from blip2fast.training.step_passes import TrainingStep
 
@@ -72,8 +73,11 @@ class RunState:
         self.engine = self._start(say)
 
     def parameters(self) -> dict[str, Tensor]:
-        """The full trained parameters in fp32, with scalars back in shape []."""
-        whole = master_parameters(self.engine, self.model)
+        """The full trained part in fp32, with scalars back in shape [].
+
+        And what is stored with it although it is not trained (`Run.frozen`).
+        """
+        whole = {**master_parameters(self.engine, self.model), **self._held}
         return {name: value.view(self._shapes[name]) for name, value in whole.items()}
 
     def moments(self) -> dict[str, Tensor]:
@@ -123,6 +127,7 @@ class RunState:
             load_parameters(self.model, checkpoint.parameters, str(found))
             self.step = checkpoint.step
         self._shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        self._held = freeze_names(self.model, self.parts.frozen)
         initial = {
             n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad
         }
@@ -149,6 +154,8 @@ class RunState:
             self._restore_random(checkpoint, say)
             say(f"resumed {checkpoint.path} at step {self.step}")
         keep_temperature(engine, self.model)
+        if isinstance(self.model, Blip2Stage1) and "temp" in self._held:
+            self.model.exact_temp = self._held["temp"].to(self.device)
         return engine
 
     def _restore_random(self, checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
@@ -165,4 +172,6 @@ class RunState:
         torch.manual_seed(hash((self.config.seed, self.step, dist.get_rank())))
 
     def _identity(self) -> dict[str, Any]:
-        return run_identity(self.config, self.parts.batches.plan, self.parts.contents)
+        parts = self.parts
+        size = parts.description.image_size
+        return run_identity(self.config, parts.batches.plan, parts.contents, size)

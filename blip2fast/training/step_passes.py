@@ -49,6 +49,7 @@ class TrainingStep(nn.Module):
 class DeviceBatches:
     """Moves batches of a run to the device, with images as tokens [B, S, E].
 
+    They stay pixels [B, 3, h, w] where the model has its own image encoder.
     Stage-1 texts stay on the CPU for packing, where reading their lengths needs no sync.
 
     Args:
@@ -68,11 +69,10 @@ class DeviceBatches:
             name: value if name in self._on_host else value.to(self.device, non_blocking=True)
             for name, value in batch.items()
         }
-        if "images" in moved:
-            if self._encoder is None:
-                raise ValueError("the batch has images, but there is no image encoder")
+        if "images" in moved and self._encoder is not None:
             moved["image_embeds"] = self._encoder(moved.pop("images"))
-        moved["image_embeds"] = moved["image_embeds"].to(self._dtype)
+        if "image_embeds" in moved:
+            moved["image_embeds"] = moved["image_embeds"].to(self._dtype)
         return moved
 
 

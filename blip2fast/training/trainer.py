@@ -115,8 +115,11 @@ class Trainer:
     ) -> None:
         self.config, self.parts, self.device, self.model = config, parts, device, parts.model
         self.stop, self._print = stop or StopRequest(), say
+        encoder = parts.own_encoder()
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
+        elif encoder is not None and config.image_encoder.gradient_checkpointing:
+            encoder.recompute_blocks()
         if parts.image_encoder is not None:
             parts.image_encoder.to(device)
         self.to_device = DeviceBatches(parts, device, DTYPE_OF[config.precision])
@@ -167,7 +170,7 @@ class Trainer:
         while state.step < last:
             rate = learning_rate(state.step, config.optim)
             for group in self.engine.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["lr_scale"]
             self._train_step(batches)
             state.step += 1
             if log is not None:
