@@ -97,8 +97,10 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         for run in together(lambda: [load_config(*each) for each in given.runs]):
             try:
                 train(run)
-            finally:
+            except (FloatingPointError, RunStopped):
                 _write_report(run.output_dir)
+                raise
+            _write_report(run.output_dir)
     except SharedFault as error:
         _exit_together(f"error: {error}")
     except (ValueError, FloatingPointError, OSError, ProcessLostError) as error:
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 
 
 def _write_report(folder: str) -> None:
-    """Write the run's `report.html`, whatever ended it; the run itself does not depend on it."""
+    """Write the run's `report.html`; the run itself does not depend on it."""
     if os.environ.get("RANK", "0") != "0" or not Path(folder, "metrics.jsonl").is_file():
         return
     from blip2fast.reporting import write_report
