@@ -70,6 +70,7 @@ _ROOMS = (
     "offload",
     "ops",
     "qformer",
+    "reporting",
     "scenes",
     "scoring",
     "stage1",

@@ -11,12 +11,13 @@ deepspeed --module blip2fast.train --config ...              (installed, without
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 class _Runs(argparse.Action):
@@ -82,16 +83,26 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 
     import transformers
 
+    from blip2fast.training.agreement import SharedFault, together
     from blip2fast.training.config_files import load_config
-    from blip2fast.training.engine import ProcessLostError
+    from blip2fast.training.engine import ProcessLostError, start_processes
     from blip2fast.training.stopping import RunStopped
     from blip2fast.training.trainer import train
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        for run in [load_config(config, overrides) for config, overrides in given.runs]:
-            train(run)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            start_processes()  # a file that one machine lacks is an error of all
+        for run in together(lambda: [load_config(*each) for each in given.runs]):
+            try:
+                train(run)
+            except (FloatingPointError, RunStopped):
+                _write_report(run.output_dir)
+                raise
+            _write_report(run.output_dir)
+    except SharedFault as error:
+        _exit_together(f"error: {error}")
     except (ValueError, FloatingPointError, OSError, ProcessLostError) as error:
         # The launcher kills all processes as soon as one exits, so each prints its own error.
         rank = os.environ.get("RANK", "0")
@@ -102,6 +113,18 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)  # before the first step, or after the last
+
+
+def _write_report(folder: str) -> None:
+    """Write the run's `report.html`; the run itself does not depend on it."""
+    if os.environ.get("RANK", "0") != "0" or not Path(folder, "metrics.jsonl").is_file():
+        return
+    from blip2fast.reporting import write_report
+
+    try:
+        print(f"report: {write_report(folder)}", file=sys.stderr)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"no report: {error}", file=sys.stderr)
 
 
 def _share_cores() -> None:
@@ -118,6 +141,20 @@ def _share_cores() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
 
+def _exit_together(line: str) -> NoReturn:
+    """Print a line once a machine, and exit when all machines have.
+
+    A launcher kills the other processes as soon as one exits.
+    """
+    import torch.distributed as dist
+
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(RuntimeError):
+        dist.barrier()
+    sys.exit(1)
+
+
 def _import_from_repository() -> None:
     """Replace this folder, which is inside the package, by the repository root in `sys.path`."""
     here = Path(__file__).resolve().parent
@@ -126,11 +163,10 @@ def _import_from_repository() -> None:
 
 
 def leave_processes() -> None:
-    """Destroy the process group; no training is possible in this process afterwards."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, if one was joined; no training is possible afterwards."""
+    engine = sys.modules.get("blip2fast.training.engine")
+    if engine is not None:
+        engine.leave_processes()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""`blip2fast caption` and `demo`: what a trained model is used for."""
+"""`blip2fast caption`, `report` and `demo`: what a run is used for."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,6 +42,19 @@ def caption(
         texts = loaded.answer(images, question, prompt=prompt, num_beams=num_beams)
     for path, text in zip(images, texts, strict=True):
         print(f"{path}\t{text}")
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs.")],
+) -> None:
+    """Write report.html into the folder of a run, also while it trains: one file, no network.
+
+    Example: blip2fast report runs/scenes/stage1
+    """
+    from blip2fast.reporting.run_report import write_report
+
+    for run in runs:
+        print(write_report(run))
 
 
 def demo(context: typer.Context) -> None:

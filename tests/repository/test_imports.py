@@ -33,6 +33,7 @@ ROOMS = (
     "training",
     "inference",
     "scoring",
+    "reporting",
     "scenes",
     "demo",
     "doctor",
@@ -42,7 +43,7 @@ ROOMS = (
 )
 FACES = (
     *("checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload", "qformer"),
-    *("scoring", "stage1", "stage2", "training"),
+    *("reporting", "scoring", "stage1", "stage2", "training"),
 )
 # What not every user has installed beside torch, transformers and NumPy.
 OPTIONAL = (
