@@ -122,6 +122,22 @@ def exact_answer(prediction: str, answer: str) -> bool:
     return normalise(prediction) == normalise(answer)
 
 
+def have_several(answers: Sequence[Sequence[str]]) -> bool:
+    """Whether every question has the answers of several people, so that one can be left out."""
+    return all(len(each) > 1 for each in answers)
+
+
+def answer_accuracy(prediction: str, answers: Sequence[str], several: bool) -> float:
+    """Accuracy of one answer: `vqa_accuracy`, or whether it is exactly any of the true answers.
+
+    Args:
+        several: the former; decided once for a benchmark, by `have_several`.
+    """
+    if several:
+        return vqa_accuracy(prediction, answers)
+    return float(any(exact_answer(prediction, answer) for answer in answers))
+
+
 def mean_by(
     values: Sequence[float], kinds: Sequence[Mapping[str, str]]
 ) -> dict[str, dict[str, float]]:

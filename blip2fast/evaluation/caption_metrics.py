@@ -20,6 +20,7 @@ Tokens = Sequence[str]
 NGram = tuple[str, ...]
 
 MAX_N = 4
+METRICS = ("CIDEr-D", "ROUGE-L", *(f"BLEU-{n}" for n in range(1, MAX_N + 1)))
 # of the cosine between a caption and a reference, in words of difference in length
 _CIDER_SIGMA = 6.0
 _CIDER_SCALE = 10.0
@@ -42,6 +43,11 @@ class CaptionScores:
 
     corpus: dict[str, float]
     each: dict[str, list[float]]
+
+
+def score_name(metric: str) -> str:
+    """A metric's name in a run's log: `cider_d`, `bleu_4`."""
+    return metric.lower().replace("-", "_")
 
 
 def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
@@ -84,7 +90,7 @@ def score_tokens(
         raise ValueError(f"image {lacking[0]} has no reference captions; leave it out")
     bleu, each_bleu = _bleu(candidates, references)
     cider, rouge = _cider_d(candidates, references), _rouge_l_of_all(candidates, references)
-    names = [f"BLEU-{n}" for n in range(1, MAX_N + 1)]
+    names = METRICS[2:]
     means = {"CIDEr-D": math.fsum(cider) / len(cider), "ROUGE-L": math.fsum(rouge) / len(rouge)}
     return CaptionScores(
         means | dict(zip(names, bleu, strict=True)),

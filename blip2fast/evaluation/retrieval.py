@@ -20,6 +20,8 @@ from blip2fast.stage1.model import Blip2Stage1
 
 ImageReader = Callable[[Tensor], Tensor]
 RECALL_KS = (1, 5, 10)
+# candidates that ITM re-ranks (paper, section 4.4)
+RERANK_K = 128
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from blip2fast.data.benchmarks import Sample
 from blip2fast.data.texts import tokenize_captions
 from blip2fast.evaluation.retrieval import (
     RECALL_KS,
+    RERANK_K,
     ImageReader,
     TokenizedTexts,
     evaluating,
@@ -34,8 +35,6 @@ from blip2fast.stage1.losses import max_query_similarity
 
 # as LAVIS tokenizes captions for retrieval
 MAX_TEXT_LENGTH = 35
-# of the paper, section 4.4
-RERANK_K = 128
 _TOP = max(RECALL_KS)
 # images whose candidates are matched before they are written
 _IMAGES_AT_ONCE = 8

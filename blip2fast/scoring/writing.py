@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from blip2fast.data.benchmarks import Sample
-from blip2fast.evaluation.answer_accuracy import exact_answer, mean_by, vqa_accuracy
+from blip2fast.evaluation.answer_accuracy import (
+    answer_accuracy,
+    have_several,
+    mean_by,
+    vqa_accuracy,
+)
 from blip2fast.evaluation.caption_metrics import NOT_COMPUTED, CaptionScores, score_captions
 from blip2fast.inference.inputs import GenerationOptions, generate_settings
 from blip2fast.inference.model import ANSWER, CAPTION
@@ -215,11 +220,11 @@ def _scored(good: Sequence[tuple[Sample, dict[str, Any]]]) -> CaptionScores:
 
 def _answer_result(evaluation: Evaluation, rows: Rows) -> dict[str, Any]:
     good = _good(evaluation, rows)
-    several = all(len(sample.references) > 1 for sample in evaluation.samples)
+    several = have_several([sample.references for sample in evaluation.samples])
     metrics: dict[str, float] = {}
     for sample, row in good:
         row["answers"] = list(sample.references)
-        row["accuracy"] = _accuracy(row["answer"], sample.references, several)
+        row["accuracy"] = answer_accuracy(row["answer"], sample.references, several)
     metrics["accuracy"] = sum(row["accuracy"] for _, row in good) / len(good)
     if several:
         normalised = [vqa_accuracy(row["answer"], s.references, True) for s, row in good]
@@ -234,9 +239,3 @@ def _answer_result(evaluation: Evaluation, rows: Rows) -> dict[str, Any]:
         "by": mean_by([row["accuracy"] for _, row in good], [sample.kinds for sample, _ in good]),
     }
     return evaluation.finish(rows, found)
-
-
-def _accuracy(answer: str, references: Sequence[str], several: bool) -> float:
-    if several:
-        return vqa_accuracy(answer, references)
-    return float(any(exact_answer(answer, reference) for reference in references))
