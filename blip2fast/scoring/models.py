@@ -150,7 +150,7 @@ def _trained(source: ModelSource, cached: bool) -> Matching:
             f"{source.path} was trained in stage {description.stage}; retrieval compares images "
             "with texts: give a run of stage 1"
         )
-    model = load_trained(source.path)
+    model = load_trained(source.path, image_encoder=source.image_encoder)
     if not isinstance(model, Blip2Stage1) or description.tokenizer is None:
         raise ValueError(f"{source.path}: expected a model of stage 1 with its tokenizer")
     transform = None
@@ -212,6 +212,11 @@ def _check_cache(cache: FeatureCache, width: int, path: str) -> None:
     if not is_trained(path):
         return
     description: Description = read_description(path)
+    if description.trains_encoder:
+        raise ValueError(
+            f"--features {cache.path}: {path} has trained its image encoder, which a cache was not "
+            "made by; give --images"
+        )
     given: FrozenIdentity | None = cache.encoder
     remedy = "Give features of the encoder that it was trained with"
     check_frozen(description, "image_encoder", given, path, remedy)

@@ -17,11 +17,13 @@ from scoring_cases import (
     questions,
     setup,
     write_retrieval_model,
+    write_stage1_run,
     write_world,
 )
 from transformers import Blip2ForImageTextRetrieval, BlipImageProcessorPil
 
 from blip2fast.checkpoints.trained import load_trained
+from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.data.images import read_picture
 from blip2fast.data.source_config import RecordSource
 from blip2fast.data.texts import tokenize_captions
@@ -178,6 +180,24 @@ def test_a_folder_of_transformers(world: Path, tmp_path: Path) -> None:
     for name, scores in (("itc", itc), ("itm", both)):
         recall = retrieval_recall(scores, scores, torch.tensor(OWNER))
         assert {key: result["metrics"][f"{name}_{key}"] for key in recall} == recall
+
+
+def test_a_run_that_trained_its_encoder(world: Path, tmp_path: Path) -> None:
+    write_stage1_run(tmp_path / "stage1", trains_encoder=True)
+    data = {"source": str(world / "flickr.json"), "split": "test"}
+    more = {"images": world / "pictures"}
+    evaluated(setup(tmp_path, tmp_path / "own", 1, data, **more))
+    evaluated(setup(world, tmp_path / "base", 1))
+    own, base = (
+        (tmp_path / name / "batches" / "00000.jsonl").read_text() for name in ("own", "base")
+    )
+    assert own != base, "the trained weights were not used"
+    cache = FeatureCache.create(tmp_path / "cache", NAMES, 5, 24, encoder_id="e")
+    with cache as writer:
+        writer.write(0, torch.zeros(COUNT, 5, 24))
+    more = {"images": None, "features": tmp_path / "cache"}
+    with pytest.raises(ValueError, match="has trained its image encoder, which a cache was not"):
+        evaluate_retrieval(setup(tmp_path, tmp_path / "out", 1, data, **more))
 
 
 def test_models_that_cannot_compare(world: Path, tmp_path: Path) -> None:

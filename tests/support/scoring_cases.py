@@ -49,8 +49,13 @@ def write_pictures(folder: Path) -> Path:
     return folder
 
 
-def write_stage1_run(folder: Path) -> Path:
-    """A finished stage-1 run with its image encoder and tokenizer beside it."""
+def write_stage1_run(folder: Path, trains_encoder: bool = False) -> Path:
+    """A finished stage-1 run with its image encoder and tokenizer beside it.
+
+    Args:
+        trains_encoder: it has an image encoder of its own, whose weights are twice those it
+            began with.
+    """
     sizes = {"hidden_size": 24, "intermediate_size": 32, "image_size": SIZE, "patch_size": 8}
     vision = ViTModel(
         ViTConfig(**sizes, num_hidden_layers=2, num_attention_heads=2), add_pooling_layer=False
@@ -62,14 +67,18 @@ def write_stage1_run(folder: Path) -> Path:
     torch.manual_seed(0)
     model = Blip2Stage1(replace(SMALL, max_position_embeddings=12))
     spread_weights(model, 3)
+    state = model.state_dict()
+    if trains_encoder:
+        state |= {f"image_encoder.{k}": 2 * v for k, v in encoder.state_dict().items()}
     description = Description(
         stage=1,
+        trains_encoder=trains_encoder,
         sizes=dataclasses.asdict(model.config),
         image_encoder=encoder.encoder_id,
         tokenizer=str(folder / "words"),
         frozen={"image_encoder": encoder.identity},
     )
-    save_model(folder / "run", model.state_dict(), description)
+    save_model(folder / "run", state, description)
     return folder / "run"
 
 
