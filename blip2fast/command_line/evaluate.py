@@ -240,7 +240,7 @@ def _show(result: dict[str, Any] | None, out: Path) -> None:
     for grouping, kinds in result.get("by", {}).items():
         for kind, value in kinds.items():
             shown = value if isinstance(value, float) else value["CIDEr-D"]
-            print(f"{grouping} {kind:28} {shown:.4f}")
+            print(f"{f'{grouping}: {kind}':28} {shown:.4f}")
     for row in result["failed"][:5]:
         print(f"not evaluated: {row['id']}: {row['error']}")
     count = len(result["failed"])

@@ -57,8 +57,8 @@ def test_options_arrive(given: list[tuple[Any, ...]], capsys: pytest.CaptureFixt
     lines = capsys.readouterr().out.splitlines()
     assert lines[:5] == [
         f"{'accuracy':28} 0.2500",
-        f"answer_type {'number':28} 0.5000",
-        f"domain {'near':28} 1.5000",
+        f"{'answer_type: number':28} 0.5000",
+        f"{'domain: near':28} 1.5000",
         "not evaluated: 7: image a.png: no such file",
         "2 of 3 samples; results/result.json",
     ]

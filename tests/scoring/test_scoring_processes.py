@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch.multiprocessing as mp
-from scoring_cases import NAMES, questions, setup, write_world
+from scoring_cases import NAMES, questions, setup
 from small_run import be_one_of_two, free_port
 
 from blip2fast.inference.inputs import GenerationOptions
@@ -30,29 +30,30 @@ def evaluate_all(world: Path, out: Path) -> list[dict[str, Any] | None]:
     ]
 
 
-def _work(rank: int, port: int, world: Path) -> None:
+def _work(rank: int, port: int, world: Path, folder: Path) -> None:
     be_one_of_two(rank, port)
-    results = evaluate_all(world, world / "two")
+    results = evaluate_all(world, folder / "two")
     assert [result is None for result in results] == [rank == 1] * 3
     fault = ""
     try:
-        evaluate_captions(setup(world, world / "fault", 1), None, QUICK)
+        evaluate_captions(setup(world, folder / "fault", 1), None, QUICK)
     except (ValueError, SystemExit) as error:
         fault = f"{type(error).__name__}: {error}"
-    (world / f"fault{rank}").write_text(fault)
+    (folder / f"fault{rank}").write_text(fault)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    world = write_world(tmp_path_factory.mktemp("world"))
-    mp.spawn(_work, (free_port(), world), nprocs=2)
-    evaluate_all(world, world / "one")
-    return world
+def done(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which one process, and two, have evaluated."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(_work, (free_port(), world, folder), nprocs=2)
+    evaluate_all(world, folder / "one")
+    return folder
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_two_processes_find_what_one_finds(world: Path, task: str) -> None:
-    one, two = (world / name / task for name in ("one", "two"))
+def test_two_processes_find_what_one_finds(done: Path, task: str) -> None:
+    one, two = (done / name / task for name in ("one", "two"))
     assert (one / "predictions.jsonl").read_bytes() == (two / "predictions.jsonl").read_bytes()
     first, second = (json.loads((each / "result.json").read_text()) for each in (one, two))
     assert (first["conditions"]["processes"], second["conditions"]["processes"]) == (1, 2)
@@ -64,8 +65,8 @@ def test_two_processes_find_what_one_finds(world: Path, task: str) -> None:
         assert min(parts) > 50
 
 
-def test_a_fault_is_reported_by_the_first_process_alone(world: Path) -> None:
-    first, second = ((world / f"fault{rank}").read_text() for rank in (0, 1))
+def test_a_fault_is_reported_by_the_first_process_alone(done: Path) -> None:
+    first, second = ((done / f"fault{rank}").read_text() for rank in (0, 1))
     assert first.startswith("ValueError: ")
     assert "was trained in stage 1" in first
     assert second == "StoppedElsewhereError: 1"

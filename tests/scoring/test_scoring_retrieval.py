@@ -18,7 +18,6 @@ from scoring_cases import (
     setup,
     write_retrieval_model,
     write_stage1_run,
-    write_world,
 )
 from transformers import Blip2ForImageTextRetrieval, BlipImageProcessorPil
 
@@ -44,11 +43,6 @@ from blip2fast.stage1.model import Blip2Stage1
 
 OWNER = [n for n, texts in enumerate(CAPTIONS) for _ in texts]
 ALL = [text for texts in CAPTIONS for text in texts]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def evaluated(given: Setup, *more: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import benchmark_files as files
 import pytest
 import torch
-from scoring_cases import BAD, CAPTIONS, COUNT, NAMES, questions, setup, write_world
+from scoring_cases import BAD, CAPTIONS, COUNT, NAMES, questions, setup
 
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.data.images import read_picture
@@ -25,11 +25,6 @@ from blip2fast.scoring.setup import Setup
 from blip2fast.scoring.writing import evaluate_answers, evaluate_captions
 
 QUICK: GenerationOptions = {"num_beams": 2, "max_new_tokens": 5, "length_penalty": 1.0}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
