@@ -137,6 +137,29 @@ def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     cache.add_argument("--batch-size", type=_positive, default=32)
     cache.add_argument("--workers", type=int, default=0, help="processes that read the images")
     cache.add_argument("--overwrite", action="store_true", help="replace a cache that is there")
+    cache.add_argument(
+        "--file-gb", type=float, default=4.0, metavar="GB", help="most of a file; default 4"
+    )
+    _add_on_error(cache, "images that cannot be read, and rows that make no record")
+
+
+def _add_on_error(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument(
+        "--on-error", choices=("raise", "skip"), default="raise", help=f"leave out {what}"
+    )
+    command.add_argument(
+        "--max-skipped",
+        type=_share_or_count,
+        metavar="N",
+        help="with skip, how many may be left out: a count, or below 1 a share; default 0.01",
+    )
+
+
+def _share_or_count(text: str) -> float:
+    number = float(text) if "." in text else int(text)
+    if number < 0 or (isinstance(number, float) and not 0 < number < 1):
+        raise argparse.ArgumentTypeError(f"{text}: expected a count, or a share such as 0.01")
+    return number
 
 
 def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -150,6 +173,7 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     load = actions.add_parser("import", help="write records into a table that a run maps")
     load.add_argument("sources", nargs="+", metavar="SOURCE", help="files, folders or patterns")
     load.add_argument("--out", required=True, metavar="DIR", help="folder of the table")
+    _add_on_error(load, "rows that make no record")
     _add_source(load)
     check = actions.add_parser(
         "check",
@@ -270,10 +294,14 @@ def _features(given: argparse.Namespace) -> str:
     import torch
 
     from blip2fast.data.caching import cache_images
+    from blip2fast.data.skipping import LeftOut, check_skipped
     from blip2fast.data.sources import source_keys
     from blip2fast.frozen.image_encoders import load_image_encoder
 
-    keys = source_keys(given.records)
+    left_out: list[LeftOut] | None = [] if given.on_error == "skip" else None
+    keys = source_keys(given.records, left_out)
+    if left_out is not None:
+        check_skipped(left_out, given.max_skipped, len(left_out) + len(keys), "rows and images")
     on_gpu = torch.cuda.is_available()
     compute = torch.bfloat16 if on_gpu else torch.float32
     encoder = load_image_encoder(given.encoder, given.layer, compute)
@@ -287,11 +315,19 @@ def _features(given: argparse.Namespace) -> str:
         batch_size=given.batch_size,
         workers=given.workers,
         overwrite=given.overwrite,
+        on_error=given.on_error,
+        max_skipped=given.max_skipped,
+        file_bytes=max(1, int(given.file_gb * 1e9)),
     )
-    return (
+    told = [f"left out: {each}" for each in (left_out or ())[:10]]
+    told += [f"left out: {reason}" for reason in list(cache.lacking.values())[:10]]
+    if len(left_out or ()) + len(cache.lacking) > len(told):
+        told.append(f"and more: {cache.path / 'lacking.json'}")
+    told.append(
         f"{cache.path}: {cache.num_images} images of {cache.num_tokens} tokens x {cache.width}, "
         f"{cache.dtype}, relative error {cache.relative_error:.2g}"
     )
+    return "\n".join(told)
 
 
 def _data(given: argparse.Namespace) -> str:
@@ -309,7 +345,8 @@ def _data(given: argparse.Namespace) -> str:
     if images is not None and not images.is_dir():
         raise ValueError(f"--images {images}: not a folder")
     if given.action == "import":
-        return str(import_records(sources, given.out, given.task, images))
+        skips = {"on_error": given.on_error, "max_skipped": given.max_skipped}
+        return str(import_records(sources, given.out, given.task, images, **skips))
     return _check_data(given, sources, images)
 
 

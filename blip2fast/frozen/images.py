@@ -15,6 +15,7 @@ from torch import Tensor
 
 from blip2fast._imports import needs
 from blip2fast.frozen.pictures import load_image, to_rgb
+from blip2fast.frozen.unusable import UnusableImageError
 
 with needs("read images", "PIL"):
     from PIL import Image
@@ -99,11 +100,12 @@ def read_image(folder: Path, key: str, least: int | None = None) -> Image.Image:
         least: As in `load_image`.
 
     Raises:
-        ValueError: Not found, outside the folder, or not an image.
+        UnusableImageError: Not found, outside the folder, or not an image.
+        ValueError: The system cannot read it just now.
     """
     path = PurePath(key)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"image {key!r} lies outside {folder}")
+        raise UnusableImageError(f"image {key!r} lies outside {folder}")
     return load_image(folder / key, least=least)
 
 

@@ -16,12 +16,13 @@ from blip2fast.checkpoints.files import DESCRIPTION, MODEL
 from blip2fast.checkpoints.kept import remove
 from blip2fast.data.manifest import MANIFEST, naming
 from blip2fast.training.restart import HISTORY
+from blip2fast.training.skipped import SKIPPED
 
 LOCK = "run.lock"
 # `resume` continues from these; others are written again.
 EARLIER = ("checkpoints", "metrics.jsonl")
 _OF_A_RUN = (
-    *(*EARLIER, HISTORY, "tensorboard", "config.yaml", "deepspeed.json"),
+    *(*EARLIER, HISTORY, SKIPPED, "tensorboard", "config.yaml", "deepspeed.json"),
     *(DESCRIPTION, MODEL, MANIFEST),
 )
 

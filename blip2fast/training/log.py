@@ -156,12 +156,14 @@ class Progress:
         sums: over the steps whose losses are finite, of the means of their passes; after a resume
             they include steps of the interrupted run.
         skipped: steps since the last log line that did not update the parameters.
+        replaced: samples since then whose record could not be used, of all processes.
         timed: steps since `since`.
         since: time of the last log line or of the resume, in seconds; pauses are added to it.
     """
 
     sums: dict[str, Tensor]
     skipped: int = 0
+    replaced: int = 0
     timed: int = 0
     since: float = 0.0
 
@@ -181,18 +183,20 @@ class Progress:
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint, so that the next log line after a resume covers all its steps."""
-        return {"sums": {n: v.cpu() for n, v in self.sums.items()}, "skipped": self.skipped}
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        return {"sums": sums, "skipped": self.skipped, "replaced": self.replaced}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restore a state returned by `state`."""
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.skipped = state["skipped"]
+        self.replaced = state.get("replaced", 0)  # earlier versions replaced none
 
     def take(self, samples_per_step: int) -> dict[str, float]:
         """Means over steps and processes, and the throughput; resets the sums.
 
         Every process must call this. Without a step to count, the means are left out; the number
-        of skipped steps is left out if there is none.
+        of skipped steps and of replaced samples is left out if there is none.
 
         Args:
             samples_per_step: samples per optimizer step, over all processes.
@@ -208,7 +212,10 @@ class Progress:
         metrics = dict(zip(names, values, strict=True)) if counted.item() else {}
         if self.skipped:
             metrics["skipped"] = self.skipped
+        if self.replaced:
+            metrics["replaced"] = self.replaced
         metrics["seconds_per_step"] = (now - self.since) / steps
         metrics["samples_per_second"] = steps * samples_per_step / (now - self.since)
-        self.sums, self.skipped, self.timed, self.since = {}, 0, 0, now
+        self.sums, self.skipped, self.replaced = {}, 0, 0
+        self.timed, self.since = 0, now
         return metrics

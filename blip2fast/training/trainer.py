@@ -37,6 +37,7 @@ from blip2fast.checkpoints.trained import (
     save_model,
     trained_names,
 )
+from blip2fast.data.batches import TakenBatches
 from blip2fast.data.manifest import replace_file, write_json
 from blip2fast.data.order import MOST_SHUFFLED
 from blip2fast.stage1.contrast import step_contrast
@@ -69,6 +70,7 @@ from blip2fast.training.log import Progress, RunLog
 from blip2fast.training.placement import choose_placement
 from blip2fast.training.preflight import check_machine, prepare_kernels
 from blip2fast.training.restart import check_steps, record_start, run_identity
+from blip2fast.training.skipped import SkippedSamples
 from blip2fast.training.stopping import RunStopped, StopRequest
 from blip2fast.training.validation import validate
 from blip2fast.training.word_means import Weights, pass_weights, weighted
@@ -192,6 +194,7 @@ class Trainer:
         self.step = 0
         self.skipped = self.rescaled = 0
         self._saved = 0  # step of the last checkpoint
+        self._unusable: SkippedSamples | None = None  # while it runs
         self.progress = Progress({})
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -283,6 +286,12 @@ class Trainer:
         if self.rank == 0:
             log = RunLog(self.folder, self.step, config.optim.max_steps, config.stage)
             self.say = log.say
+        if parts.left_out is not None:
+            total = plan.num_records + len(parts.left_out.train)
+            most = config.data.max_skipped
+            self._unusable = SkippedSamples(
+                self.folder, parts.left_out, total, most, self.step, self._say
+            )
         try:
             with self.stop, losing_a_process(self._last_good):
                 metrics = self._steps(log)
@@ -292,9 +301,14 @@ class Trainer:
                         f"the run is complete; stopped by {self._reason()}", self.stop.exit_code
                     )
         finally:
+            if self._unusable is not None:
+                self._unusable.close()
             if log is not None:
                 log.close()
         return metrics
+
+    def _say(self, line: str) -> None:
+        self.say(line)
 
     def _stops_at_end(self) -> bool:
         """Whether a process was asked to stop since the last step; alike on every process."""
@@ -355,7 +369,8 @@ class Trainer:
             if number == passes:
                 losses = {n: v for n, v in sums.items() if n.startswith("loss")}
                 stop = self.stop.reason is not None
-                left_out = self.gate.judge(self.step + 1, losses, stop)
+                news = self._unusable is not None and self._unusable.news
+                left_out = self.gate.judge(self.step + 1, losses, stop, news)
                 self.progress.add(sums, passes, left_out)
             self.engine.step()
         self.gate.record(lowest_scale)
@@ -368,9 +383,15 @@ class Trainer:
 
         Raises:
             FloatingPointError: a step was not finite, and `on_nonfinite` does not allow it.
+            ValueError: more samples are unusable than `data.max_skipped` allows.
         """
-        stops = False
-        for outcome in self.gate.outcomes(wait):
+        stops, outcomes = False, self.gate.outcomes(wait)
+        if self._unusable is not None and any(outcome.news for outcome in outcomes):
+            try:
+                self.progress.replaced += self._unusable.exchange()
+            except ValueError as error:
+                raise ValueError(f"{error}. {self._last_good()}") from None
+        for outcome in outcomes:
             stops = stops or outcome.stop
             if outcome.rescaled:
                 self.progress.skipped += 1
@@ -551,16 +572,22 @@ class Trainer:
         return moved
 
     def _batches(self, first: int) -> Iterator[dict[str, Tensor]]:
-        end = self.config.optim.max_steps * self.config.optim.accumulation
-        return read_batches(
-            self.parts.batches,
-            range(first, end),
+        passes = self.config.optim.accumulation
+        taken = read_batches(
+            TakenBatches(self.parts.batches),
+            range(first, self.config.optim.max_steps * passes),
             self.config.data.workers,
             self.device.type == "cuda",
             self.say,
         )
+        for number, (batch, replaced) in enumerate(taken, first):
+            if self._unusable is not None:
+                self._unusable.add(number // passes + 1, replaced)
+            yield batch
 
     def _save_checkpoint(self) -> None:
+        if self._unusable is not None:
+            self._unusable.flush()
         parameters = self._finite_parameters()
         moments = optimizer_moments(self.engine, self.model)
         self._refuse_nonfinite(moments)
