@@ -129,10 +129,18 @@ def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--records", required=True, metavar="SOURCE", help="what names the images (docs/data.md)"
     )
     cache.add_argument(
-        "--encoder", required=True, metavar="PATH", help="folder or hub name of a vision model"
+        "--encoder",
+        required=True,
+        metavar="PATH",
+        help="folder or hub name of a vision model, or timm:NAME",
     )
     cache.add_argument("--out", required=True, metavar="DIR", help="folder of the cache")
-    cache.add_argument("--layer", type=_positive, help="blocks to run; default: BLIP-2's choice")
+    cache.add_argument(
+        "--layer", type=int, help="blocks to run, or -1, -2 from the last; default: BLIP-2's choice"
+    )
+    cache.add_argument(
+        "--image-size", type=_positive, help="for DINOv2 and DINOv3, in pixels; default: its own"
+    )
     cache.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="bfloat16")
     cache.add_argument("--batch-size", type=_positive, default=32)
     cache.add_argument("--workers", type=int, default=0, help="processes that read the images")
@@ -304,7 +312,7 @@ def _features(given: argparse.Namespace) -> str:
         check_skipped(left_out, given.max_skipped, len(left_out) + len(keys), "rows and images")
     on_gpu = torch.cuda.is_available()
     compute = torch.bfloat16 if on_gpu else torch.float32
-    encoder = load_image_encoder(given.encoder, given.layer, compute)
+    encoder = load_image_encoder(given.encoder, given.layer, compute, given.image_size)
     cache = cache_images(
         given.images,
         keys,

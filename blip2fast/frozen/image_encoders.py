@@ -1,44 +1,69 @@
-"""Frozen image encoders from transformers checkpoints: images to the tokens a Q-Former reads.
+"""Frozen image encoders: images to the tokens a Q-Former reads.
 
 BLIP-2 uses ViT-g/14 (EVA-CLIP) without its last block, and CLIP's ViT-L/14 up to its second-to-last
-block (paper, section 3.4). The encoder's final norm is not applied: the trained `ln_vision`
-replaces it.
+block (paper, section 3.4). Any other vision model of transformers (`AutoModel`) or timm that gives
+tokens can take their place. Of each these tokens are taken:
 
-Legend: B images, S image tokens (the class token first), E their width.
+* of its last block, of CLIP the second-to-last; `layer` says otherwise: 2 is the second block, -1
+  the last one, -2 the one before it;
+* before the encoder's final norm, which the trained `ln_vision` replaces;
+* the class token first, where there is one, then the patches row by row. Register tokens (DINOv2
+  with registers, DINOv3) are dropped, as their authors do.
+
+Legend: B images, S image tokens, E their width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     Blip2VisionModel,
     CLIPVisionModel,
     PreTrainedModel,
+    Siglip2VisionModel,
+    SiglipVisionModel,
     ViTMAEModel,
     ViTModel,
 )
 
 from blip2fast.frozen.hub import not_found
 from blip2fast.frozen.identity import identify_model
+from blip2fast.frozen.preprocessing import read_preprocessing
+from blip2fast.frozen.timm_models import TimmVision, is_timm, load_timm
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """How to load and truncate one family of vision models."""
+    """How to load and truncate one family of vision models.
 
-    model: type[PreTrainedModel]
-    skipped_blocks: int = 0  # number of final blocks to drop
-    load: dict[str, Any] | None = None
+    Attributes:
+        model: its class; None: `AutoModel`'s.
+        skipped_blocks: number of final blocks to drop, unless a layer is given.
+        load: more arguments of `from_pretrained`.
+        settings: of its config, for what tokens do not need.
+        any_size: images may have another size than the config's: positions are interpolated.
+    """
+
+    model: type[PreTrainedModel] | None = None
+    skipped_blocks: int = 0
+    load: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    any_size: bool = False
 
 
 _CLIP = _Kind(CLIPVisionModel, skipped_blocks=1)
 # The published BLIP-2 checkpoints contain only the 39 blocks that are used, of 40.
 _BLIP2 = _Kind(Blip2VisionModel)
+_SIGLIP = _Kind(SiglipVisionModel, settings={"vision_use_head": False})
+_SIGLIP2 = _Kind(Siglip2VisionModel, settings={"vision_use_head": False})
+_DINO = _Kind(any_size=True)
 _KINDS = {
     "blip-2": _BLIP2,
     "blip_2_vision_model": _BLIP2,
@@ -46,45 +71,92 @@ _KINDS = {
     "clip_vision_model": _CLIP,
     "vit": _Kind(ViTModel, load={"add_pooling_layer": False}),
     "vit_mae": _Kind(ViTMAEModel),
+    "siglip": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+    "siglip2": _SIGLIP2,
+    "siglip2_vision_model": _SIGLIP2,
+    "dinov2": _DINO,
+    "dinov2_with_registers": _DINO,
+    "dinov3_vit": _DINO,
 }
+_WITHOUT_CLASS = ("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model")
+# the final norm, as the families name it
+_NORMS = ("layernorm", "post_layernorm", "norm")
+_ID = re.compile(r"(?P<name>.+?)(?:, (?P<size>\d+) pixels)?, (?:block (?P<block>\d+)|all blocks)")
 
 
 class FrozenImageEncoder(nn.Module):
     """A frozen vision model, truncated after a block and without its final norm.
 
     Args:
-        model: a transformers vision model; truncated in place.
-        num_blocks: number of blocks to run.
+        model: a transformers vision model, or a `TimmVision`; truncated in place.
+        num_blocks: number of blocks to run; None: all, of a model without a list of blocks.
         encoder_id: name of the encoder, for the manifest of a feature cache.
+        image_size: side of its images, in pixels, if it is not the config's.
 
     Attributes:
         width, image_size: E, and the side of its input images, in pixels.
+        num_tokens: S.
         identity: identity of the truncated model's weights at construction.
+
+    Raises:
+        ValueError: no such block, or a model that does not give tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, num_blocks: int, encoder_id: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | TimmVision,
+        num_blocks: int | None,
+        encoder_id: str,
+        image_size: int | None = None,
+    ) -> None:
         super().__init__()
-        blocks = _blocks(model)
-        if not 1 <= num_blocks <= len(blocks):
-            raise ValueError(f"layer={num_blocks}: {encoder_id} has blocks 1 to {len(blocks)}")
-        del blocks[num_blocks:]
-        for name in ("layernorm", "post_layernorm"):
+        blocks = find_blocks(model)
+        if num_blocks is not None:
+            if blocks is None:
+                raise ValueError(f"{encoder_id}: no list of blocks, so no layer can be chosen")
+            if not 1 <= num_blocks <= len(blocks):
+                raise ValueError(f"layer={num_blocks}: {encoder_id} has blocks 1 to {len(blocks)}")
+            del blocks[num_blocks:]
+        for name in _NORMS:
             for owner in (model, getattr(model, "vision_model", None)):
-                if owner is not None and hasattr(owner, name):
+                if owner is not None and isinstance(getattr(owner, name, None), nn.Module):
                     setattr(owner, name, nn.Identity())
         self.model = model.requires_grad_(False)
-        self.encoder_id = f"{encoder_id}, block {num_blocks}"
-        self.width = int(model.config.hidden_size)
-        self.image_size = int(model.config.image_size)
+        own_size = own_image_size(model.config)
+        self.image_size = own_size if image_size is None else image_size
+        sized = "" if self.image_size == own_size else f", {self.image_size} pixels"
+        ends = "all blocks" if num_blocks is None else f"block {num_blocks}"
+        self.encoder_id = f"{encoder_id}{sized}, {ends}"
         if hasattr(model.config, "mask_ratio"):
             model.config.mask_ratio = 0.0
         self.identity = identify_model(model, self.encoder_id)
         self.eval()
+        count = count_tokens(model.config, self.image_size)
+        if count is None:
+            self.num_tokens, self.width = self._probe(encoder_id)
+        else:
+            self.num_tokens, self.width = count, int(model.config.hidden_size)
 
-    @property
-    def num_tokens(self) -> int:
-        """S: the number of patches of an image, plus the class token."""
-        return (self.image_size // int(self.model.config.patch_size)) ** 2 + 1
+    @torch.no_grad()
+    def _probe(self, name: str) -> tuple[int, int]:
+        """S and E, from the tokens of an empty image."""
+        images = torch.zeros(1, 3, self.image_size, self.image_size)
+        try:
+            tokens = self._tokens(images)
+        except (TypeError, RuntimeError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{name}: does not give tokens for images of {self.image_size} pixels ({reason}); "
+                "cache its features with code of your own (docs/own_encoder.md)"
+            ) from error
+        if tokens.ndim != 3:
+            raise ValueError(
+                f"{name}: gives a map of shape {tuple(tokens.shape)} for an image, where tokens "
+                "(1, S, E) are expected; cache its features with code of your own "
+                "(docs/own_encoder.md)"
+            )
+        return tokens.shape[1], tokens.shape[2]
 
     def train(self, mode: bool = True) -> FrozenImageEncoder:
         """No effect: the encoder stays in evaluation mode."""
@@ -100,56 +172,192 @@ class FrozenImageEncoder(nn.Module):
         expected = (3, self.image_size, self.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, *{expected})")
-        more = {}
+        return self._tokens(images)
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        more: dict[str, Any] = {}
         if isinstance(self.model, ViTMAEModel):
             # Increasing noise keeps the patches in order; nothing is masked.
             order = torch.arange(self.num_tokens - 1, device=images.device, dtype=torch.float32)
             more["noise"] = order.expand(len(images), -1)
-        parameter = next(self.model.parameters())
-        tokens: Tensor = self.model(images.to(parameter.dtype), **more).last_hidden_state
+        pixels = images.to(next(self.model.parameters()).dtype)
+        if isinstance(self.model, Siglip2VisionModel):
+            pixels, more = _as_patches(pixels, int(self.model.config.patch_size))
+        tokens: Tensor = self.model(pixels, **more).last_hidden_state
+        registers = int(getattr(self.model.config, "num_register_tokens", 0) or 0)
+        if registers and tokens.ndim == 3:
+            first = int(getattr(self.model.config, "num_class_tokens", 1))
+            tokens = torch.cat([tokens[:, :first], tokens[:, first + registers :]], 1)
         return tokens
 
 
+def _as_patches(pixels: Tensor, patch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """What SigLIP 2 with patches of any number (NaFlex) takes of square images."""
+    count, channels, height, width = pixels.shape
+    rows, columns = height // patch, width // patch
+    cut = pixels.view(count, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
+    patches = cut.reshape(count, rows * columns, patch * patch * channels)
+    mask = torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device)
+    shapes = torch.tensor([[rows, columns]] * count, device=pixels.device)
+    return patches, {"pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+def own_image_size(config: Any) -> int:
+    """The side of the images that a vision model was made for, in pixels; 224 if it says nothing.
+
+    Of a whole model, that of its vision model.
+    """
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", None)
+    if isinstance(size, list | tuple):
+        size = size[0]
+    if size is None and hasattr(config, "num_patches"):  # SigLIP 2 with patches of any number
+        return round(config.num_patches**0.5) * int(config.patch_size)
+    return 224 if size is None else int(size)
+
+
+def count_tokens(config: Any, image_size: int) -> int | None:
+    """S of an encoder that is known by its config, at an image size; None: found by trying."""
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in _KINDS:
+        return None
+    patches = (image_size // int(config.patch_size)) ** 2
+    return patches + (config.model_type not in _WITHOUT_CLASS)
+
+
+def encoder_image_size(name_or_path: str) -> int:
+    """The side of an encoder's images by default, from its files alone, in pixels.
+
+    Raises:
+        ValueError: not found, or a model that is not known to read images.
+    """
+    if is_timm(name_or_path):
+        return own_image_size(load_timm(name_or_path, pretrained=False).config)
+    return _default_size(name_or_path, _config(name_or_path))
+
+
+def parse_encoder_id(encoder_id: str) -> tuple[str, int | None, int | None] | None:
+    """Name, layer and image size of a `FrozenImageEncoder.encoder_id`; None if it is none."""
+    found = _ID.fullmatch(encoder_id)
+    if found is None:
+        return None
+    block, size = found["block"], found["size"]
+    return (
+        found["name"],
+        None if block is None else int(block),
+        None if size is None else int(size),
+    )
+
+
 def load_image_encoder(
-    name_or_path: str, layer: int | None = None, dtype: torch.dtype = torch.float32
+    name_or_path: str,
+    layer: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    image_size: int | None = None,
 ) -> FrozenImageEncoder:
     """Load a frozen encoder.
 
     Args:
-        name_or_path: folder or hub name of a BLIP-2 (whole or its vision model), CLIP, ViT or
-            ViTMAE checkpoint.
-        layer: number of blocks to run; None: BLIP-2's choice, which is all but the last for CLIP
-            and all for the others.
+        name_or_path: folder or hub name of a BLIP-2 (whole or its vision model), CLIP, SigLIP,
+            SigLIP 2, DINOv2, DINOv3, ViT or ViTMAE checkpoint, or of another vision model of
+            `AutoModel`; `timm:NAME`, or a folder with timm's config.json.
+        layer: number of blocks to run, or counted from the last one: -1 all, -2 all but the last;
+            None: BLIP-2's choice, which is all but the last for CLIP and all for the others.
         dtype: dtype of the weights and tokens.
+        image_size: side of its images, in pixels, for DINOv2 and DINOv3, which take any multiple of
+            their patch; None: that of its preprocessor_config.json, of others that of its config.
 
     Raises:
-        ValueError: not found, an unsupported model family, or fewer blocks than `layer`.
+        ValueError: not found, a model that does not give tokens for images, fewer blocks than
+            `layer`, or another image size than the model's.
     """
+    if is_timm(name_or_path):
+        timm_model = load_timm(name_or_path)
+        num_blocks = _chosen_blocks(timm_model, layer, 0)
+        return FrozenImageEncoder(timm_model, num_blocks, name_or_path).to(dtype)
+    config = _config(name_or_path)
+    kind = _kind_of(name_or_path, config)
+    size = _checked_size(name_or_path, config, kind, image_size)
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        kind = _KINDS.get(config.model_type)
-        if kind is None:
-            raise ValueError(
-                f"{name_or_path} is a {config.model_type!r} model; known are {', '.join(_KINDS)}"
-            )
         model = _load(kind, name_or_path, config)
     except OSError as error:
         raise ValueError(not_found("image encoder", name_or_path, error)) from error
-    num_blocks = len(_blocks(model)) - kind.skipped_blocks if layer is None else layer
+    num_blocks = _chosen_blocks(model, layer, kind.skipped_blocks)
     # cast after loading, not while loading: the identity must not depend on the precision
-    return FrozenImageEncoder(model, num_blocks, name_or_path).to(dtype)
+    return FrozenImageEncoder(model, num_blocks, name_or_path, size).to(dtype)
+
+
+def _config(name: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(not_found("image encoder", name, error)) from error
+
+
+def _kind_of(name: str, config: Any) -> _Kind:
+    kind = _KINDS.get(config.model_type)
+    if kind is not None:
+        return kind
+    vision = getattr(config, "vision_config", config)
+    found = _auto_class(vision)
+    if found is None or getattr(found, "main_input_name", "") != "pixel_values":
+        raise ValueError(
+            f"{name} is a {config.model_type!r} model; known are {', '.join(_KINDS)}, other vision "
+            "models of AutoModel, and timm:NAME"
+        )
+    return _Kind()
+
+
+def _auto_class(config: Any) -> Any:
+    if type(config) not in MODEL_MAPPING:
+        return None
+    found = MODEL_MAPPING[type(config)]
+    return found[0] if isinstance(found, list | tuple) else found
+
+
+def _checked_size(name: str, config: Any, kind: _Kind, image_size: int | None) -> int:
+    size = _default_size(name, config)
+    if image_size is None or image_size == size:
+        return size
+    patch = getattr(config, "patch_size", 1)
+    if kind.any_size and image_size % patch == 0:
+        return image_size
+    remedy = f"; give a multiple of its patch, {patch}" if kind.any_size else ""
+    raise ValueError(f"data.image_size is {image_size}, but {name} takes images of {size}{remedy}")
+
+
+def _default_size(name: str, config: Any) -> int:
+    size = own_image_size(config)
+    if not _kind_of(name, config).any_size:
+        return size
+    stated = read_preprocessing(name).size or size
+    return stated if stated % int(config.patch_size) == 0 else size
+
+
+def _chosen_blocks(
+    model: PreTrainedModel | TimmVision, layer: int | None, skipped: int
+) -> int | None:
+    """How many blocks to run; None: all, of a model without a list of them."""
+    blocks = find_blocks(model)
+    if blocks is None:
+        return None if layer in (None, -1) else layer
+    if layer is None:
+        return len(blocks) - skipped
+    return len(blocks) + 1 + layer if layer < 0 else layer
 
 
 def _load(kind: _Kind, name: str, config: Any) -> PreTrainedModel:
-    # A whole BLIP-2 or CLIP config contains the vision config.
+    # A whole BLIP-2, CLIP or SigLIP config contains the vision config.
     config = getattr(config, "vision_config", config)
+    for setting, value in kind.settings.items():
+        setattr(config, setting, value)
     more = {"key_mapping": {r"^vision_model\.": ""}} if kind is _BLIP2 else {}
-    model, report = kind.model.from_pretrained(
+    model, report = (kind.model or _auto_class(config)).from_pretrained(
         name,
         config=config,
         dtype=torch.float32,
         output_loading_info=True,
-        **(kind.load or {}),
+        **kind.load,
         **more,
     )
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
@@ -161,9 +369,10 @@ def _load(kind: _Kind, name: str, config: Any) -> PreTrainedModel:
     return loaded
 
 
-def _blocks(model: PreTrainedModel) -> nn.ModuleList:
+def find_blocks(model: PreTrainedModel | TimmVision) -> nn.ModuleList | nn.Sequential | None:
     """The list of transformer blocks; its attribute path depends on the transformers version."""
+    count = getattr(model.config, "num_hidden_layers", 0)
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+        if count and isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == count:
             return module
-    raise ValueError(f"{type(model).__name__}: no list of {model.config.num_hidden_layers} blocks")
+    return None

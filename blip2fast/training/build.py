@@ -125,7 +125,8 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
         source.store.check(set(keys))
     else:
         _check_unusable(config, source.store, keys, bad_rows, len(records))
-    held_out, held_out_left = _held_out(config, note)
+    image_size = 0 if source.encoder is None else source.encoder.image_size
+    held_out, held_out_left = _held_out(config, image_size, note)
     model, tokenizer, description = _model(config, source)
     text, words = None, None
     if isinstance(model, Blip2Stage2):
@@ -166,13 +167,13 @@ def _check_unusable(
 
 
 def _held_out(
-    config: RunConfig, note: Callable[[str], None] | None
+    config: RunConfig, image_size: int, note: Callable[[str], None] | None
 ) -> tuple[HeldOut | None, list[LeftOut]]:
     """The held-out set, and what is left out of it where `data.on_error` is `skip`."""
     data = config.data
     if data.eval_records is None:
         return None, []
-    store, folder = _eval_images(config), _folder(data.eval_images)
+    store, folder = _eval_images(config, image_size), _folder(data.eval_images)
     if data.on_error == "raise":
         held_out = HeldOut(open_records(data.eval_records, data.task, folder, note), store)
         held_out.images.check(set(held_out.keys()))
@@ -213,29 +214,32 @@ def _train_images(config: RunConfig) -> _ImageSource:
         cache = FeatureCache(data.features)
         reader = CachedImages(cache)
         return _ImageSource(reader, None, cache.width, cache.encoder_id, cache.encoder)
-    files = _image_files(config, data.images, data.augment)
     encoder = load_image_encoder(
-        str(data.image_encoder), data.image_encoder_layer, DTYPE_OF[config.precision]
+        *(str(data.image_encoder), data.image_encoder_layer, DTYPE_OF[config.precision]),
+        image_size=data.image_size,
     )
-    if encoder.image_size != data.image_size:
+    if data.image_size not in (None, encoder.image_size):
         raise ValueError(
             f"data.image_size is {data.image_size}, but {data.image_encoder} takes images of "
             f"{encoder.image_size}"
         )
+    files = _image_files(config, data.images, encoder.image_size, data.augment)
     return _ImageSource(files, encoder, encoder.width, encoder.encoder_id, encoder.identity)
 
 
-def _eval_images(config: RunConfig) -> ImageStore:
+def _eval_images(config: RunConfig, image_size: int) -> ImageStore:
     if config.data.eval_features is not None:
         return CachedImages(FeatureCache(config.data.eval_features))
-    return _image_files(config, config.data.eval_images, augment=False)
+    return _image_files(config, config.data.eval_images, image_size, augment=False)
 
 
-def _image_files(config: RunConfig, folder: str | None, augment: bool) -> FileImages:
+def _image_files(
+    config: RunConfig, folder: str | None, image_size: int, augment: bool
+) -> FileImages:
     data = config.data
     if folder is None or data.image_encoder is None:
         raise ValueError("data: give features, or images and image_encoder")
-    transform = transform_for(data.image_encoder, data.image_size, augment)
+    transform = transform_for(data.image_encoder, image_size, augment)
     return FileImages(Path(folder), transform, config.seed)
 
 

@@ -118,8 +118,11 @@ class DataSection:
         task: `caption`, or in stage 2 `vqa`, or `sequence` (any number of images per sample).
         features: folder of a feature cache.
         images: folder of image files; the frozen encoder then runs in the training loop.
-        image_encoder: folder or hub name of a transformers vision model, for `images`.
-        image_encoder_layer: number of its blocks to run; None: BLIP-2's choice for its model type.
+        image_encoder: folder or hub name of a vision model of transformers, or `timm:NAME`, for
+            `images` (docs/encoders.md).
+        image_encoder_layer: number of its blocks to run, or -1, -2, ... counted from the last;
+            None: BLIP-2's choice for its model type.
+        image_size: side of the images, in pixels; None: the encoder's own.
         augment: random crops and flips (`images` only).
         eval_records, eval_features, eval_images: the held-out set; None: no evaluation.
         max_txt_len: maximum text length in tokens; longer texts are truncated.
@@ -140,8 +143,8 @@ class DataSection:
     features: str | None = None
     images: str | None = None
     image_encoder: str | None = None
-    image_encoder_layer: _Count | None = None
-    image_size: _Count = 224
+    image_encoder_layer: int | None = None
+    image_size: _Count | None = None
     augment: bool = True
     eval_records: _Records | None = None
     eval_features: str | None = None

@@ -53,21 +53,29 @@ def read_batches(
             # The loader draws a seed on start; from the global generator, a resume would shift it.
             generator=torch.Generator(),
         )
+        failure: Exception | None = None
         try:
             for batch in _iterator(loader):
                 done += 1
                 yield batch
         except (RuntimeError, ValueError, OSError, EOFError) as error:
-            first = _of_a_dead_worker(error, workers)
-            if not first:
-                raise _without_traceback(error) from None
-            if restarts == MOST_RESTARTS:
-                raise OSError(
-                    f"data.workers {workers}: {first}; {MOST_RESTARTS + 1} times in this run: "
-                    "lower data.workers if the machine is out of memory"
-                ) from None
-            restarts += 1
-            say(f"{first}: workers started again ({restarts} of at most {MOST_RESTARTS} times)")
+            failure = error
+        if failure is None:
+            continue
+        if workers:
+            # its frames hold the workers, which a signal does not end: the process would wait for
+            # them when it exits
+            failure = failure.with_traceback(None)
+        first = _of_a_dead_worker(failure, workers)
+        if not first:
+            raise _without_traceback(failure)
+        if restarts == MOST_RESTARTS:
+            raise OSError(
+                f"data.workers {workers}: {first}; {MOST_RESTARTS + 1} times in this run: "
+                "lower data.workers if the machine is out of memory"
+            )
+        restarts += 1
+        say(f"{first}: workers started again ({restarts} of at most {MOST_RESTARTS} times)")
 
 
 def _of_a_dead_worker(error: Exception, workers: int) -> str:

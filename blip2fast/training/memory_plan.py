@@ -21,6 +21,8 @@ import torch
 from blip2fast._imports import needs
 from blip2fast.checkpoints.trained import is_trained, read_description
 from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.frozen.image_encoders import count_tokens, encoder_image_size
+from blip2fast.frozen.timm_models import is_timm, load_timm
 from blip2fast.offload.quantised import Storage
 from blip2fast.stage2.config import Stage2Config
 from blip2fast.training.config import DTYPE_OF, RunConfig
@@ -315,15 +317,26 @@ def _images(config: RunConfig, notes: list[str]) -> tuple[int, int | None, int]:
     """Parameters of the image encoder in the loop, its width E if known, and image tokens S."""
     data = config.data
     if data.image_encoder is not None:
-        encoder = read_model_config("data.image_encoder", data.image_encoder)
-        parameters, width = measure_image_encoder(encoder)
-        vision = getattr(encoder, "vision_config", encoder)
-        return parameters, width, (data.image_size // int(vision.patch_size)) ** 2 + 1
+        return _encoder_in_loop(data.image_encoder, data.image_size, notes)
     if data.features is not None and Path(data.features, "manifest.json").is_file():
         cache = FeatureCache(data.features)
         return 0, cache.width, cache.num_tokens
     notes.append(f"data.features {data.features!r} does not exist yet: 257 tokens an image assumed")
     return 0, None, 257
+
+
+def _encoder_in_loop(name: str, size: int | None, notes: list[str]) -> tuple[int, int | None, int]:
+    if is_timm(name):
+        model = load_timm(name, pretrained=False)
+        parameters, width = sum(p.numel() for p in model.parameters()), model.config.hidden_size
+        count = None
+    else:
+        config = read_model_config("data.image_encoder", name)
+        parameters, width = measure_image_encoder(config)
+        count = count_tokens(config, size or encoder_image_size(name))
+    if count is None:
+        notes.append(f"data.image_encoder {name!r}: 257 tokens an image assumed")
+    return parameters, width, count or 257
 
 
 def _trained_config(config: RunConfig, width: int | None, notes: list[str]) -> Stage2Config:

@@ -261,6 +261,10 @@ class Trainer:
         same = run_identity(self.config, plan.samples_per_step, self.parts.contents)
         if same["data"]["positives"] == "image":
             same["data"].pop("positives")  # as in checkpoints that do not know it
+        if same["data"]["image_size"] is None:
+            encoder = self.parts.image_encoder
+            # as in checkpoints of versions whose default was 224
+            same["data"]["image_size"] = 224 if encoder is None else encoder.image_size
         if plan.num_records > MOST_SHUFFLED:
             same["shuffle"] = "feistel"
         return same
