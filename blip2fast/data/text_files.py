@@ -11,7 +11,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 DEFAULT_ENCODING = "utf-8"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -59,7 +59,7 @@ def _is_gzip(path: Path) -> bool:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if _is_gzip(path) else path.open("rb")
+    return cast(IO[bytes], gzip.open(path) if _is_gzip(path) else path.open("rb"))
 
 
 def _lines(path: Path, encoding: str, codec: str) -> Iterator[str]:

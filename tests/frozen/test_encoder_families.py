@@ -64,7 +64,9 @@ def siglip2() -> Siglip2VisionModel:
 
 
 def dino_v3() -> DINOv3ViTModel:
-    return DINOv3ViTModel(DINOv3ViTConfig(**SMALL, num_register_tokens=4))
+    # rotary positions need heads of a multiple of 4
+    sizes = SMALL | {"num_attention_heads": 3}
+    return DINOv3ViTModel(DINOv3ViTConfig(**sizes, num_register_tokens=4))
 
 
 def dino_with_registers() -> Dinov2WithRegistersModel:
