@@ -332,7 +332,10 @@ def _table_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
 
 
 def _separator(path: Path, header: str) -> str:
-    return "\t" if _suffix(path) == ".tsv" or "\t" in header else ","
+    if _suffix(path) == ".tsv" or "\t" in header:
+        return "\t"
+    # what spreadsheets write where the comma is in numbers
+    return ";" if ";" in header and "," not in header else ","
 
 
 def _parquet_rows(path: Path, options: SourceOptions) -> Iterator[Row]:

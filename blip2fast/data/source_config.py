@@ -17,7 +17,7 @@ class SourceOptions:
     Attributes:
         encoding: of its text files.
         separator: of the columns of a CSV file; None: a tab in .tsv files and where the header
-            has tabs, else a comma.
+            has tabs, a semicolon where it has these and no comma, else a comma.
         image_key, caption_key: names of the columns of images and captions; None: the usual ones.
         annotations: of VQAv2, the file with the answers.
         image_name: of VQAv2, a file name with `{}` for the number of the image, such as

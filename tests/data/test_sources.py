@@ -90,6 +90,12 @@ def tsv_with_mark(folder: Path) -> Path:
     return folder / "r.tsv"
 
 
+def semicolons(folder: Path) -> Path:
+    text = "image;text\na.png;a red ring\nb.png;a disc, blue\n"
+    (folder / "r.csv").write_text(text)
+    return folder / "r.csv"
+
+
 def coco(folder: Path) -> Path:
     images = [{"id": 7, "file_name": "a.png"}, {"id": 9, "file_name": "b.png"}]
     captions = [(9, "a disc"), (7, "a red ring"), (7, "it is red")]
@@ -143,6 +149,7 @@ def sidecars(folder: Path) -> Path:
         (csv_file, FLAT),
         (csv_of_tabs, FLAT),
         (tsv_with_mark, FLAT),
+        (semicolons, FLAT),
         (coco, RECORDS),
         (imagefolder, FLAT),
         (imagefolder_jsonl, FLAT),

@@ -172,7 +172,7 @@ def test_bad_rows_and_missing_features_of_stage_2(
     assert by_line["r.jsonl, line 9"]["image"] == "nobody"
     assert by_line["e.jsonl, line 2"]["split"] == "held_out"
     data["max_skipped"] = 1
-    with pytest.raises(ValueError, match=r"2 of 22 records .* r.jsonl, line 5: .*r.jsonl, line 7"):
+    with pytest.raises(ValueError, match=r"2 of 22 records .*r.jsonl, line 5: .*r.jsonl, line 7"):
         build_run(config(world, tmp_path / "o2", 2, data=data), 0, 1)
 
 
