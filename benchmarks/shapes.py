@@ -372,6 +372,6 @@ class PictureShape:
 PICTURE_SHAPES = {
     "tiny": PictureShape(64, 48, 8, 4, 5, 12, where="test"),
     # the sizes of COCO's pictures, and of a telephone's
-    "jpeg_640x480": PictureShape(640, 480, 64, 16),
-    "jpeg_2048x1536": PictureShape(2048, 1536, 32, 16),
+    "jpeg_640x480": PictureShape(640, 480, 32, 8),
+    "jpeg_2048x1536": PictureShape(2048, 1536, 16, 8),
 }
