@@ -8,14 +8,14 @@ expected. Results have images a second. With workers, starting them is timed, to
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from comparing import Contender, plain
@@ -118,9 +118,28 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
     return of
 
 
+def loop_batches(
+    kind: type[Loop], folder: Path, names: Sequence[str], batch: int, workers: int
+) -> Callable[[Any], Tensor]:
+    """A call that reads all pictures by a loop."""
+
+    def run(_: Any) -> Tensor:
+        loader: Any = DataLoader(kind(folder, names), batch, num_workers=workers)
+        return torch.cat(list(loader))
+
+    return run
+
+
+def add_rates(benchmark: Any, count: int) -> None:
+    """Images a second beside the times."""
+    for result in benchmark.extra_info.get("contenders", {}).values():
+        if "median_s" in result:
+            result["images_per_s"] = count / result["median_s"]
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("name", cells(PICTURE_SHAPES))
-def bench_pictures(
+def bench_loader(
     name: str,
     workers: int,
     folders: Callable[[str], tuple[Path, list[str]]],
@@ -130,30 +149,14 @@ def bench_pictures(
 ) -> None:
     shape = PICTURE_SHAPES[name]
     folder, names = folders(name)
-    steps = shape.count // shape.batch
     files = FileImages(folder, ImageTransform(SIZE), 0)
-    expected = torch.stack(list(itertools.islice(iter_loop(Loop(folder, names)), shape.count)))
-
-    def loop(kind: type[Loop]) -> Callable[[Any], Tensor]:
-        def run(_: Any) -> Tensor:
-            loader: Any = DataLoader(kind(folder, names), shape.batch, num_workers=workers)
-            return torch.cat(list(loader))
-
-        return run
+    expected = torch.stack([Loop(folder, names)[number] for number in range(shape.count)])
 
     def ours(_: Any) -> Tensor:
-        return in_order(planned(names, files, shape.batch), "images", steps, workers)
-
-    cache = write_cache(folder / "cache", names, shape)
-
-    def cached(_: Any) -> Tensor:
-        batches = planned(names, CachedImages(cache), shape.batch)
-        return in_order(batches, "image_embeds", steps, workers)
+        batches = planned(names, files, shape.batch)
+        return in_order(batches, "images", shape.count // shape.batch, workers)
 
     def agree(_: Any, pixels: Tensor) -> None:
-        if pixels.ndim == 3:
-            assert torch.equal(pixels, cache.read(range(shape.count))), "other rows of the cache"
-            return
         # of 255 levels; a level is about 1 / (255 * 0.27)
         levels = (pixels - expected).abs().mean() * 255 * 0.27
         assert levels < 2, f"pixels differ by {levels:.2f} levels on average"
@@ -161,24 +164,49 @@ def bench_pictures(
     def torchvision(_: Any) -> Contender:
         if find_spec("torchvision") is None:
             raise ModuleNotFoundError("torchvision is not installed")
-        return plain(loop(TorchvisionLoop))(None)
+        return plain(loop_batches(TorchvisionLoop, folder, names, shape.batch, workers))(None)
 
     providers: dict[str, Callable[[Any], Contender]] = {
         "blip2fast": plain(ours),
-        "blip2fast feature cache": plain(cached),
-        "PIL loop": plain(loop(Loop)),
+        "PIL loop": plain(loop_batches(Loop, folder, names, shape.batch, workers)),
         "torchvision": torchvision,
     }
-    conditions["pillow"] = Image.__version__
+    conditions["pillow"] = PIL.__version__
     compare(providers, lambda seed: None, agree, rounds=5)
-    for result in benchmark.extra_info.get("contenders", {}).values():
-        if "median_s" in result:
-            result["images_per_s"] = shape.count / result["median_s"]
+    add_rates(benchmark, shape.count)
 
 
-def iter_loop(loop: Loop) -> Iterator[Tensor]:
-    """The pictures of a loop, in this process."""
-    return (loop[number] for number in range(len(loop)))
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("name", cells(PICTURE_SHAPES))
+def bench_feature_cache(
+    name: str,
+    workers: int,
+    folders: Callable[[str], tuple[Path, list[str]]],
+    compare: Callable[..., None],
+    conditions: dict[str, Any],
+    benchmark: Any,
+) -> None:
+    """The rival makes pixels, of which an encoder would still have to make tokens."""
+    shape = PICTURE_SHAPES[name]
+    folder, names = folders(name)
+    cache = write_cache(folder / "cache", names, shape)
+    pixels = torch.stack([Loop(folder, names)[number] for number in range(shape.count)])
+
+    def ours(_: Any) -> Tensor:
+        batches = planned(names, CachedImages(cache), shape.batch)
+        return in_order(batches, "image_embeds", shape.count // shape.batch, workers)
+
+    def agree(_: Any, found: Tensor) -> None:
+        expected = pixels if found.ndim == 4 else cache.read(range(shape.count))
+        assert torch.equal(found, expected), "other pixels or rows"
+
+    providers = {
+        "blip2fast": plain(ours),
+        "PIL loop, pixels": plain(loop_batches(Loop, folder, names, shape.batch, workers)),
+    }
+    conditions["pillow"] = PIL.__version__
+    compare(providers, lambda seed: None, agree, rounds=5)
+    add_rates(benchmark, shape.count)
 
 
 def write_cache(folder: Path, names: list[str], shape: PictureShape) -> FeatureCache:
