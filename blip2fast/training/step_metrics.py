@@ -6,14 +6,14 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from blip2fast.training.log import Progress
 
 _GIB = 2**30
+Item = TypeVar("Item")
 
 
 def learning_rates(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -37,7 +37,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return most / _GIB if sys.platform == "darwin" else most * 1024 / _GIB
 
 
-def timed(batches: Iterator[dict[str, Tensor]], progress: Progress) -> Iterator[dict[str, Tensor]]:
+def timed(batches: Iterator[Item], progress: Progress) -> Iterator[Item]:
     """The same batches; `progress.waited` counts the time that each is waited for."""
     while True:
         start = time.perf_counter()

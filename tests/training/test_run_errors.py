@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _with_dying_workers(monkeypatch: pytest.MonkeyPatch, counter: Path, deaths: int) -> None:
-    original, main = PlannedBatches.__getitem__, os.getpid()
+    original, main = PlannedBatches.take, os.getpid()
 
     def dying(self: Any, micro_step: int) -> Any:
         died = len(list(counter.glob("*")))
@@ -46,7 +46,7 @@ def _with_dying_workers(monkeypatch: pytest.MonkeyPatch, counter: Path, deaths: 
         return original(self, micro_step)
 
     counter.mkdir()
-    monkeypatch.setattr(PlannedBatches, "__getitem__", dying)
+    monkeypatch.setattr(PlannedBatches, "take", dying)
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_the_error_of_a_worker_is_its_own_line(
     def broken(self: Any, micro_step: int) -> Any:
         raise ValueError(f"batch {micro_step} is broken")
 
-    monkeypatch.setattr(PlannedBatches, "__getitem__", broken)
+    monkeypatch.setattr(PlannedBatches, "take", broken)
     with pytest.raises(ValueError, match=r"^batch 0 is broken$"):
         train(config(world, tmp_path / "out", 2, data={"workers": 1}), say=_quiet)
 
