@@ -172,7 +172,7 @@ def bench_loader(
         "torchvision": torchvision,
     }
     conditions["pillow"] = PIL.__version__
-    compare(providers, lambda seed: None, agree, rounds=5)
+    compare(providers, lambda seed: None, agree, rounds=3)
     add_rates(benchmark, shape.count)
 
 
@@ -205,7 +205,7 @@ def bench_feature_cache(
         "PIL loop, pixels": plain(loop_batches(Loop, folder, names, shape.batch, workers)),
     }
     conditions["pillow"] = PIL.__version__
-    compare(providers, lambda seed: None, agree, rounds=5)
+    compare(providers, lambda seed: None, agree, rounds=3)
     add_rates(benchmark, shape.count)
 
 

@@ -117,7 +117,7 @@ def test_features_without_bad_pictures(
         main([*again, "--max-skipped", "0"])
     main(again)  # goes on; a hundredth of ten, rounded up
     assert list(FeatureCache(tmp_path / "again").lacking) == ["4.png"]
-    main([*command, "--on-error", "skip", "--max-skipped", "0.2", "--file-gb", "0.000001"])
+    main([*command, "--on-error", "skip", "--max-skipped", "0.2", "--file-gb", "0.0000002"])
     out = capsys.readouterr().out
     assert "left out: " in out
     assert "r.jsonl, line 8: image '7.png' has an empty caption" in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -96,6 +97,20 @@ def test_a_worker_that_dies_while_it_sends_is_replaced(
         f"a DataLoader worker was lost ({type(lost).__name__}): workers started again (1 of at "
         "most 3 times)"
     ]
+
+
+class _Broken(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        raise ValueError(f"batch {number} is broken")
+
+
+def test_no_worker_outlives_an_error() -> None:
+    """Workers ignore the signal that would end them, so an exiting process would wait for them."""
+    before = multiprocessing.active_children()
+    with pytest.raises(ValueError, match=r"^batch 0 is broken$") as caught:
+        list(loading.read_batches(_Broken(), range(4), 1, False, _quiet))
+    assert multiprocessing.active_children() == before
+    del caught
 
 
 def test_the_error_of_a_worker_is_its_own_line(
