@@ -45,7 +45,7 @@ FACES = (
 # What not every user has installed beside torch, transformers and NumPy.
 OPTIONAL = (
     *("pydantic", "deepspeed", "xformers", "triton", "tokenizers", "matplotlib", "rich"),
-    *("sklearn", "psutil", "tensorboard", "wandb", "PIL", "pyarrow", "datasets"),
+    *("sklearn", "psutil", "tensorboard", "PIL", "pyarrow", "datasets"),
 )
 
 

@@ -165,7 +165,7 @@ def test_a_slow_source_is_what_the_run_waits_for(world: Path, tmp_path: Path) ->
 def test_each_group_of_parameters_has_its_rate() -> None:
     same = [{"lr": 0.1, "params": []}, {"lr": 0.1, "params": []}]
     assert learning_rates(same) == {"lr": 0.1}
-    apart = [{"lr": 0.1, "name": "new"}, {"lr": 0.01}]
+    apart = [{"lr": 0.1, "name": "new"}, {"lr": 0.01}, {"lr": 0.1, "name": "no_decay"}]
     assert learning_rates(apart) == {"lr": 0.1, "lr_new": 0.1, "lr_1": 0.01}
 
 
