@@ -46,6 +46,8 @@ def losing_a_process(remedy: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
+    except ProcessLostError:
+        raise
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         # gloo raises plain RuntimeErrors

@@ -28,10 +28,9 @@ from started_run import LONG, TRAIN
 
 from blip2fast.checkpoints.files import last_checkpoint, step_of
 from blip2fast.data.records import CaptionRecord, write_records
-from blip2fast.training import agreement, folder
+from blip2fast.training import agreement, engine, folder
 from blip2fast.training.agreement import SharedFault, processes_by_machine, together
 from blip2fast.training.config import RunConfig
-from blip2fast.training.engine import leave_processes
 from blip2fast.training.stopping import RunStopped
 from blip2fast.training.trainer import Trainer, train
 
@@ -71,7 +70,7 @@ def _refused(run: Callable[[], Any]) -> dict[str, Any]:
     start = time.monotonic()
     try:
         run()
-    except ValueError as error:
+    except (ValueError, engine.ProcessLostError) as error:
         told = {"kind": type(error).__name__, "said": str(error)}
         return told | {"seconds": time.monotonic() - start}
     raise RuntimeError("not refused")
@@ -113,10 +112,17 @@ def _work(rank: int, port: int, world: Path, place: Path) -> None:
         patch.setattr(folder, "_SHARED_SECONDS", 0.5)
         told = _as_a_machine(rank, world, place)
     together(lambda: None)
-    leave_processes()
+    if rank == 1:
+        (place / "told-1.json").write_text(json.dumps(told))
+        os._exit(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_ANSWER_SECONDS", 0.5)
+        run = config(world, place / "lost", 2)
+        told["lost"] = _refused(lambda: train(run, say=_quiet))
+    engine.leave_processes()
     threads = [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")]
     told["threads"] = {"gloo": [name for name in threads if "gloo" in name]}
-    (place / f"told-{rank}.json").write_text(json.dumps(told))
+    (place / "told-0.json").write_text(json.dumps(told))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +180,14 @@ def test_machines_are_counted_whatever_the_launcher_states(told: list[dict[str, 
 
 def test_no_thread_of_the_process_group_is_left(told: list[dict[str, Any]]) -> None:
     """One that is at work when the interpreter ends aborts the process."""
-    assert [found["threads"]["gloo"] for found in told] == [[], []]
+    assert told[0]["threads"]["gloo"] == []
+
+
+def test_a_process_that_is_lost_before_the_first_step_is_named(told: list[dict[str, Any]]) -> None:
+    """As one that the system kills for its memory while it loads a model."""
+    assert told[0]["lost"]["kind"] == "ProcessLostError"
+    assert told[0]["lost"]["said"].startswith("process 1 of the run does not answer: it has ended")
+    assert told[0]["lost"]["said"].endswith("No checkpoint was saved")
 
 
 def test_alone_a_process_raises_its_own_error() -> None:
