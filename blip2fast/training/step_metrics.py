@@ -17,15 +17,19 @@ Item = TypeVar("Item")
 
 
 def learning_rates(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`lr`, the highest rate of the optimizer's groups; where they differ, also `lr_<group>`.
+    """`lr`, the highest rate of the optimizer's groups; where they differ, also each rate.
+
+    A rate is named `lr_<group>` after the first group that has it.
 
     Args:
         groups: as in `torch.optim.Optimizer.param_groups`; one without a `name` has its number.
     """
-    rates = {str(group.get("name", n)): float(group["lr"]) for n, group in enumerate(groups)}
-    found = {"lr": max(rates.values())}
-    if len(set(rates.values())) > 1:
-        found |= {f"lr_{name}": rate for name, rate in rates.items()}
+    first: dict[float, str] = {}
+    for number, group in enumerate(groups):
+        first.setdefault(float(group["lr"]), str(group.get("name", number)))
+    found = {"lr": max(first)}
+    if len(first) > 1:
+        found |= {f"lr_{name}": rate for rate, name in first.items()}
     return found
 
 

@@ -68,9 +68,17 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
             several processes all raise it, also where only one machine has the fault.
         FloatingPointError: a value is not finite; see `RunConfig.on_nonfinite`.
         RunStopped: a signal stopped the run, and a checkpoint was saved.
+        ProcessLostError: another process of the run has ended.
     """
     stop = StopRequest()
     device = start_processes()
+    with losing_a_process(lambda: last_good(config.output_dir)):
+        return _train(config, device, say, stop)
+
+
+def _train(
+    config: RunConfig, device: torch.device, say: Callable[[str], None], stop: StopRequest
+) -> dict[str, float]:
     say_first = say if dist.get_rank() == 0 else None
     check_same_run(config)
     together(lambda: check_machine(with_start(config), dist.get_world_size()))
@@ -143,7 +151,7 @@ class Trainer:
         with (
             log or nullcontext(),
             self.state.unusable or nullcontext(),
-            self.stop,
+            self.stop,  # a launcher's SIGTERM must not cut off what is found about a lost process
             losing_a_process(lambda: last_good(config.output_dir)),
         ):
             metrics = self._steps(log)

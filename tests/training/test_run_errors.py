@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from small_run import config, distance, values, write_world
 from started_run import TRAIN, process_tree, started
@@ -23,7 +24,7 @@ from blip2fast import train as train_script
 from blip2fast.data.batches import PlannedBatches
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.language_models import load_language_model
-from blip2fast.training import loading
+from blip2fast.training import engine, loading
 from blip2fast.training.config_files import parse_config
 from blip2fast.training.trainer import train
 
@@ -162,7 +163,7 @@ def test_a_killed_rank_ends_the_others_with_one_line(world: Path, tmp_path: Path
     assert process.wait(timeout=60) != 0
     assert psutil.wait_procs(tree, timeout=30)[1] == []
     said = (tmp_path / "out.err").read_text()
-    assert "error: another process of the run has ended or cannot be reached" in said
+    assert "error: process 1 of the run does not answer: it has ended or cannot be reached" in said
     assert "Traceback" not in said
 
 
@@ -254,3 +255,30 @@ def test_a_folder_with_code_of_its_own_does_not_run_it(tmp_path: Path, part: str
     with pytest.raises(ValueError, match="not found"):
         load[part]()
     assert not ran.exists()
+
+
+def test_a_process_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 2 has noticed the loss too, and says so in the store."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    store.set("blip2fast/noticed/2", "")
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(engine, "_ANSWER_SECONDS", 0.3)
+
+    def lose() -> None:
+        with engine.losing_a_process(lambda: "Go on"):
+            raise RuntimeError("Connection closed by peer")
+
+    message = r"^process 1 of the run does not answer: it has ended .* by peer\)\. Go on$"
+    with pytest.raises(engine.ProcessLostError, match=message):
+        lose()
+    store.set("blip2fast/noticed/1", "")
+
+    def gone() -> None:
+        raise RuntimeError("the store was on process 1")
+
+    for found in (lambda: store, gone):
+        monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", found)
+        with pytest.raises(engine.ProcessLostError, match=r"^another process of the run has ended"):
+            lose()
