@@ -23,6 +23,7 @@ from blip2fast.training.build import build_run
 from blip2fast.training.config import RunConfig
 from blip2fast.training.log import read_metrics
 from blip2fast.training.parameter_groups import parameter_groups
+from blip2fast.training.restart import run_identity
 from blip2fast.training.trainer import train
 
 SIZE, PATCH = 28, 14
@@ -306,6 +307,23 @@ def test_texts_without_images_leave_no_parameter_without_a_gradient(
     model(images=None, input_ids=ids, image_counts=torch.tensor([0])).loss.backward()
     names = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert names == []
+
+
+def test_checkpoints_of_earlier_versions_resume(world: Path, tmp_path: Path) -> None:
+    """What they do not state is left out of the comparison where it changes nothing."""
+    run = config(world, tmp_path, 2)
+    parts = build_run(run, 0, 1)
+    stated = run_identity(run, parts.batches.plan, parts.contents)
+    assert "image_encoder" not in stated
+    assert "lr_scales" not in stated["optim"]
+    assert "lora" not in stated["language_model"]
+    assert stated["data"]["image_size"] == 224
+    tuned = _tuned(world, tmp_path)
+    parts = build_run(tuned, 0, 1)
+    size = parts.description.image_size
+    stated = run_identity(tuned, parts.batches.plan, parts.contents, size)
+    assert stated["image_encoder"] == {"train": True}
+    assert stated["data"]["image_size"] == SIZE
 
 
 def test_what_an_encoder_cannot_be_trained_with(world: Path, tmp_path: Path) -> None:
