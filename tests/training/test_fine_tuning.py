@@ -256,6 +256,12 @@ def test_another_resolution(world: Path, tmp_path: Path) -> None:
     blip2 = Blip2.from_pretrained(first)
     assert blip2.encode(Image.open(world / "images" / "eval0")).states.shape[0] == 1
     assert blip2.model.image_encoder(pixels).shape == (2, 10, 12)
+    frozen = load_image_encoder(str(world / "vit"))
+    frozen.resize(42)
+    assert torch.equal(
+        frozen(pixels), load_image_encoder(str(world / "vit"), image_size=42)(pixels)
+    )
+    assert not frozen.trains
     # smaller pictures next, from what the first run has learned
     second = _tuned(world, tmp_path / "b", init_from=str(first))
     second.data.image_size = 28
