@@ -503,11 +503,10 @@ def _resize(model: PreTrainedModel, size: int) -> None:
     )
     kept = {n: v for n, v in old.state_dict().items() if not n.startswith("position_")}
     new.load_state_dict(kept, strict=False)
-    name, positions = next(
-        (n, p) for n, p in new.named_parameters() if n.startswith("position_embedding")
-    )
-    positions.copy_(table.reshape(positions.shape))
-    positions.requires_grad_(old.get_parameter(name).requires_grad)
+    for name, parameter in new.named_parameters():
+        if name.startswith("position_embedding"):
+            parameter.copy_(table.reshape(parameter.shape))
+        parameter.requires_grad_(old.get_parameter(name).requires_grad)
     owner.embeddings = new.train(old.training)
     for module in model.modules():
         if getattr(module, "config", None) is model.config:

@@ -284,7 +284,8 @@ def _options(counts: _Counts, memory: Memory) -> list[Option]:
     if counts.language.adapters:
         return options  # the blocks of a model with adapters are not moved
     options += [_streamed(counts, "as_is", recomputed) for recomputed in ways]
-    options += [_zero3(counts, recomputed) for recomputed in ways]
+    if not counts.encoder.trained:  # `config_faults` says why not
+        options += [_zero3(counts, recomputed) for recomputed in ways]
     # fewer bits change the loss and are never chosen automatically, so they come last
     fewer: tuple[Storage, ...] = ("int8", "int4")
     for storage in fewer:
