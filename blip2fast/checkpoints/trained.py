@@ -39,7 +39,11 @@ from blip2fast.checkpoints.files import (
 from blip2fast.data import manifest
 from blip2fast.data.manifest import MANIFEST, write_json
 from blip2fast.frozen.identity import FrozenIdentity, identify_model, refuse_other
-from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
+from blip2fast.frozen.image_encoders import (
+    FrozenImageEncoder,
+    load_image_encoder,
+    parse_encoder_id,
+)
 from blip2fast.frozen.language_models import load_language_model
 from blip2fast.offload.loading import source_identity
 from blip2fast.qformer.checks import check_state
@@ -223,8 +227,8 @@ def load_encoder_of(
     Raises:
         ValueError: not found, or another one.
     """
-    known, _, block = description.image_encoder.rpartition(", block ")
-    layer = int(block) if block.isdigit() else None
+    parsed = parse_encoder_id(description.image_encoder)
+    known, layer, _ = parsed or (description.image_encoder, None, None)
     encoder = load_image_encoder(name or known, layer, image_size=description.image_size)
     remedy = "Give image_encoder=..., the one that its training began with"
     check_frozen(description, "image_encoder", encoder.identity, path, remedy)

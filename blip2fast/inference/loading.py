@@ -27,7 +27,11 @@ from blip2fast.checkpoints.trained import (
     read_description,
 )
 from blip2fast.data.tokenizers import qformer_tokenizer
-from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
+from blip2fast.frozen.image_encoders import (
+    FrozenImageEncoder,
+    load_image_encoder,
+    parse_encoder_id,
+)
 from blip2fast.frozen.images import transform_for
 from blip2fast.frozen.language_models import load_language_model
 from blip2fast.frozen.pictures import to_rgb
@@ -195,15 +199,15 @@ def add_encoder(
         given: folder or hub name that overrides the one in the description.
     """
     known = description.image_encoder
+    parsed = parse_encoder_id(known)
     if isinstance(model.image_encoder, FrozenImageEncoder):  # trained with the rest
-        base = given or known.rpartition(", block ")[0]
+        base = given or (known if parsed is None else parsed[0])
         return transform_for(base, model.image_encoder.image_size), ""
-    name, _, block = known.rpartition(", block ")
-    layer = int(block) if name and block.isdigit() else None
-    if given is None and layer is None:
+    if given is None and parsed is None:
         return None, f"its image tokens came from {known!r}, which is not a known encoder"
+    name, layer, size = parsed or ("", None, None)
     try:
-        encoder = load_image_encoder(given or name, layer, dtype, description.image_size)
+        encoder = load_image_encoder(given or name, layer, dtype, size or description.image_size)
     except ValueError as error:
         if given is not None:
             raise

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,12 @@ from blip2fast.checkpoints.trained import (
 )
 from blip2fast.data.batches import BatchPlan, PlannedBatches
 from blip2fast.data.feature_cache import FeatureCache
-from blip2fast.data.images import CachedImages, FileImages, ImageStore
+from blip2fast.data.images import CachedImages, FileImages, ImageStore, unusable_images
 from blip2fast.data.records import IMAGE_MARKER, images_of
-from blip2fast.data.sources import checked_keys, mixture, open_records
+from blip2fast.data.skipping import LeftOut, check_skipped, most_skipped
+from blip2fast.data.source_config import Given
+from blip2fast.data.sources import checked_keys, mixture, open_records, whereabouts
+from blip2fast.data.table import RecordTable
 from blip2fast.data.texts import AnswerTexts, CaptionTexts, SequenceTexts, Stage1Texts
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.identity import FrozenIdentity, identify_model
@@ -44,6 +49,7 @@ from blip2fast.training.config import DTYPE_OF, RunConfig
 from blip2fast.training.data_identity import identify_data
 from blip2fast.training.parameter_groups import check_scales, lr_scale
 from blip2fast.training.placement import load_frozen
+from blip2fast.training.skipped import LeftOutBefore
 
 _log = logging.getLogger(__name__)
 Records = Sequence[Any]  # CaptionRecord, or QuestionRecord for vqa
@@ -97,6 +103,7 @@ class Run:
         contents: digests of the data and the tokenizers, compared on resume.
         frozen: names of parameters that are stored with the trained ones, but not trained
             (`optim.lr_scales`, or an encoder that an earlier run has trained).
+        left_out: what is left out of the data; None unless `data.on_error` is `skip`.
     """
 
     model: Blip2Stage1 | Blip2Stage2
@@ -108,6 +115,7 @@ class Run:
     held_out: HeldOut | None
     contents: dict[str, str]
     frozen: frozenset[str] = frozenset()
+    left_out: LeftOutBefore | None = None
 
     def own_encoder(self) -> FrozenImageEncoder | None:
         """The image encoder that is part of the model, if it has one."""
@@ -126,14 +134,15 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
     source = _train_images(config, start)
     note = _log.warning if rank == 0 else None
     data = config.data
-    records = open_records(data.records, data.task, _folder(data.images), note)
+    images, skips = _folder(data.images), data.on_error == "skip"
+    bad_rows: list[LeftOut] | None = [] if skips else None
+    records = open_records(data.records, data.task, images, note, bad_rows)
     keys = checked_keys(records)
-    source.store.check(set(keys))
-    held_out = None
-    if data.eval_records is not None:
-        read = open_records(data.eval_records, data.task, _folder(data.eval_images), note)
-        held_out = HeldOut(read, _eval_images(config, source))
-        held_out.images.check(set(held_out.keys()))
+    if bad_rows is None:
+        source.store.check(set(keys))
+    else:
+        _check_unusable(config, source.store, keys, bad_rows, len(records))
+    held_out, held_out_left = _held_out(config, source, note)
     model, tokenizer, description = _model(config, source, start)
     text, words = None, None
     if isinstance(model, Blip2Stage2):
@@ -150,12 +159,20 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
         mixture(data.records, records),
     )
     texts = text_maker(config, tokenizer, text)
-    batches = PlannedBatches(records, plan, source.store, texts)
+    batches = PlannedBatches(records, plan, source.store, texts, skips)
     tokenizers = [each for each in (tokenizer, words) if each is not None]
     contents = identify_data(records, source.store, keys, tokenizers)
     outside = source.encoder if model.image_encoder is None else None
     frozen = _frozen_names(config, model)
-    return Run(model, description, tokenizer, text, batches, outside, held_out, contents, frozen)
+    left_out = None
+    if bad_rows is not None:
+        find = partial(whereabouts, data.records, records, images)
+        left_out = LeftOutBefore(bad_rows, held_out_left, find)
+    return Run(
+        *(model, description, tokenizer, text, batches, outside, held_out, contents),
+        frozen=frozen,
+        left_out=left_out,
+    )
 
 
 def _frozen_names(config: RunConfig, model: Blip2Stage1 | Blip2Stage2) -> frozenset[str]:
@@ -173,6 +190,54 @@ def _frozen_names(config: RunConfig, model: Blip2Stage1 | Blip2Stage2) -> frozen
     scales = config.optim.lr_scales
     check_scales(names, scales)
     return frozenset(held | {name for name in names if not lr_scale(name, scales)})
+
+
+def _check_unusable(
+    config: RunConfig, store: ImageStore, keys: Sequence[str], bad: Sequence[LeftOut], usable: int
+) -> None:
+    """Refuse training data that are plainly beyond `data.max_skipped` before anything is drawn."""
+    most, total = config.data.max_skipped, usable + len(bad)
+    check_skipped(bad, most, total, "records (data.on_error: skip)")
+    missing = list(islice(store.missing(keys), most_skipped(most, total) + 1))
+    check_skipped(missing, most, total, "images or more (data.on_error: skip)")
+
+
+def _held_out(
+    config: RunConfig, source: _ImageSource, note: Callable[[str], None] | None
+) -> tuple[HeldOut | None, list[LeftOut]]:
+    """The held-out set, and what is left out of it where `data.on_error` is `skip`."""
+    data = config.data
+    if data.eval_records is None:
+        return None, []
+    store, folder = _eval_images(config, source), _folder(data.eval_images)
+    if data.on_error == "raise":
+        held_out = HeldOut(open_records(data.eval_records, data.task, folder, note), store)
+        held_out.images.check(set(held_out.keys()))
+        return held_out, []
+    left_out: list[LeftOut] = []
+    table = open_records(data.eval_records, data.task, folder, note, left_out)
+    total = len(table) + len(left_out)
+    held_out, unusable = _without_unusable(data.eval_records, table, store, folder)
+    left_out += unusable
+    check_skipped(left_out, data.max_skipped, total, "held-out records (data.on_error: skip)")
+    return held_out, left_out
+
+
+def _without_unusable(
+    given: Given | Sequence[Given], table: RecordTable, store: ImageStore, folder: Path | None
+) -> tuple[HeldOut, list[LeftOut]]:
+    """The held-out records whose images can all be used, and the others."""
+    held_out = HeldOut(table, store)
+    faults = unusable_images(store, held_out.keys())
+    if not faults:
+        return held_out, []
+    rows = {n: key for n, record in enumerate(table) for key in images_of(record) if key in faults}
+    found = [
+        LeftOut(where, faults[rows[row]], rows[row])
+        for row, where in whereabouts(given, table, folder, rows).items()
+    ]
+    held_out.records = [record for row, record in enumerate(table) if row not in rows]
+    return held_out, found
 
 
 def _folder(name: str | None) -> Path | None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import torch
 
 from blip2fast._imports import needs
+from blip2fast.data.skipping import OnError
 from blip2fast.data.source_config import RecordSource
 from blip2fast.offload.quantised import Storage
 from blip2fast.ops.dispatch import Kernels
@@ -25,6 +26,7 @@ OffloadChoice = Literal["none", "stream", "zero3", "auto"]
 _STRICT = ConfigDict(extra="forbid")
 _Count = Annotated[int, Field(ge=1)]
 _NonNegative = Annotated[int, Field(ge=0)]
+_Fraction = Annotated[float, Field(gt=0, lt=1)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _AtLeast0 = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -158,9 +160,11 @@ class DataSection:
         task: `caption`, or in stage 2 `vqa`, or `sequence` (any number of images per sample).
         features: folder of a feature cache.
         images: folder of image files; the image encoder then runs in the training loop.
-        image_encoder: folder or hub name of a transformers vision model, for `images`.
-        image_encoder_layer: number of its blocks to run; None: BLIP-2's choice for its model type.
-        image_size: h = w of the images, in pixels; None: that of the encoder. For another size its
+        image_encoder: folder or hub name of a vision model of transformers, or `timm:NAME`, for
+            `images` (docs/encoders.md).
+        image_encoder_layer: number of its blocks to run, or -1, -2, ... counted from the last;
+            None: BLIP-2's choice for its model type.
+        image_size: h = w of the images, in pixels; None: the encoder's own. For another size its
             position embeddings are interpolated.
         augment: random crops and flips (`images` only).
         eval_records, eval_features, eval_images: the held-out set; None: no evaluation.
@@ -168,6 +172,11 @@ class DataSection:
         positives: which pairs of a batch are positives of each other (stage 1): those of one
             `image`, or those of one caption `text`.
         workers: DataLoader workers; 0: batches are loaded in the training process.
+        on_error: what to do about a sample that cannot be used (an unreadable image, an empty
+            caption, a feature that the cache lacks). `raise`: refuse it. `skip`: put another in its
+            place, always the same one, and list it in `skipped.jsonl` (docs/data.md).
+        max_skipped: with `skip`, how many records may be unusable: a count, or below 1 a share of
+            them; None: 0.01. More end the run.
     """
 
     __pydantic_config__ = _STRICT
@@ -177,7 +186,7 @@ class DataSection:
     features: str | None = None
     images: str | None = None
     image_encoder: str | None = None
-    image_encoder_layer: _Count | None = None
+    image_encoder_layer: int | None = None
     image_size: _Count | None = None
     augment: bool = True
     eval_records: _Records | None = None
@@ -186,6 +195,8 @@ class DataSection:
     max_txt_len: Annotated[int, Field(ge=2)] = 32
     positives: Literal["image", "text"] = "image"
     workers: _NonNegative = 0
+    on_error: OnError = "raise"
+    max_skipped: _NonNegative | _Fraction | None = None
 
 
 @dataclass

@@ -24,6 +24,8 @@ def contradictions(config: RunConfig) -> list[str]:
     if (data.eval_records is None) != (held_out is None):
         kind = "eval_features" if data.features is not None else "eval_images"
         faults.append(f"data: eval_records and {kind} go together, but one is missing")
+    if data.max_skipped is not None and data.on_error == "raise":
+        faults.append(f"data.max_skipped {data.max_skipped} goes with data.on_error: skip")
     if config.eval_every and data.eval_records is None:
         faults.append(f"eval_every is {config.eval_every}, but data.eval_records is not set")
     if optim.min_lr > optim.lr:

@@ -21,6 +21,8 @@ import torch
 from blip2fast._imports import needs
 from blip2fast.checkpoints.trained import is_trained, read_description
 from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.frozen.image_encoders import count_tokens, encoder_image_size
+from blip2fast.frozen.timm_models import is_timm, load_timm
 from blip2fast.offload.quantised import Storage
 from blip2fast.stage2.config import Stage2Config
 from blip2fast.training.config import DTYPE_OF, RunConfig
@@ -282,7 +284,8 @@ def _options(counts: _Counts, memory: Memory) -> list[Option]:
     if counts.language.adapters:
         return options  # the blocks of a model with adapters are not moved
     options += [_streamed(counts, "as_is", recomputed) for recomputed in ways]
-    options += [_zero3(counts, recomputed) for recomputed in ways]
+    if not counts.encoder.trained:  # `config_faults` says why not
+        options += [_zero3(counts, recomputed) for recomputed in ways]
     # fewer bits change the loss and are never chosen automatically, so they come last
     fewer: tuple[Storage, ...] = ("int8", "int4")
     for storage in fewer:
@@ -336,20 +339,39 @@ def _images(config: RunConfig, notes: list[str]) -> tuple[EncoderSizes, int]:
     """The image encoder in the loop, or the width E of a feature cache if known; image tokens S."""
     data = config.data
     if data.image_encoder is not None:
-        encoder = read_model_config("data.image_encoder", data.image_encoder)
-        vision = getattr(encoder, "vision_config", encoder)
-        size = data.image_size or int(vision.image_size)
-        tokens = (size // int(vision.patch_size)) ** 2 + 1
-        if not config.image_encoder.train:
-            return EncoderSizes(*measure_image_encoder(encoder)), tokens
-        dtype, batch = DTYPE_OF[config.precision], config.optim.batch_size
-        layer = data.image_encoder_layer
-        return measure_trained_encoder(encoder, dtype, batch, size, layer), tokens
+        if config.image_encoder.train:
+            return _trained_encoder(config, data.image_encoder)
+        return _encoder_in_loop(data.image_encoder, data.image_size, notes)
     if data.features is not None and Path(data.features, "manifest.json").is_file():
         cache = FeatureCache(data.features)
         return EncoderSizes(width=cache.width), cache.num_tokens
     notes.append(f"data.features {data.features!r} does not exist yet: 257 tokens an image assumed")
     return EncoderSizes(), 257
+
+
+def _encoder_in_loop(name: str, size: int | None, notes: list[str]) -> tuple[EncoderSizes, int]:
+    """Sizes and image tokens of an encoder that stays frozen."""
+    if is_timm(name):
+        model = load_timm(name, pretrained=False)
+        parameters = sum(p.numel() for p in model.parameters())
+        sizes, count = EncoderSizes(parameters, model.config.hidden_size), None
+    else:
+        config = read_model_config("data.image_encoder", name)
+        sizes = EncoderSizes(*measure_image_encoder(config))
+        count = count_tokens(config, size or encoder_image_size(name))
+    if count is None:
+        notes.append(f"data.image_encoder {name!r}: 257 tokens an image assumed")
+    return sizes, count or 257
+
+
+def _trained_encoder(config: RunConfig, name: str) -> tuple[EncoderSizes, int]:
+    """Sizes and image tokens of an encoder that is trained."""
+    encoder = read_model_config("data.image_encoder", name)
+    size = config.data.image_size or encoder_image_size(name)
+    dtype, batch = DTYPE_OF[config.precision], config.optim.batch_size
+    layer = config.data.image_encoder_layer
+    sizes = measure_trained_encoder(encoder, dtype, batch, size, layer)
+    return sizes, count_tokens(encoder, size) or 257
 
 
 def _trained_config(config: RunConfig, width: int | None, notes: list[str]) -> Stage2Config:

@@ -16,10 +16,11 @@ from transformers import AutoConfig
 
 from blip2fast._imports import needs
 from blip2fast.checkpoints.trained import is_trained
-from blip2fast.data.source_config import as_sources, source_files
+from blip2fast.data.source_config import HUB, as_sources, source_files
 from blip2fast.frozen.hub import check_pretrained, check_weights
 from blip2fast.frozen.identity import flat
 from blip2fast.frozen.language_models import quantised_fault
+from blip2fast.frozen.timm_models import is_timm
 from blip2fast.ops import check_kernels, set_kernels
 from blip2fast.ops.collectives import rank
 from blip2fast.ops.kernel_calls import BLIP2, Sizes
@@ -126,7 +127,7 @@ def _path_faults(config: RunConfig) -> list[str]:
         for name in ("records", "eval_records")
         if (value := getattr(data, name)) is not None
         for source in as_sources(value)
-        if not source_files(source.source)
+        if not source.source.startswith(HUB) and not source_files(source.source)
     ]
     faults += [
         f"data.{name} {value!r}: no feature cache; build it with `blip2fast features`"
@@ -150,7 +151,7 @@ def _path_faults(config: RunConfig) -> list[str]:
         asked.append(check_weights("model.bert", config.model.bert))
     if config.language_model is not None:
         asked.append(_language_model_fault("language_model.path", config.language_model.path))
-    if data.image_encoder is not None:
+    if data.image_encoder is not None and not is_timm(data.image_encoder):
         asked.append(check_weights("data.image_encoder", data.image_encoder))
     return faults + [fault for fault in asked if fault is not None]
 

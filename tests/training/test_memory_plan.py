@@ -456,10 +456,13 @@ def test_what_is_trained_besides_is_counted(tmp_path: Path) -> None:
     values = {"stage": 2, "output_dir": "o", "precision": "fp32", "data": data}
     values |= {"optim": {"max_steps": 9, "batch_size": 2, "warmup_steps": 1}}
     path = {"path": str(tmp_path / "opt")}
-    plain, tuned = (
-        plan_memory(parse_config({**values, "language_model": path | lora, **more})).options[0]
+    options, adapted = (
+        plan_memory(parse_config({**values, "language_model": path | lora, **more})).options
         for lora, more in (({}, {}), ({"lora": {"r": 4}}, {"image_encoder": {"train": True}}))
     )
+    assert {option.offload for option in options} == {"none", "stream", "zero3"}
+    assert {option.offload for option in adapted} == {"none"}
+    plain, tuned = options[0], adapted[0]
     # two blocks of three, the norm before them, and 257 positions (the class token is one vector)
     E, patch = 32, 32
     block = 4 * E * E + 4 * E + 2 * E * 64 + 64 + E + 4 * E
