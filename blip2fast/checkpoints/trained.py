@@ -55,11 +55,13 @@ class Description:
         stage: 1 or 2.
         sizes: fields of Stage1Config or Stage2Config.
         image_encoder: name of the encoder of the image tokens, as its feature cache states it.
-        language_model: folder or hub name (stage 2).
-        tokenizer: folder or hub name of the Q-Former's tokenizer (stage 1).
+        language_model: absolute folder or hub name (stage 2).
+        tokenizer: absolute folder or hub name of the Q-Former's tokenizer (if it reads text).
         step: optimizer steps taken.
         frozen: identities of "image_encoder" and "language_model", where known; that of cached
             image tokens is read from their feature cache.
+        revisions: commits on the hub of "image_encoder", "language_model" and "tokenizer", where
+            they were named there.
     """
 
     stage: int
@@ -69,6 +71,7 @@ class Description:
     tokenizer: str | None = None
     step: int = 0
     frozen: dict[str, FrozenIdentity] = dataclasses.field(default_factory=dict)
+    revisions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def config(self) -> Stage1Config | Stage2Config:
         """The sizes as a model configuration."""

@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     Blip2VisionModel,
     CLIPVisionModel,
+    InstructBlipVisionModel,
     PreTrainedModel,
     ViTMAEModel,
     ViTModel,
@@ -25,6 +26,7 @@ from transformers import (
 
 from blip2fast.frozen.hub import not_found
 from blip2fast.frozen.identity import identify_model
+from blip2fast.frozen.lavis_files import is_lavis_file, load_lavis_vision
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,12 @@ class _Kind:
 
 _CLIP = _Kind(CLIPVisionModel, skipped_blocks=1)
 # The published BLIP-2 checkpoints contain only the 39 blocks that are used, of 40.
-_BLIP2 = _Kind(Blip2VisionModel)
+_BLIP2, _INSTRUCT = _Kind(Blip2VisionModel), _Kind(InstructBlipVisionModel)
 _KINDS = {
     "blip-2": _BLIP2,
     "blip_2_vision_model": _BLIP2,
+    "instructblip": _INSTRUCT,
+    "instructblip_vision_model": _INSTRUCT,
     "clip": _CLIP,
     "clip_vision_model": _CLIP,
     "vit": _Kind(ViTModel, load={"add_pooling_layer": False}),
@@ -116,8 +120,8 @@ def load_image_encoder(
     """Load a frozen encoder.
 
     Args:
-        name_or_path: folder or hub name of a BLIP-2 (whole or its vision model), CLIP, ViT or
-            ViTMAE checkpoint.
+        name_or_path: folder or hub name of a BLIP-2 or InstructBLIP (whole or its vision model),
+            CLIP, ViT or ViTMAE checkpoint, or a `.pth` file of LAVIS that holds its image encoder.
         layer: number of blocks to run; None: BLIP-2's choice, which is all but the last for CLIP
             and all for the others.
         dtype: dtype of the weights and tokens.
@@ -125,6 +129,10 @@ def load_image_encoder(
     Raises:
         ValueError: not found, an unsupported model family, or fewer blocks than `layer`.
     """
+    if is_lavis_file(name_or_path):
+        eva = load_lavis_vision(name_or_path)
+        blocks = len(_blocks(eva)) if layer is None else layer
+        return FrozenImageEncoder(eva, blocks, name_or_path).to(dtype)
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         kind = _KINDS.get(config.model_type)
@@ -143,7 +151,7 @@ def load_image_encoder(
 def _load(kind: _Kind, name: str, config: Any) -> PreTrainedModel:
     # A whole BLIP-2 or CLIP config contains the vision config.
     config = getattr(config, "vision_config", config)
-    more = {"key_mapping": {r"^vision_model\.": ""}} if kind is _BLIP2 else {}
+    more = {"key_mapping": {r"^vision_model\.": ""}} if kind in (_BLIP2, _INSTRUCT) else {}
     model, report = kind.model.from_pretrained(
         name,
         config=config,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2fast._imports import needs
+from blip2fast.frozen.lavis_files import is_lavis_file
 from blip2fast.frozen.pictures import load_image, to_rgb
 
 with needs("read images", "PIL"):
@@ -82,7 +83,8 @@ def transform_for(encoder: str, size: int, augment: bool = False) -> ImageTransf
     from transformers.utils import cached_file
 
     try:
-        path = cached_file(encoder, "preprocessor_config.json")
+        named = is_lavis_file(encoder)
+        path = None if named else cached_file(encoder, "preprocessor_config.json")
     except OSError:
         path = None
     values = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}

@@ -16,8 +16,7 @@ from blip2fast.checkpoints.trained import (
     Description,
     check_frozen,
     load_parameters,
-    read_description,
-    read_parameters,
+    trained_names,
 )
 from blip2fast.data.batches import BatchPlan, PlannedBatches
 from blip2fast.data.feature_cache import FeatureCache
@@ -26,10 +25,13 @@ from blip2fast.data.records import IMAGE_MARKER, images_of
 from blip2fast.data.sources import checked_keys, mixture, open_records
 from blip2fast.data.texts import AnswerTexts, CaptionTexts, SequenceTexts, Stage1Texts
 from blip2fast.data.tokenizers import qformer_tokenizer
+from blip2fast.frozen.hub import lasting_name
 from blip2fast.frozen.identity import FrozenIdentity, identify_model
 from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
 from blip2fast.frozen.images import transform_for
 from blip2fast.offload.loading import source_identity
+from blip2fast.published.reading import open_weights
+from blip2fast.published.weights import Weights, same_language_model
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage1.pretrained import initialise_from_bert
@@ -87,6 +89,7 @@ class Run:
         image_encoder: if images are files, the frozen encoder; it runs outside the engine.
         held_out: the held-out set; None without evaluation.
         contents: digests of the data and the tokenizers, compared on resume.
+        start: what was taken from a published `init_from`, as lines of text.
     """
 
     model: Blip2Stage1 | Blip2Stage2
@@ -97,6 +100,7 @@ class Run:
     image_encoder: FrozenImageEncoder | None
     held_out: HeldOut | None
     contents: dict[str, str]
+    start: str = ""
 
 
 def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
@@ -117,7 +121,8 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
         read = open_records(data.eval_records, data.task, _folder(data.eval_images), note)
         held_out = HeldOut(read, _eval_images(config))
         held_out.images.check(set(held_out.keys()))
-    model, tokenizer, description = _model(config, source)
+    start = None if config.init_from is None else open_weights(config.init_from)
+    model, tokenizer, description = _model(config, source, start)
     text, words = None, None
     if isinstance(model, Blip2Stage2):
         reads = model.config.text_conditioned
@@ -136,7 +141,12 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
     batches = PlannedBatches(records, plan, source.store, texts)
     tokenizers = [each for each in (tokenizer, words) if each is not None]
     contents = identify_data(records, source.store, keys, tokenizers)
-    return Run(model, description, tokenizer, text, batches, source.encoder, held_out, contents)
+    taken = ""
+    if start is not None and start.description is None:
+        taken = str(start.report(trained_names(model), config.stage, "init_from"))
+    return Run(
+        model, description, tokenizer, text, batches, source.encoder, held_out, contents, taken
+    )
 
 
 def _folder(name: str | None) -> Path | None:
@@ -201,9 +211,8 @@ def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str
 
 
 def _model(
-    config: RunConfig, source: _ImageSource
+    config: RunConfig, source: _ImageSource, start: Weights | None
 ) -> tuple[Blip2Stage1 | Blip2Stage2, Any, Description]:
-    start = None if config.init_from is None else read_description(config.init_from)
     if start is not None:
         if start.stage > config.stage:
             raise ValueError(
@@ -211,23 +220,41 @@ def _model(
                 f"configuration says stage: {config.stage}; a Q-Former goes from stage 1 to 2"
             )
         if not config.allow_other_frozen:
-            _refuse_other_tokens(config, start, source)
-    sizes = _sizes(config, source.width, start)
+            _refuse_other_tokens(config, start.described, source)
+    sizes = _sizes(config, source.width, None if start is None else start.described)
     frozen = {} if source.identity is None else {"image_encoder": source.identity}
     model: Blip2Stage1 | Blip2Stage2
     if config.stage == 1:
         model, tokenizer = _stage1(config, sizes, start)
     else:
         model, tokenizer, frozen["language_model"] = _stage2(config, sizes, start)
-    description = Description(
+    return model, tokenizer, _describe(config, model, source.encoder_id, frozen)
+
+
+def _describe(
+    config: RunConfig,
+    model: Blip2Stage1 | Blip2Stage2,
+    encoder_id: str,
+    frozen: dict[str, FrozenIdentity],
+) -> Description:
+    """The run's `model.json`; folders by their absolute paths, models of the hub with revisions."""
+    encoder, comma, block = encoder_id.rpartition(", block ")
+    given = {
+        "image_encoder": encoder or encoder_id,
+        "language_model": config.language_model.path if config.language_model else None,
+        "tokenizer": config.model.tokenizer,
+    }
+    names = {part: lasting_name(name) for part, name in given.items() if name}
+    tail = f"{comma}{block}" if encoder else ""
+    return Description(
         stage=config.stage,
         sizes=dataclasses.asdict(model.config),
-        image_encoder=source.encoder_id,
-        language_model=config.language_model.path if config.language_model else None,
-        tokenizer=config.model.tokenizer,
+        image_encoder=names["image_encoder"][0] + tail if "image_encoder" in names else "",
+        language_model=names["language_model"][0] if "language_model" in names else None,
+        tokenizer=names["tokenizer"][0] if "tokenizer" in names else None,
         frozen=frozen,
+        revisions={part: revision for part, (_, revision) in names.items() if revision},
     )
-    return model, tokenizer, description
 
 
 def _refuse_other_tokens(config: RunConfig, start: Description, source: _ImageSource) -> None:
@@ -244,22 +271,24 @@ def _refuse_other_tokens(config: RunConfig, start: Description, source: _ImageSo
 
 
 def _stage1(
-    config: RunConfig, sizes: dict[str, Any], start: Description | None
+    config: RunConfig, sizes: dict[str, Any], start: Weights | None
 ) -> tuple[Blip2Stage1, Any]:
     tokenizer, words = qformer_words(config, sizes)
     size = Stage1Config(**(sizes | words))
     check_positions(config, size.max_position_embeddings)
     model = Blip2Stage1(size, losses=config.optim.losses)
-    if start is not None:
-        state = read_parameters(str(config.init_from))
-        load_parameters(model, state, f"init_from {config.init_from!r}")
-    elif config.model.bert is not None:
+    # transformers' retrieval models lack the generation head, which BERT has
+    if config.model.bert is not None and (start is None or start.layout == "transformers"):
         initialise_from_bert(model, config.model.bert)
+    if start is not None:
+        load_parameters(
+            model, start.complete(model.state_dict()), f"init_from {config.init_from!r}"
+        )
     return model, tokenizer
 
 
 def _stage2(
-    config: RunConfig, sizes: dict[str, Any], start: Description | None
+    config: RunConfig, sizes: dict[str, Any], start: Weights | None
 ) -> tuple[Blip2Stage2, Any, FrozenIdentity]:
     if config.language_model is None:
         raise ValueError("language_model: stage 2 needs one")
@@ -287,7 +316,7 @@ def _stage2(
     tokenizer = AutoTokenizer.from_pretrained(config.language_model.path, trust_remote_code=False)
     if start is None:
         return Blip2Stage2(size, language_model), tokenizer, identity
-    state = read_parameters(str(config.init_from))
+    state = start.parameters()
     if not _same_language_model(config, start, identity):
         # the start's projection, if any, was trained for another language model
         model = Blip2Stage2.from_stage1(state, language_model, size)
@@ -298,7 +327,7 @@ def _stage2(
 
 
 def _same_language_model(
-    config: RunConfig, start: Description | None, identity: FrozenIdentity
+    config: RunConfig, start: Weights | None, identity: FrozenIdentity
 ) -> bool:
     """Whether the model of `init_from` was trained with this language model.
 
@@ -307,12 +336,14 @@ def _same_language_model(
     """
     if start is None or start.stage == 1:
         return False
+    where = f"init_from {config.init_from!r}"
+    if start.description is None:
+        return same_language_model(start, identity, where, config.allow_other_frozen)
     if not config.allow_other_frozen:
         remedy = "Give that one, or set allow_other_frozen: true for a new projection"
-        where = f"init_from {config.init_from!r}"
-        check_frozen(start, "language_model", identity, where, remedy)
+        check_frozen(start.description, "language_model", identity, where, remedy)
         return True
-    there = start.frozen.get("language_model")
+    there = start.description.frozen.get("language_model")
     return there is not None and not there.differences(identity)
 
 

@@ -128,6 +128,8 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
     )
     with _locked(config, say):
         parts = build_run(_with_start(config), dist.get_rank(), dist.get_world_size())
+        if parts.start and dist.get_rank() == 0:
+            say(parts.start)
         if config.overwrite and dist.get_rank() == 0:
             remove_earlier_run(Path(config.output_dir))
         return Trainer(config, parts, device, say, stop).run()

@@ -30,6 +30,7 @@ ROOMS = (
     "data",
     "evaluation",
     "checkpoints",
+    "published",
     "training",
     "inference",
     "scenes",
@@ -39,8 +40,8 @@ ROOMS = (
     "train",
 )
 FACES = (
-    *("checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload", "qformer"),
-    *("stage1", "stage2", "training"),
+    *("checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload"),
+    *("published", "qformer", "stage1", "stage2", "training"),
 )
 # What not every user has installed beside torch, transformers and NumPy.
 OPTIONAL = (
