@@ -94,7 +94,7 @@ class VisionWeights:
         """
         patch = int(self.config.patch_size)
         if image_size < patch or image_size % patch:
-            raise ValueError(f"image size {image_size}: expected a multiple of the patches' {patch}")
+            raise ValueError(f"image size {image_size}: expected a multiple of the patch, {patch}")
         if image_size == self.config.image_size:
             return self
         name = "embeddings.position_embedding"
@@ -202,8 +202,8 @@ def _config(tensors: Mapping[str, Tensor], blocks: int, source: str) -> Blip2Vis
     side = round((tensors["embeddings.position_embedding"].shape[1] - 1) ** 0.5)
     if blocks == 0 or width % _HEAD:
         raise ValueError(
-            f"{source}: its image encoder has {blocks} blocks of width {width}; expected a ViT-g of "
-            f"EVA-CLIP, whose heads have a width of {_HEAD}"
+            f"{source}: its image encoder has {blocks} blocks of width {width}; expected a ViT-g "
+            f"of EVA-CLIP, whose heads have a width of {_HEAD}"
         )
     return Blip2VisionConfig(
         hidden_size=width,

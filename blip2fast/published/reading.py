@@ -22,7 +22,7 @@ from blip2fast.offload.tensor_files import tensor_files
 from blip2fast.published.weights import Weights
 from blip2fast.stage1.lavis import TIED, from_lavis, from_lavis_name
 from blip2fast.stage1.pretrained import config_from_retrieval
-from blip2fast.stage2.convert import config_from_transformers, conditioned_names
+from blip2fast.stage2.convert import conditioned_names, config_from_transformers
 
 # LAVIS's projection, and the kind of language model that it is for (llm: Vicuna)
 PROJECTIONS = {"opt_proj.": "opt", "t5_proj.": "t5", "llm_proj.": "llama"}
@@ -179,6 +179,9 @@ def _lavis(name: str) -> Weights:
         names = {conditioned_names(each): theirs for each, theirs in names.items()}
     language: dict[str, Any] = {}
     sizes = _sizes(name, renamed)
+    numbers = state.get("Qformer.bert.embeddings.position_ids")
+    if numbers is not None:
+        sizes["max_position_embeddings"] = numbers.shape[-1]
     if stage == 2 and projection is not None:
         for part in ("weight", "bias"):
             there = f"{projection}{part}"

@@ -26,8 +26,8 @@ Layout = Literal["blip2fast", "transformers", "lavis"]
 Stored = Tensor | TensorFile
 # parameters of stage 1 that transformers' retrieval models lack
 NEW_IN_STAGE1 = ("lm_head.", "temp")
-# token ids are those of the tokenizer, which the weights do not tell
-_OF_TOKENIZER = ("bos_token_id", "pad_token_id")
+# the tokenizer decides the ids, and new weights are as the run wants them
+_OF_A_RUN = ("bos_token_id", "pad_token_id", "initializer_range")
 
 
 @dataclass(frozen=True)
@@ -75,22 +75,15 @@ class Weights:
 
     @functools.cached_property
     def described(self) -> Description:
-        """The `model.json` of a run; of a published model, what one would say but its token ids."""
+        """The `model.json` of a run; of a published model, what one would say of its weights."""
         if self.description is not None:
             return self.description
-        frozen = {} if self.vision_config is None else {"image_encoder": self._vision_identity()}
-        sizes = {name: value for name, value in self.sizes.items() if name not in _OF_TOKENIZER}
+        frozen = {}
+        if self.vision_config is not None:
+            identity = vision_identity(self.source, self.vision_config, self.vision)
+            frozen["image_encoder"] = identity
+        sizes = {name: value for name, value in self.sizes.items() if name not in _OF_A_RUN}
         return Description(stage=self.stage, sizes=sizes, frozen=frozen)
-
-    def _vision_identity(self) -> FrozenIdentity:
-        """Of the weights alone: one encoder has another configuration in BLIP-2 and InstructBLIP."""
-        with torch.device("meta"):
-            model = Blip2VisionModel(self.vision_config)
-        names = [n for n in model.state_dict() if not n.startswith("post_layernorm.")]
-        lost = next((name for name in names if name not in self.vision), None)
-        if lost is not None:
-            raise ValueError(f"{self.source}: its image encoder lacks {lost}")
-        return identify(self.source, None, (_sample(self.vision[name]) for name in names))
 
     def complete(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters of a stage-1 model; those that transformers lacks are the model's own."""
@@ -137,6 +130,30 @@ class Weights:
             for name, key in settings.items()
             if self.sizes.get(name) is not None
         ]
+
+
+def vision_identity(
+    name: str, config: Blip2VisionConfig, tensors: Mapping[str, Stored]
+) -> FrozenIdentity:
+    """The identity of a `FrozenImageEncoder` with these weights, from samples of them.
+
+    Of the weights alone: one encoder has another configuration in BLIP-2 and in InstructBLIP.
+
+    Args:
+        name: for messages.
+        config: of the encoder.
+        tensors: by `Blip2VisionModel`'s names, without its last norm.
+
+    Raises:
+        ValueError: a tensor is missing.
+    """
+    with torch.device("meta"):
+        model = Blip2VisionModel(config)
+    names = [n for n in model.state_dict() if not n.startswith("post_layernorm.")]
+    lost = next((each for each in names if each not in tensors), None)
+    if lost is not None:
+        raise ValueError(f"{name}: its image encoder lacks {lost}")
+    return identify(name, None, (_sample(tensors[each]) for each in names))
 
 
 def renamed(name: str, wanted: Iterable[str]) -> str | None:

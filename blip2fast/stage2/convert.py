@@ -83,6 +83,14 @@ def conditioned_names(name: str) -> str:
     return name
 
 
+def stage1_names(name: str) -> str:
+    """The name in stage 1 of a parameter of either stage."""
+    for there, stage1 in _TEXT_BRANCH.items():
+        if name.startswith(there):
+            return stage1 + name.removeprefix(there)
+    return name
+
+
 def config_from_transformers(config: Blip2Config | InstructBlipConfig) -> Stage2Config:
     """The sizes of a transformers model.
 

@@ -1,0 +1,121 @@
+"""Converts trained weights between runs of blip2fast, transformers' folders and LAVIS's files.
+
+    convert("blip2_pretrained_opt2.7b.pth", "converted", "transformers",
+            language_model="facebook/opt-2.7b", image_encoder="eva_vit_g.pth")
+
+What is written appears under its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from blip2fast.data.manifest import aside, flush
+from blip2fast.published.lavis_layout import write_lavis
+from blip2fast.published.native_layout import write_run
+from blip2fast.published.parts import Named, find_vision
+from blip2fast.published.reading import open_weights
+from blip2fast.published.report import Report
+from blip2fast.published.transformers_layout import write_transformers
+from blip2fast.published.weights import Layout
+
+_WRITERS: dict[str, Callable[..., Report]] = {
+    "transformers": write_transformers,
+    "lavis": write_lavis,
+    "blip2fast": write_run,
+}
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: Layout,
+    *,
+    image_size: int | None = None,
+    language_model: str | None = None,
+    image_encoder: str | None = None,
+    tokenizer: str | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Write trained weights in another layout.
+
+    Args:
+        source: as `open_weights` takes it.
+        target: a folder, or for LAVIS a `.pth` file.
+        to: "transformers", "lavis" or "blip2fast".
+        image_size: side of the images, in pixels: the encoder's positions are interpolated.
+        language_model: folder or hub name; needed where the source holds and names none.
+        image_encoder: folder, hub name or file of LAVIS, likewise.
+        tokenizer: folder or hub name of the Q-Former's tokenizer, likewise.
+        overwrite: replace a target that exists.
+
+    Returns:
+        What was mapped, left out and missing.
+
+    Raises:
+        ValueError: the source is not found or of another kind, the target exists, a part is
+            missing, or the target's layout cannot express it.
+    """
+    source, path = str(source), Path(target).expanduser()
+    if to not in _WRITERS:
+        raise ValueError(f"--to {to}: expected {', '.join(_WRITERS)}")
+    if to == "lavis" and path.suffix not in (".pth", ".pt"):
+        raise ValueError(f"{path}: LAVIS reads a file; give it a name that ends with .pth")
+    if path.exists() and Path(source).exists() and path.samefile(source):
+        raise ValueError(f"{path}: source and target are the same; give another target")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already; give another name, or --overwrite to replace it")
+    weights = open_weights(source)
+    if weights.layout == to and image_size is None:
+        raise ValueError(f"{source} is {weights.what} already: there is nothing to convert")
+    vision = find_vision(weights, image_encoder) if _wants_vision(to, weights, image_size) else None
+    if image_size is not None:
+        if vision is None:
+            raise ValueError(
+                f"--image-size {image_size}: {source} holds no image encoder whose positions could "
+                "be interpolated; give --image-encoder"
+            )
+        vision = vision.resized(image_size)
+    named = Named(language_model, image_encoder, tokenizer)
+    with _written_whole(path) as partial:
+        return _WRITERS[to](weights, vision, named, partial, path.resolve())
+
+
+def _wants_vision(to: Layout, weights: Any, image_size: int | None) -> bool:
+    # a run names its encoder, which may be of a kind that the other layouts lack
+    keeps_name = to == "blip2fast" and weights.vision_config is None
+    # LAVIS leaves a frozen encoder out
+    frozen = to == "lavis" and weights.vision_config is None
+    return image_size is not None or not (keeps_name or frozen)
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """A path to write at, which becomes `path` at the end, and is removed after an error."""
+    partial, old = aside(path), aside(path.with_name(path.name + ".old"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(partial)
+    try:
+        yield partial
+        for each in [*partial.rglob("*"), partial]:
+            flush(each)
+    except BaseException:
+        _remove(partial)
+        raise
+    _remove(old)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    flush(path.parent)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
