@@ -3,6 +3,7 @@
 blip2fast plan --config configs/vitg_opt6.7b_stage2.yaml --processes 8 --device-gib 80
 blip2fast storage-loss --config configs/scenes_stage2.yaml --storage int4 --batches 8
 blip2fast caption --model runs/scenes/stage2 one.png two.png
+blip2fast convert blip2_pretrained_opt2.7b.pth DIR --to transformers --language-model PATH
 blip2fast check-kernels
 blip2fast doctor
 blip2fast data import captions_train2014.json --out DIR
@@ -32,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = commands.add_parser(
         "plan",
         help="print what a run takes in memory, for every way to keep its language model",
-        description="Count parameters, optimiser and activations of a stage-2 run, and the memory "
-        "of every way to keep its frozen language model. Nothing is loaded but config.json.",
+        description="Count parameters, optimiser and activations of a run, and in stage 2 the "
+        "memory of every way to keep its frozen language model. Nothing is loaded but config.json.",
     )
     _add_config(plan)
     plan.add_argument("--processes", type=_positive, default=1, help="of the run, one a device")
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loss.add_argument("--storage", choices=("int8", "int4"), action="append")
     loss.add_argument("--batches", type=_positive, default=4)
     _add_caption(commands)
+    _add_convert(commands)
     _add_check_kernels(commands)
     commands.add_parser(
         "doctor",
@@ -68,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "plan": _plan,
         "storage-loss": _storage_loss,
         "caption": _caption,
+        "convert": _convert,
         "check-kernels": _check_kernels,
         "doctor": _doctor,
         "features": _features,
@@ -101,6 +104,30 @@ def _add_caption(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     caption.add_argument("--prompt", help="instead of the model's own; with {} for a question")
     caption.add_argument("--num-beams", type=_positive, default=5)
     caption.add_argument("--device", help="by default CUDA where there is one")
+    _add_moved(caption, "a run's, if it has moved since training")
+
+
+def _add_moved(command: argparse.ArgumentParser, which: str) -> None:
+    for name in ("--language-model", "--image-encoder"):
+        command.add_argument(name, metavar="PATH", help=f"folder or hub name: {which}")
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="write trained weights in transformers', LAVIS's or this library's layout",
+        description="Convert a run, a transformers BLIP-2 or InstructBLIP, or a file of LAVIS, and "
+        "print what was mapped, left out and missing (docs/published_weights.md).",
+    )
+    convert.add_argument("source", metavar="SRC", help="folder, hub name or .pth file")
+    convert.add_argument("target", metavar="DST", help="a folder; for LAVIS a .pth file")
+    convert.add_argument("--to", required=True, choices=("transformers", "lavis", "blip2fast"))
+    convert.add_argument(
+        "--image-size", type=_positive, help="side of the images, in pixels: positions are resized"
+    )
+    _add_moved(convert, "what SRC lacks, or one that has moved")
+    convert.add_argument("--tokenizer", metavar="PATH", help="of the Q-Former, likewise")
+    convert.add_argument("--overwrite", action="store_true", help="replace a DST that exists")
 
 
 def _add_check_kernels(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -213,7 +240,8 @@ def _plan(given: argparse.Namespace) -> str:
     config = load_config(given.config, given.set)
     plan = plan_memory(config, given.processes, given.machines, memory)
     chosen = plan.first(config.stream_storage)
-    verdict = "nothing fits" if chosen is None else f"offload: auto would choose {chosen.name!r}"
+    said = "it fits as" if config.stage == 1 else "offload: auto would choose"
+    verdict = "nothing fits" if chosen is None else f"{said} {chosen.name!r}"
     return f"{plan}\n{verdict}"
 
 
@@ -255,7 +283,12 @@ def _doctor(given: argparse.Namespace) -> str:
 def _caption(given: argparse.Namespace) -> str:
     from blip2fast.inference.model import Blip2
 
-    model = Blip2.from_pretrained(given.model, device=given.device)
+    model = Blip2.from_pretrained(
+        given.model,
+        device=given.device,
+        language_model=given.language_model,
+        image_encoder=given.image_encoder,
+    )
     if given.question is None:
         texts = model.caption(given.images, prompt=given.prompt, num_beams=given.num_beams)
     else:
@@ -264,6 +297,23 @@ def _caption(given: argparse.Namespace) -> str:
         )
     pairs = zip(given.images, texts, strict=True)
     return "\n".join(f"{path}\t{text}" for path, text in pairs)
+
+
+def _convert(given: argparse.Namespace) -> str:
+    from blip2fast.published.converting import convert
+
+    return str(
+        convert(
+            given.source,
+            given.target,
+            given.to,
+            image_size=given.image_size,
+            language_model=given.language_model,
+            image_encoder=given.image_encoder,
+            tokenizer=given.tokenizer,
+            overwrite=given.overwrite,
+        )
+    )
 
 
 def _features(given: argparse.Namespace) -> str:

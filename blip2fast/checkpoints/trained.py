@@ -34,6 +34,7 @@ from blip2fast.checkpoints.files import (
 )
 from blip2fast.data import manifest
 from blip2fast.data.manifest import MANIFEST, write_json
+from blip2fast.frozen.hub import at_revision
 from blip2fast.frozen.identity import FrozenIdentity, identify_model, refuse_other
 from blip2fast.frozen.language_models import load_language_model
 from blip2fast.offload.loading import source_identity
@@ -163,9 +164,9 @@ def _language_model(
         if check:
             refuse(identify_model(given), "Give the one it was trained with")
         return given
-    name = description.language_model
-    if name is None:
+    if description.language_model is None:
         raise ValueError(f"{path} names no language model; pass language_model=...")
+    name = frozen_name(description, "language_model", path)
     remedy = "Put back the one it was trained with, pass it as language_model=..."
     # before loading, where the model's files are enough to identify it
     known = source_identity(name) if check else None
@@ -174,6 +175,31 @@ def _language_model(
     if check and known is None:
         refuse(identify_model(model), remedy)
     return model
+
+
+def frozen_name(description: Description, part: str, source: str) -> str:
+    """Where a run's frozen model is, in the revision that the run was trained with.
+
+    Args:
+        description: describes the trained model; it names the part.
+        part: "language_model" or "tokenizer".
+        source: where the trained model is, for the error message.
+
+    Raises:
+        ValueError: the folder is not there any more; says how to name another one.
+    """
+    name = str(getattr(description, part))
+    if Path(name).is_absolute() and not Path(name).exists():
+        remedy = (
+            "put it back"
+            if part == "tokenizer"
+            else (f"give its place now: {part}=..., on the command line --{part.replace('_', '-')}")
+        )
+        raise ValueError(
+            f"{source} was trained with the {part.replace('_', ' ')} {name}, which is not there; "
+            f"{remedy}"
+        )
+    return at_revision(name, description.revisions.get(part))
 
 
 def check_frozen(

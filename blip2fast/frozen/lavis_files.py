@@ -250,6 +250,19 @@ def load_lavis_vision(path: str | Path) -> Blip2VisionModel:
     Raises:
         ValueError: the file has no image encoder, or one of another kind.
     """
+    return _vision_in(path).model()
+
+
+def load_lavis_config(path: str | Path) -> Blip2VisionConfig:
+    """The configuration of the image encoder of a LAVIS file; its weights are not read.
+
+    Raises:
+        ValueError: as `load_lavis_vision`.
+    """
+    return _vision_in(path).config
+
+
+def _vision_in(path: str | Path) -> VisionWeights:
     state = read_lavis_file(path)
     vision = vision_from_lavis(state, str(path))
     if vision is None:
@@ -258,4 +271,4 @@ def load_lavis_vision(path: str | Path) -> Blip2VisionModel:
             "ViT-g/14, which eva_vit_g.pth and any transformers BLIP-2 hold, such as "
             "Salesforce/blip2-opt-2.7b"
         )
-    return vision.model()
+    return vision

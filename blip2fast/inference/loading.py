@@ -22,11 +22,13 @@ from blip2fast.checkpoints.files import last_checkpoint
 from blip2fast.checkpoints.trained import (
     Description,
     check_frozen,
+    frozen_name,
     is_trained,
     load_trained,
     read_description,
 )
 from blip2fast.data.tokenizers import qformer_tokenizer
+from blip2fast.frozen.hub import at_revision
 from blip2fast.frozen.image_encoders import load_image_encoder
 from blip2fast.frozen.images import transform_for
 from blip2fast.frozen.language_models import load_language_model
@@ -151,12 +153,17 @@ def _trained(
     image_encoder: str | None,
 ) -> Loaded:
     description = read_description(path)
-    name = language_model or description.language_model
-    if description.stage != 2 or name is None:
+    if description.stage != 2:
         raise ValueError(
             f"{path} was trained in stage {description.stage}, without a language model to write "
             "with; give a run of stage 2"
         )
+    if language_model is None and description.language_model is None:
+        raise ValueError(
+            f"{path} names no language model: give language_model=..., on the command line "
+            "--language-model"
+        )
+    name = language_model or frozen_name(description, "language_model", path)
     frozen: PreTrainedModel
     if offload == "stream":
         frozen, _ = load_streamed(name, dtype, device)
@@ -168,7 +175,7 @@ def _trained(
     transform, missing = _add_encoder(model, image_encoder, description, path, dtype)
     _place(model, dtype, device)
     reads = model.config.text_conditioned
-    words = qformer_tokenizer(str(description.tokenizer)) if reads else None
+    words = qformer_tokenizer(frozen_name(description, "tokenizer", path)) if reads else None
     text = _text(model, AutoTokenizer.from_pretrained(name, trust_remote_code=False), words)
     return Loaded(model, text, prompts_of_run(model), transform, missing, [text.end_token_id])
 
@@ -194,14 +201,15 @@ def _add_encoder(
     if given is None and layer is None:
         return None, f"its image tokens came from {known!r}, which is not a known encoder"
     try:
-        encoder = load_image_encoder(given or name, layer, dtype)
+        name = given or at_revision(name, description.revisions.get("image_encoder"))
+        encoder = load_image_encoder(name, layer, dtype)
     except ValueError as error:
         if given is not None:
             raise
         return None, str(error)
     if encoder.width != model.config.encoder_hidden_size:
         raise ValueError(
-            f"image encoder {given or name!r} gives tokens of width {encoder.width}, but this "
+            f"image encoder {name!r} gives tokens of width {encoder.width}, but this "
             f"model was trained on {model.config.encoder_hidden_size} (of {known!r})"
         )
     check_frozen(
@@ -212,7 +220,7 @@ def _add_encoder(
         "Give image_encoder=..., the one it was trained with",
     )
     model.image_encoder = encoder
-    return transform_for(given or name, encoder.image_size), ""
+    return transform_for(name, encoder.image_size), ""
 
 
 def _transformers(

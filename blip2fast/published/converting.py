@@ -11,17 +11,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from blip2fast.data.manifest import aside, flush
+from blip2fast.frozen.lavis_files import VisionWeights
 from blip2fast.published.lavis_layout import write_lavis
 from blip2fast.published.native_layout import write_run
 from blip2fast.published.parts import Named, find_vision
-from blip2fast.published.reading import open_weights
+from blip2fast.published.reading import IMAGE, LANGUAGE, open_weights
 from blip2fast.published.report import Report
 from blip2fast.published.transformers_layout import write_transformers
-from blip2fast.published.weights import Layout
+from blip2fast.published.weights import Layout, Weights
 
 _WRITERS: dict[str, Callable[..., Report]] = {
     "transformers": write_transformers,
@@ -72,7 +73,9 @@ def convert(
     weights = open_weights(source)
     if weights.layout == to and image_size is None:
         raise ValueError(f"{source} is {weights.what} already: there is nothing to convert")
-    vision = find_vision(weights, image_encoder) if _wants_vision(to, weights, image_size) else None
+    vision = None
+    if to != "blip2fast" or weights.vision_config is not None or image_size is not None:
+        vision = _vision(weights, to, image_encoder, image_size)
     if image_size is not None:
         if vision is None:
             raise ValueError(
@@ -82,15 +85,24 @@ def convert(
         vision = vision.resized(image_size)
     named = Named(language_model, image_encoder, tokenizer)
     with _written_whole(path) as partial:
-        return _WRITERS[to](weights, vision, named, partial, path.resolve())
+        report = _WRITERS[to](weights, vision, named, partial, path.resolve())
+    taken = {IMAGE} if vision is not None else set()
+    if weights.layout == "transformers" and to != "lavis" and language_model is None:
+        taken.add(LANGUAGE)
+    unused = {reason: n for reason, n in weights.others.items() if n and reason not in taken}
+    return replace(report, left=unused | dict(report.left))
 
 
-def _wants_vision(to: Layout, weights: Any, image_size: int | None) -> bool:
-    # a run names its encoder, which may be of a kind that the other layouts lack
-    keeps_name = to == "blip2fast" and weights.vision_config is None
-    # LAVIS leaves a frozen encoder out
-    frozen = to == "lavis" and weights.vision_config is None
-    return image_size is not None or not (keeps_name or frozen)
+def _vision(
+    weights: Weights, to: Layout, given: str | None, image_size: int | None
+) -> VisionWeights | None:
+    try:
+        return find_vision(weights, given)
+    except ValueError:
+        # a file of LAVIS may do without one: the report says so
+        if to == "lavis" and given is None and image_size is None:
+            return None
+        raise
 
 
 @contextmanager

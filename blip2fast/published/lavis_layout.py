@@ -11,7 +11,7 @@ from torch import Tensor
 from blip2fast.data.manifest import write_through
 from blip2fast.frozen.lavis_files import VisionWeights, vision_to_lavis
 from blip2fast.published.parts import Named, language_kind
-from blip2fast.published.reading import LANGUAGE, PROJECTIONS
+from blip2fast.published.reading import PROJECTIONS
 from blip2fast.published.report import Report
 from blip2fast.published.weights import NEW_IN_STAGE1, Weights
 from blip2fast.stage1.lavis import TIED, to_lavis_name
@@ -51,7 +51,7 @@ def write_lavis(
         f"{weights.source!r}, {weights.what}, to {str(path)!r}, a file of LAVIS",
         len(weights.tensors) + (0 if vision is None else len(vision.tensors)),
         missing,
-        {LANGUAGE: weights.others[LANGUAGE]} if weights.others.get(LANGUAGE) else {},
+        {},
         notes=notes,
     )
 

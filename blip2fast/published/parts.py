@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from blip2fast.checkpoints.trained import frozen_name
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.hub import at_revision, not_found
 from blip2fast.frozen.language_models import load_language_model
@@ -127,18 +128,14 @@ def find_language_model(weights: Weights, given: str | None) -> tuple[PreTrained
             f"{weights.source} holds no language model: give --language-model, the folder or hub "
             "name of the one that it was trained with"
         )
-    try:
-        return load_language_model(name, torch.float32), load_tokenizer(name)
-    except ValueError as error:
-        raise ValueError(f"{error}. Give --language-model if it has moved") from error
+    return load_language_model(name, torch.float32), load_tokenizer(name)
 
 
 def language_model_name(weights: Weights) -> str | None:
     """The language model that a run names, as it was then; None where nothing is named."""
     if weights.description is None or weights.description.language_model is None:
         return None
-    revision = weights.description.revisions.get("language_model")
-    return at_revision(weights.description.language_model, revision)
+    return frozen_name(weights.description, "language_model", weights.source)
 
 
 def language_kind(weights: Weights, given: str | None) -> str | None:
@@ -162,7 +159,7 @@ def find_words(weights: Weights, given: str | None) -> Any:
     if name is None and weights.description is not None:
         name = weights.description.tokenizer
         if name is not None:
-            name = at_revision(name, weights.description.revisions.get("tokenizer"))
+            name = frozen_name(weights.description, "tokenizer", weights.source)
     if name is None and weights.layout == "transformers":
         name = weights.source
         folder = "qformer_tokenizer" if weights.stage == 2 else ""

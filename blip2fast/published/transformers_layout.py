@@ -150,7 +150,7 @@ def _write_generating(
     images, count = _images(vision), sizes.num_query_tokens
     if not language.config.is_encoder_decoder:
         # continuations of several prompts begin at one column
-        tokenizer.padding_side = "left"
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     processor = (
         Blip2Processor(images, tokenizer, num_query_tokens=count)
         if words is None
@@ -172,12 +172,10 @@ def add_image_token(language: PreTrainedModel, tokenizer: Any) -> int:
     """
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    place = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    rows = language.get_input_embeddings().num_embeddings
-    wanted = -(-len(tokenizer) // _ROWS) * _ROWS
-    if wanted > rows and place >= rows:
-        _grow(language, wanted)
-    return place
+        wanted = -(-len(tokenizer) // _ROWS) * _ROWS
+        if wanted > language.get_input_embeddings().num_embeddings:
+            _grow(language, wanted)
+    return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
 
 @torch.no_grad()

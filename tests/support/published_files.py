@@ -96,7 +96,8 @@ def lavis_state(kind: str, words: int = WORDS, seed: int = 3) -> dict[str, Tenso
     state: dict[str, Tensor] = {}
     for name in keys(kind):
         if name.endswith("position_ids"):
-            state[name] = torch.arange(POSITIONS)[None]
+            count = POSITIONS if "text_branch" in KINDS[kind] else 512
+            state[name] = torch.arange(count)[None]
             continue
         shape = _shape(name, words)
         value = torch.randn(shape, generator=draws) * 0.2
