@@ -165,10 +165,18 @@ def _trained(
         )
     name = language_model or frozen_name(description, "language_model", path)
     frozen: PreTrainedModel
-    if offload == "stream":
-        frozen, _ = load_streamed(name, dtype, device)
-    else:
-        frozen = load_language_model(name, dtype)
+    try:
+        if offload == "stream":
+            frozen, _ = load_streamed(name, dtype, device)
+        else:
+            frozen = load_language_model(name, dtype)
+    except ValueError as error:
+        if language_model is not None:
+            raise
+        raise ValueError(
+            f"{error}. {path} was trained with it; give its place now: language_model=..., on the "
+            "command line --language-model"
+        ) from error
     model = load_trained(path, frozen)
     if not isinstance(model, Blip2Stage2):
         raise ValueError(f"{path}: expected a model of stage 2")

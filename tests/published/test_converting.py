@@ -100,7 +100,7 @@ def written(folder: Path) -> Any:
     def strip(values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {k: strip(v) for k, v in values.items() if k != "_name_or_path"}
+        return {k: strip(v) for k, v in values.items() if k not in ("_name_or_path", "dtype")}
 
     return strip(json.loads((folder / "config.json").read_text()))
 

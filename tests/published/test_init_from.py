@@ -340,6 +340,22 @@ def test_stage1_from_retrieval(world: Path, tmp_path: Path) -> None:
     assert torch.equal(parts.model.query_tokens, model.query_tokens)
 
 
+def test_a_run_names_its_frozen_models_by_absolute_paths(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of a run is used from other working folders than the one it was trained in."""
+    monkeypatch.chdir(world)
+    words = {"tokenizer": "qformer_tokenizer"}
+    parts = built(run(world, tmp_path, Path("blip2_pretrained.pth"), 1, model=words))
+    assert parts.description.tokenizer == str(world / "qformer_tokenizer")
+    start = Path("blip2_caption_opt2.7b.pth")
+    opt = {"path": "opt"}
+    parts = built(run(world, tmp_path, start, 2, "blip2_caption_opt2.7b", language_model=opt))
+    assert parts.description.language_model == str(world / "opt")
+    assert parts.description.image_encoder == f"{world}/blip2_caption_opt2.7b.pth, block 2"
+    assert parts.description.revisions == {}
+
+
 def test_what_cannot_be_a_start_is_one_line(world: Path, tmp_path: Path) -> None:
     stage2 = world / "blip2_pretrained_opt2.7b.pth"
     with pytest.raises(ValueError, match=r"holds a stage-2 model, but the configuration says"):

@@ -480,8 +480,8 @@ def test_every_recipe_can_be_planned(recipe: Path, capsys: pytest.CaptureFixture
     command_line.main(["plan", "--config", str(recipe), *given, *sizes])
     said = capsys.readouterr().out
     counted = [HUB[name] for name in HUB if name in recipe.read_text()]
-    for config, parameters in counted:
-        image = config.model_type in ("blip-2", "clip")
+    for named, parameters in counted:
+        image = named.model_type in ("blip-2", "clip")
         kind = "of the image encoder" if image else "frozen parameters"
         assert f"{parameters:,} {kind}" in said
     verdict = "offload: auto would choose" if names["stage"] == 2 else "it fits as"
