@@ -58,7 +58,7 @@ def lasting_name(name: str) -> tuple[str, str | None]:
     """
     path = Path(name).expanduser()
     if path.exists():
-        return str(path.resolve()), None
+        return str(path.absolute()), None
     try:
         found = cached_file(name, "config.json", local_files_only=True)
     except (OSError, ValueError):

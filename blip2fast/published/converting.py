@@ -74,7 +74,8 @@ def convert(
     if weights.layout == to and image_size is None:
         raise ValueError(f"{source} is {weights.what} already: there is nothing to convert")
     vision = None
-    if to != "blip2fast" or weights.vision_config is not None or image_size is not None:
+    held = weights.vision_config is not None and image_encoder is None
+    if to != "blip2fast" or held or image_size is not None:
         vision = _vision(weights, to, image_encoder, image_size)
     if image_size is not None:
         if vision is None:

@@ -65,6 +65,9 @@ def _names(weights: Weights, named: Named) -> dict[str, Tensor]:
     state["Qformer.bert.embeddings.position_ids"] = numbers[None]
     if weights.stage == 1:
         return state | {tied: state[own] for tied, own in TIED.items() if own in state}
+    own = weights.names.get("language_projection.weight", "")
+    if weights.layout == "lavis":
+        return _renamed(state, "language_projection.", own.removesuffix("weight"))
     kind = language_kind(weights, named.language_model)
     if kind is None:
         raise ValueError(

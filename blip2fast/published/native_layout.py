@@ -133,7 +133,7 @@ def _stage2(
             model, _ = find_language_model(weights, named.language_model)
             identity = identify_model(model)
         if weights.description is None:
-            same_language_model(weights, identity, weights.source, allow_other=False)
+            same_language_model(weights, identity, weights.source)
         parts |= {"language_model": name}
         parts["frozen"]["language_model"] = identity
         _note_revision(parts, "language_model", revision)

@@ -24,8 +24,8 @@ from blip2fast.stage1.lavis import TIED, from_lavis, from_lavis_name
 from blip2fast.stage1.pretrained import config_from_retrieval
 from blip2fast.stage2.convert import conditioned_names, config_from_transformers
 
-# LAVIS's projection, and the kind of language model that it is for (llm: Vicuna)
-PROJECTIONS = {"opt_proj.": "opt", "t5_proj.": "t5", "llm_proj.": "llama"}
+# LAVIS's projection, and the kind of language model that it is for (any other: llm)
+PROJECTIONS = {"opt_proj.": "opt", "t5_proj.": "t5", "llm_proj.": ""}
 _LANGUAGE_MODELS = ("opt_model.", "t5_model.", "llm_model.")
 _HEAD = 64  # the width of BERT's heads, which no tensor shows
 IMAGE, LANGUAGE = "the image encoder", "the language model"
@@ -189,7 +189,8 @@ def _lavis(name: str) -> Weights:
             names[f"language_projection.{part}"] = names.pop(there)
         kind = PROJECTIONS[projection]
         width = renamed["language_projection.weight"].shape[0]
-        language = {"model_type": kind, "d_model" if kind == "t5" else "hidden_size": width}
+        language = {"model_type": kind} if kind else {}
+        language["d_model" if kind == "t5" else "hidden_size"] = width
         sizes["text_conditioned"] = conditioned
         # as LAVIS trained them
         if kind == "opt":

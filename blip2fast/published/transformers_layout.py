@@ -127,7 +127,7 @@ def _write_generating(
 ) -> None:
     language, tokenizer = find_language_model(weights, named.language_model)
     if named.language_model is not None or weights.layout == "lavis":
-        same_language_model(weights, identify_model(language), weights.source, allow_other=False)
+        same_language_model(weights, identify_model(language), weights.source)
     sizes = Stage2Config(**weights.sizes)
     words = find_words(weights, named.tokenizer) if sizes.text_conditioned else None
     if sizes.text_conditioned and words is None:

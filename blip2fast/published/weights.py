@@ -163,7 +163,7 @@ def renamed(name: str, wanted: Iterable[str]) -> str | None:
 
 
 def same_language_model(
-    weights: Weights, given: FrozenIdentity, where: str, allow_other: bool
+    weights: Weights, given: FrozenIdentity, where: str, allow_other: bool = False, remedy: str = ""
 ) -> bool:
     """Whether the weights' projection is for a language model, as far as they tell.
 
@@ -175,6 +175,7 @@ def same_language_model(
         given: the language model of the run.
         where: names the weights, for the message.
         allow_other: False: raise if it is for another one.
+        remedy: what to do then, besides giving that one.
 
     Raises:
         ValueError: it is for another language model.
@@ -187,8 +188,7 @@ def same_language_model(
     if differing and not allow_other:
         raise ValueError(
             f"{where} was trained with another language model than {given}: "
-            f"{'; '.join(differing)}. Give that one, or set allow_other_frozen: true for a new "
-            "projection"
+            f"{'; '.join(differing)}. Give that one{remedy}"
         )
     return not differing
 

@@ -338,7 +338,8 @@ def _same_language_model(
         return False
     where = f"init_from {config.init_from!r}"
     if start.description is None:
-        return same_language_model(start, identity, where, config.allow_other_frozen)
+        remedy = ", or set allow_other_frozen: true for a new projection"
+        return same_language_model(start, identity, where, config.allow_other_frozen, remedy)
     if not config.allow_other_frozen:
         remedy = "Give that one, or set allow_other_frozen: true for a new projection"
         check_frozen(start.description, "language_model", identity, where, remedy)

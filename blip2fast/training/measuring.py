@@ -305,7 +305,7 @@ def measure_image_encoder(config: Any) -> tuple[int, int]:
     vision = getattr(config, "vision_config", config)
     # not on fake tensors, on which the initialisation of most ViTs (`trunc_normal_`) does not run
     with torch.device("meta"):
-        if vision.model_type == "blip_2_vision_model":
+        if vision.model_type in ("blip_2_vision_model", "instructblip_vision_model"):
             model = Blip2VisionModel(vision)
         else:
             model = AutoModel.from_config(vision, trust_remote_code=False)

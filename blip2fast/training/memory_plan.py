@@ -19,10 +19,11 @@ from typing import Any, Literal
 import torch
 
 from blip2fast._imports import needs
+from blip2fast.checkpoints.trained import is_trained, read_description
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.offload.quantised import Storage
-from blip2fast.published.reading import open_weights
+from blip2fast.published.reading import open_weights, published_fault
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage2.config import Stage2Config
 from blip2fast.training.config import DTYPE_OF, RunConfig
@@ -397,10 +398,14 @@ def _stage1_config(config: RunConfig, width: int | None, notes: list[str]) -> St
 def _sizes(config: RunConfig, kind: type, width: int | None, notes: list[str]) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(kind)}
     sizes: dict[str, Any] = {}
-    if config.init_from is not None and Path(config.init_from).exists():
-        start = open_weights(config.init_from).sizes
-        sizes |= {name: value for name, value in start.items() if name in known}
-    elif config.init_from is not None:
+    start = config.init_from
+    if start is not None and is_trained(start):
+        found = read_description(start).sizes
+        sizes |= {name: value for name, value in found.items() if name in known}
+    elif start is not None and Path(start).exists() and not published_fault("init_from", start):
+        found = open_weights(start).sizes
+        sizes |= {name: value for name, value in found.items() if name in known}
+    elif start is not None:
         notes.append(f"init_from {config.init_from!r} is not here: BLIP-2's sizes assumed")
     section = dataclasses.asdict(config.model)
     sizes |= {name: v for name, v in section.items() if name in known and v is not None}

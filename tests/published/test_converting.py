@@ -32,6 +32,7 @@ from transformers import (
 from blip2fast import Blip2
 from blip2fast.checkpoints.trained import load_trained, read_description
 from blip2fast.command_line import main
+from blip2fast.frozen.image_encoders import load_image_encoder
 from blip2fast.published import convert, converting, open_weights
 from blip2fast.published.transformers_layout import add_image_token
 from blip2fast.stage1.config import Stage1Config
@@ -421,3 +422,24 @@ def test_language_models_load_by_themselves(world: Path, tmp_path: Path) -> None
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "own" / "language_model")
     assert tokenizer.decode([model.config.eos_token_id]) == "\n"
     assert read_description(tmp_path / "own").sizes["end_text"] == "\n"
+
+
+def test_one_image_encoder_is_itself_in_every_layout(world: Path) -> None:
+    """In BLIP-2, InstructBLIP and LAVIS's file; a run from one takes tokens of the others."""
+    names = [world / "hf_opt", world / "hf_instruct", world / "blip2_caption_opt2.7b.pth"]
+    encoders = [load_image_encoder(str(name)) for name in names]
+    first, *others = [encoder(pixels()) for encoder in encoders]
+    for tokens in others:
+        torch.testing.assert_close(tokens, first, rtol=0, atol=0)
+    for name in names:
+        there = open_weights(str(name)).described.frozen["image_encoder"]
+        assert all(not there.differences(encoder.identity) for encoder in encoders)
+    instruct = open_weights(str(world / "hf_instruct"))
+    assert instruct.what == "transformers' InstructBLIP, stage 2"
+    assert instruct.described.sizes["text_conditioned"]
+    assert torch.equal(
+        instruct.parameters()["qformer.embeddings.word_embeddings.weight"],
+        lavis(world / "instruct_blip_flanxl_trimmed.pth")[
+            "Qformer.bert.embeddings.word_embeddings.weight"
+        ],
+    )

@@ -314,7 +314,7 @@ def same_kind(start: Path, other: OPTConfig) -> None:
 
     hashes = dict.fromkeys(("fp32", "bf16", "fp16"), "0")
     given = FrozenIdentity("other", other.to_dict(), hashes, 1)
-    same_language_model(open_weights(str(start)), given, "init_from", allow_other=False)
+    same_language_model(open_weights(str(start)), given, "init_from")
 
 
 def test_stage1_from_retrieval(world: Path, tmp_path: Path) -> None:
