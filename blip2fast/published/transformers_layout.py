@@ -183,7 +183,7 @@ def _grow(language: PreTrainedModel, rows: int) -> None:
     before = language.get_input_embeddings().num_embeddings
     language.resize_token_embeddings(rows, mean_resizing=False)
     for module in (language.get_input_embeddings(), language.get_output_embeddings()):
-        if isinstance(module, nn.Module):
+        if isinstance(module, nn.Embedding | nn.Linear):
             weight = module.weight
             weight[before:] = weight[:before].mean(dim=0)
 
