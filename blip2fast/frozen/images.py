@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from blip2fast._imports import needs
-from blip2fast.frozen.lavis_files import is_lavis_file
 from blip2fast.frozen.pictures import load_image, to_rgb
 
 with needs("read images", "PIL"):
@@ -81,6 +80,8 @@ def transform_for(encoder: str, size: int, augment: bool = False) -> ImageTransf
         augment: random crops and flips.
     """
     from transformers.utils import cached_file
+
+    from blip2fast.frozen.lavis_files import is_lavis_file
 
     try:
         named = is_lavis_file(encoder)

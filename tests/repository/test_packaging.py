@@ -31,7 +31,7 @@ def test_rooms() -> None:
     rooms = {p.name for p in (ROOT / "blip2fast").iterdir() if p.is_dir()} - {"__pycache__"}
     assert rooms == {
         *("checkpoints", "data", "demo", "evaluation", "frozen", "inference", "kernels"),
-        *("offload", "ops", "qformer", "scenes", "stage1", "stage2", "training"),
+        *("offload", "ops", "published", "qformer", "scenes", "stage1", "stage2", "training"),
     }
     modules = {p.stem for p in (ROOT / "blip2fast").glob("*.py")}
     assert modules == {"__init__", "_extension", "_imports", "command_line", "doctor", "train"}
