@@ -50,8 +50,9 @@ def published_fault(key: str, name: str) -> str | None:
     if fault is None:
         return None
     return (
-        f"{fault}. It takes a finished run or a checkpoint (model.json and model.safetensors), a "
-        "transformers BLIP-2 or InstructBLIP (folder or hub name), or a .pth file of LAVIS"
+        f"{key} {name!r}: no model.json and model.safetensors of a finished run or a checkpoint "
+        "there, no .pth file of LAVIS, and no BLIP-2 of transformers "
+        f"({fault.removeprefix(f'{key} {name!r}: ')})"
     )
 
 
