@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from blip2fast import inference as inference
     from blip2fast import offload as offload
     from blip2fast import ops as ops
+    from blip2fast import published as published
     from blip2fast import qformer as qformer
     from blip2fast import scenes as scenes
     from blip2fast import stage1 as stage1
@@ -68,6 +69,7 @@ _ROOMS = (
     "inference",
     "offload",
     "ops",
+    "published",
     "qformer",
     "reporting",
     "scenes",

@@ -68,7 +68,8 @@ class Pictures:
             if parts.transform is None:
                 raise ValueError(
                     f"no image encoder for pictures: {parts.no_encoder}. Give from_pretrained "
-                    "image_encoder=..., or give image_embeds=..., its tokens"
+                    "image_encoder=..., on the command line --image-encoder, or give "
+                    "image_embeds=..., its tokens"
                 )
 
     def read(self, rows: Sequence[int]) -> Tensor:

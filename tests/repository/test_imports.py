@@ -30,6 +30,7 @@ ROOMS = (
     "data",
     "evaluation",
     "checkpoints",
+    "published",
     "training",
     "inference",
     "reporting",
@@ -41,8 +42,8 @@ ROOMS = (
     "__main__",
 )
 FACES = (
-    *("checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload", "qformer"),
-    *("reporting", "stage1", "stage2", "training"),
+    *("checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload"),
+    *("published", "qformer", "reporting", "stage1", "stage2", "training"),
 )
 # What not every user has installed beside torch, transformers and NumPy.
 OPTIONAL = (
