@@ -363,9 +363,7 @@ def test_what_cannot_be_a_start_is_one_line(world: Path, tmp_path: Path) -> None
     (tmp_path / "broken.pth").write_bytes(stage2.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"broken.pth: not a file of PyTorch weights, or dama"):
         built(run(world, tmp_path, tmp_path / "broken.pth", 2))
-    with pytest.raises(
-        ValueError, match=r"no-such.: no model.json.* no \.pth file .*not found"
-    ):
+    with pytest.raises(ValueError, match=r"no-such.: no model.json.* no \.pth file .*not found"):
         built(run(world, tmp_path, tmp_path / "no-such", 2))
     torch.save({"model": {"a": torch.ones(2)}}, tmp_path / "else.pth")
     with pytest.raises(ValueError, match=r"else.pth: no BLIP-2 of LAVIS: .* it holds a\."):
