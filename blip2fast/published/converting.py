@@ -68,6 +68,8 @@ def convert(
         raise ValueError(f"{path}: LAVIS reads a file; give it a name that ends with .pth")
     if path.exists() and Path(source).exists() and path.samefile(source):
         raise ValueError(f"{path}: source and target are the same; give another target")
+    if path.resolve() in Path(source).resolve().parents:
+        raise ValueError(f"{path}: {source} lies in it and would be replaced; give another target")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists already; give another name, or --overwrite to replace it")
     weights = open_weights(source)

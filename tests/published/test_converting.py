@@ -358,6 +358,7 @@ def test_what_cannot_be_converted_is_one_line(
         ((world / "hf_opt", out, "lavis"), {}, r"out: LAVIS reads a file; .*ends with .pth"),
         ((world / "hf_opt", out, "transformers"), {}, r"BLIP-2, stage 2 already: there is nothing"),
         ((world / "hf_opt", world / "hf_opt", "blip2fast"), {}, r"source and target are the same"),
+        ((world / "hf_opt", world, "blip2fast"), {"overwrite": True}, r"hf_opt lies in it and wou"),
         ((world / f"{t5}.pth", out, "transformers"), {}, r"holds no image encoder, which tr"),
         (
             (world / f"{t5}.pth", out, "transformers"),
