@@ -20,7 +20,7 @@ class FrozenState:
     """Which entries of a model's state dict are frozen, by their names when it was built.
 
     What came later is kept: adapters are not in those files. So is a parameter that somebody
-    trains, and one that FSDP1 has flattened, whose own hook looks for it.
+    trains, and everything where FSDP1 has flattened parameters, whose own hook looks for all.
 
     Args:
         model: Any module.
@@ -44,11 +44,10 @@ class FrozenState:
 
     def left_out(self, model: nn.Module, keys: Iterable[str]) -> Iterator[str]:
         """Those of the keys of a state dict of `model` that are frozen."""
-        kept = {
-            _plain(name)
-            for name, p in model.named_parameters(remove_duplicate=False)
-            if p.requires_grad or getattr(p, "_fsdp_flattened", False)
-        }
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        if any(getattr(p, "_fsdp_flattened", False) for p in parameters.values()):
+            return
+        kept = {_plain(name) for name, p in parameters.items() if p.requires_grad}
         for key in keys:
             name = _plain(key)
             if name in kept:
@@ -60,7 +59,7 @@ class FrozenState:
                 yield key
 
     def forgive(self, _: nn.Module, result: Any) -> None:
-        """A hook after `load_state_dict`: a frozen part is not missing if nothing of it was given."""
+        """A hook after `load_state_dict`: a frozen part given in no part is not missing."""
         for part in self._parts:
             names = {name for name in self._names if name.startswith(part)}
             missing = {key for key in result.missing_keys if self._suffix(key) in names}
