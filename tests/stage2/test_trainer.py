@@ -71,7 +71,9 @@ def trainer(made: tuple[nn.Module, Records], folder: Path, **settings: Any) -> A
         }
         | settings,
     )
-    return transformers.Trainer(model=model, args=arguments, train_dataset=records, eval_dataset=records)
+    return transformers.Trainer(
+        model=model, args=arguments, train_dataset=records, eval_dataset=records
+    )
 
 
 @pytest.mark.parametrize("make", [*STAGES, stage2_t5])
