@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import ablations
+import fingerprint
 import report
 import roofline
 import tables
@@ -223,14 +224,72 @@ def test_precision_differences_are_in_standard_errors() -> None:
 def test_headlines_name_both_and_leave_out_what_was_not_run() -> None:
     times = {"blip2fast auto": 0.5, "torch matmul, amax": 1.0, "torch": 0.1}
     file = result(raw("itc[n1680_cpu-fp32-train]", "2026-01-02", times))
-    lines = tables.headlines({"itc": file}).splitlines()
+    lines = tables.headlines({"itc": [file]}).splitlines()
     assert len(lines) == 3
     assert "500 ms | 2 MB | torch matmul, amax | 1.00 s | 2 MB | 2.00 |" in lines[2]
 
 
+FINGERPRINT = {
+    "vendor": "AuthenticAMD",
+    "family": "26",
+    "model": "2",
+    "stepping": "1",
+    "flags": ["avx512f", "fma"],
+    "caches": {"L1d": "48K"},
+    "peaks_gflop_per_s": {"fp32 mkl": 90.04},
+}
+
+
+def test_a_processor_is_told_from_others_of_its_name(tmp_path: Path) -> None:
+    cell = "itc[n1680_cpu-fp32-train]"
+    before = raw(cell, "2026-01-02", {"blip2fast auto": 0.5, "torch matmul, amax": 1.0})
+    after = raw(cell, "2026-01-01", {"blip2fast auto": 0.5, "torch matmul, amax": 2.0})
+    after["extra_info"]["conditions"]["fingerprint"] = FINGERPRINT
+    for benchmark in (before, after):
+        result(benchmark).write(tmp_path)
+    files = newest(tmp_path.glob("*"), "itc")
+    assert [file.machine for file in files] == ["amd-epyc", "amd-epyc-26-2-1"]
+    unknown, known = (tables.suite_table(file) for file in files)
+    assert "* processor's fingerprint not recorded" in unknown
+    assert (
+        "* AuthenticAMD family 26, model 2, stepping 1; L1d 48K; flags avx512f fma; "
+        "products in GFLOP/s: fp32 mkl 90" in known
+    )
+    row = tables.headlines({"itc": files}).splitlines()[2]
+    assert row.endswith("| 1.00 s | 2 MB | 2.00 to 4.00 on 2 machines |")
+
+
+def test_a_fingerprint_is_read_from_linux(tmp_path: Path) -> None:
+    text = (
+        "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n"
+        "model name\t: Xeon\nstepping\t: 8\nflags\t\t: fpu fma sse4_2 amx_bf16 avx512f\n\n"
+        "processor\t: 1\nvendor_id\t: other\n"
+    )
+    assert fingerprint.processor_fields(text) == {
+        "vendor": "GenuineIntel",
+        "family": "6",
+        "model": "143",
+        "stepping": "8",
+        "flags": ["amx_bf16", "avx512f", "fma", "sse4_2"],
+    }
+    for index, told in enumerate([("1", "Data", "48K"), ("2", "Unified", "2048K")]):
+        folder = tmp_path / f"index{index}"
+        folder.mkdir()
+        for name, value in zip(("level", "type", "size"), told, strict=True):
+            (folder / name).write_text(f"{value}\n")
+    assert fingerprint.caches(tmp_path) == {"L1d": "48K", "L2": "2048K"}
+
+
+def test_peaks_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "_SIDE", 64)
+    found = fingerprint.peaks()
+    assert {name[:4] for name in found} == {"fp32", "bf16"}
+    assert all(rate > 0 for rate in found.values())
+
+
 def test_headlines_leave_out_what_has_no_time() -> None:
     file = result(raw("itc[n1680-bf16-train]", "2026-01-02", {"blip2fast auto": 0.5}))
-    assert len(tables.headlines({"itc": file}, tables.GPU_HEADLINES).splitlines()) == 2
+    assert len(tables.headlines({"itc": [file]}, tables.GPU_HEADLINES).splitlines()) == 2
 
 
 def test_a_sweep_shows_the_quickest_of_those_that_agree() -> None:
