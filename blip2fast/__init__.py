@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from blip2fast import published as published
     from blip2fast import qformer as qformer
     from blip2fast import scenes as scenes
+    from blip2fast import scoring as scoring
     from blip2fast import stage1 as stage1
     from blip2fast import stage2 as stage2
     from blip2fast import training as training
@@ -73,6 +74,7 @@ _ROOMS = (
     "qformer",
     "reporting",
     "scenes",
+    "scoring",
     "stage1",
     "stage2",
     "training",

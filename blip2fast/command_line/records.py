@@ -32,6 +32,7 @@ Annotations = Annotated[
 ImageName = Annotated[
     str | None, typer.Option(metavar="NAME", help="Of VQAv2's images, with {} for the number.")
 ]
+Split = Annotated[str | None, typer.Option(help="Of Karpathy's files, such as train+restval.")]
 
 
 def _share_or_count(text: str) -> float:
@@ -75,6 +76,7 @@ def import_(
     caption_key: CaptionKey = None,
     annotations: Annotations = None,
     image_name: ImageName = None,
+    split: Split = None,
 ) -> None:
     """Write records into a table that a run maps.
 
@@ -84,6 +86,7 @@ def import_(
 
     options = {"encoding": encoding, "separator": separator, "image_key": image_key}
     options |= {"caption_key": caption_key, "annotations": annotations, "image_name": image_name}
+    options["split"] = split
     print(
         import_records(
             *(_sources(sources, **options), str(out), task, _folder(images)),
@@ -112,6 +115,7 @@ def check(
     caption_key: CaptionKey = None,
     annotations: Annotations = None,
     image_name: ImageName = None,
+    split: Split = None,
 ) -> None:
     """Count records and images, and find what a run cannot use.
 
@@ -125,6 +129,7 @@ def check(
     quiet_transformers()
     options = {"encoding": encoding, "separator": separator, "image_key": image_key}
     options |= {"caption_key": caption_key, "annotations": annotations, "image_name": image_name}
+    options["split"] = split
     given, folder = _sources(sources, **options), _folder(images)
     found = check_records(given, task, folder, _tokenizer(tokenizer), max_txt_len, workers)
     print(json.dumps(found.values(), indent=1) if as_json else str(found))

@@ -3,7 +3,9 @@
     JSON lines, JSON lists     one object a row
     CSV and TSV, Parquet       one row a row, by the names of the columns
     COCO captions              {"images": [...], "annotations": [...]}; one row an image
-    VQAv2                      {"questions": [...]} with a second file of annotations
+    Karpathy's splits          {"images": [{"sentences": [...], "split": ...}]}; one row an image
+    VQAv2, OK-VQA              {"questions": [...]} with a second file of annotations
+    GQA                        {number: {"imageId": ..., "question": ..., "answer": ...}}
     imagefolder                a folder with metadata.csv, .jsonl or .parquet
     datasets                   a folder of `Dataset.save_to_disk`, or of Parquet files; or
                                `hf:NAME`, which `datasets.load_dataset` finds
@@ -45,12 +47,15 @@ class Row:
         values: by name, as the source has them.
         fault: why there are no values.
         share: how much of the source has been read with this row, from 0 to 1; an estimate.
+        about: what evaluation reads beside the record: `id`, `kinds` (names of groupings and the
+            row's kind in each), `raw_answers`.
     """
 
     where: str
     values: dict[str, Any] = field(default_factory=dict)
     fault: str | None = None
     share: float = 0.0
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def read_rows(source: str | Path, options: SourceOptions | None = None) -> Iterator[Row]:
@@ -214,11 +219,15 @@ def _json_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
         yield from _counted(_vqa_rows(path, content, options), len(content["questions"]))
     elif isinstance(content, dict) and {"images", "annotations"} <= content.keys():
         yield from _counted(_coco_rows(path, content), len(content["images"]))
+    elif isinstance(content, dict) and "images" in content:
+        yield from _counted(_karpathy_rows(path, content, options), len(content["images"]))
+    elif isinstance(content, dict) and _is_gqa(content):
+        yield from _counted(_gqa_rows(path, content, options), len(content))
     else:
         found = f"keys {', '.join(sorted(content))}" if isinstance(content, dict) else text[:20]
         raise ValueError(
             f"{path}: {found}: neither a list of records, nor COCO captions (images and "
-            "annotations), nor VQAv2 (questions)"
+            "annotations), nor Karpathy's splits (images), nor VQAv2 (questions), nor GQA"
         )
 
 
@@ -249,7 +258,69 @@ def _coco_rows(path: Path, content: dict[str, Any]) -> Iterator[Row]:
         captions[annotation["image_id"]].append(annotation["caption"])
     for number, image in enumerate(images, 1):
         values = {"image": image["file_name"], "captions": captions[image["id"]]}
-        yield Row(f"{path}, images entry {number}", values)
+        kinds = {"domain": image["domain"]} if image.get("domain") else {}  # of NoCaps
+        about = {"id": image["id"], "kinds": kinds}
+        yield Row(f"{path}, images entry {number}", values, about=about)
+
+
+def _karpathy_rows(path: Path, content: dict[str, Any], options: SourceOptions) -> Iterator[Row]:
+    images = _entries(path, content, "images", "filename", "sentences", "split")
+    there = sorted({str(image["split"]) for image in images})
+    wanted = (options.split or "").split("+")
+    if not set(wanted) <= set(there):
+        raise ValueError(
+            f"{path}: has the splits {', '.join(there)}; state which, not {options.split!r} "
+            "(--split, or split: in data.records); several are joined by +"
+        )
+    for number, image in enumerate(images, 1):
+        if image["split"] not in wanted:
+            continue
+        where = f"{path}, images entry {number}"
+        try:
+            captions = [sentence["raw"] for sentence in image["sentences"]]
+        except (KeyError, TypeError):
+            yield Row(where, fault="sentences: each needs a 'raw' text")
+            continue
+        folder = image.get("filepath")  # of COCO: train2014 or val2014
+        name = f"{folder}/{image['filename']}" if folder else image["filename"]
+        # Karpathy's own number, where the data set has none
+        about = {"id": image.get("cocoid", image.get("imgid", image["filename"]))}
+        yield Row(where, {"image": name, "captions": captions}, about=about)
+
+
+def _is_gqa(content: dict[str, Any]) -> bool:
+    first = next(iter(content.values()), None)
+    return isinstance(first, dict) and {"imageId", "question"} <= first.keys()
+
+
+def _gqa_rows(path: Path, content: dict[str, Any], options: SourceOptions) -> Iterator[Row]:
+    template = options.image_name or "{}.jpg"
+    for number, entry in content.items():
+        where = f"{path}, question {number}"
+        missing = [
+            name
+            for name in ("imageId", "question", "answer")
+            if not isinstance(entry, dict) or name not in entry
+        ]
+        if missing:
+            yield Row(where, fault=f"lacks {', '.join(missing)}; GQA's test files have no answers")
+            continue
+        values = {name: entry[name] for name in ("question", "answer")}
+        kinds = {f"{name}_type": str(kind) for name, kind in (entry.get("types") or {}).items()}
+        values["image"] = _named_image(template, entry["imageId"])
+        yield Row(where, values, about={"id": number, "kinds": kinds})
+
+
+def _named_image(template: str, number: Any) -> str:
+    """The file name of an image with a number.
+
+    Raises:
+        ValueError: a template that does not fit.
+    """
+    try:
+        return template.format(number)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"image name {template!r} of image {number!r}: {error!r}") from None
 
 
 def _vqa_rows(path: Path, content: dict[str, Any], options: SourceOptions) -> Iterator[Row]:
@@ -284,12 +355,15 @@ def _vqa_rows(path: Path, content: dict[str, Any], options: SourceOptions) -> It
                 "answers": [each["answer"] for each in entry["answers"]],
                 "type": entry.get("answer_type", ""),
             }
+            raw = [each["raw_answer"] for each in entry["answers"] if "raw_answer" in each]
         except (KeyError, TypeError, ValueError, IndexError) as error:
             yield Row(where, fault=f"image_id or answers: {error!r}")
             continue
         if "multiple_choice_answer" in entry:
             values["answer"] = entry["multiple_choice_answer"]
-        yield Row(where, values)
+        kinds = {name: entry[name] for name in ("question_type", "answer_type") if name in entry}
+        about = {"id": question["question_id"], "kinds": kinds, "raw_answers": raw}
+        yield Row(where, values, about=about)
 
 
 def _table_rows(path: Path, options: SourceOptions) -> Iterator[Row]:

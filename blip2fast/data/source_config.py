@@ -21,7 +21,9 @@ class SourceOptions:
         image_key, caption_key: names of the columns of images and captions; None: the usual ones.
         annotations: of VQAv2, the file with the answers.
         image_name: of VQAv2, a file name with `{}` for the number of the image, such as
-            `{:012d}.jpg`; None: as in COCO's 2014 release.
+            `{:012d}.jpg`; None: as in COCO's 2014 release. Of GQA likewise, None: `{}.jpg`.
+        split: of Karpathy's files, which hold several: `train`, `val`, `test`, or of COCO also
+            `train+restval`.
     """
 
     encoding: str = DEFAULT_ENCODING
@@ -30,6 +32,7 @@ class SourceOptions:
     caption_key: str | None = None
     annotations: str | None = None
     image_name: str | None = None
+    split: str | None = None
 
 
 @dataclass(kw_only=True)

@@ -40,6 +40,7 @@ from blip2fast.frozen.pictures import to_rgb
 from blip2fast.inference.inputs import Transform
 from blip2fast.offload.loading import load_streamed
 from blip2fast.offload.streaming import stream_blocks, stream_of
+from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.language_model import is_encoder_decoder
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
@@ -189,7 +190,7 @@ def _trained(
     model = load_trained(path, frozen, image_encoder=image_encoder)
     if not isinstance(model, Blip2Stage2):
         raise ValueError(f"{path}: expected a model of stage 2")
-    transform, missing = _add_encoder(model, image_encoder, description, path, dtype)
+    transform, missing = add_encoder(model, image_encoder, description, path, dtype)
     _place(model, dtype, device)
     reads = model.config.text_conditioned
     words = qformer_tokenizer(frozen_name(description, "tokenizer", path)) if reads else None
@@ -197,8 +198,8 @@ def _trained(
     return Loaded(model, text, prompts_of_run(model), transform, missing, [text.end_token_id])
 
 
-def _add_encoder(
-    model: Blip2Stage2,
+def add_encoder(
+    model: Blip2Stage1 | Blip2Stage2,
     given: str | None,
     description: Description,
     path: str,

@@ -29,7 +29,7 @@ from blip2fast.inference.inputs import (
     questions_by_image,
 )
 from blip2fast.inference.loading import Loaded, Residence, is_streamed, load_parts
-from blip2fast.inference.writer import Pictures, Writer
+from blip2fast.inference.writer import Pictures, Writer, check_encoder
 from blip2fast.stage2.lora import merge_lora
 
 Texts = str | list[str] | list[list[str]] | list[str | list[str]]
@@ -83,6 +83,14 @@ class Blip2:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
         return cls(load_parts(str(path), dtype, device, offload, language_model, image_encoder))
+
+    def check_reads_pictures(self) -> None:
+        """Check that pictures can be given, not only `image_embeds`.
+
+        Raises:
+            ValueError: no image encoder; says why.
+        """
+        check_encoder(self._parts)
 
     @property
     def device(self) -> torch.device:

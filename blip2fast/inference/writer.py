@@ -65,12 +65,7 @@ class Pictures:
         else:
             self._images, self.one = as_list(images)
             self.count = len(self._images)
-            if parts.transform is None:
-                raise ValueError(
-                    f"no image encoder for pictures: {parts.no_encoder}. Give from_pretrained "
-                    "image_encoder=..., on the command line --image-encoder, or give "
-                    "image_embeds=..., its tokens"
-                )
+            check_encoder(parts)
 
     def read(self, rows: Sequence[int]) -> Tensor:
         """Encode the given rows; returns states as in `EncodedImages`, [len(rows), ...]."""
@@ -181,6 +176,20 @@ class Writer:
                 )
                 written += text.decode(tokens)
         return written
+
+
+def check_encoder(parts: Loaded) -> None:
+    """Check that there is an image encoder for pictures.
+
+    Raises:
+        ValueError: there is none; says why.
+    """
+    if parts.transform is None:
+        raise ValueError(
+            f"no image encoder for pictures: {parts.no_encoder}. Give from_pretrained "
+            "image_encoder=..., on the command line --image-encoder, or give image_embeds=..., its "
+            "tokens"
+        )
 
 
 def _check_batch_size(size: int) -> None:

@@ -285,6 +285,9 @@ class RunConfig:
         keep_best: also keep the best checkpoint by this held-out metric, without its `eval_`:
             the lowest `loss` or `loss_*`, the highest of others, such as `t2i_r1` (stage 1) or
             `exact` (stage 2). It is saved when it is evaluated.
+        eval_scores: also evaluate with the metrics of `blip2fast eval` (docs/evaluation.md): recall
+            re-ranked by ITM, `rerank_*` (stage 1); of the greedily written texts `cider_d`,
+            `bleu_1` to `bleu_4` and `rouge_l`, or `vqa_accuracy` (stage 2).
         eval_batch_size: samples per evaluation batch, over all processes; the last may be smaller.
         resume: continue from the last checkpoint in `output_dir`, if there is one. What may differ
             from the earlier start: `blip2fast.training.restart`.
@@ -317,6 +320,7 @@ class RunConfig:
     gradient_checkpointing: bool = False
     kernels: Kernels = "check"
     eval_every: _NonNegative = 0
+    eval_scores: bool = False
     eval_batch_size: Annotated[int, Field(ge=2)] = 64
     save_every: _NonNegative = 0
     keep_last: _Count = 2

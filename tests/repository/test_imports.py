@@ -33,6 +33,7 @@ ROOMS = (
     "published",
     "training",
     "inference",
+    "scoring",
     "reporting",
     "scenes",
     "demo",
@@ -43,7 +44,7 @@ ROOMS = (
 )
 FACES = (
     *("checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload"),
-    *("published", "qformer", "reporting", "stage1", "stage2", "training"),
+    *("published", "qformer", "reporting", "scoring", "stage1", "stage2", "training"),
 )
 # What not every user has installed beside torch, transformers and NumPy.
 OPTIONAL = (
