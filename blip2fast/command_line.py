@@ -2,7 +2,13 @@
 
 blip2fast plan --config configs/vitg_opt6.7b_stage2.yaml --processes 8 --device-gib 80
 blip2fast storage-loss --config configs/scenes_stage2.yaml --storage int4 --batches 8
-blip2fast caption --model runs/scenes/stage2 one.png two.png
+blip2fast caption photos --model runs/scenes/stage2 --recursive --ext .txt
+blip2fast vqa cat.jpg "what colour is it?" --model runs/scenes/vqa
+blip2fast chat cat.jpg --model runs/scenes/stage2
+blip2fast attention cat.jpg --text "a black cat" --model runs/scenes/stage1 --out attention.png
+blip2fast index build photos --model runs/scenes/stage1 --out runs/photos.index
+blip2fast index query runs/photos.index "a red heart" -k 10
+blip2fast capfilt captions.jsonl --images photos --captioner RUN --ranker RUN --out DIR
 blip2fast check-kernels
 blip2fast doctor
 blip2fast data import captions_train2014.json --out DIR
@@ -54,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loss.add_argument("--storage", choices=("int8", "int4"), action="append")
     loss.add_argument("--batches", type=_positive, default=4)
     _add_caption(commands)
+    _add_vqa(commands)
+    _add_chat(commands)
+    _add_attention(commands)
+    _add_index(commands)
+    _add_capfilt(commands)
     _add_check_kernels(commands)
     commands.add_parser(
         "doctor",
@@ -68,6 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "plan": _plan,
         "storage-loss": _storage_loss,
         "caption": _caption,
+        "vqa": _vqa,
+        "chat": _chat,
+        "attention": _attention,
+        "index": _index,
+        "capfilt": _capfilt,
         "check-kernels": _check_kernels,
         "doctor": _doctor,
         "features": _features,
@@ -79,28 +95,155 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        print(run(given))
+        said = run(given)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if said:
+        print(said)
 
 
 def _add_caption(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     caption = commands.add_parser(
         "caption",
-        help="describe image files, or answer a question about each",
-        description="Print a line for each image: its path, a tab, and what the model writes.",
+        help="describe pictures, or answer a question about each",
+        description="Print a line for each picture, its path, a tab, and what the model writes, or "
+        "write side-car files (--ext) or one file (--out). Pictures that cannot be read are named "
+        "and passed over; the exit status is 1 then.",
     )
-    caption.add_argument("images", nargs="+", metavar="IMAGE", help="files")
-    caption.add_argument(
-        "--model",
-        required=True,
-        metavar="PATH",
-        help="a stage-2 run, a checkpoint of it, or a transformers BLIP-2 (folder or hub name)",
-    )
+    caption.add_argument("images", nargs="+", metavar="PATH", help="picture files, or folders")
+    _add_model(caption, "a stage-2 run, a checkpoint of it, or a transformers BLIP-2")
+    caption.add_argument("--recursive", action="store_true", help="also folders below")
+    caption.add_argument("--ext", default="", help="write a side-car of this suffix, such as .txt")
+    caption.add_argument("--out", metavar="FILE", help="write all to a .jsonl or .csv")
+    caption.add_argument("--resume", action="store_true", help="pass over what is written already")
+    caption.add_argument("--num-captions", type=_positive, default=1, help="of each picture")
+    caption.add_argument("--sample", action="store_true", help="nucleus sampling, not beam search")
+    caption.add_argument("--seed", type=int, default=0, help="of --sample")
     caption.add_argument("--question", help="to answer, instead of a caption")
     caption.add_argument("--prompt", help="instead of the model's own; with {} for a question")
     caption.add_argument("--num-beams", type=_positive, default=5)
-    caption.add_argument("--device", help="by default CUDA where there is one")
+    caption.add_argument("--batch-size", type=_positive, default=8, help="pictures at a time")
+
+
+def _add_model(command: argparse.ArgumentParser, what: str, required: bool = True) -> None:
+    command.add_argument(
+        "--model", required=required, metavar="PATH", help=f"{what} (folder or hub name)"
+    )
+    command.add_argument("--device", help="by default CUDA where there is one")
+
+
+def _add_vqa(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    vqa = commands.add_parser(
+        "vqa",
+        help="answer questions about a picture",
+        description="Print a line for each question: the question, a tab, and the answer.",
+    )
+    vqa.add_argument("image", metavar="IMAGE", help="a picture file")
+    vqa.add_argument("question", nargs="*", metavar="QUESTION")
+    vqa.add_argument("--questions", metavar="FILE", help="more questions, one a line")
+    _add_model(vqa, "a stage-2 run, a checkpoint of it, or a transformers BLIP-2")
+    vqa.add_argument("--prompt", help="instead of the model's own; with {} for the question")
+    vqa.add_argument("--num-beams", type=_positive, default=5)
+
+
+def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    chat = commands.add_parser(
+        "chat",
+        help="talk about a picture",
+        description="Answer questions from the terminal, each after those before; an empty line "
+        "ends.",
+    )
+    chat.add_argument("image", metavar="IMAGE", help="a picture file")
+    chat.add_argument("--once", metavar="QUESTION", help="answer this one and end")
+    _add_model(chat, "a stage-2 run, a checkpoint of it, or a transformers BLIP-2")
+    chat.add_argument("--prompt", help="of a turn, instead of the model's own; with {}")
+    chat.add_argument("--num-beams", type=_positive, default=5)
+
+
+def _add_attention(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    attention = commands.add_parser(
+        "attention",
+        help="draw where each query looks beside a text",
+        description="Draw the last cross-attention of every query over the picture, as the "
+        "matching head sees picture and text.",
+    )
+    attention.add_argument("image", metavar="IMAGE", help="a picture file")
+    attention.add_argument("--text", required=True)
+    attention.add_argument("--out", required=True, metavar="FILE", help="a .png")
+    _add_model(attention, "a stage-1 run, or a transformers Blip2ForImageTextRetrieval")
+
+
+def _add_index(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    index = commands.add_parser(
+        "index",
+        help="search pictures by text or by picture",
+        description="Build an index of pictures, and find those that fit (docs/search.md).",
+    )
+    actions = index.add_subparsers(dest="action", required=True)
+    build = actions.add_parser(
+        "build",
+        help="index pictures, or add them to an index",
+        description="Pictures that the index has are passed over, so an interrupted build is "
+        "given again. The exit status is 1 if a picture could not be read.",
+    )
+    build.add_argument(
+        "images", nargs="+", metavar="PATH", help="folders, picture files, or one feature cache"
+    )
+    _add_model(build, "a stage-1 run, or a transformers Blip2ForImageTextRetrieval")
+    build.add_argument("--out", required=True, metavar="DIR", help="folder of the index")
+    build.add_argument("--batch-size", type=_positive, default=32)
+    build.add_argument("--workers", type=_positive, default=4, help="threads that read pictures")
+    query = actions.add_parser(
+        "query",
+        help="print the pictures that fit a text",
+        description="Print a line for each picture: its score, a tab, and its path or key.",
+    )
+    query.add_argument("index", metavar="DIR", help="folder of the index")
+    query.add_argument("text", nargs="?", help="what to look for")
+    query.add_argument("--image", metavar="FILE", help="find pictures like this, not a text")
+    query.add_argument("-k", type=_positive, default=10, help="pictures to print")
+    query.add_argument(
+        "--rerank", type=_positive, nargs="?", const=128, help="re-rank this many by ITM (128)"
+    )
+    query.add_argument(
+        "--candidates", type=_positive, help="read at most this many features, not until exact"
+    )
+    query.add_argument("--cache", metavar="DIR", help="feature cache that the index was made of")
+    query.add_argument("--json", action="store_true", help="print all that is known, as JSON lines")
+    _add_model(query, "where the model of the index is now", required=False)
+
+
+def _add_capfilt(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    capfilt = commands.add_parser(
+        "capfilt",
+        help="write captions of a data set and keep the best (CapFilt)",
+        description="Write captions of every image, rank them together with those of the records, "
+        "and keep the best (docs/capfilt.md). An interrupted command is given again; several "
+        "processes share the work: torchrun --nproc-per-node 8 -m blip2fast.command_line capfilt",
+    )
+    capfilt.add_argument("records", metavar="RECORDS", help="captions of any layout (docs/data.md)")
+    capfilt.add_argument("--images", required=True, metavar="DIR", help="folder of the images")
+    capfilt.add_argument(
+        "--captioner",
+        required=True,
+        metavar="PATH",
+        help="stage-2 run, or a transformers captioner",
+    )
+    capfilt.add_argument(
+        "--ranker", required=True, metavar="PATH", help="stage-1 run, or a transformers CLIP"
+    )
+    capfilt.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    capfilt.add_argument("--num-captions", type=_positive, default=10, help="written for an image")
+    capfilt.add_argument("--keep", type=_positive, default=2, help="captions kept of an image")
+    capfilt.add_argument("--match", action="store_true", help="rank by ITM too; a stage-1 ranker")
+    capfilt.add_argument("--top-p", type=float, default=0.9, help="of nucleus sampling")
+    capfilt.add_argument("--max-new-tokens", type=_positive, default=30)
+    capfilt.add_argument("--min-new-tokens", type=int, default=5)
+    capfilt.add_argument("--prompt", help="of our own captioners, instead of the model's")
+    capfilt.add_argument("--seed", type=int, default=0)
+    capfilt.add_argument("--batch-size", type=_positive, default=8, help="images at a time")
+    capfilt.add_argument("--workers", type=_positive, default=4, help="threads that read pictures")
+    capfilt.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
 
 
 def _add_check_kernels(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -253,17 +396,209 @@ def _doctor(given: argparse.Namespace) -> str:
 
 
 def _caption(given: argparse.Namespace) -> str:
-    from blip2fast.inference.model import Blip2
+    from pathlib import Path
 
-    model = Blip2.from_pretrained(given.model, device=given.device)
-    if given.question is None:
-        texts = model.caption(given.images, prompt=given.prompt, num_beams=given.num_beams)
-    else:
-        texts = model.answer(
-            given.images, given.question, prompt=given.prompt, num_beams=given.num_beams
+    from blip2fast.inference.captioning import Outputs, caption_files
+    from blip2fast.inference.inputs import GenerationOptions
+    from blip2fast.inference.model import Blip2
+    from blip2fast.inference.model_folders import check_model_folder
+    from blip2fast.inference.picture_files import find_pictures
+
+    out = None if given.out is None else Path(given.out)
+    outputs = Outputs(given.ext, out, given.resume)
+    pictures = find_pictures(given.images, given.recursive)
+    outputs.check(pictures)
+    if not given.sample and given.num_captions > given.num_beams:
+        raise ValueError(
+            f"--num-captions {given.num_captions} of --num-beams {given.num_beams}: raise "
+            "--num-beams, or give --sample"
         )
-    pairs = zip(given.images, texts, strict=True)
-    return "\n".join(f"{path}\t{text}" for path, text in pairs)
+    options: GenerationOptions = {"num_beams": given.num_beams}
+    if given.sample:
+        options = {"do_sample": True, "seed": given.seed}
+    check_model_folder(given.model, (2,))
+    model = Blip2.from_pretrained(given.model, device=given.device)
+    done = caption_files(
+        model,
+        pictures,
+        outputs,
+        options,
+        question=given.question,
+        num_captions=given.num_captions,
+        prompt=given.prompt,
+        batch_size=given.batch_size,
+        tell=_say,
+        complain=_complain,
+    )
+    if done.there or out is not None or given.ext:
+        _note(f"{done.written} captioned, {done.there} there, {len(done.faults)} unreadable")
+    if done.faults:
+        sys.exit(1)
+    return ""
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _complain(fault: str) -> None:
+    _note(f"passed over: {fault}")
+
+
+def _vqa(given: argparse.Namespace) -> str:
+    from pathlib import Path
+
+    from blip2fast.inference.model import Blip2
+    from blip2fast.inference.model_folders import check_model_folder
+    from blip2fast.inference.talking import one_picture, read_lines
+
+    file = None if given.questions is None else Path(given.questions)
+    questions = read_lines(given.question, file)
+    image = one_picture(given.image)
+    check_model_folder(given.model, (2,))
+    model = Blip2.from_pretrained(given.model, device=given.device)
+    seen = model.encode(image)
+    for question in questions:
+        answer = model.answer(seen, question, prompt=given.prompt, num_beams=given.num_beams)
+        _say(f"{question}\t{answer}")
+    return ""
+
+
+def _chat(given: argparse.Namespace) -> str:
+    from blip2fast.inference.model import Blip2
+    from blip2fast.inference.model_folders import check_model_folder
+    from blip2fast.inference.talking import asked, converse, one_picture
+
+    image = one_picture(given.image)
+    check_model_folder(given.model, (2,))
+    model = Blip2.from_pretrained(given.model, device=given.device)
+    chat = model.chat(image, prompt=given.prompt, num_beams=given.num_beams)
+    if given.once is not None:
+        return chat(given.once)
+    if converse(chat, asked(), _say):
+        sys.exit(1)
+    return ""
+
+
+def _attention(given: argparse.Namespace) -> str:
+    from pathlib import Path
+
+    from blip2fast.inference.model_folders import check_model_folder
+    from blip2fast.inference.results import check_writable
+    from blip2fast.inference.talking import one_picture
+    from blip2fast.search.attention import draw_attention, save_drawing
+    from blip2fast.search.retriever import Blip2Retriever
+
+    out = Path(given.out)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: a drawing is written as .png; give such a name")
+    check_writable(out)
+    image = one_picture(given.image)
+    check_model_folder(given.model, (1,))
+    retriever = Blip2Retriever.from_pretrained(given.model, device=given.device)
+    save_drawing(draw_attention(image, retriever.attention(image, given.text), given.text), out)
+    return str(out)
+
+
+def _index(given: argparse.Namespace) -> str:
+    return _build_index(given) if given.action == "build" else _query_index(given)
+
+
+def _build_index(given: argparse.Namespace) -> str:
+    from pathlib import Path
+
+    from blip2fast.inference.model_folders import check_model_folder
+    from blip2fast.inference.picture_files import find_pictures
+    from blip2fast.inference.results import check_writable
+    from blip2fast.search.index import INDEX
+    from blip2fast.search.retriever import Blip2Retriever, feature_cache
+
+    cache = feature_cache(given.images)
+    if cache is None:
+        find_pictures(given.images, recursive=True)
+    check_writable(Path(given.out, INDEX))
+    check_model_folder(given.model, (1,))
+    retriever = Blip2Retriever.from_pretrained(given.model, device=given.device)
+    done = retriever.index(
+        cache or given.images,
+        given.out,
+        batch_size=given.batch_size,
+        workers=given.workers,
+        complain=_complain,
+    )
+    _say(f"{given.out}: {done.added} added, {done.there} there, {len(done.faults)} unreadable")
+    if done.faults:
+        sys.exit(1)
+    return ""
+
+
+def _query_index(given: argparse.Namespace) -> str:
+    import json
+
+    from blip2fast.inference.model_folders import check_model_folder
+    from blip2fast.inference.talking import one_picture
+    from blip2fast.search.index import SearchIndex
+    from blip2fast.search.retriever import Blip2Retriever, feature_cache
+
+    if (given.text is None) == (given.image is None):
+        raise ValueError("give a text, or --image FILE, one of them")
+    if given.rerank is not None and given.rerank < given.k:
+        raise ValueError(f"--rerank {given.rerank}: give at least -k {given.k}")
+    image = None if given.image is None else one_picture(given.image)
+    model = given.model or SearchIndex(given.index).model["name"]
+    cache = None if given.cache is None else feature_cache([given.cache], required=True)
+    check_model_folder(model, (1,))
+    retriever = Blip2Retriever.from_pretrained(model, device=given.device)
+    retriever.open(given.index, cache)
+    hits = retriever.search(
+        given.text, given.k, image=image, candidates=given.candidates, rerank=given.rerank or 0
+    )
+    if given.json:
+        return "\n".join(json.dumps(vars(hit), ensure_ascii=False) for hit in hits)
+    if not hits.exact:
+        _note(f"{hits.read} images were compared: others may fit better (--candidates)")
+    return "\n".join(f"{hit.score:.4f}\t{hit.path or hit.key}" for hit in hits)
+
+
+def _capfilt(given: argparse.Namespace) -> str:
+
+    import torch
+
+    from blip2fast.capfilt.captioners import Sampling
+    from blip2fast.capfilt.run import FAULTS, Settings, bootstrap_captions
+
+    sampling = Sampling(
+        given.num_captions,
+        given.top_p,
+        given.max_new_tokens,
+        given.min_new_tokens,
+        given.seed,
+        given.prompt,
+    )
+    settings = Settings(
+        given.records,
+        given.images,
+        given.captioner,
+        given.ranker,
+        sampling,
+        given.keep,
+        given.match,
+    )
+    done = bootstrap_captions(
+        settings,
+        given.out,
+        batch_size=given.batch_size,
+        workers=given.workers,
+        dtype=torch.bfloat16 if given.precision == "bf16" else torch.float32,
+        complain=_complain,
+    )
+    if done.captions is None:
+        return ""
+    return f"{done.captions}: of {done.rows} records; unreadable ones are in {FAULTS}"
 
 
 def _features(given: argparse.Namespace) -> str:

@@ -34,6 +34,7 @@ from blip2fast.frozen.pictures import to_rgb
 from blip2fast.inference.inputs import Transform
 from blip2fast.offload.loading import load_streamed
 from blip2fast.offload.streaming import stream_blocks, stream_of
+from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.language_model import is_encoder_decoder
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
@@ -116,6 +117,19 @@ class Loaded:
         """The image marker in texts."""
         return self.text.image_marker or MARKER
 
+    def image_transform(self) -> Transform:
+        """The image transform.
+
+        Raises:
+            ValueError: there is no image encoder; says why.
+        """
+        if self.transform is None:
+            raise ValueError(
+                f"no image encoder for pictures: {self.no_encoder}. Give from_pretrained "
+                "image_encoder=..., or give image_embeds=..., its tokens"
+            )
+        return self.transform
+
 
 def load_parts(
     path: str,
@@ -165,7 +179,7 @@ def _trained(
     model = load_trained(path, frozen)
     if not isinstance(model, Blip2Stage2):
         raise ValueError(f"{path}: expected a model of stage 2")
-    transform, missing = _add_encoder(model, image_encoder, description, path, dtype)
+    transform, missing = add_encoder(model, image_encoder, description, path, dtype)
     _place(model, dtype, device)
     reads = model.config.text_conditioned
     words = qformer_tokenizer(str(description.tokenizer)) if reads else None
@@ -173,8 +187,8 @@ def _trained(
     return Loaded(model, text, prompts_of_run(model), transform, missing, [text.end_token_id])
 
 
-def _add_encoder(
-    model: Blip2Stage2,
+def add_encoder(
+    model: Blip2Stage1 | Blip2Stage2,
     given: str | None,
     description: Description,
     path: str,
@@ -227,8 +241,7 @@ def _transformers(
             )
         whole = _KINDS[kind].from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        # all models of these kinds use this class; AutoImageProcessor may require torchvision
-        processor = BlipImageProcessorPil.from_pretrained(path)
+        transform = processor_transform(path)
         words = None
         if kind == "instructblip":
             words = AutoTokenizer.from_pretrained(
@@ -241,10 +254,6 @@ def _transformers(
         ) from error
     model = Blip2Stage2.from_transformers(whole).eval()
 
-    def transform(image: Image.Image) -> Tensor:
-        pixels: Tensor = processor(images=to_rgb(image), return_tensors="pt")["pixel_values"]
-        return pixels[0]
-
     if offload == "stream":
         stream_blocks(model.language_model, device)
     _place(model, dtype, device)
@@ -256,6 +265,18 @@ def _transformers(
     encoder_decoder = is_encoder_decoder(model.language_model)
     prompts = paper_prompts(encoder_decoder, model.config.text_conditioned)
     return Loaded(model, text, prompts, transform, "", end_ids)
+
+
+def processor_transform(path: str) -> Transform:
+    """The image transform of a transformers BLIP-2."""
+    # all models of these kinds use this class; AutoImageProcessor may require torchvision
+    processor = BlipImageProcessorPil.from_pretrained(path)
+
+    def transform(image: Image.Image) -> Tensor:
+        pixels: Tensor = processor(images=to_rgb(image), return_tensors="pt")["pixel_values"]
+        return pixels[0]
+
+    return transform
 
 
 def _text(model: Blip2Stage2, tokenizer: Any, qformer_tokenizer: Any) -> Stage2Text:

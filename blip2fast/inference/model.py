@@ -26,6 +26,7 @@ from blip2fast.inference.inputs import (
     GenerationOptions,
     Images,
     Questions,
+    Transform,
     questions_by_image,
 )
 from blip2fast.inference.loading import Loaded, Residence, is_streamed, load_parts
@@ -87,6 +88,15 @@ class Blip2:
     def device(self) -> torch.device:
         """The device of the model."""
         return self._writer.device
+
+    @property
+    def transform(self) -> Transform:
+        """From a PIL image to what the image encoder takes, [3, h, w].
+
+        Raises:
+            ValueError: there is no image encoder; says why.
+        """
+        return self._parts.image_transform()
 
     def to(self, device: torch.device | str) -> Blip2:
         """Move the model to a device.

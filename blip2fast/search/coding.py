@@ -101,7 +101,7 @@ def bounds_of_texts(basis: Basis, codes: Tensor, losses: Tensor, texts: Tensor) 
     N, Q, W = codes.shape
     texts = texts.float()
     exact, across = _weights(basis, texts)
-    unit = (exact.abs().amax(1) / _LARGEST).clamp_min(_LEAST)
+    unit = _unit(exact.abs().amax(1))
     weights, lost = _rounded(exact, unit, losses)
     slack = lost + losses[0] * _length(texts @ basis.axes) + losses[1] * across + _ROUNDING
     # [Q, B]; in units, rounded up
@@ -133,7 +133,7 @@ def bounds_of_images(basis: Basis, codes: Tensor, losses: Tensor, images: Tensor
     for row, image in enumerate(images.float()):
         exact, across = _weights(basis, image)
         # one unit for all queries, whose products are summed
-        unit = (exact.abs().amax() / _LARGEST).clamp_min(_LEAST)
+        unit = _unit(exact.abs().amax())
         weights, lost = _rounded(exact, unit.expand(Q), losses)
         slack = lost + losses[0] * _length(image @ basis.axes) + losses[1] * across + _ROUNDING
         constant = slack.sum() + (basis.mean * image).sum()
@@ -149,6 +149,11 @@ def _weights(basis: Basis, directions: Tensor) -> tuple[Tensor, Tensor]:
     along = directions @ basis.axes
     across = _length(directions - along @ basis.axes.T) + _ROUNDING
     return torch.cat([along, across[:, None]], 1) * basis.steps, across
+
+
+def _unit(largest: Tensor) -> Tensor:
+    """The value of a unit of weights up to `largest`, which the largest does not exceed."""
+    return (largest * (1 + _ROUNDING) / _LARGEST).clamp_min(_LEAST)
 
 
 def _rounded(exact: Tensor, unit: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:

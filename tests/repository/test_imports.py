@@ -32,6 +32,8 @@ ROOMS = (
     "checkpoints",
     "training",
     "inference",
+    "search",
+    "capfilt",
     "scenes",
     "demo",
     "doctor",
@@ -39,8 +41,8 @@ ROOMS = (
     "train",
 )
 FACES = (
-    *("checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload", "qformer"),
-    *("stage1", "stage2", "training"),
+    *("capfilt", "checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload"),
+    *("qformer", "search", "stage1", "stage2", "training"),
 )
 # What not every user has installed beside torch, transformers and NumPy.
 OPTIONAL = (
