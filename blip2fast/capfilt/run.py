@@ -187,12 +187,15 @@ def bootstrap_captions(
     settings.check(out)
     shared = Processes.of_environment() if processes is None else processes
     records = open_records(settings.records, "caption", Path(settings.images))
-    out.mkdir(parents=True, exist_ok=True)
+    shared.wait()  # all have found the folder as it was
     if shared.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
         replace_file(out / SETTINGS, write_json(settings.values()))
+    shared.wait()
     done = Bootstrapped(len(records))
     there = _rows_there(out, len(records))
     rows = [row for row in range(shared.rank, len(records), shared.world_size) if not there[row]]
+    shared.wait()  # a file of results is cut to whole lines when its process opens it
     if rows:
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", shared.local_rank) if cuda else torch.device("cpu")
