@@ -108,7 +108,7 @@ def on_scenes(run: Path, scenes: int, encoder: str | None, widths: list[int]) ->
     from blip2fast.scenes import SceneSpec, captions, make_split
 
     retriever = Blip2Retriever.from_pretrained(run, image_encoder=encoder)
-    split = make_split(SceneSpec(), "held_out", scenes, seed=3)
+    split = make_split(SceneSpec(), "train", scenes, seed=3)
     parts = [retriever.encode_images(list(split.images[i : i + 64])) for i in range(0, scenes, 64)]
     features = torch.cat(parts).half()
     draw = random.Random(0)
