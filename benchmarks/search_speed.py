@@ -109,7 +109,10 @@ def on_scenes(run: Path, scenes: int, encoder: str | None, widths: list[int]) ->
 
     retriever = Blip2Retriever.from_pretrained(run, image_encoder=encoder)
     split = make_split(SceneSpec(), "train", scenes, seed=3)
-    parts = [retriever.encode_images(list(split.images[i : i + 64])) for i in range(0, scenes, 64)]
+    parts = [
+        retriever.encode_images([image.transpose(1, 2, 0) for image in split.images[i : i + 64]])
+        for i in range(0, scenes, 64)
+    ]
     features = torch.cat(parts).half()
     draw = random.Random(0)
     texts = [captions(scene, 1, draw)[0] for scene in split.scenes[:100]]
