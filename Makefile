@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTS := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 # the oldest Triton that pyproject.toml allows, beside the pinned one: it compiles the kernels, too
 OLDEST_TRITON := 3.6.0
 OLDEST_TRITON_FOLDER := build/triton-$(basename $(OLDEST_TRITON))
 
-.PHONY: demo test lint test-demo bench clean
+.PHONY: demo test lint docs test-demo bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m blip2fast.demo
@@ -23,6 +24,10 @@ lint: $(TESTS)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 
+# the pages of docs/ and the reference from docstrings, in build/docs; warnings are errors
+docs: $(DOCS)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
 # the demo in a fresh clone and a fresh environment, held to its gates
 test-demo: $(TESTS)
 	$(BIN)/python -m pytest -m demo -s tests
@@ -36,6 +41,10 @@ $(INSTALLED): pyproject.toml constraints.txt tools/install.sh
 
 $(TESTS): $(INSTALLED)
 	sh tools/install.sh $(VENV) ".[dev]"
+	touch $@
+
+$(DOCS): $(INSTALLED)
+	sh tools/install.sh $(VENV) ".[docs]"
 	touch $@
 
 # there is none but for Linux

@@ -241,8 +241,8 @@ step_sanitize() {
 
 step_check() {
     built
-    run check "${most[check]}" env XDG_CACHE_HOME="$work/cache" "$python" -m blip2fast.command_line \
-        check-kernels --jobs "$workers" --out "$out/records.json"
+    run check "${most[check]}" env XDG_CACHE_HOME="$work/cache" "$python" -m blip2fast kernels check \
+        --jobs "$workers" --out "$out/records.json"
     verdict check $?
 }
 

@@ -1,6 +1,6 @@
 """Merge what checks of kernels found on real cards into the table that ships with the package.
 
-    blip2fast check-kernels --out h200.json        (on the GPU)
+    blip2fast kernels check --out h200.json        (on the GPU)
     python benchmarks/kernel_records.py h200.json ...
 
 Only kernels that were right and quicker get in, and of two records of the same thing the later. A

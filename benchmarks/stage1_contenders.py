@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blip2fast import Blip2Stage1
 from blip2fast.ops import kernels_set_to
-from blip2fast.training.engine import parameter_groups
+from blip2fast.training.parameter_groups import parameter_groups
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from textbook_stage1 import TextbookStage1

@@ -75,6 +75,7 @@ _ROOMS = (
     "offload",
     "ops",
     "qformer",
+    "reporting",
     "scenes",
     "search",
     "stage1",

@@ -5,17 +5,19 @@ deepspeed --num_gpus 2 blip2fast/train.py --config ... --set optim.lr=3e-4 --set
 python blip2fast/train.py --config ...                       (one process)
 deepspeed blip2fast/train.py --resume runs/scenes/stage1     (continues in its own way)
 deepspeed blip2fast/train.py --config STAGE1 --set ... --config STAGE2 --set ...   (one start)
+deepspeed --module blip2fast.train --config ...              (installed, without a checkout)
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 class _Runs(argparse.Action):
@@ -42,9 +44,16 @@ class _Runs(argparse.Action):
         setattr(namespace, self.dest, runs)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; exits with a one-line message on bad input."""
-    parser = argparse.ArgumentParser(description="Train stage 1 or stage 2 of BLIP-2.")
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Entry point; exits with a one-line message on bad input.
+
+    Args:
+        arguments: those of the command line; None: `sys.argv[1:]`.
+        program: its name in messages; None: the script's.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program, description="Train stage 1 or stage 2 of BLIP-2."
+    )
     parser.add_argument(
         "--config",
         action=_Runs,
@@ -74,16 +83,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     import transformers
 
+    from blip2fast.training.agreement import SharedFault, together
     from blip2fast.training.config_files import load_config
-    from blip2fast.training.engine import ProcessLostError
+    from blip2fast.training.engine import ProcessLostError, start_processes
     from blip2fast.training.stopping import RunStopped
     from blip2fast.training.trainer import train
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        for run in [load_config(config, overrides) for config, overrides in given.runs]:
-            train(run)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            start_processes()  # a file that one machine lacks is an error of all
+        for run in together(lambda: [load_config(*each) for each in given.runs]):
+            try:
+                train(run)
+            except (FloatingPointError, RunStopped):
+                _write_report(run.output_dir)
+                raise
+            _write_report(run.output_dir)
+    except SharedFault as error:
+        _exit_together(f"error: {error}")
     except (ValueError, FloatingPointError, OSError, ProcessLostError) as error:
         # The launcher kills all processes as soon as one exits, so each prints its own error.
         rank = os.environ.get("RANK", "0")
@@ -94,6 +113,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)  # before the first step, or after the last
+
+
+def _write_report(folder: str) -> None:
+    """Write the run's `report.html`; the run itself does not depend on it."""
+    if os.environ.get("RANK", "0") != "0" or not Path(folder, "metrics.jsonl").is_file():
+        return
+    from blip2fast.reporting import write_report
+
+    try:
+        print(f"report: {write_report(folder)}", file=sys.stderr)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"no report: {error}", file=sys.stderr)
 
 
 def _share_cores() -> None:
@@ -110,6 +141,20 @@ def _share_cores() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
 
+def _exit_together(line: str) -> NoReturn:
+    """Print a line once a machine, and exit when all machines have.
+
+    A launcher kills the other processes as soon as one exits.
+    """
+    import torch.distributed as dist
+
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(RuntimeError):
+        dist.barrier()
+    sys.exit(1)
+
+
 def _import_from_repository() -> None:
     """Replace this folder, which is inside the package, by the repository root in `sys.path`."""
     here = Path(__file__).resolve().parent
@@ -117,12 +162,11 @@ def _import_from_repository() -> None:
     sys.path.insert(0, str(here.parent))
 
 
-def _leave_processes() -> None:
-    """Destroy the process group; no training is possible in this process afterwards."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave_processes() -> None:
+    """Leave the process group, if one was joined; no training is possible afterwards."""
+    engine = sys.modules.get("blip2fast.training.engine")
+    if engine is not None:
+        engine.leave_processes()
 
 
 if __name__ == "__main__":
@@ -130,4 +174,4 @@ if __name__ == "__main__":
     try:
         main()
     finally:
-        _leave_processes()
+        leave_processes()

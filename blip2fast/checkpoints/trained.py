@@ -4,6 +4,7 @@
     model.safetensors      the trained parameters, unsharded, fp32
     model.json             stage, sizes, and which frozen models they belong to
     optimizer.safetensors  exp_avg/<name> and exp_avg_sq/<name>, unsharded, fp32 (checkpoint only)
+    adapter_model.safetensors, adapter_config.json   LoRA adapters, as peft stores them (if any)
     process_<rank>.pt      random states and log sums of one process             (checkpoint only)
     state.json             step, and the configuration of the run                (checkpoint only)
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blip2fast._imports import needs
 from blip2fast.checkpoints.files import (
     DESCRIPTION,
     MODEL,
+    find_file,
     load_tensors,
     on_cpu,
     read_json,
@@ -35,6 +39,7 @@ from blip2fast.checkpoints.files import (
 from blip2fast.data import manifest
 from blip2fast.data.manifest import MANIFEST, write_json
 from blip2fast.frozen.identity import FrozenIdentity, identify_model, refuse_other
+from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
 from blip2fast.frozen.language_models import load_language_model
 from blip2fast.offload.loading import source_identity
 from blip2fast.qformer.checks import check_state
@@ -42,6 +47,15 @@ from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage1.modules import with_scalar_temp
 from blip2fast.stage2.config import Stage2Config
+from blip2fast.stage2.lora import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    adapter_names,
+    adapter_state,
+    add_lora,
+    from_peft_name,
+    write_config,
+)
 from blip2fast.stage2.model import Blip2Stage2
 
 _PARTS = {"language_model": "language model", "image_encoder": "image encoder"}
@@ -59,7 +73,12 @@ class Description:
         tokenizer: folder or hub name of the Q-Former's tokenizer (stage 1).
         step: optimizer steps taken.
         frozen: identities of "image_encoder" and "language_model", where known; that of cached
-            image tokens is read from their feature cache.
+            image tokens is read from their feature cache. Of an encoder that was trained too, the
+            one that its training began with.
+        image_size: h = w of the images, in pixels; None: the encoder's own, or a feature cache's.
+        trains_encoder: whether the parameters hold an image encoder.
+        adapter: peft's configuration of the language model's LoRA adapters, if it has any; it is
+            stored in its own file.
     """
 
     stage: int
@@ -69,6 +88,9 @@ class Description:
     tokenizer: str | None = None
     step: int = 0
     frozen: dict[str, FrozenIdentity] = dataclasses.field(default_factory=dict)
+    image_size: int | None = None
+    trains_encoder: bool = False
+    adapter: Any = dataclasses.field(default=None, compare=False)
 
     def config(self) -> Stage1Config | Stage2Config:
         """The sizes as a model configuration."""
@@ -102,7 +124,7 @@ def read_description(path: str | Path) -> Description:
     values = read_json(Path(path), DESCRIPTION)
     try:
         identities = {part: FrozenIdentity(**v) for part, v in values.pop("frozen").items()}
-        return Description(**values, frozen=identities)
+        return Description(**values, frozen=identities, adapter=read_adapter_config(Path(path)))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{Path(path) / DESCRIPTION} does not describe a trained model ({error})"
@@ -115,11 +137,39 @@ def read_parameters(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: as `read_description`.
     """
-    return load_tensors(Path(path), MODEL)
+    parameters = load_tensors(Path(path), MODEL)
+    if has_adapter(Path(path)):
+        adapter = load_tensors(Path(path), ADAPTER)
+        parameters |= {from_peft_name(name): value for name, value in adapter.items()}
+    return parameters
+
+
+def has_adapter(path: Path) -> bool:
+    """Whether a trained model has LoRA adapters beside it."""
+    return (path / MANIFEST).is_file() and ADAPTER_CONFIG in manifest.read_manifest(path)
+
+
+def read_adapter_config(path: Path) -> Any:
+    """peft's configuration of the adapters of a trained model; None without adapters."""
+    if not has_adapter(path):
+        return None
+    with needs("load LoRA adapters", "peft"):
+        from peft import LoraConfig
+
+    file = find_file(path, ADAPTER_CONFIG)
+    try:
+        return LoraConfig.from_peft_type(**LoraConfig.from_json_file(str(file)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: not a configuration of this version of peft ({error})"
+        ) from error
 
 
 def load_trained(
-    path: str | Path, language_model: PreTrainedModel | None = None, check: bool = True
+    path: str | Path,
+    language_model: PreTrainedModel | None = None,
+    check: bool = True,
+    image_encoder: str | None = None,
 ) -> Blip2Stage1 | Blip2Stage2:
     """Load a trained model for evaluation.
 
@@ -128,6 +178,8 @@ def load_trained(
         language_model: stage 2: use this model instead of loading the one named in `model.json`.
         check: refuse a language model other than the one it was trained with, see
             `blip2fast.frozen.identity`; otherwise any model of the same width is accepted.
+        image_encoder: folder or hub name of the encoder from which that of the run was trained, if
+            it was trained too and has moved.
 
     Returns:
         The model in fp32, on the CPU, in evaluation mode.
@@ -144,8 +196,39 @@ def load_trained(
     else:
         language_model = _language_model(str(path), description, language_model, check)
         model = Blip2Stage2(config, language_model)
+        if description.adapter is not None:
+            add_lora(language_model, description.adapter)
+    if description.trains_encoder:
+        attach_encoder(model, load_encoder_of(description, str(path), image_encoder))
     load_parameters(model, state, str(path))
     return model.eval()
+
+
+def attach_encoder(model: Blip2Stage1 | Blip2Stage2, encoder: FrozenImageEncoder) -> None:
+    """Make an image encoder part of a model, to be trained and stored with it."""
+    model.image_encoder = encoder
+    encoder.unfreeze()
+
+
+def load_encoder_of(
+    description: Description, path: str, name: str | None = None
+) -> FrozenImageEncoder:
+    """The image encoder with which a run began, for its image size; in fp32.
+
+    Args:
+        description: of the run.
+        path: where the run is, for error messages.
+        name: folder or hub name of the encoder, if it has moved.
+
+    Raises:
+        ValueError: not found, or another one.
+    """
+    known, _, block = description.image_encoder.rpartition(", block ")
+    layer = int(block) if block.isdigit() else None
+    encoder = load_image_encoder(name or known, layer, image_size=description.image_size)
+    remedy = "Give image_encoder=..., the one that its training began with"
+    check_frozen(description, "image_encoder", encoder.identity, path, remedy)
+    return encoder
 
 
 def _language_model(
@@ -206,7 +289,20 @@ def load_parameters(model: nn.Module, state: Mapping[str, Tensor], source: str) 
 
 def model_files(state: Mapping[str, Tensor], description: Description) -> dict[str, manifest.Write]:
     """A writer function for each file of a trained model, by file name."""
-    return {
-        MODEL: lambda path: save_file(on_cpu(with_scalar_temp(state)), path),
-        DESCRIPTION: write_json(dataclasses.asdict(description)),
+    adapters = set(adapter_names(state))
+    rest = {name: value for name, value in state.items() if name not in adapters}
+    values = {
+        field.name: getattr(description, field.name)
+        for field in dataclasses.fields(description)
+        if field.name != "adapter"
     }
+    values["frozen"] = {n: dataclasses.asdict(each) for n, each in description.frozen.items()}
+    files = {
+        MODEL: lambda path: save_file(on_cpu(with_scalar_temp(rest)), path),
+        DESCRIPTION: write_json(values),
+    }
+    if description.adapter is not None:
+        of_peft = {"format": "pt"}
+        files[ADAPTER] = lambda path: save_file(on_cpu(adapter_state(state)), path, of_peft)
+        files[ADAPTER_CONFIG] = partial(write_config, description.adapter)
+    return files

@@ -45,13 +45,17 @@ TITLES = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "python -m blip2fast.demo") -> int:
     """Run the demo.
+
+    Args:
+        arguments: those of the command line; None: `sys.argv[1:]`.
+        program: its name in messages.
 
     Returns:
         0 when every gate is met, 1 otherwise.
     """
-    parser = argparse.ArgumentParser(prog="python -m blip2fast.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.add_argument(
         "--source", choices=get_args(Source), default="shapes", help="drawn shapes or handwriting"
     )
@@ -197,6 +201,8 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """The checkout's commit, with `+` if files differ from it; None outside a checkout."""
+    if not (REPOSITORY / "pyproject.toml").is_file():
+        return None  # installed: what git knows there is another repository
     git = ["git", "-C", str(REPOSITORY)]
     try:
         head = subprocess.run(

@@ -12,9 +12,10 @@ import torch
 
 from blip2fast.scenes import SceneSpec
 from blip2fast.scenes.world import Source
+from blip2fast.training.config_files import SHIPPED
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-TOWERS = REPOSITORY / "blip2fast" / "scenes" / "towers"
+TOWERS = Path(__file__).resolve().parents[1] / "scenes" / "towers"
 TRAINING_RUNS = ("stage1", "stage2", "vqa")
 
 
@@ -49,13 +50,7 @@ class DemoSettings:
     def config(self, run: str) -> Path:
         """The configuration file of a training run."""
         prefix = "scenes" if self.source == "shapes" else "digits"
-        path = REPOSITORY / "configs" / f"{prefix}_{run}.yaml"
-        if not path.is_file():
-            raise ValueError(
-                f"no configuration at {path}: the demo runs from a checkout of the repository, "
-                "which has the folder configs/"
-            )
-        return path
+        return SHIPPED / f"{prefix}_{run}.yaml"
 
 
 def fast(settings: DemoSettings) -> DemoSettings:

@@ -27,7 +27,7 @@ from blip2fast.checkpoints.trained import (
     read_description,
 )
 from blip2fast.data.tokenizers import qformer_tokenizer
-from blip2fast.frozen.image_encoders import load_image_encoder
+from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
 from blip2fast.frozen.images import transform_for
 from blip2fast.frozen.language_models import load_language_model
 from blip2fast.frozen.pictures import to_rgb
@@ -176,7 +176,12 @@ def _trained(
         frozen, _ = load_streamed(name, dtype, device)
     else:
         frozen = load_language_model(name, dtype)
-    model = load_trained(path, frozen)
+    if offload == "stream" and description.adapter is not None:
+        raise ValueError(
+            f"{path} has LoRA adapters, for which the language model must be on the device: leave "
+            "out offload='stream'"
+        )
+    model = load_trained(path, frozen, image_encoder=image_encoder)
     if not isinstance(model, Blip2Stage2):
         raise ValueError(f"{path}: expected a model of stage 2")
     transform, missing = add_encoder(model, image_encoder, description, path, dtype)
@@ -203,12 +208,15 @@ def add_encoder(
         given: folder or hub name that overrides the one in the description.
     """
     known = description.image_encoder
+    if isinstance(model.image_encoder, FrozenImageEncoder):  # trained with the rest
+        base = given or known.rpartition(", block ")[0]
+        return transform_for(base, model.image_encoder.image_size), ""
     name, _, block = known.rpartition(", block ")
     layer = int(block) if name and block.isdigit() else None
     if given is None and layer is None:
         return None, f"its image tokens came from {known!r}, which is not a known encoder"
     try:
-        encoder = load_image_encoder(given or name, layer, dtype)
+        encoder = load_image_encoder(given or name, layer, dtype, description.image_size)
     except ValueError as error:
         if given is not None:
             raise

@@ -44,7 +44,7 @@ class Sizes:
 
 
 BLIP2 = Sizes()
-UNCHECKED = "not checked yet: it is at first use, or by `blip2fast check-kernels`"
+UNCHECKED = "not checked yet: it is at first use, or by `blip2fast kernels check`"
 OpCall = tuple[str, Sequence[Backend[Any]], Any]
 
 

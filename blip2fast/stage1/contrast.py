@@ -91,7 +91,7 @@ def step_contrast(
 
     Args:
         encode: `Blip2Stage1.features` of the model.
-        batches: Keyword arguments of `Blip2Stage1.forward`, with `image_embeds`.
+        batches: Keyword arguments of `Blip2Stage1.forward`, with `image_embeds` or `images`.
         config: The model's config.
 
     Returns:
@@ -106,7 +106,8 @@ def step_contrast(
     given = [x.reshape(-1) for x in ids if x is not None]
     if 0 < len(given) < len(ids):
         raise ValueError(f"image_ids: given with {len(given)} of {len(ids)} batches; all or none")
-    device = batches[0]["image_embeds"].device
+    first = batches[0]
+    device = first["images" if "images" in first else "image_embeds"].device
     seeds = [philox_state(device=device) for _ in batches]
     encoded = [encode(philox=seed, **batch) for seed, batch in zip(seeds, batches, strict=True)]
     images, texts = (torch.cat([found[i] for found in encoded]) for i in range(2))

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from blip2fast.frozen.recompute import is_unfrozen, recompute_encoder
 from blip2fast.kernels.philox import philox_state, with_offset
 from blip2fast.kernels.precision import wide
 from blip2fast.kernels.qformer_attention.layout import MaskKind
@@ -68,8 +69,9 @@ class Blip2Stage1(nn.Module):
 
     Args:
         config: Sizes.
-        image_encoder: Optional frozen module from images `[B, 3, h, w]` to tokens `[B, S, E]`,
-            for `forward(images=...)`. Without it, pass precomputed `image_embeds`.
+        image_encoder: Optional module from images `[B, 3, h, w]` to tokens `[B, S, E]`, for
+            `forward(images=...)`; it is frozen here, and trained if it is unfrozen afterwards
+            (`FrozenImageEncoder.unfreeze`). Without it, pass precomputed `image_embeds`.
         losses: Which of "itc", "itm" and "itg" a step computes and sums. ITC is required: ITM
             samples its negatives from ITC's similarities.
 
@@ -164,10 +166,10 @@ class Blip2Stage1(nn.Module):
         return {lavis.to_lavis_name(name): value for name, value in own}
 
     def train(self, mode: bool = True) -> Blip2Stage1:
-        """Set training mode; the frozen image encoder stays in evaluation mode."""
+        """Set training mode; an image encoder that is frozen stays in evaluation mode."""
         super().train(mode)
         if self.image_encoder is not None:
-            self.image_encoder.eval()
+            self.image_encoder.train(mode and is_unfrozen(self.image_encoder))
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Blip2Stage1:
@@ -188,7 +190,7 @@ class Blip2Stage1(nn.Module):
         return (self.exact_temp + (wide_temp - wide_temp.detach())).reshape(())
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
-        """Trade time for memory: recompute the Q-Former's layers in the backward pass.
+        """Trade time for memory: recompute the layers in the backward pass.
 
         Args:
             settings: Those of Hugging Face's `Trainer`; only its defaults are accepted.
@@ -198,6 +200,7 @@ class Blip2Stage1(nn.Module):
         """
         check_recompute(settings)
         self.qformer.recompute_layers()
+        recompute_encoder(self.image_encoder)
 
     # the name in transformers 5.23
     activation_checkpointing_enable = gradient_checkpointing_enable
@@ -426,11 +429,12 @@ class Blip2Stage1(nn.Module):
     def features(
         self,
         philox: Tensor,
-        image_embeds: Tensor,
-        input_ids: Tensor,
+        image_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_ids: Tensor | None = None,
         *,
+        images: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -446,7 +450,7 @@ class Blip2Stage1(nn.Module):
             Image features `[B, Q, D]`, text features `[B, D]`, both in `product_dtype`, and the
             temperature, a scalar.
         """
-        image_embeds = self.image_tokens(image_embeds)
+        image_embeds = self.image_tokens(image_embeds, images)
         texts = self.packed_texts(input_ids, attention_mask, cu_seqlens)
         check_pairs(image_embeds, texts)
         visible = check_image_mask(image_embeds, image_attention_mask)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from blip2fast.frozen.recompute import recompute_forward
 from blip2fast.offload.streaming import stream_of
 from blip2fast.ops.checks import describe
 from blip2fast.ops.tracing import has_values
@@ -62,12 +61,14 @@ def use_activation(language_model: PreTrainedModel, name: str) -> None:
 @contextmanager
 def without_dropout(language_model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode within the block, for generation during training."""
-    was_training = language_model.training
+    training = [module for module in language_model.modules() if module.training]
     language_model.eval()
     try:
         yield
     finally:
-        language_model.train(was_training)
+        # one by one: adapters may have dropout in a model that is in evaluation mode
+        for module in training:
+            module.training = True
 
 
 def recompute_layers(language_model: PreTrainedModel) -> None:
@@ -88,16 +89,8 @@ def recompute_layers(language_model: PreTrainedModel) -> None:
         stream = stream_of(layer)
         if stream is not None:
             stream.recompute = True  # the stream runs the layer, so it does the recomputation
-        elif "forward" not in vars(layer):
-            layer.forward = partial(_recomputed, layer.forward)
-
-
-def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    # without dropout no random numbers are drawn, so the RNG state need not be saved
-    draws = bool(getattr(getattr(forward, "__self__", None), "training", True))
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
+        else:
+            recompute_forward(layer)
 
 
 def embedding_width(language_model: PreTrainedModel) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blip2fast.frozen.recompute import is_unfrozen, recompute_encoder
 from blip2fast.ops.checks import describe
 from blip2fast.ops.dispatch import describe_choices
 from blip2fast.qformer.checks import (
@@ -52,6 +53,7 @@ from blip2fast.stage2.language_model import (
     use_activation,
     without_dropout,
 )
+from blip2fast.stage2.lora import has_lora, set_adapter_dropout
 from blip2fast.stage2.packing import LEAST_SAVING, check_packable, not_packable_reasons
 from blip2fast.stage2.sequence import check_counts, instruction, read_sequence
 from blip2fast.stage2.text import Stage2Text
@@ -65,7 +67,9 @@ class Blip2Stage2(nn.Module):
 
     The language model and the image encoder are frozen and stay in evaluation mode (no dropout;
     `config.llm_dropout` enables the language model's dropout in training). The language model
-    propagates gradients to its inputs only.
+    propagates gradients to its inputs only. What is unfrozen afterwards is trained with the rest:
+    the encoder (`FrozenImageEncoder.unfreeze`), and the language model's adapters
+    (`blip2fast.stage2.lora.add_lora`).
 
     Args:
         config: Sizes and text settings.
@@ -186,8 +190,14 @@ class Blip2Stage2(nn.Module):
 
         Raises:
             ValueError: no vision model, one of another width, or a language model whose embedding
-                width is not its hidden size, which transformers' BLIP-2 cannot express.
+                width is not its hidden size, which transformers' BLIP-2 cannot express; or one
+                with LoRA adapters that are not merged.
         """
+        if has_lora(self.language_model):
+            raise ValueError(
+                "the language model has LoRA adapters, which transformers' BLIP-2 does not have: "
+                "merge them first (blip2fast.stage2.lora.merge_lora)"
+            )
         if vision_model is None and isinstance(self.image_encoder, VisionTokens):
             vision_model = self.image_encoder.vision_model
         if vision_model is None:
@@ -203,8 +213,9 @@ class Blip2Stage2(nn.Module):
         """Set training mode; frozen parts stay in evaluation mode, except with `llm_dropout`."""
         super().train(mode)
         self.language_model.train(mode and self.config.llm_dropout)
+        set_adapter_dropout(self.language_model, mode)
         if self.image_encoder is not None:
-            self.image_encoder.eval()
+            self.image_encoder.train(mode and is_unfrozen(self.image_encoder))
         return self
 
     def extra_repr(self) -> str:
@@ -223,7 +234,7 @@ class Blip2Stage2(nn.Module):
         return "\n".join([how, *describe_choices()])
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
-        """Trade time for memory: recompute the Q-Former's and the language model's layers.
+        """Trade time for memory: recompute the layers of all parts that pass gradients on.
 
         Args:
             settings: Those of Hugging Face's `Trainer`; only its defaults are accepted.
@@ -234,6 +245,7 @@ class Blip2Stage2(nn.Module):
         check_recompute(settings)
         recompute_layers(self.language_model)
         self.qformer.recompute_layers()
+        recompute_encoder(self.image_encoder)
 
     # the name in transformers 5.23
     activation_checkpointing_enable = gradient_checkpointing_enable
@@ -407,9 +419,18 @@ class Blip2Stage2(nn.Module):
         if N:
             return self.encode_image(image_embeds, **inputs)
         inputs |= {"images": None, "image_attention_mask": None}
-        blank = self.query_tokens.new_zeros(1, 1, self.config.encoder_hidden_size)
+        blank = self._blank_tokens()
         prompts, query_output = self.encode_image(blank, **inputs)
         return prompts[:0], query_output[:0]
+
+    def _blank_tokens(self) -> Tensor:
+        """Tokens of an image that is not there; through the encoder, if it is trained."""
+        encoder = self.image_encoder
+        size = getattr(encoder, "image_size", None)
+        if encoder is not None and size is not None and is_unfrozen(encoder):
+            tokens: Tensor = encoder(self.query_tokens.new_zeros(1, 3, size, size))
+            return tokens
+        return self.query_tokens.new_zeros(1, 1, self.config.encoder_hidden_size)
 
     @torch.no_grad()
     def generate(
@@ -433,8 +454,8 @@ class Blip2Stage2(nn.Module):
         parameters must be gathered around this call (`deepspeed.zero.GatheredParameters`).
 
         Args:
-            image_embeds, images, image_attention_mask, image_counts, qformer_input_ids,
-                qformer_attention_mask: As in `forward`.
+            image_embeds, images, image_attention_mask, image_counts: As in `forward`.
+            qformer_input_ids, qformer_attention_mask: As in `forward`.
             input_ids, attention_mask: [B, T] text to continue (decoder-only) or to encode; by
                 default an empty text: the model's bos token, or eos for an encoder.
             prompts: [B, Q, L] ([N, Q, L]) from `encode_image`, instead of images, to avoid encoding
@@ -472,16 +493,24 @@ class Blip2Stage2(nn.Module):
             )
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters except those of the language model and the image encoder."""
-        return (p for name, p in self.named_parameters() if not name.startswith(FROZEN))
+        """All parameters except the frozen ones of the language model and the image encoder."""
+        return (
+            p
+            for name, p in self.named_parameters()
+            if p.requires_grad or not name.startswith(FROZEN)
+        )
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """State dict of the trained part: `ln_vision`, queries, Q-Former and projection.
 
-        Under ZeRO-3, gather `trainable_parameters()` around this call.
+        And what is unfrozen of the image encoder and the language model. Under ZeRO-3, gather
+        `trainable_parameters()` around this call.
         """
+        unfrozen = {name for name, p in self.named_parameters() if p.requires_grad}
         return {
-            name: value for name, value in self.state_dict().items() if not name.startswith(FROZEN)
+            name: value
+            for name, value in self.state_dict().items()
+            if name in unfrozen or not name.startswith(FROZEN)
         }
 
     def load_trainable_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -82,6 +82,26 @@ class ModelSection:
 
 
 @dataclass
+class LoraSection:
+    """Low-rank adapters of the language model, by peft (docs/fine_tuning.md).
+
+    Attributes:
+        r: rank of the update of a weight.
+        alpha: the update is scaled by alpha / r.
+        dropout: dropout rate of the adapters' inputs.
+        target_modules: names of linear layers, or `all-linear`; None: peft's choice for the model
+            type, which is the query and value projections.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    r: _Count = 8
+    alpha: _Count = 16
+    dropout: _Share = 0.0
+    target_modules: list[str] | Literal["all-linear"] | None = None
+
+
+@dataclass
 class LanguageModelSection:
     """The frozen language model of stage 2.
 
@@ -93,6 +113,7 @@ class LanguageModelSection:
             which small models learn sooner; False: PyTorch's default, as in LAVIS.
         activation: replaces the activation of T5 feed-forward layers; LAVIS uses `gelu` in FlanT5.
         llm_dropout, pack_padding: as in `Stage2Config`.
+        lora: train adapters in it; its own weights stay frozen.
     """
 
     __pydantic_config__ = _STRICT
@@ -104,6 +125,27 @@ class LanguageModelSection:
     activation: str | None = None
     llm_dropout: bool = False
     pack_padding: bool = False
+    lora: LoraSection | None = None
+
+
+@dataclass
+class ImageEncoderSection:
+    """Training of the image encoder that `data.image_encoder` names (paper, sections 4.2 to 4.4).
+
+    Attributes:
+        train: train it with the rest, instead of leaving it frozen; `data.images` are then encoded
+            with gradients.
+        layer_decay: the learning rate of each block is that of the next one times this; the last
+            block has it once (LAVIS: `lr_layer_decay`).
+        gradient_checkpointing: recompute its blocks in the backward pass, as the key of the run
+            does for all parts.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    train: bool = False
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -115,9 +157,11 @@ class DataSection:
             list of them, each with its options and perhaps a weight (`RecordSource`).
         task: `caption`, or in stage 2 `vqa`, or `sequence` (any number of images per sample).
         features: folder of a feature cache.
-        images: folder of image files; the frozen encoder then runs in the training loop.
+        images: folder of image files; the image encoder then runs in the training loop.
         image_encoder: folder or hub name of a transformers vision model, for `images`.
         image_encoder_layer: number of its blocks to run; None: BLIP-2's choice for its model type.
+        image_size: h = w of the images, in pixels; None: that of the encoder. For another size its
+            position embeddings are interpolated.
         augment: random crops and flips (`images` only).
         eval_records, eval_features, eval_images: the held-out set; None: no evaluation.
         max_txt_len: maximum text length in tokens; longer texts are truncated.
@@ -134,7 +178,7 @@ class DataSection:
     images: str | None = None
     image_encoder: str | None = None
     image_encoder_layer: _Count | None = None
-    image_size: _Count = 224
+    image_size: _Count | None = None
     augment: bool = True
     eval_records: _Records | None = None
     eval_features: str | None = None
@@ -162,6 +206,9 @@ class OptimSection:
         word_mean: what ITG and the language-modelling loss average over. `step`: the words of the
             optimizer step, whatever its passes and processes. `per_pass`: the words of each forward
             pass, and then the passes, as in LAVIS; words of short texts count more.
+        lr_scales: factors of the learning rate, by patterns of parameter names such as
+            `qformer.*` or `*.bias` (`*` matches dots too). The last pattern that matches counts;
+            0 freezes.
     """
 
     __pydantic_config__ = _STRICT
@@ -179,6 +226,20 @@ class OptimSection:
     losses: tuple[LossName, ...] = LOSSES
     grad_cache: bool = False
     word_mean: Literal["step", "per_pass"] = "step"
+    lr_scales: dict[str, _AtLeast0] = field(default_factory=dict)
+
+
+@dataclass
+class LogSection:
+    """Where a run's metrics go besides `metrics.jsonl` and TensorBoard (docs/logs.md).
+
+    Attributes:
+        wandb: Weights & Biases: the name of a project, or true for the project `blip2fast`.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    wandb: bool | Annotated[str, Field(min_length=1)] = False
 
 
 @dataclass
@@ -229,6 +290,7 @@ class RunConfig:
     optim: OptimSection
     model: ModelSection = field(default_factory=ModelSection)
     language_model: LanguageModelSection | None = None
+    image_encoder: ImageEncoderSection = field(default_factory=ImageEncoderSection)
     init_from: str | None = None
     allow_other_frozen: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -249,6 +311,7 @@ class RunConfig:
     keep_every: _NonNegative = 0
     keep_best: str | None = None
     log_every: _Count = 50
+    log: LogSection = field(default_factory=LogSection)
     resume: bool = False
     overwrite: bool = False
     on_nonfinite: Literal["raise", "skip"] = "raise"

@@ -34,10 +34,46 @@ def contradictions(config: RunConfig) -> list[str]:
         )
     if config.allow_other_frozen and config.init_from is None:
         faults.append("allow_other_frozen is about init_from, which is not set")
-    faults += _best_faults(config)
+    faults += _best_faults(config) + _encoder_faults(config) + _lora_faults(config)
     if config.resume and config.overwrite:
         faults.append("resume continues an earlier run, and overwrite deletes it: set one of them")
     return faults + _stage_faults(config) + offload_faults(config)
+
+
+def _encoder_faults(config: RunConfig) -> list[str]:
+    """Settings that contradict the training of the image encoder."""
+    section, data = config.image_encoder, config.data
+    faults: list[str] = []
+    if section.train:
+        if data.features is not None:
+            faults.append(
+                "image_encoder.train: data.features are the tokens of a frozen encoder: give "
+                "data.images and data.image_encoder instead"
+            )
+        if config.zero_stage == 3 or config.offload == "zero3":
+            faults.append(
+                "image_encoder.train needs zero_stage 0, 1 or 2: stage 3 partitions the language "
+                "model (offload: stream keeps it on the host)"
+            )
+    elif section != type(section)():
+        faults.append("image_encoder.layer_decay and gradient_checkpointing need train: true")
+    return faults
+
+
+def _lora_faults(config: RunConfig) -> list[str]:
+    language = config.language_model
+    if language is None or language.lora is None:
+        return []
+    faults = []
+    if config.offload not in ("none", "auto") or config.zero_stage == 3:
+        what = f"offload {config.offload!r}" if config.offload != "none" else "zero_stage 3"
+        faults.append(
+            f"language_model.lora with {what}: adapters need the whole language model on the "
+            "device: offload none or auto, zero_stage 0, 1 or 2"
+        )
+    if language.lora.target_modules == []:
+        faults.append("language_model.lora.target_modules is empty: leave it out for peft's choice")
+    return faults
 
 
 def _best_faults(config: RunConfig) -> list[str]:

@@ -26,6 +26,8 @@ with needs("read a configuration", "pydantic", "yaml"):
     from pydantic import TypeAdapter, ValidationError
 
 
+# the folder configs/ of a checkout, which the wheel holds too
+SHIPPED = Path(__file__).parents[1] / "configs"
 # A few lines of yaml with aliases in aliases stand for billions of values.
 MOST_VALUES = 10_000
 
@@ -45,26 +47,37 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and validate a configuration.
 
     Args:
-        path: a yaml file.
+        path: a yaml file, or the bare name of a shipped one, such as `vitg_stage1`.
         overrides: `section.key=value`, values as in yaml; later ones win.
 
     Raises:
         ValueError: the file is missing or not yaml; a key is unknown, missing or of the wrong
             type; or keys contradict one another. All errors are listed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no configuration at {path}: not a file")
+    path = _found(Path(path))
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8 ({error.reason})") from None
-    values = _parse(text, str(path))
+    values = parse_text(text, str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(values).__name__}")
     for override in overrides:
         _override(values, override)
     return parse_config(values, str(path))
+
+
+def _found(path: Path) -> Path:
+    """`path`, or the shipped configuration of that name."""
+    if path.is_file():
+        return path
+    names = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+    name = path.name.removesuffix(".yaml")
+    if str(path) in names or (path.parent == Path("configs") and name in names):
+        return SHIPPED / f"{name}.yaml"
+    near = difflib.get_close_matches(name, names, n=1)
+    shipped = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"no configuration at {path}: not a file{shipped}")
 
 
 def parse_config(values: Mapping[str, Any], source: str = "configuration") -> RunConfig:
@@ -92,7 +105,12 @@ def save_config(config: RunConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(config_values(config), sort_keys=False), encoding="utf-8")
 
 
-def _parse(text: str, source: str) -> Any:
+def parse_text(text: str, source: str) -> Any:
+    """The values of a yaml text; `source` is named in errors.
+
+    Raises:
+        ValueError: not yaml, or more than `MOST_VALUES` values.
+    """
     try:
         values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -136,7 +154,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ValueError(f"--set {override!r}: {section} holds {inner!r}, not keys")
         place = inner
-    place[key] = _parse(text, f"--set {override!r}")
+    place[key] = parse_text(text, f"--set {override!r}")
 
 
 def known_keys(section: type = RunConfig, prefix: str = "") -> list[str]:

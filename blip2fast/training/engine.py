@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import os
 import socket
@@ -18,6 +19,7 @@ from torch import nn
 
 from blip2fast._imports import needs
 from blip2fast.training.config import DTYPE_OF, OptimSection, RunConfig
+from blip2fast.training.parameter_groups import parameter_groups
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -150,7 +152,13 @@ def start_processes() -> torch.device:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     if not on_gpu:
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"LOCAL_RANK is {number}, but this process sees {count} GPU(s): start one process for "
+            "each GPU of a machine, and let each see them all"
+        )
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 
@@ -195,6 +203,22 @@ def _meet(backend: str) -> None:
     )
 
 
+def leave_processes() -> None:
+    """Leave the process group and end its threads; this process cannot train afterwards.
+
+    DeepSpeed keeps a reference to the group, whose threads would go on. One that is still at work
+    when the interpreter ends aborts the process. (Under ZeRO-3 the engine keeps others.)
+    """
+    if not dist.is_initialized():
+        return
+    with needs("train", "deepspeed"):
+        from deepspeed.utils import groups
+
+    dist.destroy_process_group()
+    groups._WORLD_GROUP = None
+    gc.collect()  # engines are in cycles
+
+
 def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, dict[str, Any]]:
     """Create a DeepSpeed engine; returns it with its DeepSpeed configuration.
 
@@ -215,7 +239,9 @@ def start_engine(model: nn.Module, config: RunConfig) -> tuple[DeepSpeedEngine, 
     largest = max(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     values = deepspeed_config(config, dist.get_world_size(), sizes, largest)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=adamw(model, config.optim), config=values
+        model=model,
+        optimizer=adamw(model, config.optim, config.image_encoder.layer_decay),
+        config=values,
     )
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
@@ -266,36 +292,18 @@ def learning_rate(step: int, optim: OptimSection) -> float:
     return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
 
 
-def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, not to biases, norms, temperature and queries."""
-    return parameter.ndim > 1 and name.rpartition(".")[2] != "query_tokens"
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters in two groups, with and without weight decay; frozen ones are excluded.
-
-    Raises:
-        ValueError: the model has no trained parameters.
-    """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")
-    decayed = [p for name, p in trained if is_decayed(name, p)]
-    others = [p for name, p in trained if not is_decayed(name, p)]
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def adamw(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
+def adamw(model: nn.Module, optim: OptimSection, layer_decay: float = 1.0) -> torch.optim.AdamW:
     """PyTorch's fused AdamW.
 
     DeepSpeed's CPU Adam is avoided: it compiles C++ on first use and so requires a compiler.
+
+    Args:
+        model: its trained parameters are updated.
+        optim: the optimizer's settings.
+        layer_decay: as in `parameter_groups`.
     """
     return torch.optim.AdamW(
-        parameter_groups(model, optim.weight_decay),
+        parameter_groups(model, optim.weight_decay, optim.lr_scales, layer_decay),
         lr=optim.lr,
         betas=optim.betas,
         eps=optim.eps,

@@ -54,7 +54,9 @@ def keep_temperature(engine: DeepSpeedEngine, model: nn.Module) -> None:
     stay constant in the losses for many steps and then jump. Every process must call this after
     every optimizer step.
     """
-    if isinstance(model, Blip2Stage1) and model.temp.dtype.itemsize == 2:
+    if not (isinstance(model, Blip2Stage1) and model.temp.requires_grad):
+        return
+    if model.temp.dtype.itemsize == 2:
         model.exact_temp = _read(engine, model.temp, None).view(model.temp.shape)
 
 
@@ -121,6 +123,15 @@ def lowers_loss_scale(engine: DeepSpeedEngine) -> bool:
     # the two kinds of scalers name it differently
     least = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None) or 0
     return bool(scaler.cur_scale > least)
+
+
+def scale_of_norm(engine: DeepSpeedEngine) -> float:
+    """The factor in the gradient norm that the engine reports after its next step.
+
+    ZeRO stages report it without the loss scale, and stage 0 in fp16 with it.
+    """
+    scaler = _loss_scaler(engine)
+    return 1.0 if scaler is None or engine.zero_optimization() else float(scaler.cur_scale)
 
 
 def _loss_scaler(engine: DeepSpeedEngine) -> Any:

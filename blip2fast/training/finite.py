@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from blip2fast.ops.collectives import HostCopy
-from blip2fast.training.engine_state import optimizer_shards
+from blip2fast.training.engine_state import optimizer_shards, scale_of_norm
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -66,6 +66,8 @@ class StepGate:
         self._names: list[str] = []
         self._unread: list[tuple[int, HostCopy, bool, bool]] = []
         self._step, self._found = 0, self._closed
+        self._norm: Tensor | None = None
+        self._scale = 1.0
 
     def judge(self, step: int, losses: Mapping[str, Tensor], stop: bool) -> Tensor:
         """Decide of the step that the engine takes next; every process must call this.
@@ -78,7 +80,7 @@ class StepGate:
         Returns:
             A bool scalar: whether a loss is not finite on any process.
         """
-        self._names = sorted(losses)
+        self._names, self._scale = sorted(losses), scale_of_norm(self._engine)
         found = [losses[name].isfinite().logical_not().view(()) for name in self._names]
         found.append(self._gradient_is_not_finite())
         found.append(torch.full((), stop, device=self._device))
@@ -92,6 +94,18 @@ class StepGate:
         self._engine.basic_optimizer.found_inf = closed.cpu() if self._offloaded else closed
         self._step, self._found = step, flags
         return flags[: len(self._names)].amax() > 0
+
+    def gradient_norm(self) -> Tensor | None:
+        """The norm of the last step's gradient before clipping, on the device; None: not known.
+
+        It is not finite where the step was not.
+        """
+        if self._own_gradients:
+            return self._norm
+        norm = self._engine.get_global_grad_norm()
+        if norm is None:
+            return None
+        return torch.as_tensor(norm, dtype=torch.float32, device=self._device) / self._scale
 
     def record(self, lowest_scale: bool) -> None:
         """Note the outcome after the engine's step.
@@ -128,7 +142,8 @@ class StepGate:
             gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return torch.zeros((), dtype=torch.bool, device=self._device)
-        return torch.nn.utils.get_total_norm(gradients).isfinite().logical_not()
+        self._norm = torch.nn.utils.get_total_norm(gradients)
+        return self._norm.isfinite().logical_not()
 
 
 def nonfinite_names(tensors: Mapping[str, Tensor]) -> list[str]:

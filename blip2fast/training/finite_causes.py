@@ -86,7 +86,9 @@ def _bad_images(
 ) -> list[str]:
     finite: list[bool] = []
     for batch in batches:
-        tokens = to_tokens(batch)["image_embeds"]
+        moved = to_tokens(batch)
+        # pixels, where the model has its own encoder
+        tokens = moved["images"] if "images" in moved else moved["image_embeds"]
         finite += tokens.isfinite().flatten(1).all(1).tolist()
     # texts without an image are given an empty list of tokens
     return [key for key, good in zip(keys, finite, strict=False) if not good]

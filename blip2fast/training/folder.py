@@ -9,19 +9,26 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
+
+import torch.distributed as dist
 
 from blip2fast.checkpoints.files import DESCRIPTION, MODEL
 from blip2fast.checkpoints.kept import remove
 from blip2fast.data.manifest import MANIFEST, naming
+from blip2fast.training.agreement import SharedFault, together
+from blip2fast.training.config import RunConfig
 from blip2fast.training.restart import HISTORY
 
 LOCK = "run.lock"
+# in which a new file is seen on other machines; NFS remembers for some seconds what is not there
+_SHARED_SECONDS = 10.0
 # `resume` continues from these; others are written again.
 EARLIER = ("checkpoints", "metrics.jsonl")
 _OF_A_RUN = (
-    *(*EARLIER, HISTORY, "tensorboard", "config.yaml", "deepspeed.json"),
+    *(*EARLIER, HISTORY, "tensorboard", "wandb", "config.yaml", "deepspeed.json"),
     *(DESCRIPTION, MODEL, MANIFEST),
 )
 
@@ -92,6 +99,64 @@ class FolderLock:
             f"output_dir {str(self.path.parent)!r} is in use by {who}: wait until that run has "
             "ended, or choose another folder"
         )
+
+
+def lock_together(
+    config: RunConfig, say: Callable[[str], None]
+) -> AbstractContextManager[FolderLock | None]:
+    """Lock the output folder on rank 0; every process must call this.
+
+    Raises:
+        ValueError: another run is in it, or has been since `check_machine`; or a machine has
+            another folder under this name.
+    """
+    faults: list[str | None] = [None]
+    lock: AbstractContextManager[FolderLock | None] = nullcontext()
+    if dist.get_rank() == 0:
+        folder = Path(config.output_dir)
+        try:
+            lock = FolderLock(folder, say)
+            faults[0] = "; ".join(folder_faults(folder, config.resume, config.overwrite)) or None
+        except (ValueError, OSError) as error:
+            faults[0] = str(error)
+    dist.broadcast_object_list(faults)
+    try:
+        if faults[0] is not None:
+            raise SharedFault(faults[0])
+        _check_shared(Path(config.output_dir))
+    except ValueError:
+        with lock:
+            raise
+    return lock
+
+
+def _check_shared(folder: Path) -> None:
+    """Check that all processes see the lock of rank 0; every process must call this."""
+    own = _lock_text(folder)
+    found = [own, socket.gethostname()]
+    dist.broadcast_object_list(found)
+
+    def see() -> None:
+        end = time.monotonic() + _SHARED_SECONDS
+        while _lock_text(folder) != found[0]:
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"output_dir {str(folder)!r} is another folder than on {found[1]}: every "
+                    "process writes its part of a checkpoint, so put it on a file system that all "
+                    "machines share"
+                )
+            with suppress(OSError):
+                list(folder.iterdir())  # makes NFS look again
+            time.sleep(0.1)
+
+    together(see)
+
+
+def _lock_text(folder: Path) -> str | None:
+    try:
+        return (folder / LOCK).read_text(encoding="utf-8")
+    except OSError:
+        return None
 
 
 def remove_earlier_run(folder: Path) -> None:

@@ -1,14 +1,16 @@
-"""Logging of a run on rank 0: metrics.jsonl, TensorBoard and a progress bar."""
+"""Logging of a run on rank 0: metrics.jsonl, TensorBoard, others, and a progress bar."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,16 @@ _ITM_HINT = (
 )
 
 
+class MetricsWriter(Protocol):
+    """Another place for the metrics of a run."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics after `step` steps, named `train/*` and `eval/*`."""
+
+    def close(self, failed: bool) -> None:
+        """Write what is left."""
+
+
 class RunLog:
     """Writes the metrics of a run.
 
@@ -38,9 +50,18 @@ class RunLog:
         start_step: steps already taken.
         max_steps: total steps of the run.
         stage: training stage, shown in the progress bar.
+        also: another place for the metrics, such as Weights & Biases.
     """
 
-    def __init__(self, folder: Path, start_step: int, max_steps: int, stage: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        start_step: int,
+        max_steps: int,
+        stage: int,
+        also: MetricsWriter | None = None,
+    ) -> None:
+        self._also = also
         self._path = folder / "metrics.jsonl"
         self._lines = _drop_after(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
@@ -60,16 +81,24 @@ class RunLog:
         self._bar.update()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics after `step` steps to metrics.jsonl, TensorBoard and the bar."""
+        """Write the metrics after `step` steps wherever they go; evaluations are printed."""
         with naming(self._path):
             self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
             self._file.flush()
-        for name, value in metrics.items():
-            group = "eval" if name.startswith("eval_") else "train"
-            self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, step)
+        grouped = {
+            f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": v
+            for name, v in metrics.items()
+        }
+        for name, value in grouped.items():
+            self._board.add_scalar(name, value, step)
+        if self._also is not None:
+            self._also.write(step, grouped)
+        if _is_evaluation(metrics):
+            shown = ", ".join(f"{n.removeprefix('eval_')} {v:.4g}" for n, v in metrics.items())
+            self.say(f"step {step}, held-out data: {shown}")
         if "loss" in metrics:
-            shown = {n: f"{v:.3f}" for n, v in metrics.items() if n.startswith("loss")}
-            self._bar.set_postfix(shown, refresh=False)
+            losses = {n: f"{v:.3f}" for n, v in metrics.items() if n.startswith("loss")}
+            self._bar.set_postfix(losses, refresh=False)
         itm = metrics.get("loss_itm")
         if itm is not None and not self._itm_hinted and abs(itm - _ITM_PLATEAU) < 0.01:
             self._itm_hinted = True
@@ -89,9 +118,26 @@ class RunLog:
         """Print a line above the progress bar."""
         tqdm.write(line)
 
-    def close(self) -> None:
-        """Close the progress bar, metrics.jsonl and TensorBoard."""
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(failed=kind is not None)
+
+    def close(self, failed: bool = False) -> None:
+        """Close all logs.
+
+        Args:
+            failed: the run ends with an error.
+        """
         self._bar.close()
+        if self._also is not None:
+            self._also.close(failed)
         with naming(self._path):
             self._file.close()
         self._board.close()
@@ -157,12 +203,14 @@ class Progress:
             they include steps of the interrupted run.
         skipped: steps since the last log line that did not update the parameters.
         timed: steps since `since`.
+        waited: seconds since `since` in which this process waited for a batch.
         since: time of the last log line or of the resume, in seconds; pauses are added to it.
     """
 
     sums: dict[str, Tensor]
     skipped: int = 0
     timed: int = 0
+    waited: float = 0.0
     since: float = 0.0
 
     def add(self, scalars: Mapping[str, Tensor], passes: int, left_out: Tensor) -> None:
@@ -188,7 +236,9 @@ class Progress:
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.skipped = state["skipped"]
 
-    def take(self, samples_per_step: int) -> dict[str, float]:
+    def take(
+        self, samples_per_step: int, beside: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float]:
         """Means over steps and processes, and the throughput; resets the sums.
 
         Every process must call this. Without a step to count, the means are left out; the number
@@ -196,19 +246,25 @@ class Progress:
 
         Args:
             samples_per_step: samples per optimizer step, over all processes.
+            beside: scalars on the device to be read with the means, alike on every process; left
+                out where they are not finite.
         """
+        beside = beside or {}
         counted = self.sums.pop(_STEPS)
         names = sorted(self.sums)
         means = torch.stack([self.sums[name] for name in names]) / counted
         if dist.get_world_size() > 1:
             dist.all_reduce(means)
             means /= dist.get_world_size()
-        values = means.tolist()
+        values = torch.cat([means, *(x.view(1).to(means) for x in beside.values())]).tolist()
         now, steps = time.perf_counter(), self.timed
-        metrics = dict(zip(names, values, strict=True)) if counted.item() else {}
+        metrics = dict(zip(names, values[: len(names)], strict=True)) if counted.item() else {}
+        read = dict(zip(beside, values[len(names) :], strict=True))
+        metrics |= {name: value for name, value in read.items() if math.isfinite(value)}
         if self.skipped:
             metrics["skipped"] = self.skipped
         metrics["seconds_per_step"] = (now - self.since) / steps
         metrics["samples_per_second"] = steps * samples_per_step / (now - self.since)
-        self.sums, self.skipped, self.timed, self.since = {}, 0, 0, now
+        metrics["data_wait_share"] = min(self.waited / (now - self.since), 1.0)
+        self.sums, self.skipped, self.timed, self.waited, self.since = {}, 0, 0, 0.0, now
         return metrics

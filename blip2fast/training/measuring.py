@@ -9,7 +9,8 @@ Shapes: B images, Q queries, T text tokens, S image tokens, E image token width,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,9 +29,11 @@ from transformers import (
 )
 
 from blip2fast.frozen.hub import not_found
+from blip2fast.frozen.image_encoders import without_weights
 from blip2fast.offload.blocks import find_blocks, lay_out, own_parameters
 from blip2fast.offload.quantised import STORAGES, Storage
 from blip2fast.stage2.config import Stage2Config
+from blip2fast.stage2.lora import target_names
 from blip2fast.stage2.model import Blip2Stage2
 
 
@@ -114,6 +117,7 @@ class LanguageModelSizes:
         block_inputs: bytes of the blocks' inputs; all that blocks save under recomputation.
         words: V.
         width: embedding width.
+        adapters: number of parameters of LoRA adapters, which are not counted above.
     """
 
     parameters: int
@@ -126,6 +130,7 @@ class LanguageModelSizes:
     block_inputs: int
     words: int
     width: int
+    adapters: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,12 @@ def read_model_config(key: str, name: str) -> Any:
 
 
 def measure_language_model(
-    config: Any, dtype: torch.dtype, batch: int, prompts: int, text: int
+    config: Any,
+    dtype: torch.dtype,
+    batch: int,
+    prompts: int,
+    text: int,
+    lora: Mapping[str, Any] | None = None,
 ) -> LanguageModelSizes:
     """Measure the language model that a transformers configuration describes.
 
@@ -163,6 +173,7 @@ def measure_language_model(
         dtype: dtype of the weights and activations.
         batch, prompts, text: B images, Q soft prompts before T text tokens; an encoder-decoder
             encodes Q + T tokens and decodes T.
+        lora: `r`, `dropout` and `target_modules` of adapters, as in `add_lora`; None: no adapters.
     """
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with _without_numbers():
@@ -174,6 +185,12 @@ def measure_language_model(
         _untie_head(model)
         blocks = find_blocks(model)
         own = own_parameters(model, blocks)
+        if lora is not None:
+            for name in target_names(model, lora["target_modules"]):
+                parent, _, last = name.rpartition(".")
+                layer: Any = model.get_submodule(name)
+                adapted = _Adapted(layer, lora["r"], lora["dropout"])
+                setattr(model.get_submodule(parent), last, adapted)
         embeddings = model.get_input_embeddings()
         with kept_tensors(model) as kept, _block_inputs(blocks, kept) as inputs:
             embeds = torch.empty(
@@ -184,14 +201,15 @@ def measure_language_model(
             base = model if config.is_encoder_decoder else model.base_model
             mask = torch.ones(batch, prompts + text, dtype=torch.long)
             base(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **more)
-    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    weights = sum(p.numel() * p.itemsize for p in frozen)
     streamed = sum(
         places[0][0].get_parameter(places[0][1]).nbytes
         for block in own
         for places in block.values()
     )
     return LanguageModelSizes(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in frozen),
         weights=weights,
         rest=weights - streamed,
         streams={storage: _stream_bytes(own, storage) for storage in STORAGES},
@@ -201,6 +219,7 @@ def measure_language_model(
         block_inputs=inputs.nbytes,
         words=embeddings.num_embeddings,
         width=embeddings.embedding_dim,
+        adapters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
 
 
@@ -237,6 +256,29 @@ def measure_trained(
         return TrainedSizes(sum(p.numel() for p in model.trainable_parameters()), kept.nbytes)
 
 
+@dataclass(frozen=True)
+class EncoderSizes:
+    """An image encoder in the loop.
+
+    Attributes:
+        parameters: number of parameters, including those of unused last blocks.
+        width: E.
+        trained: number of parameters that are trained; 0 if it is frozen, as are the others.
+        kept: bytes that one forward pass saves for the backward pass.
+        kept_block: the largest part of `kept` saved within one block.
+        kept_outside: the part of `kept` saved outside the blocks.
+        block_inputs: bytes of the blocks' inputs; all that blocks save under recomputation.
+    """
+
+    parameters: int = 0
+    width: int | None = None
+    trained: int = 0
+    kept: int = 0
+    kept_block: int = 0
+    kept_outside: int = 0
+    block_inputs: int = 0
+
+
 def measure_image_encoder(config: Any) -> tuple[int, int]:
     """Parameter count of a frozen image encoder, including unused last blocks, and its width E."""
     vision = getattr(config, "vision_config", config)
@@ -249,11 +291,74 @@ def measure_image_encoder(config: Any) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), int(vision.hidden_size)
 
 
+def measure_trained_encoder(
+    config: Any, dtype: torch.dtype, batch: int, size: int, layer: int | None = None
+) -> EncoderSizes:
+    """Measure an image encoder that is trained with the rest.
+
+    Args:
+        config: a configuration from `AutoConfig`.
+        dtype: dtype of the weights and activations.
+        batch, size: B images of h = w pixels.
+        layer: as in `load_image_encoder`.
+    """
+    parameters, width = measure_image_encoder(config)
+    vision = copy.deepcopy(getattr(config, "vision_config", config))
+    vision.image_size = size
+    with torch.device("meta"):
+        encoder = without_weights(vision, layer)
+    with _without_numbers():
+        _as_fake(encoder, dtype)
+        encoder.unfreeze()
+        encoder.train()
+        with kept_tensors(encoder) as kept, _block_inputs(list(encoder.blocks), kept) as inputs:
+            encoder(torch.empty(batch, 3, size, size, dtype=dtype))
+    return EncoderSizes(
+        parameters,
+        width,
+        trained=sum(p.numel() for p in encoder.parameters() if p.requires_grad),
+        kept=kept.nbytes,
+        kept_block=max(kept.by_block.values()),
+        kept_outside=kept.nbytes - sum(kept.by_block.values()),
+        block_inputs=inputs.nbytes,
+    )
+
+
+def _as_fake(module: nn.Module, dtype: torch.dtype) -> None:
+    """Replace tensors on the meta device by fake ones on the CPU, floating-point ones in `dtype`.
+
+    Fake tensor mode refuses meta tensors of its outside, also to convert them.
+    """
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                kind = dtype if buffer.dtype.is_floating_point else buffer.dtype
+                part._buffers[name] = torch.empty(buffer.shape, dtype=kind)
+
+
 def _untie_head(model: Any) -> None:
     """Untie the head of T5 1.1 and FlanT5, as transformers does when it loads their weights."""
     if getattr(model.config, "scale_decoder_outputs", None) is False:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
+
+
+class _Adapted(nn.Module):
+    """A linear layer with an adapter as peft computes it; peft's own cannot be built of fakes."""
+
+    def __init__(self, base: nn.Linear, r: int, dropout: float) -> None:
+        super().__init__()
+        self.base, self.dropout = base, nn.Dropout(dropout) if dropout else nn.Identity()
+        dtype = base.weight.dtype
+        self.down = nn.Linear(base.in_features, r, bias=False, dtype=dtype)
+        self.up = nn.Linear(r, base.out_features, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.base(x) + self.up(self.down(self.dropout(x))) * 2.0
+        return found
 
 
 class _NoLanguage(nn.Module):

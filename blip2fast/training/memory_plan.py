@@ -26,11 +26,13 @@ from blip2fast.stage2.config import Stage2Config
 from blip2fast.training.config import DTYPE_OF, RunConfig
 from blip2fast.training.engine import NVME_BUFFERS, nvme_buffer_size
 from blip2fast.training.measuring import (
+    EncoderSizes,
     LanguageModelSizes,
     TrainedSizes,
     measure_image_encoder,
     measure_language_model,
     measure_trained,
+    measure_trained_encoder,
     read_model_config,
 )
 
@@ -182,17 +184,24 @@ def plan_memory(
         )
     if config.language_model.activation is not None:
         language_config.dense_act_fn = config.language_model.activation
-    encoder_parameters, width, image_tokens = _images(config, notes)
-    sizes = _trained_config(config, width, notes)
-    batch = config.optim.batch_size
+    encoder, image_tokens = _images(config, notes)
+    sizes = _trained_config(config, encoder.width, notes)
+    batch, lora = config.optim.batch_size, config.language_model.lora
     language = measure_language_model(
-        language_config, dtype, batch, sizes.num_query_tokens, config.data.max_txt_len
+        language_config,
+        dtype,
+        batch,
+        sizes.num_query_tokens,
+        config.data.max_txt_len,
+        None if lora is None else dataclasses.asdict(lora),
     )
     trained = measure_trained(sizes, language.width, dtype, batch, image_tokens)
-    counts = _Counts(config, processes, language, trained, encoder_parameters, sizes, image_tokens)
+    counts = _Counts(config, processes, language, trained, encoder, sizes, image_tokens)
     heading = (
-        f"{path}: {language.parameters:,} frozen parameters, {trained.parameters:,} trained"
-        + (f", {encoder_parameters:,} of the image encoder" if encoder_parameters else "")
+        f"{path}: {language.parameters:,} frozen parameters, {counts.num_trained:,} trained"
+        + (f" ({language.adapters:,} of LoRA adapters)" if language.adapters else "")
+        + (f", {encoder.parameters:,} of the image encoder" if encoder.parameters else "")
+        + (" (trained too)" if encoder.trained else "")
         + f"; {config.precision}, {batch} samples a process and pass"
     )
     memory = memory or machine_memory()
@@ -208,7 +217,7 @@ class _Counts:
     processes: int
     language: LanguageModelSizes
     trained: TrainedSizes
-    encoder_parameters: int
+    encoder: EncoderSizes
     sizes: Stage2Config
     image_tokens: int
 
@@ -216,14 +225,20 @@ class _Counts:
     def itemsize(self) -> int:
         return DTYPE_OF[self.config.precision].itemsize
 
+    @property
+    def num_trained(self) -> int:
+        """All parameters that are trained."""
+        return self.trained.parameters + self.encoder.trained + self.language.adapters
+
     def other_than_language(self, zero_stage: int) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes of the trained part and the image encoder, on the device and on the host."""
         trained, host = self.trained_bytes(zero_stage)
-        return {"image encoder": self.encoder_parameters * self.itemsize, **trained}, host
+        frozen = 0 if self.encoder.trained else self.encoder.parameters
+        return {"image encoder": frozen * self.itemsize, **trained}, host
 
     def trained_bytes(self, zero_stage: int) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes of the trained part's weights, gradients and AdamW states, on device and host."""
-        number, share = self.trained.parameters, self.processes
+        number, share = self.num_trained, self.processes
         low, spread = self.itemsize < 4, share if zero_stage >= 1 else 1
         gradient = self.itemsize
         if low and (zero_stage == 0 or self.config.optim.accumulation > 1):
@@ -248,10 +263,14 @@ class _Counts:
             qformer = qformer // layers + B * inputs * item
             language = self.language.block_inputs + self.language.kept_outside
             language += self.language.kept_block
+        encoder = self.encoder.kept
+        if recomputed or self.config.image_encoder.gradient_checkpointing:
+            encoder = self.encoder.block_inputs + self.encoder.kept_outside
+            encoder += self.encoder.kept_block
         # logits and their gradient, the fp32 log-softmax, and in 16 bits an fp32 copy of the logits
         each = 12 if item == 4 else 2 * item + 8
         logits = B * self.config.data.max_txt_len * self.language.words * each
-        return {"activations": qformer + language, "logits": logits}
+        return {"activations": encoder + qformer + language, "logits": logits}
 
 
 def _options(counts: _Counts, memory: Memory) -> list[Option]:
@@ -260,6 +279,8 @@ def _options(counts: _Counts, memory: Memory) -> list[Option]:
     # recomputation changes only the speed, so it is offered even if not requested
     ways = (True,) if asked else (False, True)
     options = [_resident(counts, memory, recomputed) for recomputed in ways]
+    if counts.language.adapters:
+        return options  # the blocks of a model with adapters are not moved
     options += [_streamed(counts, "as_is", recomputed) for recomputed in ways]
     options += [_zero3(counts, recomputed) for recomputed in ways]
     # fewer bits change the loss and are never chosen automatically, so they come last
@@ -311,19 +332,24 @@ def _name(name: str, recomputed: bool) -> str:
     return f"{name}, gradient_checkpointing" if recomputed else name
 
 
-def _images(config: RunConfig, notes: list[str]) -> tuple[int, int | None, int]:
-    """Parameters of the image encoder in the loop, its width E if known, and image tokens S."""
+def _images(config: RunConfig, notes: list[str]) -> tuple[EncoderSizes, int]:
+    """The image encoder in the loop, or the width E of a feature cache if known; image tokens S."""
     data = config.data
     if data.image_encoder is not None:
         encoder = read_model_config("data.image_encoder", data.image_encoder)
-        parameters, width = measure_image_encoder(encoder)
         vision = getattr(encoder, "vision_config", encoder)
-        return parameters, width, (data.image_size // int(vision.patch_size)) ** 2 + 1
+        size = data.image_size or int(vision.image_size)
+        tokens = (size // int(vision.patch_size)) ** 2 + 1
+        if not config.image_encoder.train:
+            return EncoderSizes(*measure_image_encoder(encoder)), tokens
+        dtype, batch = DTYPE_OF[config.precision], config.optim.batch_size
+        layer = data.image_encoder_layer
+        return measure_trained_encoder(encoder, dtype, batch, size, layer), tokens
     if data.features is not None and Path(data.features, "manifest.json").is_file():
         cache = FeatureCache(data.features)
-        return 0, cache.width, cache.num_tokens
+        return EncoderSizes(width=cache.width), cache.num_tokens
     notes.append(f"data.features {data.features!r} does not exist yet: 257 tokens an image assumed")
-    return 0, None, 257
+    return EncoderSizes(), 257
 
 
 def _trained_config(config: RunConfig, width: int | None, notes: list[str]) -> Stage2Config:

@@ -5,8 +5,10 @@ The checks inspect the configuration, the disk and the devices; no weights are r
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,11 +18,16 @@ from blip2fast._imports import needs
 from blip2fast.checkpoints.trained import is_trained
 from blip2fast.data.source_config import as_sources, source_files
 from blip2fast.frozen.hub import check_pretrained, check_weights
+from blip2fast.frozen.identity import flat
 from blip2fast.frozen.language_models import quantised_fault
 from blip2fast.ops import check_kernels, set_kernels
+from blip2fast.ops.collectives import rank
 from blip2fast.ops.kernel_calls import BLIP2, Sizes
 from blip2fast.ops.records import Record
+from blip2fast.training.agreement import check_alike
+from blip2fast.training.build import Run
 from blip2fast.training.config import DTYPE_OF, RunConfig
+from blip2fast.training.config_files import config_values
 from blip2fast.training.folder import folder_faults
 
 
@@ -38,11 +45,43 @@ def check_machine(config: RunConfig, world_size: int = 1) -> None:
     faults += folder_faults(Path(config.output_dir), config.resume, config.overwrite)
     faults += _batch_faults(config, world_size)
     faults += _device_faults(config)
+    if config.log.wandb and rank() == 0 and find_spec("wandb") is None:
+        faults.append(
+            f"log.wandb {config.log.wandb!r} needs wandb, which is not installed: pip install "
+            "wandb, or leave log.wandb out"
+        )
     if faults:
         raise ValueError("the run cannot start:\n  " + "\n  ".join(faults))
 
 
-def prepare_kernels(config: RunConfig, say: Callable[[str], None] | None = None) -> list[Record]:
+def check_same_run(config: RunConfig) -> None:
+    """Raise if a process has another configuration; every process must call this.
+
+    Raises:
+        SharedFault: a machine has another version of the configuration's file.
+    """
+    values = {name: value for name, value in flat(config_values(config)) if name != "nvme_path"}
+    check_alike(values, "Give every machine the same configuration")
+
+
+def check_same_data(parts: Run) -> None:
+    """Raise if a process reads other data, which it would take for the others'.
+
+    Every process must call this.
+
+    Raises:
+        SharedFault: a machine has other records, images, features or tokenizers.
+    """
+    found = dict(parts.contents)
+    if parts.held_out is not None:
+        keys = hashlib.sha256("\0".join(parts.held_out.keys()).encode()).hexdigest()[:16]
+        found["the held-out set"] = f"{len(parts.held_out.records)} records, {keys}"
+    check_alike(found, "Copy the same files to every machine")
+
+
+def prepare_kernels(
+    config: RunConfig, say: Callable[[str], None] | None = None, beside: int = 1
+) -> list[Record]:
     """Select the kernels that the run may use, and check them on a GPU if that is not yet done.
 
     Every process of a run must call this: on each machine one process checks and the others wait.
@@ -50,6 +89,7 @@ def prepare_kernels(config: RunConfig, say: Callable[[str], None] | None = None)
     Args:
         config: the run.
         say: prints a line.
+        beside: processes of the run on this machine, with this one.
 
     Returns:
         The check results of the kernels that the run is likely to use; empty without a GPU.
@@ -57,7 +97,7 @@ def prepare_kernels(config: RunConfig, say: Callable[[str], None] | None = None)
     set_kernels(config.kernels)
     if config.kernels != "check" or not torch.cuda.is_available():
         return []
-    model, beside = config.model, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    model = config.model
     dropout = 0.1 if model.dropout is None else model.dropout
     sizes = Sizes(
         hidden=model.hidden_size or BLIP2.hidden,

@@ -1,4 +1,4 @@
-"""What may change between the starts of a run, and the record of what did.
+"""What a run goes on from, what may change between its starts, and the record of what did.
 
 A resumed run keeps its data, their order, its model and its losses. The schedule, the optimizer's
 settings, how a step is split, and where things run may change. `history.jsonl` in the output
@@ -10,44 +10,85 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from blip2fast.checkpoints.files import last_checkpoint
+from blip2fast.checkpoints.trained import is_trained
+from blip2fast.data.batches import BatchPlan
 from blip2fast.data.manifest import naming
+from blip2fast.data.order import MOST_SHUFFLED
 from blip2fast.frozen.identity import flat
 from blip2fast.training.config import RunConfig
 from blip2fast.training.config_files import config_values, load_config
 
 HISTORY = "history.jsonl"
 # What decides the data, their order and the function that is trained is compared on resume.
-_COMPARED = ("stage", "seed", "model", "language_model", "data", "optim")
+_COMPARED = ("stage", "seed", "model", "language_model", "image_encoder", "data", "optim")
 _FREE = {
     "data": ("workers", "eval_records", "eval_features", "eval_images"),
     "optim": (
         *("max_steps", "lr", "min_lr", "warmup_steps", "betas", "eps", "weight_decay"),
         *("clip_norm", "batch_size", "accumulation"),
     ),
+    "image_encoder": ("layer_decay", "gradient_checkpointing"),
 }
 # These say how to start, not what to train.
 _OF_A_START = ("resume", "overwrite", "output_dir")
 
 
 def run_identity(
-    config: RunConfig, samples_per_step: int, contents: Mapping[str, str]
+    config: RunConfig, plan: BatchPlan, contents: Mapping[str, str], image_size: int | None = None
 ) -> dict[str, Any]:
     """The settings that must match between a checkpoint and a resuming run.
 
     Args:
         config: the run.
-        samples_per_step: samples per optimizer step, over all processes.
+        plan: of its batches, over all processes.
         contents: from `data_identity.identify_data`.
+        image_size: that of the image encoder, where there is one.
     """
     values = config_values(config)
     same = {name: values[name] for name in _COMPARED}
     for section, names in _FREE.items():
         for name in names:
             same[section].pop(name)
-    return {**same, "samples_per_step": samples_per_step, **contents}
+    _leave_out_new_defaults(same)
+    # earlier versions had a number here, also for feature caches
+    same["data"]["image_size"] = same["data"]["image_size"] or image_size or 224
+    if same["data"]["positives"] == "image":
+        same["data"].pop("positives")  # as in checkpoints that do not know it
+    found = {**same, "samples_per_step": plan.samples_per_step, **contents}
+    if plan.num_records > MOST_SHUFFLED:
+        found["shuffle"] = "feistel"
+    return found
+
+
+def last_good(folder: str | Path) -> str:
+    """What there is to resume from in an output folder, as a sentence."""
+    last = last_checkpoint(Path(folder) / "checkpoints")
+    if last is None:
+        return "No checkpoint was saved"
+    return f"The last checkpoint is good: resume: true continues from {last}"
+
+
+def with_start(config: RunConfig) -> RunConfig:
+    """A resuming run whose `init_from` has been deleted is built from its own checkpoint."""
+    if not config.resume or config.init_from is None or is_trained(config.init_from):
+        return config
+    last = last_checkpoint(Path(config.output_dir) / "checkpoints")
+    return config if last is None else replace(config, init_from=str(last))
+
+
+def _leave_out_new_defaults(same: dict[str, Any]) -> None:
+    """Settings that checkpoints of earlier versions do not have, where they change nothing."""
+    if same["language_model"] is not None and same["language_model"]["lora"] is None:
+        same["language_model"].pop("lora")
+    if not same["optim"]["lr_scales"]:
+        same["optim"].pop("lr_scales")
+    if not same["image_encoder"]["train"]:
+        same.pop("image_encoder")
 
 
 def check_steps(config: RunConfig, step: int, checkpoint: Path) -> None:

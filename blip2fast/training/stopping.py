@@ -89,6 +89,21 @@ class StopRequest:
         os.close(self._read)
         os.close(self._write)
 
+    def stopped(self, step: int, max_steps: int) -> RunStopped:
+        """The error of a run that has saved a checkpoint after `step` steps."""
+        return RunStopped(
+            f"stopped by {self._told()} after step {step} of {max_steps}; saved. To go on, run the "
+            "same command with --set resume=true",
+            self.exit_code,
+        )
+
+    def complete(self) -> RunStopped:
+        """The error of a run that was asked to stop after its last step, and is complete."""
+        return RunStopped(f"the run is complete; stopped by {self._told()}", self.exit_code)
+
+    def _told(self) -> str:
+        return self.reason or "a signal to another process"
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._request(signal.Signals(number).name, 128 + number)
 

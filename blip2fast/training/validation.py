@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip2fast.data.batches import Batch
 from blip2fast.data.records import CaptionRecord, images_of
@@ -41,7 +41,8 @@ def validate(
     """Metrics of `model` on `parts.held_out`.
 
     Args:
-        to_tokens: moves a batch to the device, images as tokens in the run's precision.
+        to_tokens: moves a batch to the device, images as tokens in the run's precision, unless
+            the model has its own image encoder.
 
     Returns:
         Losses and accuracies; `i2t_r1`, `t2i_r1`, ... (stage 1); `exact`, the fraction of
@@ -53,7 +54,7 @@ def validate(
     """
     if parts.held_out is None:
         raise ValueError("no held-out data: set data.eval_records")
-    reader = _HeldOutImages(parts.held_out, to_tokens)
+    reader = _HeldOutImages(parts.held_out, to_tokens, model.image_encoder)
     if isinstance(model, Blip2Stage1):
         return _stage1(model, parts, reader, config)
     if parts.text is None:
@@ -64,15 +65,26 @@ def validate(
 class _HeldOutImages:
     """Image reader of the held-out set: number in `held_out.keys()` -> tokens on the device."""
 
-    def __init__(self, held_out: HeldOut, to_tokens: ToTokens) -> None:
+    def __init__(
+        self, held_out: HeldOut, to_tokens: ToTokens, encoder: nn.Module | None = None
+    ) -> None:
         self.records, self._images, self._to_tokens = held_out.records, held_out.images, to_tokens
+        self._encoder = encoder
         self.keys = held_out.keys()
         self.number = {key: n for n, key in enumerate(self.keys)}
 
     def __call__(self, numbers: Tensor) -> Tensor:
         indices = numbers.cpu().numpy()
         batch = self._images([self.keys[i] for i in indices], Batch(0, indices))
-        return self._to_tokens(batch)["image_embeds"]
+        moved = self._to_tokens(batch)
+        if self._encoder is None or "images" not in moved:
+            return moved["image_embeds"]
+        training = self._encoder.training
+        self._encoder.eval()
+        with torch.no_grad():
+            tokens: Tensor = self._encoder(moved["images"])
+        self._encoder.train(training)
+        return tokens
 
 
 def _shards(count: int, global_batch: int, least: int) -> Iterator[tuple[Tensor, float]]:

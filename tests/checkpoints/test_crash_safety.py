@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from crash_driver import NEW, NEWER, OF_TWO, OLD, STEPS
-from small_run import write_world
+from small_run import timeless, write_world
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from blip2fast.data import manifest
-from blip2fast.training.log import read_metrics
 
 pytestmark = pytest.mark.slow
 DRIVER = Path(__file__).parents[1] / "support" / "crash_driver.py"
@@ -39,18 +38,12 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     return output, json.loads((output / "report.json").read_text())
 
 
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    """What the log says, but the time it took."""
-    times = ("samples_per_second", "seconds_per_step")
-    return [{n: v for n, v in line.items() if n not in times} for line in read_metrics(folder)]
-
-
 def _checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
 def _assert_same_runs(resumed: Path, whole: Path) -> None:
-    assert _lines(resumed) == _lines(whole)
+    assert timeless(resumed) == timeless(whole)
     assert (resumed / "model.safetensors").read_bytes() == (
         whole / "model.safetensors"
     ).read_bytes()
@@ -82,9 +75,9 @@ def test_a_run_killed_while_writing_a_checkpoint_resumes_exactly(
 ) -> None:
     output, report = killed
     whole = output / "checkpoint" / "0" / "resumed"
-    losses = [line["loss"] for line in _lines(whole) if "loss" in line]
+    losses = [line["loss"] for line in timeless(whole) if "loss" in line]
     assert len(losses) == STEPS
-    assert [line["step"] for line in _lines(whole) if "eval_loss" in line] == [4, 6]
+    assert [line["step"] for line in timeless(whole) if "eval_loss" in line] == [4, 6]
     for moment in report["checkpoint"]:
         _assert_same_runs(output / "checkpoint" / str(moment) / "resumed", whole)
 
@@ -105,9 +98,9 @@ def test_a_run_killed_in_a_step_resumes_exactly(
     """Stage 1 with two passes a step; stage 2 with a log line that spans the checkpoint."""
     folder = killed[0] / f"step-{stage}"
     assert _checkpoints(folder / "killed") == ["step-00000002"]
-    assert _lines(folder / "killed")[-1]["step"] == 3, "it had gone beyond the checkpoint"
+    assert timeless(folder / "killed")[-1]["step"] == 3, "it had gone beyond the checkpoint"
     _assert_same_runs(folder / "resumed", folder / "whole")
-    steps = [line["step"] for line in _lines(folder / "resumed") if "loss" in line]
+    steps = [line["step"] for line in timeless(folder / "resumed") if "loss" in line]
     assert steps == ([1, 2, 3, 4, 5, 6] if stage == 1 else [3, 6])
 
 
@@ -133,7 +126,7 @@ def test_tensorboard_shows_the_uninterrupted_run(
     board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
     expected: dict[str, list[tuple[int, float]]] = {}
-    for line in _lines(folder):
+    for line in timeless(folder):
         step = line.pop("step")
         for name, value in line.items():
             tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"

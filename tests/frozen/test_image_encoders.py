@@ -339,10 +339,12 @@ def test_training_with_the_encoder_in_the_loop(photos: Path, tmp_path: Path) -> 
     assert losses[2] != losses[0]
 
 
-def test_another_image_size_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_an_image_size_between_patches_is_refused(photos: Path, tmp_path: Path) -> None:
     live = {"features": None, "eval_features": None, "eval_records": None, "image_size": 32}
     live |= {"images": str(photos / "images"), "image_encoder": str(photos / "vit")}
-    with pytest.raises(ValueError, match=r"image_size is 32, .* takes images of 28"):
+    with pytest.raises(
+        ValueError, match=r"image_size 32 is not a multiple of .* patch size 14; 28 is"
+    ):
         train(config(photos, tmp_path / "out", 1, data=live), say=lambda _: None)
 
 

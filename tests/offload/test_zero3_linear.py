@@ -60,7 +60,7 @@ def kept_inputs(world: Path, output: Path, language: str, settings: dict[str, An
         kept.append(tensor.detach())
         return tensor.detach()
 
-    batch = trainer.tokens(trainer.parts.batches[0])
+    batch = trainer.to_device(trainer.parts.batches[0])
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss, _ = trainer.engine(**batch)
     assert loss.requires_grad

@@ -1,4 +1,4 @@
-"""`blip2fast check-kernels`."""
+"""`blip2fast kernels check`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_prints_and_writes_what_is_known(
     monkeypatch.setattr(ops, "check_kernels", check)
     file = tmp_path / "found.json"
     options = "--device cuda:1 --precision fp16 --again --jobs 2 --out"
-    command_line.main(["check-kernels", *options.split(), str(file)])
+    command_line.main(["kernels", "check", *options.split(), str(file)])
     assert capsys.readouterr().out.splitlines() == [
         "bias_gelu by triton (dtype=fp16): its kernels were checked on a card: crashed: SIGSEGV "
         "(7 s)",
@@ -46,5 +46,5 @@ def test_prints_and_writes_what_is_known(
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    command_line.main(["check-kernels"])
+    command_line.main(["kernels", "check"])
     assert capsys.readouterr().out == "no CUDA device: nothing to check\n"

@@ -83,7 +83,7 @@ def test_every_step_is_a_process_and_few_files_come_back(gpu_script: GPUScript) 
     for part in (
         "tests/ops/test_glue_triton.py",
         "tests/ops/test_itc_gpu.py",
-        "-m blip2fast.command_line check-kernels --jobs",
+        "-m blip2fast kernels check --jobs",
         "benchmarks/bench_stage1_step.py -k bench_step and (b256 or b64_dropout)",
         "benchmarks/sweep.py --compile --workers",
         "sweep.json --seconds",
@@ -113,7 +113,7 @@ def test_what_the_sweep_found_is_what_later_steps_run(gpu_script: GPUScript) -> 
     done = gpu_script.run(str(gpu_script.out))
     assert "\nTUNED\n" in done.stdout
     calls = gpu_script.calls()
-    order = ["test_itc_gpu.py", "--compiled", "tune.py", "check-kernels", "--benchmark-only"]
+    order = ["test_itc_gpu.py", "--compiled", "tune.py", "kernels check", "--benchmark-only"]
     places = [calls.index(part) for part in order]
     assert places == sorted(places)
     assert (gpu_script.out / "tuned.json").exists()
@@ -123,7 +123,7 @@ def test_a_sweep_without_results_tunes_nothing(gpu_script: GPUScript) -> None:
     gpu_script.says(sweep="", sweep_status="1")
     done = gpu_script.run(str(gpu_script.out), "sweep", "check")
     assert "tune.py" not in gpu_script.calls()
-    assert "check-kernels" in gpu_script.calls()
+    assert "kernels check" in gpu_script.calls()
     assert "done" in done.stdout
     assert not (gpu_script.out / "tuned.json").exists()
 

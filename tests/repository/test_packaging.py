@@ -30,12 +30,12 @@ def test_rooms() -> None:
     """A new module or folder directly in the package needs a place in the order of the rooms."""
     rooms = {p.name for p in (ROOT / "blip2fast").iterdir() if p.is_dir()} - {"__pycache__"}
     assert rooms == {
-        *("capfilt", "checkpoints", "data", "demo", "evaluation", "frozen", "inference"),
-        *("kernels", "offload", "ops", "qformer", "scenes", "search", "stage1", "stage2"),
-        "training",
+        *("capfilt", "checkpoints", "command_line", "configs", "data", "demo", "evaluation"),
+        *("frozen", "inference", "kernels", "offload", "ops", "qformer", "reporting", "scenes"),
+        *("search", "stage1", "stage2", "training"),
     }
     modules = {p.stem for p in (ROOT / "blip2fast").glob("*.py")}
-    assert modules == {"__init__", "_extension", "_imports", "command_line", "doctor", "train"}
+    assert modules == {"__init__", "__main__", "_extension", "_imports", "doctor", "train"}
 
 
 def test_transformers_imports_from_the_repository_root() -> None:
@@ -122,6 +122,8 @@ def test_wheel(tmp_path: Path, compilers: str, note: str) -> None:
     expected = {str(p.relative_to(ROOT)) for p in modules} | {"blip2fast/ops/proven_kernels.json"}
     expected |= {name.replace(".", "/") + ".py" for name in _kernel_modules()}
     expected |= {f"blip2fast/{name}" for name in _tuned_files()}
+    expected |= {"blip2fast/reporting/run_report.html"}
+    expected |= {f"blip2fast/configs/{file.name}" for file in (ROOT / "configs").iterdir()}
     assert expected <= set(names)
     assert ("blip2fast/_C.so" in names) == (compilers == "g++")
     streamers = [name for name in names if name.startswith("blip2fast/_block_stream")]

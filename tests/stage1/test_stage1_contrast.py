@@ -20,6 +20,7 @@ from blip2fast.stage1 import contrast as stage1_contrast
 from blip2fast.stage1 import model as stage1
 from blip2fast.stage1.contrast import step_contrast
 from blip2fast.stage1.model import Blip2Stage1
+from blip2fast.training.engine import leave_processes
 from blip2fast.training.log import read_metrics
 from blip2fast.training.trainer import train
 
@@ -167,7 +168,7 @@ def _one_of_two(rank: int, port: int, world: Path, outputs: Path) -> None:
     for zero_stage in (0, 3):
         run = config(world, outputs / f"two-{zero_stage}", 1, zero_stage=zero_stage, **settings)
         train(run, say=_quiet)
-    torch.distributed.destroy_process_group()
+    leave_processes()
 
 
 def _losses(folder: Path) -> list[float]:

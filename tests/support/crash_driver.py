@@ -33,8 +33,9 @@ from small_run import config
 
 from blip2fast.checkpoints import resume, trained
 from blip2fast.checkpoints.trained import Description, read_description, read_parameters, save_model
-from blip2fast.training import trainer
-from blip2fast.training.trainer import TrainingStep, train
+from blip2fast.training import saving
+from blip2fast.training.step_passes import TrainingStep
+from blip2fast.training.trainer import train
 
 STEPS = 6
 # A log line spans a checkpoint, a checkpoint is replaced by the next, evaluations follow them.
@@ -203,7 +204,7 @@ class Scenarios:
 
             def work(folder: Path = folder, moment: int = moment, counted: Path = counted) -> None:
                 killer = DiesWhileWriting(folder, moment)
-                killer.during(trainer, function, call)
+                killer.during(saving, function, call)
                 self.train(folder, 2, RUN)
                 counted.write_text(str(killer.count))
 
@@ -268,7 +269,7 @@ class Scenarios:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             if dies is not None and dies[0] == rank:
                 killer = DiesWhileWriting(folder, dies[1])
-                killer.during(trainer, "save_checkpoint", 2)
+                killer.during(saving, "save_checkpoint", 2)
             self.train(folder, 2, RUN, zero_stage=2, optim={"batch_size": 2}, **more)
 
         folder.parent.mkdir(parents=True, exist_ok=True)

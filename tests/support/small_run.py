@@ -23,11 +23,13 @@ from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.data.records import CaptionRecord, QuestionRecord, write_records
 from blip2fast.training.config import RunConfig
 from blip2fast.training.config_files import parse_config
+from blip2fast.training.log import read_metrics
 
 COLOURS = ("red", "blue", "green", "black")
 THINGS = ("ring", "star", "cross", "disc")
 WORDS = ("a", "what", "is", "it", *COLOURS, *THINGS)
 NUM_TOKENS, WIDTH = 5, 12
+MEASURED = ("seconds_per_step", "samples_per_second", "data_wait_share", "peak_memory_gib")
 
 
 def word_tokenizer(special: dict[str, str], template: str) -> PreTrainedTokenizerFast:
@@ -172,6 +174,14 @@ def config(world: Path, output: Path, stage: int = 1, **changes: Any) -> RunConf
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """The trained parameters that a run left."""
     return load_file(run / "model.safetensors")
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    """The log of a run without what is measured: times and memory."""
+    return [
+        {name: value for name, value in line.items() if name not in MEASURED}
+        for line in read_metrics(run)
+    ]
 
 
 def distance(run: Path, reference: Path) -> float:

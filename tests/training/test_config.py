@@ -48,13 +48,14 @@ def _stage2(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_valid(path: Path) -> None:
     config = load_config(path)
-    assert f"stage{config.stage}" in path.stem or config.data.task in path.stem
+    task = "retrieval" if config.stage == 1 else config.data.task
+    assert f"stage{config.stage}" in path.stem or task in path.stem
 
 
 def test_the_recipes_are_the_papers() -> None:
     """Effective batch sizes on 16 GPUs, steps and learning rates of section 3.4."""
     folder = CONFIGS[0].parent
-    recipes = {p.stem: load_config(p) for p in folder.glob("vit*.yaml")}
+    recipes = {p.stem: load_config(p) for p in folder.glob("vit*_stage?.yaml")}
     per_step = {name: 16 * c.optim.batch_size for name, c in recipes.items()}
     assert per_step == {
         "vitl_stage1": 2320,
@@ -73,6 +74,27 @@ def test_the_recipes_are_the_papers() -> None:
         ]
         assert (optim.lr, optim.warmup_steps, optim.betas) == (1e-4, 2000, (0.9, 0.98))
         assert optim.weight_decay == 0.05
+
+
+def test_the_fine_tunings_are_the_papers() -> None:
+    """Batch sizes on 16 GPUs, image sizes and layer decay of the appendix; 5 epochs."""
+    recipes = {p.stem: load_config(p) for p in CONFIGS if p.stem.startswith("vit")}
+    tuned = {name: each for name, each in recipes.items() if each.image_encoder.train}
+    found = {
+        name: (16 * c.optim.batch_size, c.data.image_size, c.image_encoder.layer_decay)
+        for name, c in tuned.items()
+    }
+    assert found == {
+        "vitg_opt2.7b_coco_caption": (256, 364, 1),
+        "vitg_opt2.7b_vqav2": (128, 490, 0.95),
+        "vitg_coco_retrieval": (224, 364, 0.95),
+    }
+    for name, samples in (("coco_caption", 566_747), ("vqav2", 658_111), ("retrieval", 566_747)):
+        (config,) = (c for full, c in tuned.items() if full.endswith(name))
+        optim = config.optim
+        assert optim.max_steps == round(5 * samples / (16 * optim.batch_size))
+        assert (optim.lr, optim.warmup_steps, optim.betas) == (1e-5, 1000, (0.9, 0.999))
+        assert (optim.weight_decay, optim.min_lr) == (0.05, 0)
 
 
 def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from blip2fast.stage2.config import Stage2Config
 from blip2fast.training import measuring
 from blip2fast.training.build import build_run
 from blip2fast.training.config import RunConfig
-from blip2fast.training.config_files import parse_config
+from blip2fast.training.config_files import load_config, parse_config
 from blip2fast.training.measuring import (
     measure_image_encoder,
     measure_language_model,
@@ -420,7 +420,8 @@ HUB: dict[str, tuple[PretrainedConfig, int]] = {
     "google/flan-t5-xl": (FLAN_XL, 2_849_757_184),
     "google/flan-t5-xxl": (FLAN_XXL, 11_135_332_352),
 }
-RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("vit*_stage2.yaml"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(path for path in CONFIGS.glob("vit*.yaml") if load_config(path).stage == 2)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -440,3 +441,34 @@ def test_every_recipe_can_be_planned(
     assert f"{HUB[path][1]:,} frozen parameters" in said
     assert f"{HUB[encoder][1]:,} of the image encoder" in said
     assert "offload: auto would choose" in said
+    # those that train the ViT: without its last norm, which `ln_vision` replaces
+    assert ("trained too" in said) == ("image_encoder" in names)
+
+
+def test_what_is_trained_besides_is_counted(tmp_path: Path) -> None:
+    """AdamW's states, gradients and weights of the encoder and the adapters, and activations."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, intermediate_size=64)
+    vision.save_pretrained(tmp_path / "vit")
+    language = OPTConfig(**{**OPT, "num_hidden_layers": 3}, hidden_size=64, word_embed_proj_dim=64)
+    language.save_pretrained(tmp_path / "opt")
+    data = {"records": "r", "images": "i", "image_encoder": str(tmp_path / "vit")}
+    values = {"stage": 2, "output_dir": "o", "precision": "fp32", "data": data}
+    values |= {"optim": {"max_steps": 9, "batch_size": 2, "warmup_steps": 1}}
+    path = {"path": str(tmp_path / "opt")}
+    plain, tuned = (
+        plan_memory(parse_config({**values, "language_model": path | lora, **more})).options[0]
+        for lora, more in (({}, {}), ({"lora": {"r": 4}}, {"image_encoder": {"train": True}}))
+    )
+    # two blocks of three, the norm before them, and 257 positions (the class token is one vector)
+    E, patch = 32, 32
+    block = 4 * E * E + 4 * E + 2 * E * 64 + 64 + E + 4 * E
+    encoder = 2 * block + 2 * E + 3 * patch * patch * E + E + ((224 // patch) ** 2 + 1) * E
+    adapters = 3 * 2 * 2 * 4 * 64  # two of r = 4 for the queries and values of three layers
+
+    more = {purpose: count - plain.device[purpose] for purpose, count in tuned.device.items()}
+    assert more["optimiser"] == more["trained"] == 8 * (encoder + adapters)
+    assert tuned.device["image encoder"] == 0 < plain.device["image encoder"]
+    assert more["language model"] == 0
+    # at least what the two blocks' products read, of two images of 50 tokens, and q and v's
+    assert more["activations"] > 4 * 2 * 50 * 2 * (4 * E + 64)

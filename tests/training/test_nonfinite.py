@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from small_run import (
@@ -21,6 +20,7 @@ from small_run import (
     config,
     distance,
     free_port,
+    timeless,
     weights,
     write_world,
 )
@@ -29,11 +29,13 @@ from blip2fast.checkpoints.files import checkpoints_in
 from blip2fast.checkpoints.trained import read_description, save_model
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.training.build import build_run
+from blip2fast.training.engine import leave_processes
 from blip2fast.training.engine_state import (
     lowers_loss_scale,
     optimizer_state,
     restore_loss_scale,
 )
+from blip2fast.training.faults import Faults
 from blip2fast.training.finite import StepGate
 from blip2fast.training.log import Progress, read_metrics
 from blip2fast.training.trainer import Trainer, train
@@ -127,7 +129,9 @@ def spoil_gradient(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, ...]
             if not hasattr(self, "spoiled"):
                 self.spoiled = True
                 parameter = dict(self.model.named_parameters())["ln_vision.weight"]
-                parameter.register_hook(lambda g: g * float("nan") if self.step + 1 in steps else g)
+                parameter.register_hook(
+                    lambda g: g * float("nan") if self.state.step + 1 in steps else g
+                )
             original(self, batches)
 
         monkeypatch.setattr(Trainer, "_train_step", step)
@@ -167,11 +171,7 @@ def test_skipped_steps_are_counted_and_the_run_resumes_exactly(
     for step in (4, 5, 6):
         shutil.rmtree(resumed / "checkpoints" / f"step-{step:08d}")
     train(_settings(world, resumed, stage, **settings, resume=True), say=_quiet)
-    timeless = [
-        [{n: v for n, v in line.items() if "second" not in n} for line in read_metrics(folder)]
-        for folder in (whole, resumed)
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(whole) == timeless(resumed)
     assert distance(resumed, whole) == 0
     state = json.loads((resumed / "checkpoints" / "step-00000006" / "state.json").read_text())
     assert (state["skipped"], state["optimizer"]["updates"]) == (2, 4)
@@ -205,7 +205,7 @@ def test_a_parameter_that_is_not_finite_is_never_saved(
 
     def overflows_in_step_4(self: Trainer, batches: Iterator[Any]) -> None:
         original(self, batches)
-        if self.step == 3:
+        if self.state.step == 3:
             self.model.ln_vision.bias.data[0] = float("inf")
 
     monkeypatch.setattr(Trainer, "_train_step", overflows_in_step_4)
@@ -288,13 +288,13 @@ def test_no_step_passes_before_the_host_knows(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero_stage: int
 ) -> None:
     seen: list[Any] = []
-    original = Trainer._read_outcomes
+    original = Faults.read_outcomes
 
-    def noted(self: Trainer, wait: bool) -> bool:
-        seen.append({n: v.clone() for n, v in self._parameters().items()})
+    def noted(self: Faults, wait: bool) -> bool:
+        seen.append({n: v.clone() for n, v in self._state.parameters().items()})
         return original(self, wait)
 
-    monkeypatch.setattr(Trainer, "_read_outcomes", noted)
+    monkeypatch.setattr(Faults, "read_outcomes", noted)
     rare = {"log_every": 100, "save_every": 0, "zero_stage": zero_stage}
     with pytest.raises(FloatingPointError, match="step 3: loss not finite, as the tokens"):
         train(_settings(world, tmp_path / "out", 2, **rare), say=_quiet)
@@ -388,7 +388,7 @@ def _work(rank: int, port: int, world: Path, folder: Path) -> None:
                 train(_settings(world, output, 1, on_nonfinite=policy, **settings), say=said.append)
             except FloatingPointError as error:
                 (folder / f"error-{zero_stage}-{rank}").write_text(str(error))
-    dist.destroy_process_group()
+    leave_processes()
 
 
 @pytest.mark.slow

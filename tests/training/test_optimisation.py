@@ -14,7 +14,8 @@ from torch import nn
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.training.config import OptimSection
-from blip2fast.training.engine import adamw, deepspeed_config, learning_rate, parameter_groups
+from blip2fast.training.engine import adamw, deepspeed_config, learning_rate
+from blip2fast.training.parameter_groups import parameter_groups
 
 OPTIM = OptimSection(max_steps=110, batch_size=1, lr=1.0, min_lr=0.2, warmup_steps=10)
 

@@ -14,6 +14,7 @@ from small_run import be_one_of_two, config, distance, free_port, write_world
 from blip2fast.offload.streaming import BlockStream, stream_of
 from blip2fast.training import placement
 from blip2fast.training.build import build_run
+from blip2fast.training.engine import leave_processes
 from blip2fast.training.log import read_metrics
 from blip2fast.training.memory_plan import Memory
 from blip2fast.training.trainer import train
@@ -120,7 +121,7 @@ def _work(rank: int, port: int, world: Path, outputs: Path) -> None:
     placement.machine_memory = lambda: free
     with pytest.raises(ValueError, match="nothing fits this machine"):
         train(config(world, outputs / "auto", 2, **plain, offload="auto"), say=_quiet)
-    torch.distributed.destroy_process_group()
+    leave_processes()
 
 
 @pytest.mark.slow

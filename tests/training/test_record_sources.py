@@ -87,7 +87,7 @@ def test_positives_by_text(world: Path, tmp_path: Path) -> None:
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """All runs are large ones, whose order is computed and not kept."""
     monkeypatch.setattr("blip2fast.data.order.MOST_SHUFFLED", 10)
-    monkeypatch.setattr("blip2fast.training.trainer.MOST_SHUFFLED", 10)
+    monkeypatch.setattr("blip2fast.training.restart.MOST_SHUFFLED", 10)
 
 
 @pytest.mark.usefixtures("large")
@@ -109,7 +109,7 @@ def test_a_mixed_run_resumes_to_the_last_bit(
     (resumed / "model.safetensors").unlink()
     train(config(world, resumed, resume=True, **settings), say=lambda _: None)
     assert distance(resumed, whole) == 0
-    monkeypatch.setattr("blip2fast.training.trainer.MOST_SHUFFLED", 100)
+    monkeypatch.setattr("blip2fast.training.restart.MOST_SHUFFLED", 100)
     with pytest.raises(ValueError, match="shuffle is 'feistel' there, None here"):
         train(config(world, resumed, resume=True, **settings), say=lambda _: None)
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from blip2fast.ops.collectives import world_size
 from blip2fast.stage1.model import Blip2Stage1
-from blip2fast.training import trainer
-from blip2fast.training.trainer import Trainer, train
+from blip2fast.training import run_state, trainer
+from blip2fast.training.run_state import RunState
+from blip2fast.training.trainer import train
 
 CASTS: list[Callable[[nn.Module], nn.Module]] = [
     lambda model: model.bfloat16(),
@@ -102,11 +103,12 @@ def test_a_run_in_bf16_uses_the_temperature_that_it_saves(
 
     def keep(engine: Any, model: Blip2Stage1) -> None:
         keep_temperature(engine, model)
-        kept.append(float(trainer.master_parameters(engine, model)["temp"]))
+        kept.append(float(run_state.master_parameters(engine, model)["temp"]))
 
     temperature, keep_temperature = Blip2Stage1.temperature, trainer.keep_temperature
     monkeypatch.setattr(Blip2Stage1, "temperature", seen)
-    monkeypatch.setattr(trainer, "keep_temperature", keep)
+    for module in (run_state, trainer):
+        monkeypatch.setattr(module, "keep_temperature", keep)
     optim = {"lr": 1e-4, "min_lr": 1e-5, "batch_size": 2, "accumulation": 2} | {
         "grad_cache": grad_cache
     }
@@ -126,13 +128,13 @@ def test_under_zero_3_the_evaluated_copy_has_it_too(
 ) -> None:
     found: list[Tensor] = []
 
-    def whole(self: Trainer) -> Any:
+    def whole(self: RunState) -> Any:
         model = whole_model(self)
         found.append(model.temp.detach().clone())
         return model
 
-    whole_model = Trainer._whole_model
-    monkeypatch.setattr(Trainer, "_whole_model", whole)
+    whole_model = RunState.whole_model
+    monkeypatch.setattr(RunState, "whole_model", whole)
     train(config(world, tmp_path / "run", 1, precision="bf16", zero_stage=3), say=lambda _: None)
     assert found[-1].dtype == torch.float32
     assert torch.equal(found[-1].view(()), weights(tmp_path / "run")["temp"].view(()))

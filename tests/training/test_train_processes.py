@@ -20,6 +20,7 @@ from blip2fast.kernels.philox import philox_state
 from blip2fast.stage1 import model as stage1
 from blip2fast.training import validation
 from blip2fast.training.build import build_run
+from blip2fast.training.engine import leave_processes
 from blip2fast.training.log import read_metrics
 from blip2fast.training.trainer import train
 
@@ -54,7 +55,7 @@ def _work(rank: int, port: int, world: Path, outputs: Path) -> None:
     train(config(world, outputs / "resumed", 2, **resume), say=_quiet)
     for zero_stage in (2, 3):
         _evaluate_with_known_captions(world, outputs / f"shares-{zero_stage}-{rank}", zero_stage)
-    torch.distributed.destroy_process_group()
+    leave_processes()
 
 
 def _train_and_keep_seeds(world: Path, output: Path, rank: int) -> None:

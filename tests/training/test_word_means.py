@@ -15,6 +15,7 @@ from torch import Tensor
 
 from blip2fast.data.records import CaptionRecord, SequenceRecord, write_records
 from blip2fast.training.build import build_run
+from blip2fast.training.engine import leave_processes
 from blip2fast.training.log import read_metrics
 from blip2fast.training.trainer import train
 from blip2fast.training.word_means import pass_weights, weighted
@@ -61,7 +62,7 @@ def _work(rank: int, port: int, folder: Path) -> None:
             )
         train(_settings(world, folder / f"{stage}-once", stage, two), say=_quiet)
     torch.save(_exact(world, folder, one), folder / f"exact{rank}.pt")
-    dist.destroy_process_group()
+    leave_processes()
 
 
 def _exact(world: Path, folder: Path, split: tuple[int, int], **more: Any) -> dict[int, Any]:

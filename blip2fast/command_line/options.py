@@ -1,0 +1,49 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+Config = Annotated[
+    str,
+    typer.Option("--config", metavar="FILE", help="A yaml file, such as those in configs/."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one key, such as optim.batch_size=8; repeatable.",
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="By default CUDA where there is one.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
+Readers = Annotated[int, typer.Option(min=1, help="Threads that read pictures.")]
+# for commands that have a parser of their own
+AS_GIVEN = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own notes and progress bars out of a command's output."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def say(line: str) -> None:
+    """Print a result at once."""
+    print(line, flush=True)
+
+
+def note(line: str) -> None:
+    """Print to stderr what is no result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def complain(fault: str) -> None:
+    """Name a picture that could not be read."""
+    note(f"passed over: {fault}")

@@ -1,0 +1,185 @@
+"""`blip2fast data import`, `data check` and `features`: records and pictures before a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from blip2fast.data.source_config import RecordSource
+
+Task = Literal["caption", "vqa", "sequence"]
+
+Sources = Annotated[
+    list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, patterns.")
+]
+TaskOption = Annotated[
+    Task | None, typer.Option("--task", help="By default what the first row fits.")
+]
+Images = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder from which images are named.")
+]
+Encoding = Annotated[str, typer.Option(help="Of text files.")]
+Separator = Annotated[str | None, typer.Option(help="Of columns in a CSV file.")]
+ImageKey = Annotated[str | None, typer.Option(metavar="NAME", help="Column of the images.")]
+CaptionKey = Annotated[str | None, typer.Option(metavar="NAME", help="Column of the captions.")]
+Annotations = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Answers to VQAv2's questions.")
+]
+ImageName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Of VQAv2's images, with {} for the number.")
+]
+
+app = typer.Typer(
+    help="Import or check records of any layout: JSON lines and lists, CSV, TSV, Parquet, COCO and "
+    "VQAv2 annotations, folders of datasets, webdataset shards, images with texts (docs/data.md).",
+    no_args_is_help=True,
+)
+
+
+@app.command("import")
+def import_(
+    sources: Sources,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the table.")],
+    task: TaskOption = None,
+    images: Images = None,
+    encoding: Encoding = "utf-8",
+    separator: Separator = None,
+    image_key: ImageKey = None,
+    caption_key: CaptionKey = None,
+    annotations: Annotations = None,
+    image_name: ImageName = None,
+) -> None:
+    """Write records into a table that a run maps.
+
+    Example: blip2fast data import captions_train2014.json --images train2014 --out data/coco
+    """
+    from blip2fast.data.importing import import_records
+
+    options = {"encoding": encoding, "separator": separator, "image_key": image_key}
+    options |= {"caption_key": caption_key, "annotations": annotations, "image_name": image_name}
+    print(import_records(_sources(sources, **options), str(out), task, _folder(images)))
+
+
+@app.command("check")
+def check(
+    sources: Sources,
+    task: TaskOption = None,
+    images: Images = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="PATH", help="To count tokens: a folder or hub name.")
+    ] = None,
+    max_txt_len: Annotated[int, typer.Option(min=1, help="Tokens that a run keeps.")] = 32,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read images.")] = 4,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print all that is found as JSON.")
+    ] = False,
+    encoding: Encoding = "utf-8",
+    separator: Separator = None,
+    image_key: ImageKey = None,
+    caption_key: CaptionKey = None,
+    annotations: Annotations = None,
+    image_name: ImageName = None,
+) -> None:
+    """Count records and images, and find what a run cannot use.
+
+    Reads all records, and with --images all images. The exit status is 1 if something is unusable.
+
+    Example: blip2fast data check captions.csv --images photos --tokenizer bert-base-uncased
+    """
+    from blip2fast.command_line.options import quiet_transformers
+    from blip2fast.data.checking import check_records
+
+    quiet_transformers()
+    options = {"encoding": encoding, "separator": separator, "image_key": image_key}
+    options |= {"caption_key": caption_key, "annotations": annotations, "image_name": image_name}
+    given, folder = _sources(sources, **options), _folder(images)
+    found = check_records(given, task, folder, _tokenizer(tokenizer), max_txt_len, workers)
+    print(json.dumps(found.values(), indent=1) if as_json else str(found))
+    if not found.usable:
+        raise typer.Exit(1)
+
+
+def features(
+    images: Annotated[Path, typer.Option(metavar="DIR", help="Folder of image files.")],
+    records: Annotated[
+        str, typer.Option(metavar="SOURCE", help="What names the images (docs/data.md).")
+    ],
+    encoder: Annotated[
+        str, typer.Option(metavar="PATH", help="Folder or hub name of a vision model.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the cache.")],
+    layer: Annotated[
+        int | None, typer.Option(min=1, help="Blocks to run; default: BLIP-2's choice.")
+    ] = None,
+    dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16",
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read the images.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a cache that is there.")
+    ] = False,
+) -> None:
+    """Compute a feature cache from a folder of images.
+
+    Encodes the images that the records name, in sorted order, each once. An interrupted run
+    continues where it stopped when the same command is given again.
+
+    Example: blip2fast features --images photos --records captions.csv
+    --encoder openai/clip-vit-large-patch14 --out features/photos
+    """
+    import torch
+
+    from blip2fast.command_line.options import quiet_transformers
+    from blip2fast.data.caching import cache_images
+    from blip2fast.data.sources import source_keys
+    from blip2fast.frozen.image_encoders import load_image_encoder
+
+    quiet_transformers()
+    keys = source_keys(records)
+    on_gpu = torch.cuda.is_available()
+    compute = torch.bfloat16 if on_gpu else torch.float32
+    loaded = load_image_encoder(encoder, layer, compute)
+    cache = cache_images(
+        str(images),
+        keys,
+        loaded.to("cuda" if on_gpu else "cpu"),
+        str(out),
+        name=encoder,
+        dtype=dtype,
+        batch_size=batch_size,
+        workers=workers,
+        overwrite=overwrite,
+    )
+    print(
+        f"{cache.path}: {cache.num_images} images of {cache.num_tokens} tokens x {cache.width}, "
+        f"{cache.dtype}, relative error {cache.relative_error:.2g}"
+    )
+
+
+def _sources(sources: list[str], **options: str | None) -> list[RecordSource]:
+    from blip2fast.data.source_config import RecordSource
+
+    if options["separator"] == "\\t":
+        options["separator"] = "\t"
+    given: dict[str, Any] = options
+    return [RecordSource(source=source, **given) for source in sources]
+
+
+def _folder(images: Path | None) -> Path | None:
+    if images is not None and not images.is_dir():
+        raise ValueError(f"--images {images}: not a folder")
+    return images
+
+
+def _tokenizer(path: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    if path is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer {path}: {str(error).splitlines()[0]}") from None

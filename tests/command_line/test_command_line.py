@@ -1,0 +1,147 @@
+"""The command `blip2fast` as a whole; what each command does is tested in its room."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from small_run import values, write_world
+
+from blip2fast import __version__
+from blip2fast.command_line import machine, main
+from blip2fast.command_line.application import app
+from blip2fast.training.config_files import SHIPPED, load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def commands() -> list[list[str]]:
+    def below(command: Any, words: list[str]) -> list[list[str]]:
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            return [words]
+        return [each for name in inner for each in below(inner[name], [*words, name])]
+
+    return below(typer.main.get_command(app), [])
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_says_what_it_does_with_an_example(words: list[str]) -> None:
+    command: Any = typer.main.get_command(app)
+    for word in words:
+        command = command.commands[word]
+    assert re.search(rf"Example: blip2fast {' '.join(words)}\b", command.help)
+    assert all(each.help or each.show_default for each in command.params), words
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    said = capsys.readouterr().out
+    assert {words[0] for words in commands()} <= set(said.split())
+    main(["--version"])
+    assert capsys.readouterr().out == f"{__version__}\n"
+    main(["features", "--help"])
+    assert "--encoder" in capsys.readouterr().out
+    for own in ("train", "demo"):
+        main([own, "--help"])
+        assert f"usage: blip2fast {own}" in capsys.readouterr().out
+
+
+def test_near_misses_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, near in (
+        (["plam"], "plan"),
+        (["data", "chek"], "check"),
+        (["plan", "--confg", "x"], "--config"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(given)
+        assert near in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"no configuration at vitg_stage: .* vitg_stage1\?"):
+        main(["plan", "--config", "vitg_stage"])
+
+
+def test_python_runs_it_as_a_module() -> None:
+    command = [sys.executable, "-m", "blip2fast", "plan", "--config", "nowhere.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: no configuration at nowhere.yaml: not a file\n"
+
+
+def test_shipped_configurations_are_found_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # as from a wheel: no configs/ here
+    whole = load_config(SHIPPED / "scenes_stage1.yaml")
+    assert load_config("scenes_stage1") == load_config("configs/scenes_stage1.yaml") == whole
+    (tmp_path / "scenes_stage1").write_text(f"{(SHIPPED / 'scenes_stage1.yaml').read_text()}\n")
+    assert load_config("scenes_stage1", ["seed=3"]).seed == 3
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_init_writes_what_a_run_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: int
+) -> None:
+    file = tmp_path / "my run.yaml"
+    odd = "photos: 2024 #1"
+    given = ["--stage", str(stage), "--images", odd, "--records", "true", "--encoder", "12"]
+    main(["init", str(file), *given])
+    assert f"blip2fast train --config '{file}'" in capsys.readouterr().out
+    run = load_config(file)
+    assert (run.stage, run.data.images, run.output_dir) == (stage, odd, "runs/my run")
+    assert (run.data.records, run.data.image_encoder) == ("true", "12")
+    assert (run.init_from, run.offload) == ((None, "none"), ("runs/stage1", "auto"))[stage - 1]
+    # a comment for whoever reads it
+    assert file.read_text().count("#") > 8
+    before = file.read_text()
+    with pytest.raises(SystemExit, match=r"error: .*my run.yaml exists: give --overwrite"):
+        main(["init", str(file)])
+    assert file.read_text() == before
+    main(["init", str(file), "--overwrite", "--encoder", "other"])
+    assert load_config(file).data.image_encoder == "other"
+    assert [path.name for path in tmp_path.iterdir()] == ["my run.yaml"]
+
+
+def test_init_knows_how_language_models_end_a_caption(tmp_path: Path) -> None:
+    for name, end in (("facebook/opt-6.7b", "\n"), ("google/flan-t5-xl", None)):
+        file = tmp_path / f"{Path(name).name}.yaml"
+        main(["init", str(file), "--stage", "2", "--language-model", name])
+        run = load_config(file)
+        assert run.language_model is not None
+        assert (run.language_model.path, run.language_model.end_text) == (name, end)
+    with pytest.raises(SystemExit, match=r"run.json: a configuration is a yaml file; .*run.yaml"):
+        main(["init", str(tmp_path / "run.json")])
+
+
+@pytest.mark.slow
+def test_train_is_train_py(tmp_path: Path) -> None:
+    world = write_world(tmp_path / "world")
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values(world, tmp_path / "out", 1)))
+    command = [sys.executable, "-m", "blip2fast", "train", "--config", str(file)]
+    short = ["--set", "optim.max_steps=2", "--set", "optim.warmup_steps=1"]
+    done = subprocess.run([*command, *short], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_bench_says_what_a_wheel_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "site" / "blip2fast" / "c" / "m.py"))
+    with pytest.raises(SystemExit, match=r"error: the benchmarks are not in the wheel: clone"):
+        main(["bench"])
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(command[1:])
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SystemExit, match="3"):
+        main(["bench", "-k", "itc"])
+    assert calls == [["-m", "pytest", "benchmarks/", "--benchmark-only", "-k", "itc"]]

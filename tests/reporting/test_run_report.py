@@ -1,0 +1,158 @@
+"""`report.html`: what it shows, that it needs no network, that a browser draws it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from blip2fast.command_line import main
+from blip2fast.reporting import REPORT, Sample, write_report
+
+LINES = [
+    {"step": 10, "loss": 3.25, "loss_itc": 1.5, "lr": 1e-4, "samples_per_second": 12345.6},
+    {"step": 20, "loss": 2.5, "loss_itc": 1.25, "lr": 5e-5, "samples_per_second": 200.0},
+    {"step": 20, "eval_loss": 2.75, "eval_t2i_r1": 0.625, "eval_cider": 1.5, "some_new_one": 7},
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "<b>bold & run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("stage: 1\noptim:\n  max_steps: 40\n")
+    write_metrics(folder, LINES)
+    starts = [{"started": "2026-01-02", "steps": 0}, {"started": "2026-01-03", "lr": "1 to 2"}]
+    (folder / "history.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    return folder
+
+
+def write_metrics(folder: Path, lines: list[dict[str, float]]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+class Page(HTMLParser):
+    """Text outside style, the titles of sections, and every address that a browser would load."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.text, self.titles, self.addresses, self.open = "", [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == [], "elements that are not closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [v or "" for n, v in attrs if n in ("src", "href", "data", "poster")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            assert "url(http" not in data
+            assert "@import" not in data
+            return
+        self.text += data
+        if self.open[-1:] == ["h3"]:
+            self.titles.append(data)
+
+
+def test_it_shows_the_run(run: Path) -> None:
+    path = write_report(run)
+    assert path == run / REPORT
+    page = Page(path)
+    titles = ["Loss", "Retrieval", "Captions and answers", "Learning rate", "Throughput", "Other"]
+    assert page.titles == titles
+    for said in (
+        "<b>bold & run",
+        "step 20 of 40",
+        "not ended",
+        "some_new_one",
+        "2026-01-03",
+        "max_steps: 40",
+    ):
+        assert said in re.sub(r"\s+", " ", page.text), said
+    rows = re.findall(r"<tr><td>(.*?)</td><td.*?>(.*?)</td><td.*?>(.*?)</td>", path.read_text())
+    assert ("loss, held out", "2.75", "20") in rows
+    assert ("loss_itc", "1.25", "20") in rows
+    assert ("samples_per_second", "200", "20") in rows
+    # trained and held out are drawn together: one curve and one of a single point
+    assert path.read_text().count("line2d_") > 0
+
+
+def test_it_needs_no_network_and_runs_no_code(run: Path) -> None:
+    sample = Sample(
+        Image.new("RGB", (900, 600), "red"),
+        "a.png",
+        {"caption": "<script>alert(1)</script>"},
+        {"query 0": Image.new("L", (30, 20), 128)},
+    )
+    path = write_report(run, [sample])
+    page = Page(path)
+    assert all(url.startswith(("data:image/jpeg;base64,", "#")) for url in page.addresses)
+    assert "<script" not in path.read_text()
+    assert "<script>alert(1)</script>" in page.text
+    assert "query 0" in page.text
+    sizes = []
+    for url in page.addresses:
+        if url.startswith("data:"):
+            _, _, data = url.partition(",")
+            sizes.append(Image.open(BytesIO(base64.b64decode(data))).size)
+    assert sizes == [(384, 256), (30, 20)]
+
+
+def test_the_same_run_gives_the_same_file(run: Path, tmp_path: Path) -> None:
+    first = write_report(run).read_bytes()
+    assert write_report(run, out=tmp_path / "again.html").read_bytes() == first
+
+
+def test_a_run_that_has_just_started(run: Path) -> None:
+    write_metrics(run, [])
+    assert "Nothing has been logged yet." in Page(write_report(run)).text
+    (run / "config.yaml").unlink()
+    (run / "history.jsonl").unlink()
+    assert "step 0" in Page(write_report(run)).text
+
+
+def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["report", str(run)])
+    assert capsys.readouterr().out == f"{run / REPORT}\n"
+    with pytest.raises(SystemExit, match=r"error: no metrics at .*nowhere.*: not a file; give the"):
+        main(["report", str(tmp_path / "nowhere")])
+    before = (run / REPORT).read_bytes()
+    (run / "metrics.jsonl").write_text('{"step": 1\n')
+    with pytest.raises(SystemExit, match=r"error: .*metrics.jsonl, line 1 is not JSON"):
+        main(["report", str(run)])
+    assert (run / REPORT).read_bytes() == before
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium on this machine")
+def test_a_browser_draws_it(run: Path, tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, BROWSERS)))
+    page, picture = write_report(run, out=tmp_path / "page.html"), tmp_path / "page.png"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    for width in (1200, 390):
+        where = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}"]
+        command = [browser, *options, *where, f"--window-size={width},1400", f"file://{page}"]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        image = Image.open(picture).convert("RGB")
+        assert image.size == (width, 1400)
+        colours = {colour for _, colour in image.getcolors(1 << 24) or ()}
+        # the curve of the loss, the cards and the page behind them
+        assert {(0, 114, 178), (255, 255, 255), (246, 247, 249)} <= colours
+        # nothing stands beyond the right edge: the last column is the page's background
+        edge = {image.getpixel((width - 3, y)) for y in range(0, 1400, 7)}
+        assert edge == {(246, 247, 249)}
