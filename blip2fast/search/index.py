@@ -157,7 +157,7 @@ class SearchIndex:
         def similarity(text: Tensor) -> Callable[[Tensor], Tensor]:
             return lambda rows: (self.features(rows) @ text.float()).amax(1)
 
-        bounds = self._bounds(bounds_of_texts, texts)
+        bounds = self._bounds(bounds_of_texts, texts, candidates is None)
         return [
             nearest(bound, similarity(text), k, candidates)
             for bound, text in zip(bounds, texts, strict=True)
@@ -178,17 +178,17 @@ class SearchIndex:
         def similarity(image: Tensor) -> Callable[[Tensor], Tensor]:
             return lambda rows: (self.features(rows) * image.float()).sum((1, 2)) / len(image)
 
-        bounds = self._bounds(bounds_of_images, images)
+        bounds = self._bounds(bounds_of_images, images, candidates is None)
         return [
             nearest(bound, similarity(image), k, candidates)
             for bound, image in zip(bounds, images, strict=True)
         ]
 
-    def _bounds(self, bounds: Callable[..., Tensor], given: Tensor) -> Tensor:
+    def _bounds(self, bounds: Callable[..., Tensor], given: Tensor, fine: bool) -> Tensor:
         if self._basis is None:
             return torch.empty(len(given), 0)
         parts = [
-            bounds(self._basis, codes, losses, given)
+            bounds(self._basis, codes, losses, given, fine)
             for codes, losses in zip(self._codes, self._losses, strict=True)
         ]
         return torch.cat(parts, 1)

@@ -49,7 +49,7 @@ def load_matcher(
     transform: Transform | None
     if is_trained(path):
         description = read_description(path)
-        loaded = load_trained(path)
+        loaded = load_trained(path, image_encoder=image_encoder)
         if not isinstance(loaded, Blip2Stage1):
             raise ValueError(f"{path}: expected a model of stage 1")
         if description.tokenizer is None:
