@@ -1,4 +1,4 @@
-"""`blip2fast caption`, `report` and `demo`: what a run is used for."""
+"""`blip2fast convert`, `report` and `demo`: what a run is used for."""
 
 from __future__ import annotations
 
@@ -7,50 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from blip2fast.command_line.options import (
-    Device,
-    ImageEncoder,
-    LanguageModel,
-    quiet_transformers,
-)
-
-
-def caption(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="PATH",
-            help="A stage-2 run, a checkpoint of it, or a transformers BLIP-2 (folder, hub name).",
-        ),
-    ],
-    question: Annotated[str | None, typer.Option(help="To answer, instead of a caption.")] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Instead of the model's own; with {} for a question.")
-    ] = None,
-    num_beams: Annotated[int, typer.Option(min=1)] = 5,
-    language_model: LanguageModel = None,
-    image_encoder: ImageEncoder = None,
-    device: Device = None,
-) -> None:
-    """Describe image files, or answer a question about each.
-
-    Prints a line for each image: its path, a tab, and what the model writes.
-
-    Example: blip2fast caption --model runs/scenes/stage2 one.png two.png
-    """
-    from blip2fast.inference.model import Blip2
-
-    quiet_transformers()
-    loaded = Blip2.from_pretrained(
-        model, device=device, language_model=language_model, image_encoder=image_encoder
-    )
-    if question is None:
-        texts = loaded.caption(images, prompt=prompt, num_beams=num_beams)
-    else:
-        texts = loaded.answer(images, question, prompt=prompt, num_beams=num_beams)
-    for path, text in zip(images, texts, strict=True):
-        print(f"{path}\t{text}")
+from blip2fast.command_line.options import ImageEncoder, LanguageModel, quiet_transformers
 
 
 def convert(

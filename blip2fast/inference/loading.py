@@ -123,6 +123,20 @@ class Loaded:
         """The image marker in texts."""
         return self.text.image_marker or MARKER
 
+    def image_transform(self) -> Transform:
+        """The image transform.
+
+        Raises:
+            ValueError: there is no image encoder; says why.
+        """
+        if self.transform is None:
+            raise ValueError(
+                f"no image encoder for pictures: {self.no_encoder}. Give from_pretrained "
+                "image_encoder=..., on the command line --image-encoder, or give image_embeds=..., "
+                "its tokens"
+            )
+        return self.transform
+
 
 def load_parts(
     path: str,
@@ -256,8 +270,7 @@ def _transformers(
             )
         whole = _KINDS[kind].from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        # all models of these kinds use this class; AutoImageProcessor may require torchvision
-        processor = BlipImageProcessorPil.from_pretrained(path)
+        transform = processor_transform(path)
         words = None
         if kind == "instructblip":
             words = AutoTokenizer.from_pretrained(
@@ -270,10 +283,6 @@ def _transformers(
         ) from error
     model = Blip2Stage2.from_transformers(whole).eval()
 
-    def transform(image: Image.Image) -> Tensor:
-        pixels: Tensor = processor(images=to_rgb(image), return_tensors="pt")["pixel_values"]
-        return pixels[0]
-
     if offload == "stream":
         stream_blocks(model.language_model, device)
     _place(model, dtype, device)
@@ -285,6 +294,18 @@ def _transformers(
     encoder_decoder = is_encoder_decoder(model.language_model)
     prompts = paper_prompts(encoder_decoder, model.config.text_conditioned)
     return Loaded(model, text, prompts, transform, "", end_ids)
+
+
+def processor_transform(path: str) -> Transform:
+    """The image transform of a transformers BLIP-2."""
+    # all models of these kinds use this class; AutoImageProcessor may require torchvision
+    processor = BlipImageProcessorPil.from_pretrained(path)
+
+    def transform(image: Image.Image) -> Tensor:
+        pixels: Tensor = processor(images=to_rgb(image), return_tensors="pt")["pixel_values"]
+        return pixels[0]
+
+    return transform
 
 
 def _text(model: Blip2Stage2, tokenizer: Any, qformer_tokenizer: Any) -> Stage2Text:

@@ -34,6 +34,8 @@ ROOMS = (
     "training",
     "inference",
     "scoring",
+    "search",
+    "capfilt",
     "reporting",
     "scenes",
     "demo",
@@ -43,8 +45,8 @@ ROOMS = (
     "__main__",
 )
 FACES = (
-    *("checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload"),
-    *("published", "qformer", "reporting", "scoring", "stage1", "stage2", "training"),
+    *("capfilt", "checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload"),
+    *("published", "qformer", "reporting", "scoring", "search", "stage1", "stage2", "training"),
 )
 # What not every user has installed beside torch, transformers and NumPy.
 OPTIONAL = (
