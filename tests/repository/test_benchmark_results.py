@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import ablations
+import demo_seeds
 import fingerprint
 import report
 import roofline
 import tables
 import training_tables
 from results import ResultFile, merge, newest, reduce, slug
+
+from blip2fast.demo.table import FLOORS
 
 
 def raw(name: str, date: str, times: dict[str, float], device: str = "AMD EPYC") -> dict[str, Any]:
@@ -312,3 +316,84 @@ def test_records_name_kind_and_rival() -> None:
     assert lines[2] == "| bias_gelu, triton | dtype=bf16 | 200 µs | pytorch | 330 µs |"
     assert lines[-1] == "A card, torch 2, triton 3."
     assert tables.records_table([]) == "None yet."
+
+
+def demo_run(seed: int, exact: float, **changes: object) -> dict[str, Any]:
+    """A summary of the demo, as far as result files need it."""
+    table = {name: {"model": 0.99, "chance": 0.3, "shuffled": 0.3} for name in FLOORS}
+    table["caption/exact"] = {"model": exact, "chance": 0.0, "blind": 0.0, "shuffled": 0.01}
+    return {
+        "source": "shapes",
+        "table": {"loss/itc": {"model": 1 + seed, "chance": 4.0}, **table},
+        "settings": {"source": "shapes", "seed": seed, "held_out_scenes": 1000},
+        "machine": {
+            "versions": dict.fromkeys(("torch", "transformers", "deepspeed"), "1"),
+            "processor": "X",
+            "cores": 2,
+            "gpu": None,
+            "commit": "0123456789",
+        },
+        "attention": {},
+        "captions": [],
+        "phases": {},
+        "from_nothing": {"seconds": 400.0 + seed, "cpu_seconds": 700.0},
+        **changes,
+    }
+
+
+def test_the_demo_table_has_mean_and_range_over_the_seeds() -> None:
+    result = demo_seeds.combine([demo_run(0, 0.9), demo_run(1, 0.8), demo_run(2, 0.64)])
+    text = training_tables.demo_table(result)
+    assert "| exact | 78.0 (64.0 to 90.0) | 0.0 | 0.0 | 1.0 | ≥ 65 |" in text
+    assert "| contrastive (ITC) | 2.000 (1.000 to 3.000) | 4.000 |" in text
+    assert "Seeds 0, 1, 2: means, and ranges in brackets." in text
+    assert "400 to 402 s (700 s of CPU time) on 2 cores of X" in text
+    assert "Gates not met: seed 2: caption/exact: 64.0% reached, at least 65% wanted." in text
+
+
+def test_the_demo_table_of_one_seed_has_no_range_and_met_gates_are_not_listed() -> None:
+    result = demo_seeds.combine([demo_run(3, 0.9)])
+    text = training_tables.demo_table(result)
+    assert "| exact | 90.0 | 0.0 | 0.0 | 1.0 | ≥ 65 |" in text
+    assert "Seed 3. 1000 held-out scenes; a run took 403 s" in text
+    assert "not met" not in text
+    sentence = training_tables.digits_sentence(result | {"source": "digits"})
+    assert "exact 90.0, with images shuffled 1.0;" in sentence
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": {"source": "shapes", "seed": 1, "held_out_scenes": 40}},
+        {"machine": demo_run(0, 0.9)["machine"] | {"commit": "another"}},
+    ],
+)
+def test_runs_of_other_settings_or_commits_are_not_combined(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="seed 1 ran with other settings"):
+        demo_seeds.combine([demo_run(0, 0.9), demo_run(1, 0.9, **changes)])
+
+
+def test_a_seed_that_ran_at_this_commit_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = demo_run(0, 0.9)["machine"]
+    started: list[list[str]] = []
+
+    def start(command: list[str], **_: object) -> None:
+        started.append(command)
+        folder = Path(command[command.index("--output") + 1])
+        folder.mkdir(exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps(demo_run(4, 0.7, machine=machine)))
+
+    monkeypatch.setattr(demo_seeds, "machine", lambda: machine)
+    monkeypatch.setattr(demo_seeds.subprocess, "run", start)
+    for _ in range(2):
+        assert demo_seeds.run_demo("shapes", 4, tmp_path / "four")["settings"]["seed"] == 4
+    (command,) = started
+    assert command[1:7] == ["-m", "blip2fast.demo", "--source", "shapes", "--seed", "4"]
+    machine["commit"] = "newer"
+    assert demo_seeds.run_demo("shapes", 4, tmp_path / "four")["machine"] == machine
+    assert len(started) == 2
+    monkeypatch.setattr(demo_seeds.subprocess, "run", lambda *_, **__: None)
+    with pytest.raises(RuntimeError, match="seed 5: the demo left no summary"):
+        demo_seeds.run_demo("shapes", 5, tmp_path / "five")
