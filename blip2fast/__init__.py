@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from blip2fast._imports import lazy
 
 if TYPE_CHECKING:
+    from blip2fast import capfilt as capfilt
     from blip2fast import checkpoints as checkpoints
     from blip2fast import data as data
     from blip2fast import evaluation as evaluation
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     from blip2fast import inference as inference
     from blip2fast import offload as offload
     from blip2fast import ops as ops
+    from blip2fast import published as published
     from blip2fast import qformer as qformer
     from blip2fast import scenes as scenes
     from blip2fast import scoring as scoring
+    from blip2fast import search as search
     from blip2fast import stage1 as stage1
     from blip2fast import stage2 as stage2
     from blip2fast import training as training
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from blip2fast.ops.itc.loss import ITCLoss
     from blip2fast.qformer.model import QFormer
     from blip2fast.qformer.patching import patch, unpatch
+    from blip2fast.search.retriever import Blip2Retriever
     from blip2fast.stage1.config import Stage1Config, Stage1Output
     from blip2fast.stage1.model import Blip2Stage1
     from blip2fast.stage2.config import Stage2Config, Stage2Output
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Blip2",
+    "Blip2Retriever",
     "Blip2Stage1",
     "Blip2Stage2",
     "ITCLoss",
@@ -50,6 +55,7 @@ __version__ = "0.1.0.dev0"
 
 _NAMES = {
     "Blip2": "inference.model",
+    "Blip2Retriever": "search.retriever",
     "Blip2Stage1": "stage1.model",
     "Blip2Stage2": "stage2.model",
     "ITCLoss": "ops.itc.loss",
@@ -62,6 +68,7 @@ _NAMES = {
     "unpatch": "qformer.patching",
 }
 _ROOMS = (
+    "capfilt",
     "checkpoints",
     "data",
     "evaluation",
@@ -69,10 +76,12 @@ _ROOMS = (
     "inference",
     "offload",
     "ops",
+    "published",
     "qformer",
     "reporting",
     "scenes",
     "scoring",
+    "search",
     "stage1",
     "stage2",
     "training",

@@ -8,7 +8,16 @@ from typing import Annotated
 
 from blip2fast import __version__
 from blip2fast._imports import needs
-from blip2fast.command_line import machine, records, runs, scores, use
+from blip2fast.command_line import (
+    bootstrapping,
+    machine,
+    pictures,
+    records,
+    runs,
+    scores,
+    search,
+    use,
+)
 from blip2fast.command_line.options import AS_GIVEN
 
 with needs("run its commands", "typer"):
@@ -29,8 +38,14 @@ app.command(rich_help_panel="Train")(runs.plan)
 app.command("storage-loss", rich_help_panel="Train")(runs.storage_loss)
 app.add_typer(records.app, name="data", rich_help_panel="Data")
 app.command(rich_help_panel="Data")(records.features)
-app.command(rich_help_panel="Use")(use.caption)
+app.command(rich_help_panel="Data")(bootstrapping.capfilt)
+app.command(rich_help_panel="Use")(pictures.caption)
+app.command(rich_help_panel="Use")(pictures.vqa)
+app.command(rich_help_panel="Use")(pictures.chat)
+app.command(rich_help_panel="Use")(pictures.attention)
+app.add_typer(search.app, name="index", rich_help_panel="Use")
 app.command(rich_help_panel="Use")(use.report)
+app.command(rich_help_panel="Use")(use.convert)
 app.command(rich_help_panel="Use", add_help_option=False, context_settings=AS_GIVEN)(use.demo)
 app.add_typer(scores.app, name="eval", rich_help_panel="Use")
 app.add_typer(machine.app, name="kernels", rich_help_panel="Machine")

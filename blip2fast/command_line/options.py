@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -19,6 +20,17 @@ Set = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="By default CUDA where there is one.")]
+LanguageModel = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", help="Folder or hub name of the LLM, if it has moved."),
+]
+ImageEncoder = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", help="Folder or hub name of the image encoder, if it has moved."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
+Readers = Annotated[int, typer.Option(min=1, help="Threads that read pictures.")]
+
 # for commands that have a parser of their own
 AS_GIVEN = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -29,3 +41,18 @@ def quiet_transformers() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def say(line: str) -> None:
+    """Print a result at once."""
+    print(line, flush=True)
+
+
+def note(line: str) -> None:
+    """Print to stderr what is no result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def complain(fault: str) -> None:
+    """Name a picture that could not be read."""
+    note(f"passed over: {fault}")

@@ -1,47 +1,56 @@
-"""`blip2fast caption`, `report` and `demo`: what a run is used for."""
+"""`blip2fast convert`, `report` and `demo`: what a run is used for."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from blip2fast.command_line.options import Device, quiet_transformers
+from blip2fast.command_line.options import ImageEncoder, LanguageModel, quiet_transformers
 
 
-def caption(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="PATH",
-            help="A stage-2 run, a checkpoint of it, or a transformers BLIP-2 (folder, hub name).",
-        ),
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, hub name or .pth file.")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="A folder; for LAVIS a .pth file.")],
+    to: Annotated[
+        Literal["transformers", "lavis", "blip2fast"], typer.Option(help="The layout of DST.")
     ],
-    question: Annotated[str | None, typer.Option(help="To answer, instead of a caption.")] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Instead of the model's own; with {} for a question.")
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the images, in pixels: positions are resized."),
     ] = None,
-    num_beams: Annotated[int, typer.Option(min=1)] = 5,
-    device: Device = None,
+    language_model: LanguageModel = None,
+    image_encoder: ImageEncoder = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Of the Q-Former, what SRC lacks.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a DST that exists.")
+    ] = False,
 ) -> None:
-    """Describe image files, or answer a question about each.
+    """Write trained weights in transformers', LAVIS's or this library's layout.
 
-    Prints a line for each image: its path, a tab, and what the model writes.
+    Converts a run, a transformers BLIP-2 or InstructBLIP, or a file of LAVIS, and prints what was
+    mapped, left out and missing (docs/published_weights.md).
 
-    Example: blip2fast caption --model runs/scenes/stage2 one.png two.png
+    Example: blip2fast convert runs/scenes/stage2 scenes-blip2 --to transformers
     """
-    from blip2fast.inference.model import Blip2
+    from blip2fast.published.converting import convert as write
 
     quiet_transformers()
-    loaded = Blip2.from_pretrained(model, device=device)
-    if question is None:
-        texts = loaded.caption(images, prompt=prompt, num_beams=num_beams)
-    else:
-        texts = loaded.answer(images, question, prompt=prompt, num_beams=num_beams)
-    for path, text in zip(images, texts, strict=True):
-        print(f"{path}\t{text}")
+    print(
+        write(
+            source,
+            target,
+            to,
+            image_size=image_size,
+            language_model=language_model,
+            image_encoder=image_encoder,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+        )
+    )
 
 
 def report(

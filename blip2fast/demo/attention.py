@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blip2fast.demo.measure import EvalSet, tokenize
-from blip2fast.evaluation.retrieval import evaluating
-from blip2fast.kernels.qformer_attention.layout import MaskKind
-from blip2fast.qformer.masks import qformer_mask
 from blip2fast.scenes import Scene, captions
+from blip2fast.search.attention import query_attention
 from blip2fast.stage1.model import Blip2Stage1
 
 
@@ -82,18 +80,5 @@ def matching_attention(
 
     A leading class token, which no patch belongs to, is left out and the rest sums to 1.
     """
-    Q = model.config.num_query_tokens
-    with evaluating(model) as device:
-        ids, mask = input_ids.to(device), attention_mask.to(device)
-        queries = model.query_tokens.expand(len(ids), -1, -1)
-        outputs = model.qformer(
-            query_embeds=torch.cat([queries, model.embeddings(ids)], dim=1),
-            query_length=Q,
-            attention_mask=qformer_mask(MaskKind.BIDIRECTIONAL, Q, mask),
-            encoder_hidden_states=model.ln_vision(image_embeds.to(device)),
-            output_attentions=True,
-        )
-    weights = outputs.cross_attentions[-1].mean((1, 2)).float().cpu()
-    side = int(weights.shape[1] ** 0.5)
-    patches = weights[:, -side * side :]
-    return (patches / patches.sum(1, keepdim=True)).unflatten(1, (side, side))
+    patches = query_attention(model, image_embeds, input_ids, attention_mask).mean(1)
+    return patches / patches.sum((1, 2), keepdim=True)

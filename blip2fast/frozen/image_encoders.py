@@ -31,6 +31,7 @@ from transformers import (
     AutoConfig,
     Blip2VisionModel,
     CLIPVisionModel,
+    InstructBlipVisionModel,
     PreTrainedModel,
     Siglip2VisionModel,
     SiglipVisionModel,
@@ -40,6 +41,7 @@ from transformers import (
 
 from blip2fast.frozen.hub import not_found
 from blip2fast.frozen.identity import FrozenIdentity, identify_model
+from blip2fast.frozen.lavis_files import is_lavis_file, load_lavis_config, load_lavis_vision
 from blip2fast.frozen.preprocessing import read_preprocessing
 from blip2fast.frozen.recompute import is_unfrozen, recompute_forward
 from blip2fast.frozen.timm_models import TimmVision, is_timm, load_timm
@@ -68,12 +70,15 @@ class _Kind:
 _CLIP = _Kind(CLIPVisionModel, skipped_blocks=1, sizes="resized")
 # The published BLIP-2 checkpoints contain only the 39 blocks that are used, of 40.
 _BLIP2 = _Kind(Blip2VisionModel, sizes="resized")
+_INSTRUCT = _Kind(InstructBlipVisionModel, sizes="resized")
 _SIGLIP = _Kind(SiglipVisionModel, settings={"vision_use_head": False})
 _SIGLIP2 = _Kind(Siglip2VisionModel, settings={"vision_use_head": False})
 _DINO = _Kind(sizes="any")
 _KINDS = {
     "blip-2": _BLIP2,
     "blip_2_vision_model": _BLIP2,
+    "instructblip": _INSTRUCT,
+    "instructblip_vision_model": _INSTRUCT,
     "clip": _CLIP,
     "clip_vision_model": _CLIP,
     "vit": _Kind(ViTModel, load={"add_pooling_layer": False}, sizes="resized"),
@@ -298,6 +303,8 @@ def encoder_image_size(name_or_path: str) -> int:
     """
     if is_timm(name_or_path):
         return own_image_size(load_timm(name_or_path, pretrained=False).config)
+    if is_lavis_file(name_or_path):
+        return own_image_size(load_lavis_config(name_or_path))
     return _default_size(name_or_path, _config(name_or_path))
 
 
@@ -323,9 +330,10 @@ def load_image_encoder(
     """Load a frozen encoder.
 
     Args:
-        name_or_path: folder or hub name of a BLIP-2 (whole or its vision model), CLIP, SigLIP,
-            SigLIP 2, DINOv2, DINOv3, ViT or ViTMAE checkpoint, or of another vision model of
-            `AutoModel`; `timm:NAME`, or a folder with timm's config.json.
+        name_or_path: folder or hub name of a BLIP-2 or InstructBLIP (whole or its vision model),
+            CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, ViT or ViTMAE checkpoint, or of another vision
+            model of `AutoModel`; `timm:NAME`, or a folder with timm's config.json; or a `.pth` file
+            of LAVIS that holds its image encoder.
         layer: number of blocks to run, or counted from the last one: -1 all, -2 all but the last;
             None: BLIP-2's choice, which is all but the last for CLIP and all for the others.
         dtype: dtype of the weights and tokens.
@@ -344,6 +352,10 @@ def load_image_encoder(
             raise ValueError(_other_size(name_or_path, image_size, size))
         num_blocks = _chosen_blocks(timm_model, layer, 0)
         return FrozenImageEncoder(timm_model, num_blocks, name_or_path).to(dtype)
+    if is_lavis_file(name_or_path):
+        eva = load_lavis_vision(name_or_path)
+        size = _checked_size(name_or_path, eva.config, _BLIP2, image_size)
+        return FrozenImageEncoder(eva, _chosen_blocks(eva, layer, 0), name_or_path, size).to(dtype)
     config = _config(name_or_path)
     kind = _kind_of(name_or_path, config)
     size = _checked_size(name_or_path, config, kind, image_size)
@@ -445,7 +457,7 @@ def _load(kind: _Kind, name: str, config: Any) -> PreTrainedModel:
     config = getattr(config, "vision_config", config)
     for setting, value in kind.settings.items():
         setattr(config, setting, value)
-    more = {"key_mapping": {r"^vision_model\.": ""}} if kind is _BLIP2 else {}
+    more = {"key_mapping": {r"^vision_model\.": ""}} if kind in (_BLIP2, _INSTRUCT) else {}
     model, report = (kind.model or _auto_class(config)).from_pretrained(
         name,
         config=config,

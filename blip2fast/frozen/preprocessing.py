@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blip2fast.frozen.lavis_files import is_lavis_file
 from blip2fast.frozen.timm_models import is_timm, timm_preprocessing
 
 # CLIP's statistics, which BLIP-2's encoders use; per channel, for pixels in [0, 1].
@@ -41,6 +42,8 @@ def read_preprocessing(encoder: str) -> Preprocessing:
     """
     if is_timm(encoder):
         return Preprocessing(**timm_preprocessing(encoder))
+    if is_lavis_file(encoder):
+        return Preprocessing()
     from transformers.utils import cached_file
 
     values: Mapping[str, Any] = {}

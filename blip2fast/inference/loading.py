@@ -22,11 +22,13 @@ from blip2fast.checkpoints.files import last_checkpoint
 from blip2fast.checkpoints.trained import (
     Description,
     check_frozen,
+    frozen_name,
     is_trained,
     load_trained,
     read_description,
 )
 from blip2fast.data.tokenizers import qformer_tokenizer
+from blip2fast.frozen.hub import at_revision
 from blip2fast.frozen.image_encoders import (
     FrozenImageEncoder,
     load_image_encoder,
@@ -121,6 +123,20 @@ class Loaded:
         """The image marker in texts."""
         return self.text.image_marker or MARKER
 
+    def image_transform(self) -> Transform:
+        """The image transform.
+
+        Raises:
+            ValueError: there is no image encoder; says why.
+        """
+        if self.transform is None:
+            raise ValueError(
+                f"no image encoder for pictures: {self.no_encoder}. Give from_pretrained "
+                "image_encoder=..., on the command line --image-encoder, or give image_embeds=..., "
+                "its tokens"
+            )
+        return self.transform
+
 
 def load_parts(
     path: str,
@@ -156,29 +172,42 @@ def _trained(
     image_encoder: str | None,
 ) -> Loaded:
     description = read_description(path)
-    name = language_model or description.language_model
-    if description.stage != 2 or name is None:
+    if description.stage != 2:
         raise ValueError(
             f"{path} was trained in stage {description.stage}, without a language model to write "
             "with; give a run of stage 2"
         )
+    if language_model is None and description.language_model is None:
+        raise ValueError(
+            f"{path} names no language model: give language_model=..., on the command line "
+            "--language-model"
+        )
+    name = language_model or frozen_name(description, "language_model", path)
     frozen: PreTrainedModel
-    if offload == "stream":
-        frozen, _ = load_streamed(name, dtype, device)
-    else:
-        frozen = load_language_model(name, dtype)
     if offload == "stream" and description.adapter is not None:
         raise ValueError(
             f"{path} has LoRA adapters, for which the language model must be on the device: leave "
             "out offload='stream'"
         )
+    try:
+        if offload == "stream":
+            frozen, _ = load_streamed(name, dtype, device)
+        else:
+            frozen = load_language_model(name, dtype)
+    except ValueError as error:
+        if language_model is not None:
+            raise
+        raise ValueError(
+            f"{error}. {path} was trained with it; give its place now: language_model=..., on the "
+            "command line --language-model"
+        ) from error
     model = load_trained(path, frozen, image_encoder=image_encoder)
     if not isinstance(model, Blip2Stage2):
         raise ValueError(f"{path}: expected a model of stage 2")
     transform, missing = add_encoder(model, image_encoder, description, path, dtype)
     _place(model, dtype, device)
     reads = model.config.text_conditioned
-    words = qformer_tokenizer(str(description.tokenizer)) if reads else None
+    words = qformer_tokenizer(frozen_name(description, "tokenizer", path)) if reads else None
     text = _text(model, AutoTokenizer.from_pretrained(name, trust_remote_code=False), words)
     return Loaded(model, text, prompts_of_run(model), transform, missing, [text.end_token_id])
 
@@ -207,14 +236,15 @@ def add_encoder(
         return None, f"its image tokens came from {known!r}, which is not a known encoder"
     name, layer, size = parsed or ("", None, None)
     try:
-        encoder = load_image_encoder(given or name, layer, dtype, size or description.image_size)
+        name = given or at_revision(name, description.revisions.get("image_encoder"))
+        encoder = load_image_encoder(name, layer, dtype, size or description.image_size)
     except ValueError as error:
         if given is not None:
             raise
         return None, str(error)
     if encoder.width != model.config.encoder_hidden_size:
         raise ValueError(
-            f"image encoder {given or name!r} gives tokens of width {encoder.width}, but this "
+            f"image encoder {name!r} gives tokens of width {encoder.width}, but this "
             f"model was trained on {model.config.encoder_hidden_size} (of {known!r})"
         )
     check_frozen(
@@ -225,7 +255,7 @@ def add_encoder(
         "Give image_encoder=..., the one it was trained with",
     )
     model.image_encoder = encoder
-    return transform_for(given or name, encoder.image_size), ""
+    return transform_for(name, encoder.image_size), ""
 
 
 def _transformers(
@@ -240,8 +270,7 @@ def _transformers(
             )
         whole = _KINDS[kind].from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        # all models of these kinds use this class; AutoImageProcessor may require torchvision
-        processor = BlipImageProcessorPil.from_pretrained(path)
+        transform = processor_transform(path)
         words = None
         if kind == "instructblip":
             words = AutoTokenizer.from_pretrained(
@@ -254,10 +283,6 @@ def _transformers(
         ) from error
     model = Blip2Stage2.from_transformers(whole).eval()
 
-    def transform(image: Image.Image) -> Tensor:
-        pixels: Tensor = processor(images=to_rgb(image), return_tensors="pt")["pixel_values"]
-        return pixels[0]
-
     if offload == "stream":
         stream_blocks(model.language_model, device)
     _place(model, dtype, device)
@@ -269,6 +294,18 @@ def _transformers(
     encoder_decoder = is_encoder_decoder(model.language_model)
     prompts = paper_prompts(encoder_decoder, model.config.text_conditioned)
     return Loaded(model, text, prompts, transform, "", end_ids)
+
+
+def processor_transform(path: str) -> Transform:
+    """The image transform of a transformers BLIP-2."""
+    # all models of these kinds use this class; AutoImageProcessor may require torchvision
+    processor = BlipImageProcessorPil.from_pretrained(path)
+
+    def transform(image: Image.Image) -> Tensor:
+        pixels: Tensor = processor(images=to_rgb(image), return_tensors="pt")["pixel_values"]
+        return pixels[0]
+
+    return transform
 
 
 def _text(model: Blip2Stage2, tokenizer: Any, qformer_tokenizer: Any) -> Stage2Text:

@@ -26,10 +26,11 @@ from blip2fast.inference.inputs import (
     GenerationOptions,
     Images,
     Questions,
+    Transform,
     questions_by_image,
 )
 from blip2fast.inference.loading import Loaded, Residence, is_streamed, load_parts
-from blip2fast.inference.writer import Pictures, Writer, check_encoder
+from blip2fast.inference.writer import Pictures, Writer
 from blip2fast.stage2.lora import merge_lora
 
 Texts = str | list[str] | list[list[str]] | list[str | list[str]]
@@ -90,12 +91,21 @@ class Blip2:
         Raises:
             ValueError: no image encoder; says why.
         """
-        check_encoder(self._parts)
+        self._parts.image_transform()
 
     @property
     def device(self) -> torch.device:
         """The device of the model."""
         return self._writer.device
+
+    @property
+    def transform(self) -> Transform:
+        """From a PIL image to what the image encoder takes, [3, h, w].
+
+        Raises:
+            ValueError: there is no image encoder; says why.
+        """
+        return self._parts.image_transform()
 
     def to(self, device: torch.device | str) -> Blip2:
         """Move the model to a device.

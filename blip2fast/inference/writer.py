@@ -65,7 +65,7 @@ class Pictures:
         else:
             self._images, self.one = as_list(images)
             self.count = len(self._images)
-            check_encoder(parts)
+            parts.image_transform()  # an error before anything is read
 
     def read(self, rows: Sequence[int]) -> Tensor:
         """Encode the given rows; returns states as in `EncodedImages`, [len(rows), ...]."""
@@ -95,9 +95,7 @@ class Pictures:
 
     def _pixels(self, rows: Sequence[int]) -> Tensor:
         """Pixels of the given rows, [len(rows), 3, h, w]."""
-        transform = self._parts.transform
-        if transform is None:
-            raise ValueError("no image encoder for pictures")
+        transform = self._parts.image_transform()
         pixels = [to_pixels(self._images[row], transform) for row in rows]
         shapes = {tuple(each.shape) for each in pixels}
         if len(shapes) > 1:
@@ -176,19 +174,6 @@ class Writer:
                 )
                 written += text.decode(tokens)
         return written
-
-
-def check_encoder(parts: Loaded) -> None:
-    """Check that there is an image encoder for pictures.
-
-    Raises:
-        ValueError: there is none; says why.
-    """
-    if parts.transform is None:
-        raise ValueError(
-            f"no image encoder for pictures: {parts.no_encoder}. Give from_pretrained "
-            "image_encoder=..., or give image_embeds=..., its tokens"
-        )
 
 
 def _check_batch_size(size: int) -> None:

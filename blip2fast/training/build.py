@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from blip2fast.checkpoints.trained import (
@@ -19,7 +20,6 @@ from blip2fast.checkpoints.trained import (
     attach_encoder,
     check_frozen,
     load_parameters,
-    read_description,
     read_parameters,
     trained_names,
 )
@@ -33,10 +33,17 @@ from blip2fast.data.sources import checked_keys, mixture, open_records, whereabo
 from blip2fast.data.table import RecordTable
 from blip2fast.data.texts import AnswerTexts, CaptionTexts, SequenceTexts, Stage1Texts
 from blip2fast.data.tokenizers import qformer_tokenizer
+from blip2fast.frozen.hub import lasting_name
 from blip2fast.frozen.identity import FrozenIdentity, identify_model
-from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
+from blip2fast.frozen.image_encoders import (
+    FrozenImageEncoder,
+    load_image_encoder,
+    parse_encoder_id,
+)
 from blip2fast.frozen.images import transform_for
 from blip2fast.offload.loading import source_identity
+from blip2fast.published.reading import open_weights
+from blip2fast.published.weights import Weights, same_language_model
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage1.pretrained import initialise_from_bert
@@ -104,6 +111,7 @@ class Run:
         frozen: names of parameters that are stored with the trained ones, but not trained
             (`optim.lr_scales`, or an encoder that an earlier run has trained).
         left_out: what is left out of the data; None unless `data.on_error` is `skip`.
+        start: what was taken from a published `init_from`, as lines of text.
     """
 
     model: Blip2Stage1 | Blip2Stage2
@@ -116,6 +124,7 @@ class Run:
     contents: dict[str, str]
     frozen: frozenset[str] = frozenset()
     left_out: LeftOutBefore | None = None
+    start: str = ""
 
     def own_encoder(self) -> FrozenImageEncoder | None:
         """The image encoder that is part of the model, if it has one."""
@@ -130,8 +139,8 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
         ValueError: parts that do not fit together, with the conflicting values.
     """
     torch.manual_seed(config.seed)
-    start = None if config.init_from is None else read_description(config.init_from)
-    source = _train_images(config, start)
+    start = None if config.init_from is None else open_weights(config.init_from)
+    source = _train_images(config, None if start is None else start.described)
     note = _log.warning if rank == 0 else None
     data = config.data
     images, skips = _folder(data.images), data.on_error == "skip"
@@ -168,10 +177,15 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
     if bad_rows is not None:
         find = partial(whereabouts, data.records, records, images)
         left_out = LeftOutBefore(bad_rows, held_out_left, find)
+    taken = ""
+    if start is not None and start.description is None:
+        names = [n for n in trained_names(model) if not n.startswith((*FROZEN, "image_encoder."))]
+        taken = str(start.report(names, config.stage, "init_from"))
     return Run(
         *(model, description, tokenizer, text, batches, outside, held_out, contents),
         frozen=frozen,
         left_out=left_out,
+        start=taken,
     )
 
 
@@ -340,9 +354,9 @@ def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str
 
 
 def _model(
-    config: RunConfig, source: _ImageSource, start: Description | None
+    config: RunConfig, source: _ImageSource, start: Weights | None
 ) -> tuple[Blip2Stage1 | Blip2Stage2, Any, Description]:
-    """The model, its tokenizer, and what `model.json` says of it; `start` describes `init_from`."""
+    """The model, its tokenizer, and what `model.json` says of it; `start` is `init_from`."""
     if start is not None:
         if start.stage > config.stage:
             raise ValueError(
@@ -350,8 +364,8 @@ def _model(
                 f"configuration says stage: {config.stage}; a Q-Former goes from stage 1 to 2"
             )
         if not config.allow_other_frozen:
-            _refuse_other_tokens(config, start, source)
-    sizes = _sizes(config, source.width, start)
+            _refuse_other_tokens(config, start.described, source)
+    sizes = _sizes(config, source.width, None if start is None else start.described)
     frozen = {} if source.identity is None else {"image_encoder": source.identity}
     model: Blip2Stage1 | Blip2Stage2
     encoder = source.encoder if source.is_own else None
@@ -361,18 +375,40 @@ def _model(
     else:
         model, tokenizer, frozen["language_model"] = _stage2(config, sizes, start, encoder)
         adapter = getattr(model.language_model, "peft_config", {}).get(ADAPTER_NAME)
-    description = Description(
-        stage=config.stage,
-        sizes=dataclasses.asdict(model.config),
-        image_encoder=source.encoder_id,
-        language_model=config.language_model.path if config.language_model else None,
-        tokenizer=config.model.tokenizer,
-        frozen=frozen,
+    description = dataclasses.replace(
+        _describe(config, model, source.encoder_id, frozen),
         image_size=None if source.encoder is None else source.encoder.image_size,
         trains_encoder=source.is_own,
         adapter=adapter,
     )
     return model, tokenizer, description
+
+
+def _describe(
+    config: RunConfig,
+    model: Blip2Stage1 | Blip2Stage2,
+    encoder_id: str,
+    frozen: dict[str, FrozenIdentity],
+) -> Description:
+    """The run's `model.json`; folders by their absolute paths, models of the hub with revisions."""
+    parsed = parse_encoder_id(encoder_id)
+    encoder = encoder_id if parsed is None else parsed[0]
+    given = {
+        "image_encoder": encoder,
+        "language_model": config.language_model.path if config.language_model else None,
+        "tokenizer": config.model.tokenizer,
+    }
+    names = {part: lasting_name(name) for part, name in given.items() if name}
+    tail = encoder_id.removeprefix(encoder)
+    return Description(
+        stage=config.stage,
+        sizes=dataclasses.asdict(model.config),
+        image_encoder=names["image_encoder"][0] + tail if "image_encoder" in names else "",
+        language_model=names["language_model"][0] if "language_model" in names else None,
+        tokenizer=names["tokenizer"][0] if "tokenizer" in names else None,
+        frozen=frozen,
+        revisions={part: revision for part, (_, revision) in names.items() if revision},
+    )
 
 
 def _refuse_other_tokens(config: RunConfig, start: Description, source: _ImageSource) -> None:
@@ -391,7 +427,7 @@ def _refuse_other_tokens(config: RunConfig, start: Description, source: _ImageSo
 def _stage1(
     config: RunConfig,
     sizes: dict[str, Any],
-    start: Description | None,
+    start: Weights | None,
     encoder: FrozenImageEncoder | None,
 ) -> tuple[Blip2Stage1, Any]:
     tokenizer, words = qformer_words(config, sizes)
@@ -400,17 +436,18 @@ def _stage1(
     model = Blip2Stage1(size, losses=config.optim.losses)
     if encoder is not None:
         attach_encoder(model, encoder)
-    if start is not None:
-        _load_start(config, model)
-    elif config.model.bert is not None:
+    # transformers' retrieval models lack the generation head, which BERT has
+    if config.model.bert is not None and (start is None or start.layout == "transformers"):
         initialise_from_bert(model, config.model.bert)
+    if start is not None:
+        _load_start(config, model, start.complete(model.state_dict()))
     return model, tokenizer
 
 
 def _stage2(
     config: RunConfig,
     sizes: dict[str, Any],
-    start: Description | None,
+    start: Weights | None,
     encoder: FrozenImageEncoder | None,
 ) -> tuple[Blip2Stage2, Any, FrozenIdentity]:
     if config.language_model is None:
@@ -439,29 +476,30 @@ def _stage2(
     tokenizer = AutoTokenizer.from_pretrained(config.language_model.path, trust_remote_code=False)
     same = start is not None and _same_language_model(config, start, identity)
     lora = config.language_model.lora
-    if start is not None and start.adapter is not None:
-        _check_adapter(config, start.adapter, same)
+    adapter = None if start is None else start.described.adapter
+    if adapter is not None:
+        _check_adapter(config, adapter, same)
     if start is None or same:
         model = Blip2Stage2(size, language_model)
     else:
         # the start's projection, if any, was trained for another language model
-        state = read_parameters(str(config.init_from))
-        model = Blip2Stage2.from_stage1(state, language_model, size)
+        model = Blip2Stage2.from_stage1(start.parameters(), language_model, size)
     if lora is not None:
         add_lora(language_model, **dataclasses.asdict(lora))
     if encoder is not None:
         attach_encoder(model, encoder)
-    if same:
-        _load_start(config, model)
+    if start is not None and same:
+        _load_start(config, model, start.parameters())
     return model.train(), tokenizer, identity
 
 
-def _load_start(config: RunConfig, model: Blip2Stage1 | Blip2Stage2) -> None:
+def _load_start(
+    config: RunConfig, model: Blip2Stage1 | Blip2Stage2, state: Mapping[str, Tensor]
+) -> None:
     """Load the parameters of `init_from`.
 
     The image encoder has them already, and adapters that `init_from` does not have are new.
     """
-    state = read_parameters(str(config.init_from))
     given = {n: v for n, v in state.items() if not n.startswith("image_encoder.")}
     own = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     new = {n: v for n, v in own.items() if n.startswith(FROZEN) and n not in given}
@@ -496,7 +534,7 @@ def _check_adapter(config: RunConfig, adapter: Any, same: bool) -> None:
 
 
 def _same_language_model(
-    config: RunConfig, start: Description | None, identity: FrozenIdentity
+    config: RunConfig, start: Weights | None, identity: FrozenIdentity
 ) -> bool:
     """Whether the model of `init_from` was trained with this language model.
 
@@ -505,12 +543,15 @@ def _same_language_model(
     """
     if start is None or start.stage == 1:
         return False
+    where = f"init_from {config.init_from!r}"
+    if start.description is None:
+        remedy = ", or set allow_other_frozen: true for a new projection"
+        return same_language_model(start, identity, where, config.allow_other_frozen, remedy)
     if not config.allow_other_frozen:
         remedy = "Give that one, or set allow_other_frozen: true for a new projection"
-        where = f"init_from {config.init_from!r}"
-        check_frozen(start, "language_model", identity, where, remedy)
+        check_frozen(start.description, "language_model", identity, where, remedy)
         return True
-    there = start.frozen.get("language_model")
+    there = start.description.frozen.get("language_model")
     return there is not None and not there.differences(identity)
 
 

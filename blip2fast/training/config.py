@@ -260,8 +260,9 @@ class RunConfig:
     Attributes:
         stage: 1 (ITC, ITM, ITG on the Q-Former) or 2 (soft prompts into the language model).
         output_dir: output folder of the run.
-        init_from: output folder or checkpoint of an earlier run, from which parameters are
-            initialised.
+        init_from: where parameters are taken from: output folder or checkpoint of an earlier run,
+            a BLIP-2 or InstructBLIP of transformers (folder or hub name), or a `.pth` file of LAVIS
+            (docs/published_weights.md).
         allow_other_frozen: allow an `init_from` that was trained with another image encoder or
             language model. With another language model the projection is re-initialised.
         zero_stage: what DeepSpeed ZeRO partitions over the processes: 0 nothing, 1 optimizer

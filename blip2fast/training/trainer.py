@@ -87,6 +87,8 @@ def _train(
     config = choose_placement(config, dist.get_world_size(), machines, say_first)
     with lock_together(config, say):
         parts = _build(with_start(config))
+        if parts.start and say_first is not None:
+            say_first(parts.start)
         if config.overwrite and dist.get_rank() == 0:
             remove_earlier_run(Path(config.output_dir))
         return Trainer(config, parts, device, say, stop).run()

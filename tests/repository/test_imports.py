@@ -30,9 +30,12 @@ ROOMS = (
     "data",
     "evaluation",
     "checkpoints",
+    "published",
     "training",
     "inference",
     "scoring",
+    "search",
+    "capfilt",
     "reporting",
     "scenes",
     "demo",
@@ -42,8 +45,8 @@ ROOMS = (
     "__main__",
 )
 FACES = (
-    *("checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload", "qformer"),
-    *("reporting", "scoring", "stage1", "stage2", "training"),
+    *("capfilt", "checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload"),
+    *("published", "qformer", "reporting", "scoring", "search", "stage1", "stage2", "training"),
 )
 # What not every user has installed beside torch, transformers and NumPy.
 OPTIONAL = (

@@ -54,8 +54,8 @@ def checkout(folder: Path, version: str) -> Path:
     return folder
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(SUPPORT)}
+def run(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(SUPPORT)} | more
     command = ["sh", str(ROOT / "tools" / "peer_tests.sh"), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -79,6 +79,39 @@ def test_no_difference(tmp_path: Path) -> None:
     found = run(checkout(tmp_path, transformers.__version__), "-k", "not class")
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines()[-1] == "== no test differs"
+
+
+def test_tests_of_another_version(tmp_path: Path) -> None:
+    """They run on the installed package; what it lacks and they import is supplied."""
+    there = checkout(tmp_path / "old", "4.0.0")
+    (there / "tests" / "models" / "blip_2" / "test_modeling_blip_2.py").write_text(
+        """
+from pathlib import Path
+
+import transformers
+from transformers import GonePipeline
+from transformers.gone import Gone
+from transformers.utils import is_gone
+
+SOURCE = Path(__file__).parents[3] / "src" / "transformers"
+
+
+def test_names_and_source():
+    assert not (GonePipeline() or Gone() or is_gone())
+    assert SOURCE.samefile(transformers.__path__[0])
+"""
+    )
+    names = ("transformers.GonePipeline", "transformers.gone.Gone", "transformers.utils.is_gone")
+    supplied = [part for name in names for part in ("--supply", name)]
+    kept = tmp_path / "kept"
+    found = run(there, *supplied, ALLOW_OTHER_VERSION="1", RESULTS=str(kept))
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.splitlines()
+    assert f"transformers {transformers.__version__}, tests of 4.0.0" in lines
+    assert "== unpatched: {'passed': 1}" in lines
+    assert {path.name for path in kept.iterdir()} == {
+        f"{when}.xml" for when in ("never", "construction", "loading")
+    }
 
 
 def test_refusals(tmp_path: Path) -> None:
