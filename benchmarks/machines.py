@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fingerprint import fingerprint
 from timing import stopwatch
 
 from blip2fast.ops import linear as onednn_linear
@@ -102,6 +103,7 @@ def run_conditions(commit: str | None = None) -> dict[str, Any]:
     return {
         "device": gpu or processor(),
         "processor": processor(),
+        **({} if gpu else {"fingerprint": fingerprint()}),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

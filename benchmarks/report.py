@@ -64,7 +64,7 @@ def block_text(name: str) -> str:
             ]
             for suite, *_ in rows
         }
-        return headlines({suite: found[0] for suite, found in suites.items() if found}, rows)
+        return headlines(suites, rows)
     if name == "sweep":
         found = sorted(RESULTS.glob("????-??-??_sweep_*.json"))
         return sweep_table(json.loads(found[-1].read_text())) if found else "No result yet."

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fingerprint import short_name
+
 RESULTS = Path(__file__).parent / "results"
 _NAME = re.compile(r"(?P<date>\d{4}-\d\d-\d\d)_(?P<suite>\w+)_(?P<machine>[a-z0-9-]+)\.json")
 _KEPT = ("contenders", "work", "ceilings")
@@ -24,7 +26,8 @@ class ResultFile:
 
     Attributes:
         suite: The stem of the benchmark file, without `bench_`.
-        machine: Its device, in letters and digits.
+        machine: Its device, in letters and digits; of processors also family, model and stepping,
+            which results before 2026-11-27 did not record.
         date: ISO.
         runs: Conditions of each run.
         cells: By name, numbers of each benchmark.
@@ -74,6 +77,12 @@ def slug(device: str) -> str:
     return "-".join(word for word in words if word not in ("nvidia", "r", "tm", "processor"))
 
 
+def machine_name(run: dict[str, Any]) -> str:
+    """The device, and of a processor what tells it from others of its name."""
+    found = run.get("fingerprint")
+    return "-".join([slug(run["device"]), *([slug(short_name(found))] if found else [])])
+
+
 def reduce(raw: dict[str, Any]) -> list[ResultFile]:
     """What one pytest-benchmark JSON says, a file for each suite in it.
 
@@ -86,7 +95,7 @@ def reduce(raw: dict[str, Any]) -> list[ResultFile]:
             continue
         suite = Path(benchmark["fullname"].split("::")[0]).stem.removeprefix("bench_")
         run = {name: value for name, value in info["conditions"].items() if name != "dtype"}
-        key = (suite, slug(run["device"]), run["date"])
+        key = (suite, machine_name(run), run["date"])
         file = files.setdefault(key, ResultFile(*key, [run], {}))
         if run not in file.runs:
             file.runs.append(run)

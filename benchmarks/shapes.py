@@ -354,3 +354,24 @@ CAPTION_SHAPES = {
         _VIT_G, _QFORMER, flan_t5(2048, 5120, 24, 32), 32, 20, torch.bfloat16, "cuda"
     ),
 }
+
+
+@dataclass(frozen=True)
+class PictureShape:
+    """JPEG files of one size, read in batches; and a feature cache of as many images."""
+
+    width: int
+    height: int
+    count: int
+    batch: int
+    tokens: int = 257
+    width_of_tokens: int = 1408
+    where: Where = "cpu"
+
+
+PICTURE_SHAPES = {
+    "tiny": PictureShape(64, 48, 8, 4, 5, 12, where="test"),
+    # the sizes of COCO's pictures, and of a telephone's
+    "jpeg_640x480": PictureShape(640, 480, 32, 8),
+    "jpeg_2048x1536": PictureShape(2048, 1536, 16, 8),
+}

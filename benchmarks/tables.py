@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fingerprint import describe
 from results import ResultFile
 
 OURS = ("blip2fast", "ours")
@@ -195,6 +196,8 @@ def _conditions(file: ResultFile) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         where = f"{run['cores']} cores of {run['processor']}, {run['threads']} threads"
         lines.append(f"* {where}; {versions}; commit {run['commit'][:8]}; `{run['command']}`")
+    if not file.on_gpu:
+        lines += [f"* {told}" for told in dict.fromkeys(describe(run) for run in file.runs)]
     sources = {
         c["ceilings"]["source"]: c["ceilings"] for c in file.cells.values() if "ceilings" in c
     }
@@ -318,21 +321,39 @@ GPU_HEADLINES = (
 )
 
 
-def headlines(files: Mapping[str, ResultFile], rows: Sequence[tuple[str, ...]] = HEADLINES) -> str:
-    """A few rows of one machine's suites, each against the rival that its users have today."""
+def headlines(
+    files: Mapping[str, Sequence[ResultFile]], rows: Sequence[tuple[str, ...]] = HEADLINES
+) -> str:
+    """A few rows of suites, each against the rival that its users have today.
+
+    Args:
+        files: By suite, its results on each machine. Times are those of the newest one that ran the
+            benchmark; "times faster" is the range over all.
+        rows: Suite, benchmark, title, ours, rival.
+    """
     lines = [
         "| | blip2fast | peak | rival | | peak | times faster |",
         "|---|---:|---:|---|---:|---:|---:|",
     ]
     for suite, cell, title, ours, rival in rows:
-        if suite in files and cell in files[suite].cells:
-            found = files[suite].cells[cell]["contenders"]
-            us, them = found.get(ours, {}), found.get(rival, {})
-            if not us.keys() & them.keys() >= {"median_s"}:
-                continue
+        timed = [
+            (file.cells[cell]["contenders"][ours], file.cells[cell]["contenders"][rival])
+            for file in sorted(files.get(suite, ()), key=lambda file: file.date, reverse=True)
+            if cell in file.cells and _both_timed(file.cells[cell]["contenders"], ours, rival)
+        ]
+        if timed:
+            us, them = timed[0]
+            factors = sorted(b["median_s"] / a["median_s"] for a, b in timed)
+            span = f"{factors[0]:.2f}"
+            if len(factors) > 1:
+                span += f" to {factors[-1]:.2f} on {len(factors)} machines"
             lines.append(
                 f"| {title} | {seconds(us['median_s'])} | {us['peak_bytes'] / 1e6:,.0f} MB "
                 f"| {rival} | {seconds(them['median_s'])} | {them['peak_bytes'] / 1e6:,.0f} MB "
-                f"| {them['median_s'] / us['median_s']:.2f} |"
+                f"| {span} |"
             )
     return "\n".join(lines)
+
+
+def _both_timed(contenders: Contenders, ours: str, rival: str) -> bool:
+    return all("median_s" in contenders.get(name, {}) for name in (ours, rival))

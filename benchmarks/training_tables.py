@@ -10,9 +10,13 @@ from typing import Any
 from blip2fast.demo.table import COLUMNS, FLOORS, ROW_NAMES, SECTIONS
 
 
-def demo_table(summary: dict[str, Any]) -> str:
-    """The demo's table in markdown; losses as they are, everything else in percent."""
-    rows = summary["table"]
+def demo_table(result: dict[str, Any]) -> str:
+    """The demo's table in markdown, means over its seeds; losses as they are, the rest in percent.
+
+    The trained model's column also has the range, from the worst to the best seed.
+    """
+    tables = [run["table"] for run in result["runs"]]
+    rows = tables[0]
     columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
     lines = [
         "| | " + " | ".join(COLUMNS[c] for c in columns) + " | gate |",
@@ -24,38 +28,70 @@ def demo_table(summary: dict[str, Any]) -> str:
         if kind != section:
             section = kind
             lines.append(f"| **{SECTIONS.get(kind, kind)}** |" + " |" * (len(columns) + 1))
-        scale, digits = (1, 3) if kind == "loss" else (100, 1)
-        cells = [f"{scale * row[c]:.{digits}f}" if c in row else "" for c in columns]
+        cells = [
+            _over_seeds(kind, [table[name][c] for table in tables], c == "model")
+            if c in row
+            else ""
+            for c in columns
+        ]
         gate = f"≥ {100 * FLOORS[name]:.0f}" if name in FLOORS else ""
         lines.append(f"| {ROW_NAMES.get(part, part)} | " + " | ".join(cells) + f" | {gate} |")
-    return "\n".join([*lines, "", conditions(summary)])
+    return "\n".join([*lines, "", conditions(result)])
 
 
-def conditions(summary: dict[str, Any]) -> str:
-    """Where and how the numbers were taken."""
-    machine = summary["machine"]
+def _over_seeds(kind: str, values: Sequence[float], with_range: bool) -> str:
+    scale, digits = (1, 3) if kind == "loss" else (100, 1)
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    if not with_range or len(values) == 1:
+        return mean
+    return f"{mean} ({scale * min(values):.{digits}f} to {scale * max(values):.{digits}f})"
+
+
+def conditions(result: dict[str, Any]) -> str:
+    """Where and how the numbers were taken, and which gates were not met."""
+    machine, runs = result["machine"], result["runs"]
     versions = ", ".join(
         f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "deepspeed")
     )
     where = machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
+    seeds = [str(run["seed"]) for run in runs]
+    which = (
+        f"Seeds {', '.join(seeds)}: means, and ranges in brackets"
+        if len(seeds) > 1
+        else f"Seed {seeds[0]}"
+    )
+    spent = {
+        key: _span([run["from_nothing"][key] for run in runs]) for key in ("seconds", "cpu_seconds")
+    }
+    unmet = [f"seed {run['seed']}: {gate}" for run in runs for gate in run["unmet_gates"]]
+    gates = f" Gates not met: {'; '.join(unmet)}." if unmet else ""
     return (
-        f"Seed {summary['settings']['seed']}, {summary['settings']['held_out_scenes']} held-out "
-        f"scenes, {summary['from_nothing']['seconds']:.0f} s on {where}; {versions}; commit "
-        f"{machine['commit'][:8]}. Losses as they are, the rest in percent."
+        f"{which}. {result['settings']['held_out_scenes']} held-out scenes; a run took "
+        f"{spent['seconds']} s ({spent['cpu_seconds']} s of CPU time) on {where}; {versions}; "
+        f"commit {machine['commit'][:8]}. Losses as they are, the rest in percent.{gates}"
     )
 
 
-def digits_sentence(summary: dict[str, Any]) -> str:
+def _span(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def digits_sentence(result: dict[str, Any]) -> str:
     """What the gated rows of the default source are on handwriting, in one paragraph."""
-    rows = summary["table"]
+
+    def over_seeds(name: str, column: str) -> str:
+        values = [run["table"][name][column] for run in result["runs"]]
+        return _over_seeds(name.partition("/")[0], values, column == "model")
+
     reached = "; ".join(
-        f"{_phrase(name)} {100 * rows[name]['model']:.1f} "
-        f"({100 * rows[name]['shuffled']:.1f} with images shuffled)"
+        f"{_phrase(name)} {over_seeds(name, 'model')}, with images shuffled "
+        f"{over_seeds(name, 'shuffled')}"
         for name in FLOORS
     )
     return (
         "With `--source digits` (handwriting; the held-out scenes are written by other people than "
-        f"the training scenes), in percent: {reached}. {conditions(summary)}"
+        f"the training scenes), in percent: {reached}. {conditions(result)}"
     )
 
 

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from blip2fast import inference as inference
     from blip2fast import offload as offload
     from blip2fast import ops as ops
+    from blip2fast import published as published
     from blip2fast import qformer as qformer
     from blip2fast import scenes as scenes
+    from blip2fast import scoring as scoring
     from blip2fast import search as search
     from blip2fast import stage1 as stage1
     from blip2fast import stage2 as stage2
@@ -74,9 +76,11 @@ _ROOMS = (
     "inference",
     "offload",
     "ops",
+    "published",
     "qformer",
     "reporting",
     "scenes",
+    "scoring",
     "search",
     "stage1",
     "stage2",

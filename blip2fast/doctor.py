@@ -15,6 +15,7 @@ import torch
 from blip2fast import __version__
 from blip2fast._extension import BUILD_NOTE, compiled_code, why_not
 from blip2fast.ops import dispatch
+from blip2fast.ops import linear as onednn_linear
 from blip2fast.ops.kernel_calls import OpChoice, op_choices
 from blip2fast.ops.records import FILE_NAME, SHIPPED, cache_folder, read_records
 
@@ -56,7 +57,11 @@ def _version(package: str) -> str:
 
 def _devices() -> Iterator[str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield f"CPU: {cores} cores, {torch.get_num_threads()} threads of PyTorch"
+    linear = "oneDNN" if onednn_linear.is_chosen() else "PyTorch"
+    yield (
+        f"CPU: {onednn_linear.cpu_vendor() or 'vendor unknown'}, {cores} cores, "
+        f"{torch.get_num_threads()} threads of PyTorch; fp32 linear layers by {linear}"
+    )
     if not _has_gpu():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
         yield f"no CUDA device; torch is built for {built}"

@@ -6,10 +6,12 @@ python tools/peer_patching.py unpatched.xml patched.xml...
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
@@ -27,11 +29,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--patch-models", choices=WHEN, default="never", help="see tools/peer_tests.sh"
     )
+    parser.addoption(
+        "--supply",
+        action="append",
+        default=[],
+        metavar="MODULE.NAME",
+        help="what another version's tests import and transformers lacks: a function, always False",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     from transformers import PreTrainedModel
 
+    for name in config.getoption("--supply"):
+        supply(name)
     when = config.getoption("--patch-models")
     if when == "construction":
         post_init = PreTrainedModel.post_init
@@ -52,6 +63,24 @@ def pytest_configure(config: pytest.Config) -> None:
         PreTrainedModel.from_pretrained = classmethod(load_and_patch)
 
 
+def supply(name: str) -> None:
+    """Make `MODULE.NAME` importable where transformers lacks it, by a function, always False."""
+    place, _, attribute = name.rpartition(".")
+    try:
+        module = importlib.import_module(place)
+    except ModuleNotFoundError:
+        module = sys.modules[place] = ModuleType(place)
+    if hasattr(module, attribute):
+        raise pytest.UsageError(f"--supply {name}: transformers has it")
+    # the tests execute transformers/__init__.py again: a new lazy module, of the same class
+    holder = module if type(module) is ModuleType else type(module)
+    setattr(holder, attribute, staticmethod(_false))
+
+
+def _false(*_: Any, **__: Any) -> bool:
+    return False
+
+
 def _patch(model: Any) -> None:
     """Patch a model that holds transformers' Q-Formers; a Q-Former by itself cannot be replaced."""
     from blip2fast.qformer.patching import _ORIGINALS, _patched
@@ -65,6 +94,20 @@ def _patch(model: Any) -> None:
             refused[f"{type(model).__name__}: {error}"] += 1
         else:
             patched[type(model).__name__] += 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist
+        session.config.workeroutput["patching"] = [dict(patched), dict(refused)]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for counts, more in zip(
+        (patched, refused), getattr(node, "workeroutput", {}).get("patching", ()), strict=False
+    ):
+        counts.update(more)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

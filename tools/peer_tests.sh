@@ -4,6 +4,9 @@
 #   tools/peer_tests.sh CHECKOUT [PYTEST OPTION...]     e.g. tools/peer_tests.sh ../transformers -n 8
 # CHECKOUT is a clone of transformers at the version that is installed: its tests are not in the
 # package. PYTHON names the interpreter (default: .venv/bin/python). Takes minutes per run.
+# ALLOW_OTHER_VERSION=1 takes the tests of another version. Some then fail unpatched too, which is
+# no difference; what they import and is gone, --supply MODULE.NAME replaces. RESULTS names a folder
+# that keeps the runs' JUnit files.
 set -eu
 
 [ $# -ge 1 ] || { echo "usage: tools/peer_tests.sh CHECKOUT [PYTEST OPTION...]" >&2; exit 2; }
@@ -18,19 +21,34 @@ shift
 checkout=$(cd "$checkout" && pwd)
 here=$("$python" -c 'import transformers; print(transformers.__version__)')
 there=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$checkout/src/transformers/__init__.py")
-[ "$here" = "$there" ] || {
+[ "$here" = "$there" ] || [ "${ALLOW_OTHER_VERSION:-0}" = 1 ] || {
     echo "transformers $here is installed, $checkout is $there:" \
-         "git -C $checkout checkout v$here" >&2
+         "git -C $checkout checkout v$here, or set ALLOW_OTHER_VERSION=1" >&2
     exit 2
 }
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+results=${RESULTS:-$scratch/results}
+mkdir -p "$results"
+results=$(cd "$results" && pwd)
+echo "transformers $here, tests of $there"
+if [ "$here" != "$there" ]; then
+    # tests import src/transformers by its path, which would mix both versions
+    copy=$scratch/checkout
+    mkdir -p "$copy/src"
+    for part in "$checkout"/*; do
+        [ "$part" = "$checkout/src" ] || cp -R "$part" "$copy"
+    done
+    ln -s "$("$python" -c 'import transformers; print(transformers.__path__[0])')" "$copy/src"
+    checkout=$copy
+fi
 
 set -- "$@" -q -p no:cacheprovider -p peer_patching
 for family in blip_2 instructblip instructblipvideo granite_speech granite_speech_plus \
               granite4_vision; do
     [ ! -d "$checkout/tests/models/$family" ] || set -- "$@" "tests/models/$family"
 done
-results=$(mktemp -d)
-trap 'rm -rf "$results"' EXIT
 export PYTHONPATH="$root/tools:$root${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1
 for when in never construction loading; do

@@ -38,8 +38,13 @@ from blip2fast.checkpoints.files import (
 )
 from blip2fast.data import manifest
 from blip2fast.data.manifest import MANIFEST, write_json
+from blip2fast.frozen.hub import at_revision
 from blip2fast.frozen.identity import FrozenIdentity, identify_model, refuse_other
-from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
+from blip2fast.frozen.image_encoders import (
+    FrozenImageEncoder,
+    load_image_encoder,
+    parse_encoder_id,
+)
 from blip2fast.frozen.language_models import load_language_model
 from blip2fast.offload.loading import source_identity
 from blip2fast.qformer.checks import check_state
@@ -69,8 +74,8 @@ class Description:
         stage: 1 or 2.
         sizes: fields of Stage1Config or Stage2Config.
         image_encoder: name of the encoder of the image tokens, as its feature cache states it.
-        language_model: folder or hub name (stage 2).
-        tokenizer: folder or hub name of the Q-Former's tokenizer (stage 1).
+        language_model: absolute folder or hub name (stage 2).
+        tokenizer: absolute folder or hub name of the Q-Former's tokenizer (if it reads text).
         step: optimizer steps taken.
         frozen: identities of "image_encoder" and "language_model", where known; that of cached
             image tokens is read from their feature cache. Of an encoder that was trained too, the
@@ -79,6 +84,8 @@ class Description:
         trains_encoder: whether the parameters hold an image encoder.
         adapter: peft's configuration of the language model's LoRA adapters, if it has any; it is
             stored in its own file.
+        revisions: commits on the hub of "image_encoder", "language_model" and "tokenizer", where
+            they were named there.
     """
 
     stage: int
@@ -91,6 +98,7 @@ class Description:
     image_size: int | None = None
     trains_encoder: bool = False
     adapter: Any = dataclasses.field(default=None, compare=False)
+    revisions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def config(self) -> Stage1Config | Stage2Config:
         """The sizes as a model configuration."""
@@ -223,8 +231,9 @@ def load_encoder_of(
     Raises:
         ValueError: not found, or another one.
     """
-    known, _, block = description.image_encoder.rpartition(", block ")
-    layer = int(block) if block.isdigit() else None
+    parsed = parse_encoder_id(description.image_encoder)
+    known, layer, _ = parsed or (description.image_encoder, None, None)
+    known = at_revision(known, description.revisions.get("image_encoder"))
     encoder = load_image_encoder(name or known, layer, image_size=description.image_size)
     remedy = "Give image_encoder=..., the one that its training began with"
     check_frozen(description, "image_encoder", encoder.identity, path, remedy)
@@ -243,9 +252,9 @@ def _language_model(
         if check:
             refuse(identify_model(given), "Give the one it was trained with")
         return given
-    name = description.language_model
-    if name is None:
+    if description.language_model is None:
         raise ValueError(f"{path} names no language model; pass language_model=...")
+    name = frozen_name(description, "language_model", path)
     remedy = "Put back the one it was trained with, pass it as language_model=..."
     # before loading, where the model's files are enough to identify it
     known = source_identity(name) if check else None
@@ -254,6 +263,31 @@ def _language_model(
     if check and known is None:
         refuse(identify_model(model), remedy)
     return model
+
+
+def frozen_name(description: Description, part: str, source: str) -> str:
+    """Where a run's frozen model is, in the revision that the run was trained with.
+
+    Args:
+        description: describes the trained model; it names the part.
+        part: "language_model" or "tokenizer".
+        source: where the trained model is, for the error message.
+
+    Raises:
+        ValueError: the folder is not there any more; says how to name another one.
+    """
+    name = str(getattr(description, part))
+    if Path(name).is_absolute() and not Path(name).exists():
+        remedy = (
+            "put it back"
+            if part == "tokenizer"
+            else (f"give its place now: {part}=..., on the command line --{part.replace('_', '-')}")
+        )
+        raise ValueError(
+            f"{source} was trained with the {part.replace('_', ' ')} {name}, which is not there; "
+            f"{remedy}"
+        )
+    return at_revision(name, description.revisions.get(part))
 
 
 def check_frozen(

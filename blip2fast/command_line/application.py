@@ -8,7 +8,16 @@ from typing import Annotated
 
 from blip2fast import __version__
 from blip2fast._imports import needs
-from blip2fast.command_line import bootstrapping, machine, pictures, records, runs, search, use
+from blip2fast.command_line import (
+    bootstrapping,
+    evaluate,
+    machine,
+    pictures,
+    records,
+    runs,
+    search,
+    use,
+)
 from blip2fast.command_line.options import AS_GIVEN
 
 with needs("run its commands", "typer"):
@@ -36,7 +45,9 @@ app.command(rich_help_panel="Use")(pictures.chat)
 app.command(rich_help_panel="Use")(pictures.attention)
 app.add_typer(search.app, name="index", rich_help_panel="Use")
 app.command(rich_help_panel="Use")(use.report)
+app.command(rich_help_panel="Use")(use.convert)
 app.command(rich_help_panel="Use", add_help_option=False, context_settings=AS_GIVEN)(use.demo)
+app.add_typer(evaluate.app, name="eval", rich_help_panel="Use")
 app.add_typer(machine.app, name="kernels", rich_help_panel="Machine")
 app.command(rich_help_panel="Machine")(machine.doctor)
 app.command(rich_help_panel="Machine", add_help_option=False, context_settings=AS_GIVEN)(

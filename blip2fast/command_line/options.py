@@ -20,8 +20,17 @@ Set = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="By default CUDA where there is one.")]
+LanguageModel = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", help="Folder or hub name of the LLM, if it has moved."),
+]
+ImageEncoder = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", help="Folder or hub name of the image encoder, if it has moved."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
 Readers = Annotated[int, typer.Option(min=1, help="Threads that read pictures.")]
+
 # for commands that have a parser of their own
 AS_GIVEN = {"ignore_unknown_options": True, "allow_extra_args": True}
 

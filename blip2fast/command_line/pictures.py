@@ -10,6 +10,8 @@ import typer
 from blip2fast.command_line.options import (
     BatchSize,
     Device,
+    ImageEncoder,
+    LanguageModel,
     complain,
     note,
     quiet_transformers,
@@ -56,6 +58,8 @@ def caption(
     prompt: Prompt = None,
     num_beams: NumBeams = 5,
     batch_size: BatchSize = 8,
+    language_model: LanguageModel = None,
+    image_encoder: ImageEncoder = None,
     device: Device = None,
 ) -> None:
     """Describe pictures, or answer a question about each.
@@ -81,7 +85,7 @@ def caption(
     if sample:
         options = {"do_sample": True, "seed": seed}
     done = caption_files(
-        _writer(model, device),
+        _writer(model, device, language_model, image_encoder),
         pictures,
         outputs,
         options,
@@ -107,6 +111,8 @@ def vqa(
     ] = None,
     prompt: Prompt = None,
     num_beams: NumBeams = 5,
+    language_model: LanguageModel = None,
+    image_encoder: ImageEncoder = None,
     device: Device = None,
 ) -> None:
     """Answer questions about a picture: a line for each, the question, a tab, and the answer.
@@ -117,7 +123,7 @@ def vqa(
 
     asked = read_lines(question or [], questions)
     picture = one_picture(image)
-    loaded = _writer(model, device)
+    loaded = _writer(model, device, language_model, image_encoder)
     seen = loaded.encode(picture)
     for each in asked:
         say(f"{each}\t{loaded.answer(seen, each, prompt=prompt, num_beams=num_beams)}")
@@ -131,6 +137,8 @@ def chat(
     ] = None,
     prompt: Prompt = None,
     num_beams: NumBeams = 5,
+    language_model: LanguageModel = None,
+    image_encoder: ImageEncoder = None,
     device: Device = None,
 ) -> None:
     """Talk about a picture: each question is read with those before it; an empty line ends.
@@ -140,7 +148,9 @@ def chat(
     from blip2fast.inference.talking import asked, converse, one_picture
 
     picture = one_picture(image)
-    talk = _writer(model, device).chat(picture, prompt=prompt, num_beams=num_beams)
+    talk = _writer(model, device, language_model, image_encoder).chat(
+        picture, prompt=prompt, num_beams=num_beams
+    )
     if once is not None:
         say(talk(once))
     elif converse(talk, asked(), say):
@@ -180,10 +190,14 @@ def attention(
     say(str(out))
 
 
-def _writer(model: str, device: str | None) -> Blip2:
+def _writer(
+    model: str, device: str | None, language_model: str | None, image_encoder: str | None
+) -> Blip2:
     from blip2fast.inference.model import Blip2
     from blip2fast.inference.model_folders import check_model_folder
 
     check_model_folder(model, (2,))
     quiet_transformers()
-    return Blip2.from_pretrained(model, device=device)
+    return Blip2.from_pretrained(
+        model, device=device, language_model=language_model, image_encoder=image_encoder
+    )

@@ -32,6 +32,28 @@ Annotations = Annotated[
 ImageName = Annotated[
     str | None, typer.Option(metavar="NAME", help="Of VQAv2's images, with {} for the number.")
 ]
+Split = Annotated[str | None, typer.Option(help="Of Karpathy's files, such as train+restval.")]
+
+
+def _share_or_count(text: str) -> float:
+    number = float(text) if "." in text else int(text)
+    if number < 0 or (isinstance(number, float) and not 0 < number < 1):
+        raise typer.BadParameter(f"{text}: expected a count, or a share such as 0.01")
+    return number
+
+
+OnError = Annotated[
+    Literal["raise", "skip"],
+    typer.Option(help="Of what cannot be used: skip leaves it out, and says so."),
+]
+MaxSkipped = Annotated[
+    float | None,
+    typer.Option(
+        metavar="N",
+        parser=_share_or_count,
+        help="With skip, how many may be left out: a count, or below 1 a share; default 0.01.",
+    ),
+]
 
 app = typer.Typer(
     help="Import or check records of any layout: JSON lines and lists, CSV, TSV, Parquet, COCO and "
@@ -46,12 +68,15 @@ def import_(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the table.")],
     task: TaskOption = None,
     images: Images = None,
+    on_error: OnError = "raise",
+    max_skipped: MaxSkipped = None,
     encoding: Encoding = "utf-8",
     separator: Separator = None,
     image_key: ImageKey = None,
     caption_key: CaptionKey = None,
     annotations: Annotations = None,
     image_name: ImageName = None,
+    split: Split = None,
 ) -> None:
     """Write records into a table that a run maps.
 
@@ -61,7 +86,14 @@ def import_(
 
     options = {"encoding": encoding, "separator": separator, "image_key": image_key}
     options |= {"caption_key": caption_key, "annotations": annotations, "image_name": image_name}
-    print(import_records(_sources(sources, **options), str(out), task, _folder(images)))
+    options["split"] = split
+    print(
+        import_records(
+            *(_sources(sources, **options), str(out), task, _folder(images)),
+            on_error=on_error,
+            max_skipped=max_skipped,
+        )
+    )
 
 
 @app.command("check")
@@ -83,6 +115,7 @@ def check(
     caption_key: CaptionKey = None,
     annotations: Annotations = None,
     image_name: ImageName = None,
+    split: Split = None,
 ) -> None:
     """Count records and images, and find what a run cannot use.
 
@@ -96,6 +129,7 @@ def check(
     quiet_transformers()
     options = {"encoding": encoding, "separator": separator, "image_key": image_key}
     options |= {"caption_key": caption_key, "annotations": annotations, "image_name": image_name}
+    options["split"] = split
     given, folder = _sources(sources, **options), _folder(images)
     found = check_records(given, task, folder, _tokenizer(tokenizer), max_txt_len, workers)
     print(json.dumps(found.values(), indent=1) if as_json else str(found))
@@ -109,11 +143,17 @@ def features(
         str, typer.Option(metavar="SOURCE", help="What names the images (docs/data.md).")
     ],
     encoder: Annotated[
-        str, typer.Option(metavar="PATH", help="Folder or hub name of a vision model.")
+        str,
+        typer.Option(metavar="PATH", help="Folder or hub name of a vision model, or timm:NAME."),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the cache.")],
     layer: Annotated[
-        int | None, typer.Option(min=1, help="Blocks to run; default: BLIP-2's choice.")
+        int | None,
+        typer.Option(help="Blocks to run, or -1, -2 from the last; default: BLIP-2's choice."),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the encoder's images, in pixels; default: its own."),
     ] = None,
     dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16",
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
@@ -121,6 +161,9 @@ def features(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a cache that is there.")
     ] = False,
+    file_gb: Annotated[float, typer.Option(metavar="GB", help="Most of a file.")] = 4.0,
+    on_error: OnError = "raise",
+    max_skipped: MaxSkipped = None,
 ) -> None:
     """Compute a feature cache from a folder of images.
 
@@ -134,14 +177,18 @@ def features(
 
     from blip2fast.command_line.options import quiet_transformers
     from blip2fast.data.caching import cache_images
+    from blip2fast.data.skipping import LeftOut, check_skipped
     from blip2fast.data.sources import source_keys
     from blip2fast.frozen.image_encoders import load_image_encoder
 
     quiet_transformers()
-    keys = source_keys(records)
+    left_out: list[LeftOut] | None = [] if on_error == "skip" else None
+    keys = source_keys(records, left_out)
+    if left_out is not None:
+        check_skipped(left_out, max_skipped, len(left_out) + len(keys), "rows and images")
     on_gpu = torch.cuda.is_available()
     compute = torch.bfloat16 if on_gpu else torch.float32
-    loaded = load_image_encoder(encoder, layer, compute)
+    loaded = load_image_encoder(encoder, layer, compute, image_size)
     cache = cache_images(
         str(images),
         keys,
@@ -152,7 +199,16 @@ def features(
         batch_size=batch_size,
         workers=workers,
         overwrite=overwrite,
+        on_error=on_error,
+        max_skipped=max_skipped,
+        file_bytes=max(1, int(file_gb * 1e9)),
     )
+    told = [f"left out: {each}" for each in (left_out or ())[:10]]
+    told += [f"left out: {reason}" for reason in list(cache.lacking.values())[:10]]
+    for line in told:
+        print(line)
+    if len(left_out or ()) + len(cache.lacking) > len(told):
+        print(f"and more: {cache.path / 'lacking.json'}")
     print(
         f"{cache.path}: {cache.num_images} images of {cache.num_tokens} tokens x {cache.width}, "
         f"{cache.dtype}, relative error {cache.relative_error:.2g}"

@@ -88,10 +88,10 @@ def plan(
         float | None, typer.Option(metavar="GIB", help="Of each machine, instead of what is free.")
     ] = None,
 ) -> None:
-    """Print what a run takes in memory, for every way to keep its language model.
+    """Print what a run takes in memory, in stage 2 for every way to keep its language model.
 
-    Counts parameters, optimiser and activations of a stage-2 run. Nothing is loaded but
-    config.json.
+    Counts parameters, optimiser and activations of a run, and in stage 2 the memory of every way
+    to keep its frozen language model. Nothing is loaded but config.json.
 
     Example: blip2fast plan --config configs/vitg_opt6.7b_stage2.yaml --processes 8 --device-gib 80
     """
@@ -109,7 +109,8 @@ def plan(
     planned = plan_memory(run, processes, machines, memory)
     chosen = planned.first(run.stream_storage)
     print(planned)
-    print("nothing fits" if chosen is None else f"offload: auto would choose {chosen.name!r}")
+    said = "it fits as" if run.stage == 1 else "offload: auto would choose"
+    print("nothing fits" if chosen is None else f"{said} {chosen.name!r}")
 
 
 def storage_loss(

@@ -1,8 +1,14 @@
 """Frozen image features on disk: computed once, memory-mapped in training.
 
 The image encoder of BLIP-2 is frozen (paper, section 3.1), so its tokens depend on the image alone.
-A cache is a folder that holds a feature file, a key file and a manifest. It is written under a
+A cache is a folder that holds feature files, a key file and a manifest. It is written under a
 temporary name and renamed once every row is written, so a folder with the final name is complete.
+Features are in one file, or, if they take more than `FILE_BYTES`, in several of as many rows each.
+Images that the writer left out are listed in `lacking.json`, each with the reason; their rows are
+empty.
+
+    format 1: one file of features, nothing lacking
+    format 2: `rows_per_file` and files `features-00000.bin`, ..., or `lacking.json`
 
 Legend: n images, S image tokens, E image token width.
 """
@@ -25,15 +31,72 @@ from torch import Tensor
 
 from blip2fast.data import manifest
 from blip2fast.frozen.identity import FrozenIdentity
+from blip2fast.frozen.unusable import UnusableImageError
 
 CacheDtype = Literal["float32", "bfloat16", "int8"]
 WhenThere = Literal["refuse", "resume", "replace"]
 
-_FORMAT = 1
+_FORMATS = (1, 2)
+FILE_BYTES = 4 * 2**30
 _NUMPY_DTYPE: dict[str, Any] = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
-_MANIFEST, _KEYS, _FEATURES, _SCALES = "manifest.json", "keys.json", "features.bin", "scales.bin"
+_MANIFEST, _KEYS, _LACKING = "manifest.json", "keys.json", "lacking.json"
+_FEATURES, _SCALES = "features", "scales"
 # Only in a partial folder: which rows are written, with each row's squared error and squared norm.
 _WRITTEN, _ERRORS = "written.bin", "errors.bin"
+
+
+def _file_names(stem: str, num_rows: int, rows_per_file: int) -> list[str]:
+    count = -(-num_rows // rows_per_file)
+    return [f"{stem}-{n:05d}.bin" for n in range(count)] if count > 1 else [f"{stem}.bin"]
+
+
+class _Rows:
+    """An array [n, ...] in files of as many rows each, memory-mapped."""
+
+    def __init__(
+        self,
+        folder: Path,
+        stem: str,
+        dtype: Any,
+        shape: tuple[int, ...],
+        rows_per_file: int,
+        mode: Literal["r", "r+"] = "r",
+    ) -> None:
+        self._shape, self._each = shape, rows_per_file
+        names = _file_names(stem, shape[0], rows_per_file)
+        self._parts = [
+            _map(
+                folder / name,
+                dtype,
+                (min(rows_per_file, shape[0] - n * rows_per_file), *shape[1:]),
+                mode,
+            )
+            for n, name in enumerate(names)
+        ]
+
+    def __getitem__(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, Any]:
+        if len(self._parts) == 1:
+            return self._parts[0][rows]
+        found = np.empty((len(rows), *self._shape[1:]), self._parts[0].dtype)
+        files, places = np.divmod(rows, self._each)
+        for number in np.unique(files).tolist():
+            chosen = files == number
+            found[chosen] = self._parts[number][places[chosen]]
+        return found
+
+    def write(self, start: int, values: np.ndarray[Any, Any]) -> None:
+        """Store rows from `start` on."""
+        done = 0
+        while done < len(values):
+            number, place = divmod(start + done, self._each)
+            count = min(self._each - place, len(values) - done)
+            self._parts[number][place : place + count] = values[done : done + count]
+            done += count
+
+    def flush(self) -> None:
+        """Write what is in memory to the files."""
+        for part in self._parts:
+            part.flush()
 
 
 def _digest(keys: Sequence[str]) -> str:
@@ -57,6 +120,7 @@ class FeatureCache:
 
     Attributes:
         keys: one name per image, in row order.
+        lacking: images that could not be used when the cache was written, each with the reason.
         num_images, num_tokens, width: n, S and E.
         dtype: storage type: `"float32"`, `"bfloat16"` or `"int8"`.
         encoder_id: name of the encoder that computed the features, as given to the writer.
@@ -78,12 +142,14 @@ class FeatureCache:
             )
             raise ValueError(f"no feature cache at {self.path}{hint}")
         stated = _read_json(manifest_path)
-        if not isinstance(stated, dict) or stated.get("format") != _FORMAT:
+        if not isinstance(stated, dict) or stated.get("format") not in _FORMATS:
             found = stated.get("format") if isinstance(stated, dict) else stated
             raise ValueError(
-                f"{manifest_path}: format {found!r}, but this version reads {_FORMAT}; "
-                "write the cache again"
+                f"{manifest_path}: format {found!r}, but this version reads "
+                f"{' and '.join(map(str, _FORMATS))}; write the cache again"
             )
+        self.keys: list[str]
+        self.num_images: int
         try:
             self._take(stated)
             stored = _NUMPY_DTYPE[self.dtype]
@@ -92,17 +158,21 @@ class FeatureCache:
                 f"{self.path}: {_MANIFEST} or {_KEYS} lacks what a cache states ({error}); write "
                 "the cache again"
             ) from error
-        shape = (self.num_images, self.num_tokens, self.width)
-        self._features = _map(self.path / _FEATURES, stored, shape)
-        self._scales = (
-            _map(self.path / _SCALES, np.float32, shape[:2]) if self.dtype == "int8" else None
-        )
+        shape = (len(self.keys), self.num_tokens, self.width)
+        each = self._rows_per_file
+        self._features = _Rows(self.path, _FEATURES, stored, shape, each)
+        self._scales = None
+        if self.dtype == "int8":
+            self._scales = _Rows(self.path, _SCALES, np.float32, shape[:2], each)
+        self._stored_rows: Any = None
+        if self.lacking:
+            self._pass_over_lacking()
         self._row_of = {key: row for row, key in enumerate(self.keys)}
 
     def _take(self, stated: dict[str, Any]) -> None:
         """Set the attributes that the manifest and the key file state."""
-        self.keys: list[str] = _read_json(self.path / _KEYS)
-        self.num_images: int = stated["num_images"]
+        self.keys = _read_json(self.path / _KEYS)
+        self.num_images = stated["num_images"]
         self.num_tokens: int = stated["num_tokens"]
         self.width: int = stated["width"]
         self.dtype: str = stated["dtype"]
@@ -110,11 +180,25 @@ class FeatureCache:
         encoder = stated.get("encoder")
         self.encoder = None if encoder is None else FrozenIdentity(**encoder)
         self.relative_error: float = stated["relative_error"]
+        self._rows_per_file: int = stated.get("rows_per_file", max(1, self.num_images))
+        self.lacking: dict[str, str] = {}
+        if "lacking" in stated:
+            self.lacking = _read_json(self.path / _LACKING)
+            if not isinstance(self.lacking, dict) or len(self.lacking) != stated["lacking"]:
+                raise ValueError(
+                    f"{self.path}: {_LACKING} is not that of the manifest; write the cache again"
+                )
         if len(self.keys) != self.num_images or _digest(self.keys) != stated["keys_sha256"]:
             raise ValueError(
                 f"{self.path}: {_KEYS} holds {len(self.keys)} keys that are not the "
                 f"{self.num_images} of the manifest; write the cache again"
             )
+
+    def _pass_over_lacking(self) -> None:
+        there = [row for row, key in enumerate(self.keys) if key not in self.lacking]
+        self._stored_rows = np.array(there, np.int64)
+        self.keys = [self.keys[row] for row in there]
+        self.num_images = len(there)
 
     @staticmethod
     def create(
@@ -125,6 +209,7 @@ class FeatureCache:
         dtype: CacheDtype = "float32",
         encoder_id: str | FrozenIdentity = "",
         when_there: WhenThere = "refuse",
+        file_bytes: int = FILE_BYTES,
     ) -> "FeatureCacheWriter":
         """Start writing a cache of `len(keys)` images; see `FeatureCacheWriter`.
 
@@ -140,12 +225,15 @@ class FeatureCache:
                 `FrozenImageEncoder`, which lets training refuse features of another encoder.
             when_there: whether an interrupted write is refused, resumed (keys, shape, dtype and
                 encoder must match) or replaced; a finished cache is refused unless replaced.
+            file_bytes: most bytes of a file; features that take more are in several.
 
         Raises:
             ValueError: invalid sizes, duplicate keys, a cache already at `path`, another process
                 that writes it, or a disk without room for it.
         """
-        return FeatureCacheWriter(path, keys, num_tokens, width, dtype, encoder_id, when_there)
+        return FeatureCacheWriter(
+            path, keys, num_tokens, width, dtype, encoder_id, when_there, file_bytes
+        )
 
     def __len__(self) -> int:
         return self.num_images
@@ -154,13 +242,24 @@ class FeatureCache:
         # Worker processes map the files again; pickling the arrays would copy the whole cache.
         return type(self), (self.path,)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._row_of
+
     def row(self, key: str) -> int:
-        """Row number of image `key`."""
+        """Row number of image `key`.
+
+        Raises:
+            UnusableImageError: the cache lacks it.
+        """
         try:
             return self._row_of[key]
         except KeyError:
+            if key in self.lacking:
+                raise UnusableImageError(
+                    f"image {key!r} was left out of {self.path}: {self.lacking[key]}"
+                ) from None
             example = self.keys[0] if self.keys else "none"
-            raise ValueError(
+            raise UnusableImageError(
                 f"image {key!r} is not among the {self.num_images} of {self.path} "
                 f"(the first is {example!r}); cache it or drop its records"
             ) from None
@@ -177,6 +276,8 @@ class FeatureCache:
                 f"rows {index.min()}..{index.max()} asked of {self.path}, "
                 f"which holds rows 0..{self.num_images - 1}"
             )
+        if self._stored_rows is not None:
+            index = self._stored_rows[index]
         stored = torch.from_numpy(self._features[index])
         if self._scales is not None:
             scales = torch.from_numpy(self._scales[index])
@@ -205,15 +306,17 @@ class FeatureCacheWriter:
         dtype: CacheDtype,
         encoder_id: str | FrozenIdentity,
         when_there: WhenThere,
+        file_bytes: int = FILE_BYTES,
     ) -> None:
         self.path, self.keys = Path(path), list(keys)
         self.num_tokens, self.width, self.dtype = num_tokens, width, dtype
         encoder = encoder_id if isinstance(encoder_id, FrozenIdentity) else None
         self.encoder_id = encoder_id if isinstance(encoder_id, str) else encoder_id.name
-        self._check()
+        self.left_out: dict[int, str] = {}
+        self._check(file_bytes)
         self._partial = _partial(self.path)
         self._plan: dict[str, Any] = {
-            "format": _FORMAT,
+            "format": 1,
             "num_images": len(self.keys),
             "num_tokens": num_tokens,
             "width": width,
@@ -224,17 +327,19 @@ class FeatureCacheWriter:
         if encoder is not None:
             self._plan["encoder"] = asdict(encoder)
         n = len(self.keys)
-        shape = (n, num_tokens, width)
-        files: dict[str, tuple[Any, tuple[int, ...]]] = {
-            _FEATURES: (_NUMPY_DTYPE[dtype], shape),
-            _ERRORS: (np.float64, (n, 2)),
-            _WRITTEN: (np.bool_, (n,)),
-        }
+        stored: Any = _NUMPY_DTYPE[dtype]
+        each = max(1, file_bytes // (num_tokens * width * np.dtype(stored).itemsize))
+        if each < n:
+            self._plan |= {"format": 2, "rows_per_file": each}
+        arrays: dict[str, tuple[Any, tuple[int, ...]]] = {_FEATURES: (stored, (num_tokens, width))}
         if dtype == "int8":
-            files[_SCALES] = (np.float32, shape[:2])
-        sizes = {
-            name: int(np.prod(s)) * np.dtype(kind).itemsize for name, (kind, s) in files.items()
-        }
+            arrays[_SCALES] = (np.float32, (num_tokens,))
+        sizes = {_ERRORS: n * 16, _WRITTEN: n}
+        for stem, (kind, shape) in arrays.items():
+            row = int(np.prod(shape)) * np.dtype(kind).itemsize
+            for number, name in enumerate(_file_names(stem, n, each)):
+                sizes[name] = row * min(each, n - number * each)
+        self._files = [name for name in sizes if name not in (_ERRORS, _WRITTEN)]
         self.nbytes = sum(sizes.values())
         self._lock = self._acquire()
         try:
@@ -246,11 +351,14 @@ class FeatureCacheWriter:
         except BaseException:
             self._release()
             raise
-        arrays = {name: _map(self._partial / name, *files[name], "r+") for name in files}
-        self._features, self._scales = arrays[_FEATURES], arrays.get(_SCALES)
-        self._errors, self._written = arrays[_ERRORS], arrays[_WRITTEN]
+        self._arrays = {
+            stem: _Rows(self._partial, stem, kind, (n, *shape), each, "r+")
+            for stem, (kind, shape) in arrays.items()
+        }
+        self._errors = _map(self._partial / _ERRORS, np.float64, (n, 2), "r+")
+        self._written = _map(self._partial / _WRITTEN, np.bool_, (n,), "r+")
 
-    def _check(self) -> None:
+    def _check(self, file_bytes: int) -> None:
         if not self.keys:
             raise ValueError("a feature cache of no images: keys is empty")
         if len(set(self.keys)) != len(self.keys):
@@ -260,6 +368,8 @@ class FeatureCacheWriter:
             raise ValueError(
                 f"num_tokens={self.num_tokens} and width={self.width} must be positive"
             )
+        if file_bytes < 1:
+            raise ValueError(f"file_bytes={file_bytes} must be positive")
         if self.dtype not in get_args(CacheDtype):
             raise ValueError(f"dtype={self.dtype!r}; one of {', '.join(get_args(CacheDtype))}")
 
@@ -330,8 +440,16 @@ class FeatureCacheWriter:
 
     @property
     def missing_rows(self) -> list[int]:
-        """Rows not yet written, in ascending order."""
-        return np.flatnonzero(~self._written).tolist()
+        """Rows not yet written and not left out, in ascending order."""
+        rows: list[int] = np.flatnonzero(~self._written).tolist()
+        return [row for row in rows if row not in self.left_out]
+
+    def leave_out(self, row: int, reason: str) -> None:
+        """Go without an image that cannot be used; the cache will say that it lacks it, and why.
+
+        A write that is resumed tries these images again.
+        """
+        self.left_out[row] = reason
 
     def write(self, start_row: int, features: Tensor) -> None:
         """Store `features` [n, S, E] (any float dtype and device) from row `start_row` on.
@@ -351,21 +469,20 @@ class FeatureCacheWriter:
         given = features.detach().to("cpu", torch.float32)
         if not bool(torch.isfinite(given).all()):
             raise ValueError(f"features of rows {start_row}..{stop - 1} hold NaN or infinity")
-        rows = slice(start_row, stop)
+        rows, features_file = slice(start_row, stop), self._arrays[_FEATURES]
         if self.dtype == "float32":
             stored = given
-            self._features[rows] = given.numpy()
+            features_file.write(start_row, given.numpy())
         elif self.dtype == "bfloat16":
             half = given.to(torch.bfloat16)
             stored = half.float()
-            self._features[rows] = half.view(torch.uint16).numpy()
+            features_file.write(start_row, half.view(torch.uint16).numpy())
         else:
             scale = given.abs().amax(-1).div(127.0)
             steps = (given / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round()
             stored = steps * scale[..., None]
-            self._features[rows] = steps.to(torch.int8).numpy()
-            if self._scales is not None:
-                self._scales[rows] = scale.numpy()
+            features_file.write(start_row, steps.to(torch.int8).numpy())
+            self._arrays[_SCALES].write(start_row, scale.numpy())
         error = (stored - given).double().square().sum((1, 2))
         norm = given.double().square().sum((1, 2))
         self._errors[rows] = torch.stack([error, norm], 1).numpy()
@@ -376,7 +493,7 @@ class FeatureCacheWriter:
         """Flush everything to disk, write the manifest and rename the folder to its final name.
 
         Raises:
-            ValueError: rows are missing.
+            ValueError: rows are missing, or all were left out.
         """
         missing = self.missing_rows
         if missing:
@@ -384,14 +501,22 @@ class FeatureCacheWriter:
                 f"{len(missing)} of {len(self.keys)} rows were never written (first: row "
                 f"{missing[0]}, {self.keys[missing[0]]!r}); {self._partial} is kept"
             )
+        if len(self.left_out) == len(self.keys):
+            raise ValueError(
+                f"none of the {len(self.keys)} images can be used; the first: {self.left_out[0]}"
+            )
         error, norm = self._errors.sum(0)
         relative = float(np.sqrt(error / norm)) if norm else 0.0
-        for array in (self._features, self._scales):
-            if array is not None:
-                array.flush()
+        for array in self._arrays.values():
+            array.flush()
         stated = {**self._plan, "relative_error": relative}
+        if self.left_out:
+            stated |= {"format": 2, "lacking": len(self.left_out)}
+            lacking = {self.keys[row]: self.left_out[row] for row in sorted(self.left_out)}
+            _write_json(self._partial / _LACKING, lacking)
+            manifest.flush(self._partial / _LACKING)
         # After a crash, a folder with the final name must not have files that were never flushed.
-        for name in (_KEYS, _FEATURES, *((_SCALES,) if self._scales is not None else ())):
+        for name in (_KEYS, *self._files):
             manifest.flush(self._partial / name)
         manifest.replace_file(self._partial / _MANIFEST, manifest.write_json(stated))
         if self.path.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import tarfile
 from array import array
 from collections import Counter
@@ -26,11 +27,14 @@ from blip2fast.data.records import (
 )
 from blip2fast.data.rows import Task, task_of
 from blip2fast.data.shards import ShardKey
+from blip2fast.data.skipping import LeftOut, OnError, check_skipped
 from blip2fast.data.source_config import Given, RecordSource, as_sources
 from blip2fast.data.sources import ignored_names, read_records
 from blip2fast.data.table import RecordTable, TableWriter, describe_table, is_table
 
 _SHARD_BYTES = 2**30
+SKIPPED = "skipped.jsonl"
+_MOST_TOLD = 10
 
 
 @dataclass
@@ -94,6 +98,7 @@ class Imported:
         counts: of its records.
         ignored: how often each name was passed over.
         packed: images that rows had in themselves, now in shards beside the table.
+        left_out: rows that make no record, which `on_error="skip"` leaves out.
     """
 
     path: Path
@@ -101,6 +106,7 @@ class Imported:
     counts: TextCounts
     ignored: Counter[str]
     packed: int = 0
+    left_out: list[LeftOut] = field(default_factory=list)
 
     def __str__(self) -> str:
         counts = self.counts
@@ -113,6 +119,9 @@ class Imported:
             lines.append(f"{self.packed} images packed: set data.images to {self.path}")
         if self.ignored:
             lines.append(ignored_names(self.ignored))
+        if self.left_out:
+            lines += [f"left out: {each}" for each in self.left_out[:_MOST_TOLD]]
+            lines.append(f"{len(self.left_out)} rows left out: {self.path / SKIPPED}")
         return "\n".join(lines)
 
 
@@ -121,6 +130,9 @@ def import_records(
     out: str | Path,
     task: Task | None = None,
     images: Path | None = None,
+    *,
+    on_error: OnError = "raise",
+    max_skipped: float | None = None,
 ) -> Imported:
     """Write the records of sources into a table; nothing is there unless all of it is.
 
@@ -129,12 +141,17 @@ def import_records(
         out: folder of the table.
         task: kind of the records; None: found from the first row.
         images: the folder from which images are named.
+        on_error: `skip`: leave out rows that make no record, and list them in `skipped.jsonl`
+            beside the table.
+        max_skipped: how many may be left out: a count, or below 1 a share; None: 0.01.
 
     Raises:
-        ValueError: a fault of a source, with file, line and remedy; or something at `out`.
+        ValueError: a fault of a source, with file, line and remedy; or something at `out`; or more
+            rows to leave out than allowed.
     """
     sources = as_sources(given)
     task = task or _task_of(sources[0])
+    left_out: list[LeftOut] = []
     ignored, counts = Counter[str](), TextCounts()
     with TableWriter(out, task) as writer:
         packer = _Packer(writer.partial)
@@ -145,14 +162,19 @@ def import_records(
                 if is_table(source.source):
                     records = _told(RecordTable([Path(source.source)], task), tell)
                 else:
-                    records = read_records(source, task, images, packer.add, ignored, tell)
+                    told = left_out if on_error == "skip" else None
+                    records = read_records(source, task, images, packer.add, ignored, tell, told)
                 for record in records:
                     writer.add(record)
                     counts.add(record)
+        check_skipped(left_out, max_skipped, counts.rows + len(left_out), "rows")
+        if left_out:
+            lines = [json.dumps(vars(each), ensure_ascii=False) + "\n" for each in left_out]
+            (writer.partial / SKIPPED).write_text("".join(lines), encoding="utf-8")
         counts.finish()
         named = {name: value for name, value in vars(counts).items() if name[0] != "_"}
         writer.finish({"sources": [source.source for source in sources], **named})
-    return Imported(Path(out), task, counts, ignored, packer.images)
+    return Imported(Path(out), task, counts, ignored, packer.images, left_out)
 
 
 def _told(table: RecordTable, tell: Callable[[float], None]) -> Iterator[AnyRecord]:
@@ -165,7 +187,10 @@ def _task_of(source: RecordSource) -> Task:
     if is_table(source.source):
         found: Task = describe_table(Path(source.source))["task"]
         return found
-    row = next(iter(read_rows(source.source, source)), None)
+    row = None
+    for row in read_rows(source.source, source):
+        if row.fault is None:
+            break
     if row is None:
         raise ValueError(f"{source.source} holds no records")
     return task_of(row)

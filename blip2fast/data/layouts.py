@@ -3,14 +3,17 @@
     JSON lines, JSON lists     one object a row
     CSV and TSV, Parquet       one row a row, by the names of the columns
     COCO captions              {"images": [...], "annotations": [...]}; one row an image
-    VQAv2                      {"questions": [...]} with a second file of annotations
+    Karpathy's splits          {"images": [{"sentences": [...], "split": ...}]}; one row an image
+    VQAv2, OK-VQA              {"questions": [...]} with a second file of annotations
+    GQA                        {number: {"imageId": ..., "question": ..., "answer": ...}}
     imagefolder                a folder with metadata.csv, .jsonl or .parquet
-    datasets                   a folder of `Dataset.save_to_disk`, or of Parquet files
+    datasets                   a folder of `Dataset.save_to_disk`, or of Parquet files; or
+                               `hf:NAME`, which `datasets.load_dataset` finds
     webdataset                 tar shards, read where they are
     pictures and texts         a folder of images, each with a .txt of the same name
 
-`read_rows` finds out which one a source is. The files are parsed by Python's `json`, `csv` and
-`tarfile`, by pyarrow and by `datasets`.
+`read_rows` finds out which one a source is. JSON, CSV and TSV may be compressed (.gz). The files
+are parsed by Python's `json`, `csv` and `tarfile`, by pyarrow and by `datasets`.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ from typing import Any
 
 from blip2fast._imports import needs
 from blip2fast.data.shards import shard_samples
-from blip2fast.data.source_config import SourceOptions, source_files
-from blip2fast.data.text_files import DEFAULT_ENCODING, read_text, text_lines
+from blip2fast.data.source_config import HUB, SourceOptions, source_files
+from blip2fast.data.text_files import DEFAULT_ENCODING, read_text, text_lines, text_size
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm")
@@ -44,19 +47,23 @@ class Row:
         values: by name, as the source has them.
         fault: why there are no values.
         share: how much of the source has been read with this row, from 0 to 1; an estimate.
+        about: what evaluation reads beside the record: `id`, `kinds` (names of groupings and the
+            row's kind in each), `raw_answers`.
     """
 
     where: str
     values: dict[str, Any] = field(default_factory=dict)
     fault: str | None = None
     share: float = 0.0
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def read_rows(source: str | Path, options: SourceOptions | None = None) -> Iterator[Row]:
     """The rows of a source, in its order; the layout is recognised by its name and content.
 
     Args:
-        source: a file, a folder, or a pattern such as `shards/*.tar`.
+        source: a file, a folder, a pattern such as `shards/*.tar`, or `hf:NAME`, `hf:NAME:SPLIT`,
+            `hf:NAME:SUBSET:SPLIT` for a data set of the hub.
         options: what the source does not say about itself.
 
     Raises:
@@ -65,6 +72,8 @@ def read_rows(source: str | Path, options: SourceOptions | None = None) -> Itera
             `Row.fault`.
     """
     options = options or SourceOptions()
+    if str(source).startswith(HUB):
+        return _hub_rows(str(source))
     path = Path(source)
     if path.is_dir():
         return _folder_rows(path, options)
@@ -72,7 +81,10 @@ def read_rows(source: str | Path, options: SourceOptions | None = None) -> Itera
         return _file_rows(path, options)
     found = source_files(source)
     if not found:
-        raise ValueError(f"no records at {source}: not a file, a folder or a pattern of files")
+        raise ValueError(
+            f"no records at {source}: not a file, a folder or a pattern of files "
+            f"(a data set of the hub: {HUB}OWNER/NAME)"
+        )
     if all(each.suffix == ".tar" for each in found):
         return _shard_rows(found, path.parent, options)
     return _in_turn([read_rows(each, options) for each in found])
@@ -117,7 +129,7 @@ def read_json(path: Path, encoding: str = DEFAULT_ENCODING) -> Any:
 
 
 def _file_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
-    suffix = path.suffix.lower()
+    suffix = _suffix(path)
     readers: dict[str, Callable[[Path, SourceOptions], Iterator[Row]]] = {
         ".jsonl": _json_lines,
         ".ndjson": _json_lines,
@@ -131,9 +143,15 @@ def _file_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
     if suffix not in readers:
         raise ValueError(
             f"{path}: {suffix or 'no suffix'} is none of the layouts of records; give "
-            f"{', '.join(readers)}, .tar or a folder"
+            f"{', '.join(readers)}, these with .gz, .tar or a folder"
         )
     return readers[suffix](path, options)
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that says the layout: that before .gz, which texts may have."""
+    suffix, before = path.suffix.lower(), Path(path.stem).suffix.lower()
+    return before if suffix == ".gz" and before != ".parquet" else suffix
 
 
 def _folder_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
@@ -158,12 +176,12 @@ def _folder_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
 
 
 def _json_lines(path: Path, options: SourceOptions) -> Iterator[Row]:
-    done, size = 0, path.stat().st_size
+    done, size = 0, text_size(path)
     for number, line in enumerate(text_lines(path, options.encoding), 1):
         done += len(line)
         if line.strip():
             row = _parsed(line, f"{path}, line {number}")
-            row.share = done / size
+            row.share = min(1.0, done / size)
             yield row
 
 
@@ -201,11 +219,15 @@ def _json_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
         yield from _counted(_vqa_rows(path, content, options), len(content["questions"]))
     elif isinstance(content, dict) and {"images", "annotations"} <= content.keys():
         yield from _counted(_coco_rows(path, content), len(content["images"]))
+    elif isinstance(content, dict) and "images" in content:
+        yield from _counted(_karpathy_rows(path, content, options), len(content["images"]))
+    elif isinstance(content, dict) and _is_gqa(content):
+        yield from _counted(_gqa_rows(path, content, options), len(content))
     else:
         found = f"keys {', '.join(sorted(content))}" if isinstance(content, dict) else text[:20]
         raise ValueError(
             f"{path}: {found}: neither a list of records, nor COCO captions (images and "
-            "annotations), nor VQAv2 (questions)"
+            "annotations), nor Karpathy's splits (images), nor VQAv2 (questions), nor GQA"
         )
 
 
@@ -236,7 +258,69 @@ def _coco_rows(path: Path, content: dict[str, Any]) -> Iterator[Row]:
         captions[annotation["image_id"]].append(annotation["caption"])
     for number, image in enumerate(images, 1):
         values = {"image": image["file_name"], "captions": captions[image["id"]]}
-        yield Row(f"{path}, images entry {number}", values)
+        kinds = {"domain": image["domain"]} if image.get("domain") else {}  # of NoCaps
+        about = {"id": image["id"], "kinds": kinds}
+        yield Row(f"{path}, images entry {number}", values, about=about)
+
+
+def _karpathy_rows(path: Path, content: dict[str, Any], options: SourceOptions) -> Iterator[Row]:
+    images = _entries(path, content, "images", "filename", "sentences", "split")
+    there = sorted({str(image["split"]) for image in images})
+    wanted = (options.split or "").split("+")
+    if not set(wanted) <= set(there):
+        raise ValueError(
+            f"{path}: has the splits {', '.join(there)}; state which, not {options.split!r} "
+            "(--split, or split: in data.records); several are joined by +"
+        )
+    for number, image in enumerate(images, 1):
+        if image["split"] not in wanted:
+            continue
+        where = f"{path}, images entry {number}"
+        try:
+            captions = [sentence["raw"] for sentence in image["sentences"]]
+        except (KeyError, TypeError):
+            yield Row(where, fault="sentences: each needs a 'raw' text")
+            continue
+        folder = image.get("filepath")  # of COCO: train2014 or val2014
+        name = f"{folder}/{image['filename']}" if folder else image["filename"]
+        # Karpathy's own number, where the data set has none
+        about = {"id": image.get("cocoid", image.get("imgid", image["filename"]))}
+        yield Row(where, {"image": name, "captions": captions}, about=about)
+
+
+def _is_gqa(content: dict[str, Any]) -> bool:
+    first = next(iter(content.values()), None)
+    return isinstance(first, dict) and {"imageId", "question"} <= first.keys()
+
+
+def _gqa_rows(path: Path, content: dict[str, Any], options: SourceOptions) -> Iterator[Row]:
+    template = options.image_name or "{}.jpg"
+    for number, entry in content.items():
+        where = f"{path}, question {number}"
+        missing = [
+            name
+            for name in ("imageId", "question", "answer")
+            if not isinstance(entry, dict) or name not in entry
+        ]
+        if missing:
+            yield Row(where, fault=f"lacks {', '.join(missing)}; GQA's test files have no answers")
+            continue
+        values = {name: entry[name] for name in ("question", "answer")}
+        kinds = {f"{name}_type": str(kind) for name, kind in (entry.get("types") or {}).items()}
+        values["image"] = _named_image(template, entry["imageId"])
+        yield Row(where, values, about={"id": number, "kinds": kinds})
+
+
+def _named_image(template: str, number: Any) -> str:
+    """The file name of an image with a number.
+
+    Raises:
+        ValueError: a template that does not fit.
+    """
+    try:
+        return template.format(number)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"image name {template!r} of image {number!r}: {error!r}") from None
 
 
 def _vqa_rows(path: Path, content: dict[str, Any], options: SourceOptions) -> Iterator[Row]:
@@ -271,12 +355,15 @@ def _vqa_rows(path: Path, content: dict[str, Any], options: SourceOptions) -> It
                 "answers": [each["answer"] for each in entry["answers"]],
                 "type": entry.get("answer_type", ""),
             }
+            raw = [each["raw_answer"] for each in entry["answers"] if "raw_answer" in each]
         except (KeyError, TypeError, ValueError, IndexError) as error:
             yield Row(where, fault=f"image_id or answers: {error!r}")
             continue
         if "multiple_choice_answer" in entry:
             values["answer"] = entry["multiple_choice_answer"]
-        yield Row(where, values)
+        kinds = {name: entry[name] for name in ("question_type", "answer_type") if name in entry}
+        about = {"id": question["question_id"], "kinds": kinds, "raw_answers": raw}
+        yield Row(where, values, about=about)
 
 
 def _table_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
@@ -287,7 +374,7 @@ def _table_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
     separator = options.separator or _separator(path, header)
     if len(separator) != 1:
         raise ValueError(f"separator {separator!r}: not one character")
-    done, size = 0, path.stat().st_size
+    done, size = 0, text_size(path)
 
     def counted() -> Iterator[str]:
         nonlocal done
@@ -310,15 +397,19 @@ def _table_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
                     f"{len(row)} columns, but the header has {len(names)} ({', '.join(names)}); "
                     f"quote texts that hold {separator!r}"
                 )
-                yield Row(where, fault=fault, share=done / size)
+                yield Row(where, fault=fault, share=min(1.0, done / size))
             else:
-                yield Row(where, dict(zip(names, row, strict=True)), share=done / size)
+                values = dict(zip(names, row, strict=True))
+                yield Row(where, values, share=min(1.0, done / size))
     except csv.Error as error:
         raise ValueError(f"{path}, line {number}: {error}; correct the quotes") from None
 
 
 def _separator(path: Path, header: str) -> str:
-    return "\t" if path.suffix.lower() == ".tsv" or "\t" in header else ","
+    if _suffix(path) == ".tsv" or "\t" in header:
+        return "\t"
+    # what spreadsheets write where the comma is in numbers
+    return ";" if ";" in header and "," not in header else ","
 
 
 def _parquet_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
@@ -348,10 +439,44 @@ def _dataset_rows(path: Path) -> Iterator[Row]:
         dataset = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: not readable by datasets ({_first_line(error)})") from None
+    yield from _rows_of(dataset, str(path))
+
+
+def _hub_rows(source: str) -> Iterator[Row]:
+    """Rows of `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:SUBSET:SPLIT`."""
+    with needs("read a data set of the hub", "datasets"):
+        import datasets
+    name, *parts = source.removeprefix(HUB).split(":")
+    if not name or len(parts) > 2 or not all(parts):
+        raise ValueError(
+            f"{source}: give {HUB}OWNER/NAME, {HUB}OWNER/NAME:SPLIT or {HUB}OWNER/NAME:SUBSET:SPLIT"
+        )
+    subset = parts[0] if len(parts) == 2 else None
+    known = (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError)
+    try:
+        found = datasets.load_dataset(name, subset, split=parts[-1] if parts else None)
+    except known as error:
+        raise ValueError(
+            f"{source}: datasets cannot load it ({_first_line(error)}); without a connection give "
+            "a local folder, or load it once where there is one"
+        ) from None
+    if isinstance(found, datasets.DatasetDict):
+        if len(found) != 1:
+            raise ValueError(
+                f"{source}: has the splits {', '.join(sorted(found))}; give one: {HUB}{name}:SPLIT"
+            )
+        found = next(iter(found.values()))
+    yield from _rows_of(found, source)
+
+
+def _rows_of(dataset: Any, where: str) -> Iterator[Row]:
+    """Rows of a `datasets.Dataset`, whose images stay in their files' form."""
+    import datasets
+
     for name, feature in dataset.features.items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
-    rows = (Row(f"{path}, row {number}", values) for number, values in enumerate(dataset, 1))
+    rows = (Row(f"{where}, row {number}", values) for number, values in enumerate(dataset, 1))
     yield from _counted(rows, len(dataset))
 
 

@@ -105,6 +105,12 @@ class Mixture:
         ends = [round(total * sum(self.weights[: i + 1]) / whole) for i in range(len(self.sizes))]
         return tuple(end - start for start, end in zip([0, *ends[:-1]], ends, strict=True))
 
+    def source_of(self, record: int) -> tuple[int, int]:
+        """The first record of the source that a record is from, and the number of its records."""
+        ends = np.cumsum(self.sizes)
+        source = int(np.searchsorted(ends, record, side="right"))
+        return int(ends[source]) - self.sizes[source], self.sizes[source]
+
     def records(self, seed: int, epoch: int, samples: Indices) -> Indices:
         """The records that `samples`, numbers from 0 to the number of all records, stand for."""
         slots = self.slots

@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from blip2fast.frozen.unusable import UnusableImageError
+
 _KEY = re.compile(r"(?P<shard>.+?\.tar)/(?P<member>.+)@(?P<offset>\d+)\+(?P<size>\d+)")
 _BLOCK = tarfile.BLOCKSIZE
 _TEXTS = (".txt", ".json")
@@ -107,7 +109,7 @@ def read_member(folder: Path, key: ShardKey) -> NamedBytes:
     """The bytes of an image in a shard of `folder`.
 
     Raises:
-        ValueError: the shard is missing, cut off, or not the one that the key was made for.
+        UnusableImageError: the shard is missing, cut off, or not the one that the key was made for.
     """
     path = folder / key.shard
     remedy = "import its records again"
@@ -117,9 +119,9 @@ def read_member(folder: Path, key: ShardKey) -> NamedBytes:
             header = file.read(_BLOCK)
             content = file.read(key.size)
     except FileNotFoundError:
-        raise ValueError(f"image {key.member} of {path}: no such shard") from None
+        raise UnusableImageError(f"image {key.member} of {path}: no such shard") from None
     if len(content) != key.size:
-        raise ValueError(
+        raise UnusableImageError(
             f"image {key.member} of {path}: the shard is shorter than it was; {remedy}"
         )
     try:
@@ -127,7 +129,7 @@ def read_member(folder: Path, key: ShardKey) -> NamedBytes:
     except tarfile.HeaderError:
         found = None
     if found is None or found.size != key.size or _start(found.name) != _start(key.member):
-        raise ValueError(f"image {key.member} of {path}: the shard has changed; {remedy}")
+        raise UnusableImageError(f"image {key.member} of {path}: the shard has changed; {remedy}")
     return NamedBytes(content, f"{path}/{key.member}")
 
 

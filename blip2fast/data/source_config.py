@@ -17,11 +17,13 @@ class SourceOptions:
     Attributes:
         encoding: of its text files.
         separator: of the columns of a CSV file; None: a tab in .tsv files and where the header
-            has tabs, else a comma.
+            has tabs, a semicolon where it has these and no comma, else a comma.
         image_key, caption_key: names of the columns of images and captions; None: the usual ones.
         annotations: of VQAv2, the file with the answers.
         image_name: of VQAv2, a file name with `{}` for the number of the image, such as
-            `{:012d}.jpg`; None: as in COCO's 2014 release.
+            `{:012d}.jpg`; None: as in COCO's 2014 release. Of GQA likewise, None: `{}.jpg`.
+        split: of Karpathy's files, which hold several: `train`, `val`, `test`, or of COCO also
+            `train+restval`.
     """
 
     encoding: str = DEFAULT_ENCODING
@@ -30,6 +32,7 @@ class SourceOptions:
     caption_key: str | None = None
     annotations: str | None = None
     image_name: str | None = None
+    split: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -37,7 +40,8 @@ class RecordSource(SourceOptions):
     """One source of a run's records.
 
     Attributes:
-        source: a file, a folder, a pattern of files, or a table of `blip2fast data import`.
+        source: a file, a folder, a pattern of files, a table of `blip2fast data import`, or
+            `hf:NAME`, a data set of the hub.
         weight: the share of the samples that come from it, over the sum of all weights; None for
             all sources: each record is as likely as any other.
     """
@@ -74,8 +78,15 @@ def as_sources(given: Given | Sequence[Given]) -> list[RecordSource]:
     return sources
 
 
+# Before the name of a data set that `datasets.load_dataset` finds.
+HUB = "hf:"
+
+
 def source_files(source: str | Path) -> list[Path]:
-    """The file or folder that `source` is, or the sorted ones that it is a pattern of."""
+    """The file or folder that `source` is, or the sorted ones that it is a pattern of.
+
+    None where it is a data set of the hub.
+    """
     path = Path(source)
     if path.exists():
         return [path]

@@ -35,7 +35,7 @@ class DemoSettings:
 
     source: Source = "shapes"
     seed: int = 0
-    train_scenes: int = 8000
+    train_scenes: int = 24_000
     held_out_scenes: int = 1000
     unseen_scenes: int = 500
     captions_per_scene: int = 4

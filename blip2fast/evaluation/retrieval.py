@@ -20,6 +20,8 @@ from blip2fast.stage1.model import Blip2Stage1
 
 ImageReader = Callable[[Tensor], Tensor]
 RECALL_KS = (1, 5, 10)
+# candidates that ITM re-ranks (paper, section 4.4)
+RERANK_K = 128
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,26 @@ def retrieval_recall(
     Raises:
         ValueError: the shapes disagree.
     """
+    ranks_i2t, ranks_t2i = retrieval_ranks(score_i2t, score_t2i, text_image)
+    ranks_i2t = ranks_i2t[ranks_i2t >= 0]
+    recall = {f"i2t_r{k}": (ranks_i2t < k).float().mean().item() for k in ks}
+    return recall | {f"t2i_r{k}": (ranks_t2i < k).float().mean().item() for k in ks}
+
+
+def retrieval_ranks(
+    score_i2t: Tensor, score_t2i: Tensor, text_image: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How many wrong texts rank above each image's best own text, and wrong images above a text's.
+
+    Args:
+        score_i2t, score_t2i, text_image: as in `retrieval_recall`, with its rule for ties and NaN.
+
+    Returns:
+        Ranks from 0 of the images [I], -1 for those without a text, and of the texts [J].
+
+    Raises:
+        ValueError: the shapes disagree.
+    """
     num_images, num_texts = score_i2t.shape
     if score_t2i.shape != score_i2t.shape or text_image.shape != (num_texts,):
         raise ValueError(
@@ -134,12 +156,10 @@ def retrieval_recall(
         )
     own = text_image[None, :] == torch.arange(num_images)[:, None]
     right_image = score_t2i.gather(0, text_image[None, :])
-    rank_t2i = (~(score_t2i < right_image) & ~own).sum(0)
-    has_text = own.any(1)
+    ranks_t2i = (~(score_t2i < right_image) & ~own).sum(0)
     best_own = score_i2t.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-    rank_i2t = (~(score_i2t < best_own) & ~own).sum(1)[has_text]
-    recall = {f"i2t_r{k}": (rank_i2t < k).float().mean().item() for k in ks}
-    return recall | {f"t2i_r{k}": (rank_t2i < k).float().mean().item() for k in ks}
+    ranks_i2t = (~(score_i2t < best_own) & ~own).sum(1)
+    return ranks_i2t.masked_fill(~own.any(1), -1), ranks_t2i
 
 
 def match_logits(
@@ -149,26 +169,113 @@ def match_logits(
     pairs: tuple[Tensor, Tensor],
     batch_size: int = 64,
 ) -> Tensor:
-    """ITM logits of (image, text) pairs.
+    """ITM logits of (image, text) pairs; an image's keys and values are projected once.
 
     Args:
-        pairs: image numbers [P] and text numbers [P].
+        pairs: image numbers [P] and text numbers [P], in any order.
+        batch_size: pairs per forward pass, and images whose keys and values are held at a time.
 
     Returns:
-        [P, 2] on the CPU; class 1 is "match".
+        [P, 2] on the CPU, in the order of the pairs; class 1 is "match".
     """
-    image_rows, text_rows = pairs
-    scores = []
+    order = pairs[0].argsort(stable=True)
+    image_rows, text_rows = (rows[order] for rows in pairs)
+    logits = torch.empty(len(order), 2)
     with evaluating(model) as device:
-        for rows in chunks(len(image_rows), batch_size):
-            chosen = text_rows[rows]
-            logits = model.match(
-                images(image_rows[rows]).to(device),
-                texts.input_ids[chosen].to(device),
-                texts.attention_mask[chosen].to(device),
-            ).float()
-            scores.append(logits.cpu())
-    return torch.cat(scores) if scores else torch.empty(0, 2)
+        for group in _image_groups(image_rows, batch_size):
+            numbers, index = image_rows[group].unique_consecutive(return_inverse=True)
+            projected = model.project_images(images(numbers).to(device))
+            for rows in chunks(len(index), batch_size):
+                chosen = text_rows[group][rows]
+                logits[order[group][rows]] = (
+                    model.match(
+                        projected,
+                        texts.input_ids[chosen].to(device),
+                        texts.attention_mask[chosen].to(device),
+                        image_index=index[rows].to(device),
+                    )
+                    .float()
+                    .cpu()
+                )
+    return logits
+
+
+def _image_groups(image_rows: Tensor, batch_size: int) -> Iterator[slice]:
+    """Parts of sorted image numbers: whole images of up to `batch_size` pairs together, or one."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    counts = image_rows.unique_consecutive(return_counts=True)[1].tolist()
+    start = end = 0
+    for count in counts:
+        if end > start and end - start + count > batch_size:
+            yield slice(start, end)
+            start = end
+        end += count
+    if end > start:
+        yield slice(start, end)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The pairs that ITM re-ranks.
+
+    Attributes:
+        of_images: [I, J] bool, the best texts of each image.
+        of_texts: [I, J] bool, the best images of each text.
+    """
+
+    of_images: Tensor
+    of_texts: Tensor
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Image numbers [P], ascending, and text numbers [P]; a pair of both kinds comes once."""
+        images, texts = (self.of_images | self.of_texts).nonzero(as_tuple=True)
+        return images, texts
+
+
+def find_candidates(similarity: Tensor, k: int) -> Candidates:
+    """The k most similar texts of each image, and images of each text.
+
+    Args:
+        similarity: [I, J] ITC similarity.
+        k: candidates per query.
+
+    Raises:
+        ValueError: k is not positive.
+    """
+    if k < 1:
+        raise ValueError(f"re-ranking needs k of at least 1 candidate, got k={k}")
+    num_images, num_texts = similarity.shape
+    of_images = torch.zeros_like(similarity, dtype=torch.bool)
+    of_images.scatter_(1, similarity.topk(min(k, num_texts), dim=1).indices, True)
+    of_texts = torch.zeros_like(of_images)
+    of_texts.scatter_(0, similarity.topk(min(k, num_images), dim=0).indices, True)
+    return Candidates(of_images, of_texts)
+
+
+def reranked_scores(
+    similarity: Tensor, candidates: Candidates, match: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores that rank candidates above all others, which keep their ITC order.
+
+    A candidate's score is its ITC similarity plus its "match" logit, as in LAVIS.
+
+    Args:
+        similarity: [I, J] ITC similarity.
+        candidates: from `find_candidates`.
+        match: [P], the "match" logit of each of `candidates.pairs()`.
+
+    Returns:
+        score_i2t and score_t2i, [I, J] each, for `retrieval_recall`.
+    """
+    logits = torch.zeros_like(similarity)
+    logits[candidates.pairs()] = match.to(similarity)
+    above_all = 2 * (logits.abs().max() + similarity.abs().max()) + 1
+    score = similarity + logits + above_all
+    return (
+        torch.where(candidates.of_images, score, similarity),
+        torch.where(candidates.of_texts, score, similarity),
+    )
 
 
 def rerank(
@@ -181,37 +288,19 @@ def rerank(
 ) -> tuple[Tensor, Tensor]:
     """Re-rank the top k candidates of each row and column by matching score (paper 4.4).
 
-    A candidate's score is its ITC similarity plus its "match" logit, as in LAVIS. Candidates rank
-    above all others, which keep their ITC order.
-
     Args:
         similarity: [I, J] ITC similarity (cosine).
         k: candidates per query; 128 in the paper.
 
     Returns:
-        score_i2t and score_t2i, [I, J] each, for `retrieval_recall`.
+        score_i2t and score_t2i, [I, J] each, as `reranked_scores`.
 
     Raises:
         ValueError: k is not positive.
     """
-    if k < 1:
-        raise ValueError(f"re-ranking needs k of at least 1 candidate, got k={k}")
-    num_images, num_texts = similarity.shape
-    candidates_i2t = torch.zeros_like(similarity, dtype=torch.bool)
-    candidates_i2t.scatter_(1, similarity.topk(min(k, num_texts), dim=1).indices, True)
-    candidates_t2i = torch.zeros_like(candidates_i2t)
-    candidates_t2i.scatter_(0, similarity.topk(min(k, num_images), dim=0).indices, True)
-    # A pair that is a candidate in both directions is scored once.
-    image_rows, text_rows = (candidates_i2t | candidates_t2i).nonzero(as_tuple=True)
-    match = torch.zeros_like(similarity)
-    logits = match_logits(model, images, texts, (image_rows, text_rows), batch_size)
-    match[image_rows, text_rows] = logits[:, 1]
-    above_all = 2 * (match.abs().max() + similarity.abs().max()) + 1
-    score = similarity + match
-    return (
-        torch.where(candidates_i2t, score + above_all, similarity),
-        torch.where(candidates_t2i, score + above_all, similarity),
-    )
+    candidates = find_candidates(similarity, k)
+    logits = match_logits(model, images, texts, candidates.pairs(), batch_size)
+    return reranked_scores(similarity, candidates, logits[:, 1])
 
 
 def swapped_match_accuracy(

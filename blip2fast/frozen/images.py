@@ -5,7 +5,6 @@ Legend: h = w the encoder's image size, in pixels.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -15,20 +14,18 @@ from torch import Tensor
 
 from blip2fast._imports import needs
 from blip2fast.frozen.pictures import load_image, to_rgb
+from blip2fast.frozen.preprocessing import BICUBIC, CLIP_MEAN, CLIP_STD, read_preprocessing
+from blip2fast.frozen.unusable import UnusableImageError
 
 with needs("read images", "PIL"):
     from PIL import Image
-
-# CLIP's statistics, which BLIP-2's encoders use; per channel, for pixels in [0, 1].
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
 class ImageTransform:
     """PIL image to a normalised tensor [3, h, w].
 
-    Evaluation resizes the whole image to a square, bicubic. Training (`augment`) takes a random
+    Evaluation resizes the whole image to a square. Training (`augment`) takes a random
     crop of at least half the area, with aspect ratio 3:4 to 4:3, and flips it horizontally with
     probability 0.5 (paper, section 3.4), using the random generator passed in.
 
@@ -36,12 +33,14 @@ class ImageTransform:
         size: h = w.
         mean, std: per channel.
         augment: random crops and flips.
+        resample: number of PIL's filter; 3: bicubic, as in BLIP-2.
     """
 
     size: int
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     augment: bool = False
+    resample: int = BICUBIC
 
     @property
     def least_side(self) -> int:
@@ -63,7 +62,7 @@ class ImageTransform:
             if draws is None:
                 raise ValueError("augment needs a random generator")
             box = _random_crop(image.width, image.height, draws)
-        small = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        small = image.resize((self.size, self.size), Image.Resampling(self.resample), box=box)
         if self.augment and draws is not None and draws.random() < 0.5:
             small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = np.asarray(small, dtype=np.float32) / 255.0
@@ -72,22 +71,17 @@ class ImageTransform:
 
 
 def transform_for(encoder: str, size: int, augment: bool = False) -> ImageTransform:
-    """The transform of an encoder's checkpoint: its own mean and standard deviation, else CLIP's.
+    """The transform of an encoder's checkpoint: its own mean, deviation and resampling.
+
+    BLIP-2's, which are CLIP's, where the checkpoint states none.
 
     Args:
-        encoder: folder or hub name.
+        encoder: folder or hub name, or `timm:NAME`.
         size: h = w.
         augment: random crops and flips.
     """
-    from transformers.utils import cached_file
-
-    try:
-        path = cached_file(encoder, "preprocessor_config.json")
-    except OSError:
-        path = None
-    values = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
-    mean, std = values.get("image_mean") or CLIP_MEAN, values.get("image_std") or CLIP_STD
-    return ImageTransform(size, tuple(mean), tuple(std), augment)
+    own = read_preprocessing(encoder)
+    return ImageTransform(size, own.mean, own.std, augment, own.resample)
 
 
 def read_image(folder: Path, key: str, least: int | None = None) -> Image.Image:
@@ -99,11 +93,12 @@ def read_image(folder: Path, key: str, least: int | None = None) -> Image.Image:
         least: As in `load_image`.
 
     Raises:
-        ValueError: Not found, outside the folder, or not an image.
+        UnusableImageError: Not found, outside the folder, or not an image.
+        ValueError: The system cannot read it just now.
     """
     path = PurePath(key)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"image {key!r} lies outside {folder}")
+        raise UnusableImageError(f"image {key!r} lies outside {folder}")
     return load_image(folder / key, least=least)
 
 

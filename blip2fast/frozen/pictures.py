@@ -6,6 +6,7 @@ pixels do not show what lies under them, and photographs are turned as their cam
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import warnings
@@ -15,12 +16,15 @@ from typing import IO, Any
 import numpy as np
 
 from blip2fast._imports import needs
+from blip2fast.frozen.unusable import UnusableImageError
 
 with needs("read images", "PIL"):
     from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 # PIL's own limit, beyond which it takes a file for an attack on memory
 MAX_PIXELS = 178_956_970
+# of the file itself; other errors of the system (EIO, EMFILE, ESTALE) may pass
+_OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP)
 # what PIL raises on damaged files of one format or another
 _DAMAGED = (OSError, SyntaxError, ValueError, TypeError, IndexError, struct.error, EOFError)
 
@@ -42,8 +46,9 @@ def load_image(
             (JPEG, by powers of two): much faster for large photographs.
 
     Raises:
-        ValueError: Not found, not a picture, damaged, too large, or of numbers whose range is
-            not known. The message names the file.
+        UnusableImageError: Not found, not a picture, damaged, too large, or of numbers whose range
+            is not known. The message names the file.
+        ValueError: The system cannot read it just now.
     """
     name = str(source) if isinstance(source, str | Path) else getattr(source, "name", "from a file")
     try:
@@ -57,8 +62,11 @@ def load_image(
     except UnidentifiedImageError:
         reason = "is empty" if _is_empty(source) else "is not a picture that PIL can read"
     except _DAMAGED as error:
-        reason = f"is cut off or damaged: {error}"
-    raise ValueError(f"image {name}: {reason}")
+        number = getattr(error, "errno", None)
+        if number is not None and number not in _OF_THE_FILE:
+            raise ValueError(f"image {name}: {error.strerror}") from error  # type: ignore[union-attr]
+        reason = f"is cut off or damaged: {error}" if number is None else str(error)
+    raise UnusableImageError(f"image {name}: {reason}")
 
 
 class _Refused(Exception):

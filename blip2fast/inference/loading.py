@@ -22,12 +22,18 @@ from blip2fast.checkpoints.files import last_checkpoint
 from blip2fast.checkpoints.trained import (
     Description,
     check_frozen,
+    frozen_name,
     is_trained,
     load_trained,
     read_description,
 )
 from blip2fast.data.tokenizers import qformer_tokenizer
-from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
+from blip2fast.frozen.hub import at_revision
+from blip2fast.frozen.image_encoders import (
+    FrozenImageEncoder,
+    load_image_encoder,
+    parse_encoder_id,
+)
 from blip2fast.frozen.images import transform_for
 from blip2fast.frozen.language_models import load_language_model
 from blip2fast.frozen.pictures import to_rgb
@@ -126,7 +132,8 @@ class Loaded:
         if self.transform is None:
             raise ValueError(
                 f"no image encoder for pictures: {self.no_encoder}. Give from_pretrained "
-                "image_encoder=..., or give image_embeds=..., its tokens"
+                "image_encoder=..., on the command line --image-encoder, or give image_embeds=..., "
+                "its tokens"
             )
         return self.transform
 
@@ -165,29 +172,42 @@ def _trained(
     image_encoder: str | None,
 ) -> Loaded:
     description = read_description(path)
-    name = language_model or description.language_model
-    if description.stage != 2 or name is None:
+    if description.stage != 2:
         raise ValueError(
             f"{path} was trained in stage {description.stage}, without a language model to write "
             "with; give a run of stage 2"
         )
+    if language_model is None and description.language_model is None:
+        raise ValueError(
+            f"{path} names no language model: give language_model=..., on the command line "
+            "--language-model"
+        )
+    name = language_model or frozen_name(description, "language_model", path)
     frozen: PreTrainedModel
-    if offload == "stream":
-        frozen, _ = load_streamed(name, dtype, device)
-    else:
-        frozen = load_language_model(name, dtype)
     if offload == "stream" and description.adapter is not None:
         raise ValueError(
             f"{path} has LoRA adapters, for which the language model must be on the device: leave "
             "out offload='stream'"
         )
+    try:
+        if offload == "stream":
+            frozen, _ = load_streamed(name, dtype, device)
+        else:
+            frozen = load_language_model(name, dtype)
+    except ValueError as error:
+        if language_model is not None:
+            raise
+        raise ValueError(
+            f"{error}. {path} was trained with it; give its place now: language_model=..., on the "
+            "command line --language-model"
+        ) from error
     model = load_trained(path, frozen, image_encoder=image_encoder)
     if not isinstance(model, Blip2Stage2):
         raise ValueError(f"{path}: expected a model of stage 2")
     transform, missing = add_encoder(model, image_encoder, description, path, dtype)
     _place(model, dtype, device)
     reads = model.config.text_conditioned
-    words = qformer_tokenizer(str(description.tokenizer)) if reads else None
+    words = qformer_tokenizer(frozen_name(description, "tokenizer", path)) if reads else None
     text = _text(model, AutoTokenizer.from_pretrained(name, trust_remote_code=False), words)
     return Loaded(model, text, prompts_of_run(model), transform, missing, [text.end_token_id])
 
@@ -208,22 +228,23 @@ def add_encoder(
         given: folder or hub name that overrides the one in the description.
     """
     known = description.image_encoder
+    parsed = parse_encoder_id(known)
     if isinstance(model.image_encoder, FrozenImageEncoder):  # trained with the rest
-        base = given or known.rpartition(", block ")[0]
+        base = given or (known if parsed is None else parsed[0])
         return transform_for(base, model.image_encoder.image_size), ""
-    name, _, block = known.rpartition(", block ")
-    layer = int(block) if name and block.isdigit() else None
-    if given is None and layer is None:
+    if given is None and parsed is None:
         return None, f"its image tokens came from {known!r}, which is not a known encoder"
+    name, layer, size = parsed or ("", None, None)
     try:
-        encoder = load_image_encoder(given or name, layer, dtype, description.image_size)
+        name = given or at_revision(name, description.revisions.get("image_encoder"))
+        encoder = load_image_encoder(name, layer, dtype, size or description.image_size)
     except ValueError as error:
         if given is not None:
             raise
         return None, str(error)
     if encoder.width != model.config.encoder_hidden_size:
         raise ValueError(
-            f"image encoder {given or name!r} gives tokens of width {encoder.width}, but this "
+            f"image encoder {name!r} gives tokens of width {encoder.width}, but this "
             f"model was trained on {model.config.encoder_hidden_size} (of {known!r})"
         )
     check_frozen(
@@ -234,7 +255,7 @@ def add_encoder(
         "Give image_encoder=..., the one it was trained with",
     )
     model.image_encoder = encoder
-    return transform_for(given or name, encoder.image_size), ""
+    return transform_for(name, encoder.image_size), ""
 
 
 def _transformers(

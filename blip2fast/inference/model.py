@@ -85,6 +85,14 @@ class Blip2:
         device = torch.device(device)
         return cls(load_parts(str(path), dtype, device, offload, language_model, image_encoder))
 
+    def check_reads_pictures(self) -> None:
+        """Check that pictures can be given, not only `image_embeds`.
+
+        Raises:
+            ValueError: no image encoder; says why.
+        """
+        self._parts.image_transform()
+
     @property
     def device(self) -> torch.device:
         """The device of the model."""

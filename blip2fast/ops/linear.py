@@ -1,19 +1,25 @@
 """Linear layers in fp32 on a CPU with oneDNN, forward and backward.
 
-PyTorch uses MKL there, and oneDNN is faster: by 5 to 25 % from 16 to 1,024 rows on one AMD
-EPYC, 1.5 to 2.2 times on a newer one (not timed on Intel). It is called through an operator that
-belongs to PyTorch's compiler; if that is missing, PyTorch's own linear runs.
+PyTorch uses MKL there. On AMD's processors oneDNN is quicker: by 5 to 25 % from 16 to 1,024 rows on
+one EPYC, 1.7 to 2.2 times on a newer one. On other vendors' nobody has timed it, and PyTorch's own
+linear runs. The vendor decides, not a measurement: a busy machine would answer differently from run
+to run, and a resumed run must compute what the first one did. `BLIP2FAST_LINEAR` overrules it.
+
+oneDNN is called through an operator that belongs to PyTorch's compiler; if that is missing,
+PyTorch's own linear runs.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from blip2fast.ops.tracing import has_values
@@ -24,6 +30,50 @@ from blip2fast.ops.tracing import has_values
 _ROWS = 64
 _WORTH_FLOPS = 5e8
 _OPERATOR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+SETTING = "BLIP2FAST_LINEAR"
+_SETTINGS = ("auto", "onednn", "pytorch")
+# Hygon's processors are AMD's
+_TIMED = ("AuthenticAMD", "HygonGenuine")
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+@functools.cache
+def cpu_vendor() -> str:
+    """The processor's vendor as Linux names it, such as `"AuthenticAMD"`; empty if it does not."""
+    try:
+        lines = _CPUINFO.read_text().splitlines()
+    except OSError:
+        return ""
+    named = (line.partition(":") for line in lines if line.startswith("vendor_id"))
+    return next((value.strip() for _, _, value in named), "")
+
+
+@functools.cache
+def is_chosen() -> bool:
+    """Whether oneDNN computes what it supports: `BLIP2FAST_LINEAR`, or by the vendor.
+
+    The same in every process of a kind of machine, and asked once for each process.
+
+    Raises:
+        ValueError: another value of the environment variable.
+    """
+    setting = os.environ.get(SETTING, "auto")
+    if setting not in _SETTINGS:
+        raise ValueError(f"{SETTING}={setting!r}: give one of {', '.join(_SETTINGS)}")
+    return setting == "onednn" or (setting == "auto" and cpu_vendor() in _TIMED)
+
+
+def takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `onednn_product` supports the call and is chosen on this machine."""
+    return is_supported(x, weight) and is_chosen()
+
+
+def is_quicker(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` calls oneDNN: it is chosen, and the product is worth it in training."""
+    large = 2 * x.numel() * len(weight) >= _WORTH_FLOPS and weight.numel() > 0
+    return large and takes_onednn(x, weight)
 
 
 def is_supported(x: Tensor, weight: Tensor) -> bool:
@@ -69,14 +119,17 @@ class _Linear(torch.autograd.Function):
         return onednn_product(_padded(x), weight, bias)[: len(x)]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        d_bias = dy.sum(0) if of_bias else None
+        if torch.is_grad_enabled():  # by create_graph=True: PyTorch's products have derivatives
+            return dy @ weight if of_x else None, dy.t() @ x if of_weight else None, d_bias
         rows = _padded(dy)
         return (
-            onednn_product(rows, weight.t())[: len(x)] if ctx.needs_input_grad[0] else None,
-            onednn_product(rows.t(), _padded(x).t()) if ctx.needs_input_grad[1] else None,
-            dy.sum(0) if ctx.needs_input_grad[2] else None,
+            onednn_product(rows, weight.t())[: len(x)] if of_x else None,
+            onednn_product(rows.t(), _padded(x).t()) if of_weight else None,
+            d_bias,
         )
 
 
@@ -87,7 +140,7 @@ def _padded(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear(x, weight, bias)`, with first derivatives; PyTorch computes small products.
+    """`F.linear(x, weight, bias)`, with its derivatives; PyTorch computes small products.
 
     Args:
         x: `[..., K]`.
@@ -97,7 +150,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         `[..., N]`.
     """
-    if 2 * x.numel() * len(weight) < _WORTH_FLOPS or not is_supported(x, weight):
+    if not is_quicker(x, weight):
         return F.linear(x, weight, bias)
     y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], len(weight))

@@ -19,27 +19,36 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from blip2fast.ops.linear import is_supported, onednn_product
+from blip2fast.ops import linear as onednn_linear
 from blip2fast.ops.tracing import is_recording
 from blip2fast.qformer import absorption
 from blip2fast.qformer.plain import input_dtype, is_exact_gelu, is_plain
+
+# attention weights that may be held for the backward pass: 64 MiB in fp32
+_WEIGHTS = 1 << 24
 
 
 def linear(
     layer: nn.Module, x: Tensor, activation: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """`activation(layer(x))`; inference uses oneDNN where supported, with GELU fused.
+    """`activation(layer(x))`, by oneDNN where that is quicker; inference fuses exact GELU.
 
     Args:
         layer: A linear layer, or a module that replaces one.
         x: `[..., K]`.
         activation: None: the identity.
     """
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_plain(layer):
-        gelu = activation is not None and is_exact_gelu(activation)
-        if (gelu or activation is None) and is_supported(x, layer.weight):
-            return onednn_product(x, layer.weight, layer.bias, gelu)
-    y: Tensor = layer(x)
+    y: Tensor | None = None
+    if not torch.compiler.is_compiling() and is_plain(layer):
+        if torch.is_grad_enabled():
+            if onednn_linear.is_quicker(x, layer.weight):
+                y = onednn_linear.linear(x, layer.weight, layer.bias)
+        elif onednn_linear.takes_onednn(x, layer.weight):
+            gelu = activation is not None and is_exact_gelu(activation)
+            if gelu or activation is None:
+                return onednn_linear.onednn_product(x, layer.weight, layer.bias, gelu)
+    if y is None:  # ZeRO-3 gathers a partitioned weight where its layer is called
+        y = layer(x)
     return y if activation is None else activation(y)
 
 
@@ -66,7 +75,7 @@ def attention(
     """
     if mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)
-    if explicit:
+    if explicit or _explicit_is_quicker(query, key):
         return _explicit_attention(query, key, value, mask, dropout)
     if torch.compiler.is_compiling() or not is_recording():
         # TorchScript's ONNX would write the batch size of the example into the program
@@ -88,15 +97,30 @@ def attention(
     return output if blind is None else output.masked_fill(blind, 0.0), None
 
 
+def _explicit_is_quicker(query: Tensor, key: Tensor) -> bool:
+    """Whether gradients of 16-bit attention are computed on a CPU, where SDPA's are slow."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad)
+        and not torch.compiler.is_compiling()
+        and not is_recording()
+        and max(len(query), len(key)) * query.shape[1] * query.shape[2] * key.shape[2] <= _WEIGHTS
+    )
+
+
 def _explicit_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
     # In half precision, a score plus the lowest finite value (a common mask) can give -inf.
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).to(dtype)
+    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
     if mask is None:
-        weights = scores.softmax(-1)
+        # a CPU's softmax adds up in fp32 in any case, and has less to write and to keep
+        weights = scores.softmax(-1, dtype=None if scores.device.type == "cpu" else dtype)
     else:
+        scores = scores.to(dtype)
         # The lowest finite score, not -inf: a fully masked row then gives no NaN, and its weights
         # are zeroed afterwards.
         lowest = torch.finfo(dtype).min

@@ -26,7 +26,7 @@ _PREFIXES = (
 _IGNORED = ("Qformer.bert.embeddings.position_ids", "visual_encoder.")
 
 # LAVIS saves tied tensors under both names
-_TIED = {
+TIED = {
     "Qformer.cls.predictions.decoder.weight": "Qformer.bert.embeddings.word_embeddings.weight",
     "Qformer.cls.predictions.decoder.bias": "Qformer.cls.predictions.bias",
 }
@@ -65,11 +65,11 @@ def from_lavis(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     renamed = {}
     for name, value in state_dict.items():
-        if name in _TIED:
-            twin = state_dict.get(_TIED[name])
+        if name in TIED:
+            twin = state_dict.get(TIED[name])
             if twin is not None and not torch.equal(value, twin):
                 raise ValueError(
-                    f"{name} and {_TIED[name]} are one tied tensor in BLIP-2, but differ in this "
+                    f"{name} and {TIED[name]} are one tied tensor in BLIP-2, but differ in this "
                     "state dict"
                 )
         elif not name.startswith(_IGNORED):

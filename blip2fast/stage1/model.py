@@ -57,7 +57,7 @@ from blip2fast.stage1.modules import (
     with_scalar_temp,
 )
 from blip2fast.stage1.padded import PaddedReader
-from blip2fast.stage1.passes import Reader
+from blip2fast.stage1.passes import ProjectedImages, Reader
 from blip2fast.stage1.texts import PackedTexts, PaddedTexts
 
 # larger than any dropout offset: negative sampling and dropout share a step's seed
@@ -360,9 +360,22 @@ class Blip2Stage1(nn.Module):
         states = self._reader().text_cls(texts, philox_state(device=texts.ids.device))
         return self._text_features(states)
 
+    def project_images(
+        self, image_embeds: Tensor, image_attention_mask: Tensor | None = None
+    ) -> ProjectedImages:
+        """Image tokens with their keys and values, which serve any number of calls of `match`.
+
+        Args:
+            image_embeds: `[B, S, E]`, before `ln_vision`.
+            image_attention_mask: `[B, S]`, nonzero where an image token is real.
+        """
+        image_embeds = self.image_tokens(image_embeds)
+        visible = check_image_mask(image_embeds, image_attention_mask)
+        return self._reader().images(image_embeds, visible)
+
     def match(
         self,
-        image_embeds: Tensor,
+        image_embeds: Tensor | ProjectedImages,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
@@ -372,20 +385,21 @@ class Blip2Stage1(nn.Module):
         """ITM logits `[B, 2]` of image-text pairs; class 1 is "match".
 
         Args:
-            image_embeds: `[B, S, E]`, before `ln_vision`.
+            image_embeds: `[B, S, E]`, before `ln_vision`; or from `project_images`.
             input_ids, attention_mask: `[B, T]`.
-            image_attention_mask: `[B, S]`, nonzero where an image token is real.
+            image_attention_mask: `[B, S]`, nonzero where an image token is real; for images that
+                are projected already, give it to `project_images`.
             image_index: `[B]`, the image index of each text into `image_embeds` `[images, S, E]`,
                 so that texts of one image share its keys and values. Default: text i, image i.
         """
-        image_embeds = self.image_tokens(image_embeds)
+        read = image_embeds
+        if not isinstance(read, ProjectedImages):
+            read = self.project_images(read, image_attention_mask)
         texts = self.packed_texts(input_ids, attention_mask)
         if image_index is None:
-            check_pairs(image_embeds, texts)
-        visible = check_image_mask(image_embeds, image_attention_mask)
+            check_pairs(read.tokens, texts)
         reader = self._reader()
-        read = reader.images(image_embeds, visible)
-        philox = philox_state(device=image_embeds.device)
+        philox = philox_state(device=read.tokens.device)
         states = reader.match(read, texts, image_index, philox)
         return self._matching_logits(states)
 

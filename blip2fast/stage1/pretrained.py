@@ -10,7 +10,7 @@ import re
 
 import torch
 from torch import Tensor
-from transformers import BertForMaskedLM, Blip2ForImageTextRetrieval
+from transformers import BertForMaskedLM, Blip2Config, Blip2ForImageTextRetrieval
 
 from blip2fast.frozen.hub import not_found
 from blip2fast.qformer.checks import check_state
@@ -101,28 +101,7 @@ def stage1_from_retrieval(model: Blip2ForImageTextRetrieval) -> Blip2Stage1:
     Raises:
         ValueError: the Q-Former is not supported by this package.
     """
-    q = model.config.qformer_config
-    if q.hidden_act != "gelu":
-        raise ValueError(f"qformer_config.hidden_act: expected 'gelu', got {q.hidden_act!r}")
-    config = Stage1Config(
-        hidden_size=q.hidden_size,
-        num_hidden_layers=q.num_hidden_layers,
-        num_attention_heads=q.num_attention_heads,
-        intermediate_size=q.intermediate_size,
-        encoder_hidden_size=q.encoder_hidden_size,
-        num_query_tokens=model.query_tokens.shape[1],
-        vocab_size=q.vocab_size,
-        max_position_embeddings=q.max_position_embeddings,
-        bos_token_id=q.vocab_size - 1,
-        pad_token_id=q.pad_token_id,
-        embed_dim=model.config.image_text_hidden_size,
-        cross_attention_frequency=q.cross_attention_frequency,
-        layer_norm_eps=q.layer_norm_eps,
-        ln_vision_eps=model.config.vision_config.layer_norm_eps,
-        hidden_dropout_prob=q.hidden_dropout_prob,
-        attention_probs_dropout_prob=q.attention_probs_dropout_prob,
-        initializer_range=q.initializer_range,
-    )
+    config = config_from_retrieval(model.config)
     stage1 = Blip2Stage1(config)
     theirs = {
         name.replace("vision_model.post_layernorm.", "ln_vision."): value
@@ -135,3 +114,33 @@ def stage1_from_retrieval(model: Blip2ForImageTextRetrieval) -> Blip2Stage1:
     stage1.to(model.query_tokens.dtype)
     stage1.load_state_dict(loaded, strict=False)
     return stage1
+
+
+def config_from_retrieval(config: Blip2Config) -> Stage1Config:
+    """The sizes of transformers' retrieval model.
+
+    Raises:
+        ValueError: the Q-Former is not supported by this package.
+    """
+    q = config.qformer_config
+    if q.hidden_act != "gelu":
+        raise ValueError(f"qformer_config.hidden_act: expected 'gelu', got {q.hidden_act!r}")
+    return Stage1Config(
+        hidden_size=q.hidden_size,
+        num_hidden_layers=q.num_hidden_layers,
+        num_attention_heads=q.num_attention_heads,
+        intermediate_size=q.intermediate_size,
+        encoder_hidden_size=q.encoder_hidden_size,
+        num_query_tokens=config.num_query_tokens,
+        vocab_size=q.vocab_size,
+        max_position_embeddings=q.max_position_embeddings,
+        bos_token_id=q.vocab_size - 1,
+        pad_token_id=q.pad_token_id,
+        embed_dim=config.image_text_hidden_size,
+        cross_attention_frequency=q.cross_attention_frequency,
+        layer_norm_eps=q.layer_norm_eps,
+        ln_vision_eps=config.vision_config.layer_norm_eps,
+        hidden_dropout_prob=q.hidden_dropout_prob,
+        attention_probs_dropout_prob=q.attention_probs_dropout_prob,
+        initializer_range=q.initializer_range,
+    )

@@ -75,6 +75,22 @@ def trained_from_stage1(
     return found
 
 
+def conditioned_names(name: str) -> str:
+    """The name in a text-conditioned Q-Former of a stage-1 parameter."""
+    for there, stage1 in _TEXT_BRANCH.items():
+        if name.startswith(stage1):
+            return there + name.removeprefix(stage1)
+    return name
+
+
+def stage1_names(name: str) -> str:
+    """The name in stage 1 of a parameter of either stage."""
+    for there, stage1 in _TEXT_BRANCH.items():
+        if name.startswith(there):
+            return stage1 + name.removeprefix(there)
+    return name
+
+
 def config_from_transformers(config: Blip2Config | InstructBlipConfig) -> Stage2Config:
     """The sizes of a transformers model.
 

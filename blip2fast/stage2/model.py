@@ -40,6 +40,7 @@ from blip2fast.stage2.convert import (
     trained_from_transformers,
     transformers_model,
 )
+from blip2fast.stage2.frozen_state import FrozenState
 from blip2fast.stage2.generation import write
 from blip2fast.stage2.language_model import (
     Targets,
@@ -115,6 +116,8 @@ class Blip2Stage2(nn.Module):
             use_activation(language_model, config.llm_activation)
         if image_encoder is not None:
             freeze(image_encoder)
+        self._frozen_state = FrozenState(self, FROZEN)
+        self.register_load_state_dict_post_hook(self._frozen_state.forgive)
         self.train()
 
     @classmethod
@@ -217,6 +220,23 @@ class Blip2Stage2(nn.Module):
         if self.image_encoder is not None:
             self.image_encoder.train(mode and is_unfrozen(self.image_encoder))
         return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module, without the frozen models' tensors, which have files of their own.
+
+        What is trained in them or was added to them, such as adapters, is there; with
+        `keep_vars=True`, which programs that record a model use, so is everything.
+        `load_state_dict` takes state dicts with and without them.
+        """
+        state = super().state_dict(*args, **kwargs)
+        if not kwargs.get("keep_vars", False):
+            for name in self._left_out(state, kwargs.get("prefix", "")):
+                del state[name]
+        return state
+
+    def _left_out(self, state: Mapping[str, Tensor], prefix: str) -> list[str]:
+        inside = (name.removeprefix(prefix) for name in state if name.startswith(prefix))
+        return [prefix + name for name in self._frozen_state.left_out(self, inside)]
 
     def extra_repr(self) -> str:
         config = self.config

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from blip2fast.checkpoints.trained import (
@@ -17,21 +20,30 @@ from blip2fast.checkpoints.trained import (
     attach_encoder,
     check_frozen,
     load_parameters,
-    read_description,
     read_parameters,
     trained_names,
 )
 from blip2fast.data.batches import BatchPlan, PlannedBatches
 from blip2fast.data.feature_cache import FeatureCache
-from blip2fast.data.images import CachedImages, FileImages, ImageStore
+from blip2fast.data.images import CachedImages, FileImages, ImageStore, unusable_images
 from blip2fast.data.records import IMAGE_MARKER, images_of
-from blip2fast.data.sources import checked_keys, mixture, open_records
+from blip2fast.data.skipping import LeftOut, check_skipped, most_skipped
+from blip2fast.data.source_config import Given
+from blip2fast.data.sources import checked_keys, mixture, open_records, whereabouts
+from blip2fast.data.table import RecordTable
 from blip2fast.data.texts import AnswerTexts, CaptionTexts, SequenceTexts, Stage1Texts
 from blip2fast.data.tokenizers import qformer_tokenizer
+from blip2fast.frozen.hub import lasting_name
 from blip2fast.frozen.identity import FrozenIdentity, identify_model
-from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
+from blip2fast.frozen.image_encoders import (
+    FrozenImageEncoder,
+    load_image_encoder,
+    parse_encoder_id,
+)
 from blip2fast.frozen.images import transform_for
 from blip2fast.offload.loading import source_identity
+from blip2fast.published.reading import open_weights
+from blip2fast.published.weights import Weights, same_language_model
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage1.pretrained import initialise_from_bert
@@ -44,6 +56,7 @@ from blip2fast.training.config import DTYPE_OF, RunConfig
 from blip2fast.training.data_identity import identify_data
 from blip2fast.training.parameter_groups import check_scales, lr_scale
 from blip2fast.training.placement import load_frozen
+from blip2fast.training.skipped import LeftOutBefore
 
 _log = logging.getLogger(__name__)
 Records = Sequence[Any]  # CaptionRecord, or QuestionRecord for vqa
@@ -97,6 +110,8 @@ class Run:
         contents: digests of the data and the tokenizers, compared on resume.
         frozen: names of parameters that are stored with the trained ones, but not trained
             (`optim.lr_scales`, or an encoder that an earlier run has trained).
+        left_out: what is left out of the data; None unless `data.on_error` is `skip`.
+        start: what was taken from a published `init_from`, as lines of text.
     """
 
     model: Blip2Stage1 | Blip2Stage2
@@ -108,6 +123,8 @@ class Run:
     held_out: HeldOut | None
     contents: dict[str, str]
     frozen: frozenset[str] = frozenset()
+    left_out: LeftOutBefore | None = None
+    start: str = ""
 
     def own_encoder(self) -> FrozenImageEncoder | None:
         """The image encoder that is part of the model, if it has one."""
@@ -122,18 +139,19 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
         ValueError: parts that do not fit together, with the conflicting values.
     """
     torch.manual_seed(config.seed)
-    start = None if config.init_from is None else read_description(config.init_from)
-    source = _train_images(config, start)
+    start = None if config.init_from is None else open_weights(config.init_from)
+    source = _train_images(config, None if start is None else start.described)
     note = _log.warning if rank == 0 else None
     data = config.data
-    records = open_records(data.records, data.task, _folder(data.images), note)
+    images, skips = _folder(data.images), data.on_error == "skip"
+    bad_rows: list[LeftOut] | None = [] if skips else None
+    records = open_records(data.records, data.task, images, note, bad_rows)
     keys = checked_keys(records)
-    source.store.check(set(keys))
-    held_out = None
-    if data.eval_records is not None:
-        read = open_records(data.eval_records, data.task, _folder(data.eval_images), note)
-        held_out = HeldOut(read, _eval_images(config, source))
-        held_out.images.check(set(held_out.keys()))
+    if bad_rows is None:
+        source.store.check(set(keys))
+    else:
+        _check_unusable(config, source.store, keys, bad_rows, len(records))
+    held_out, held_out_left = _held_out(config, source, note)
     model, tokenizer, description = _model(config, source, start)
     text, words = None, None
     if isinstance(model, Blip2Stage2):
@@ -150,12 +168,25 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
         mixture(data.records, records),
     )
     texts = text_maker(config, tokenizer, text)
-    batches = PlannedBatches(records, plan, source.store, texts)
+    batches = PlannedBatches(records, plan, source.store, texts, skips)
     tokenizers = [each for each in (tokenizer, words) if each is not None]
     contents = identify_data(records, source.store, keys, tokenizers)
     outside = source.encoder if model.image_encoder is None else None
     frozen = _frozen_names(config, model)
-    return Run(model, description, tokenizer, text, batches, outside, held_out, contents, frozen)
+    left_out = None
+    if bad_rows is not None:
+        find = partial(whereabouts, data.records, records, images)
+        left_out = LeftOutBefore(bad_rows, held_out_left, find)
+    taken = ""
+    if start is not None and start.description is None:
+        names = [n for n in trained_names(model) if not n.startswith((*FROZEN, "image_encoder."))]
+        taken = str(start.report(names, config.stage, "init_from"))
+    return Run(
+        *(model, description, tokenizer, text, batches, outside, held_out, contents),
+        frozen=frozen,
+        left_out=left_out,
+        start=taken,
+    )
 
 
 def _frozen_names(config: RunConfig, model: Blip2Stage1 | Blip2Stage2) -> frozenset[str]:
@@ -173,6 +204,54 @@ def _frozen_names(config: RunConfig, model: Blip2Stage1 | Blip2Stage2) -> frozen
     scales = config.optim.lr_scales
     check_scales(names, scales)
     return frozenset(held | {name for name in names if not lr_scale(name, scales)})
+
+
+def _check_unusable(
+    config: RunConfig, store: ImageStore, keys: Sequence[str], bad: Sequence[LeftOut], usable: int
+) -> None:
+    """Refuse training data that are plainly beyond `data.max_skipped` before anything is drawn."""
+    most, total = config.data.max_skipped, usable + len(bad)
+    check_skipped(bad, most, total, "records (data.on_error: skip)")
+    missing = list(islice(store.missing(keys), most_skipped(most, total) + 1))
+    check_skipped(missing, most, total, "images or more (data.on_error: skip)")
+
+
+def _held_out(
+    config: RunConfig, source: _ImageSource, note: Callable[[str], None] | None
+) -> tuple[HeldOut | None, list[LeftOut]]:
+    """The held-out set, and what is left out of it where `data.on_error` is `skip`."""
+    data = config.data
+    if data.eval_records is None:
+        return None, []
+    store, folder = _eval_images(config, source), _folder(data.eval_images)
+    if data.on_error == "raise":
+        held_out = HeldOut(open_records(data.eval_records, data.task, folder, note), store)
+        held_out.images.check(set(held_out.keys()))
+        return held_out, []
+    left_out: list[LeftOut] = []
+    table = open_records(data.eval_records, data.task, folder, note, left_out)
+    total = len(table) + len(left_out)
+    held_out, unusable = _without_unusable(data.eval_records, table, store, folder)
+    left_out += unusable
+    check_skipped(left_out, data.max_skipped, total, "held-out records (data.on_error: skip)")
+    return held_out, left_out
+
+
+def _without_unusable(
+    given: Given | Sequence[Given], table: RecordTable, store: ImageStore, folder: Path | None
+) -> tuple[HeldOut, list[LeftOut]]:
+    """The held-out records whose images can all be used, and the others."""
+    held_out = HeldOut(table, store)
+    faults = unusable_images(store, held_out.keys())
+    if not faults:
+        return held_out, []
+    rows = {n: key for n, record in enumerate(table) for key in images_of(record) if key in faults}
+    found = [
+        LeftOut(where, faults[rows[row]], rows[row])
+        for row, where in whereabouts(given, table, folder, rows).items()
+    ]
+    held_out.records = [record for row, record in enumerate(table) if row not in rows]
+    return held_out, found
 
 
 def _folder(name: str | None) -> Path | None:
@@ -275,9 +354,9 @@ def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str
 
 
 def _model(
-    config: RunConfig, source: _ImageSource, start: Description | None
+    config: RunConfig, source: _ImageSource, start: Weights | None
 ) -> tuple[Blip2Stage1 | Blip2Stage2, Any, Description]:
-    """The model, its tokenizer, and what `model.json` says of it; `start` describes `init_from`."""
+    """The model, its tokenizer, and what `model.json` says of it; `start` is `init_from`."""
     if start is not None:
         if start.stage > config.stage:
             raise ValueError(
@@ -285,8 +364,8 @@ def _model(
                 f"configuration says stage: {config.stage}; a Q-Former goes from stage 1 to 2"
             )
         if not config.allow_other_frozen:
-            _refuse_other_tokens(config, start, source)
-    sizes = _sizes(config, source.width, start)
+            _refuse_other_tokens(config, start.described, source)
+    sizes = _sizes(config, source.width, None if start is None else start.described)
     frozen = {} if source.identity is None else {"image_encoder": source.identity}
     model: Blip2Stage1 | Blip2Stage2
     encoder = source.encoder if source.is_own else None
@@ -296,18 +375,40 @@ def _model(
     else:
         model, tokenizer, frozen["language_model"] = _stage2(config, sizes, start, encoder)
         adapter = getattr(model.language_model, "peft_config", {}).get(ADAPTER_NAME)
-    description = Description(
-        stage=config.stage,
-        sizes=dataclasses.asdict(model.config),
-        image_encoder=source.encoder_id,
-        language_model=config.language_model.path if config.language_model else None,
-        tokenizer=config.model.tokenizer,
-        frozen=frozen,
+    description = dataclasses.replace(
+        _describe(config, model, source.encoder_id, frozen),
         image_size=None if source.encoder is None else source.encoder.image_size,
         trains_encoder=source.is_own,
         adapter=adapter,
     )
     return model, tokenizer, description
+
+
+def _describe(
+    config: RunConfig,
+    model: Blip2Stage1 | Blip2Stage2,
+    encoder_id: str,
+    frozen: dict[str, FrozenIdentity],
+) -> Description:
+    """The run's `model.json`; folders by their absolute paths, models of the hub with revisions."""
+    parsed = parse_encoder_id(encoder_id)
+    encoder = encoder_id if parsed is None else parsed[0]
+    given = {
+        "image_encoder": encoder,
+        "language_model": config.language_model.path if config.language_model else None,
+        "tokenizer": config.model.tokenizer,
+    }
+    names = {part: lasting_name(name) for part, name in given.items() if name}
+    tail = encoder_id.removeprefix(encoder)
+    return Description(
+        stage=config.stage,
+        sizes=dataclasses.asdict(model.config),
+        image_encoder=names["image_encoder"][0] + tail if "image_encoder" in names else "",
+        language_model=names["language_model"][0] if "language_model" in names else None,
+        tokenizer=names["tokenizer"][0] if "tokenizer" in names else None,
+        frozen=frozen,
+        revisions={part: revision for part, (_, revision) in names.items() if revision},
+    )
 
 
 def _refuse_other_tokens(config: RunConfig, start: Description, source: _ImageSource) -> None:
@@ -326,7 +427,7 @@ def _refuse_other_tokens(config: RunConfig, start: Description, source: _ImageSo
 def _stage1(
     config: RunConfig,
     sizes: dict[str, Any],
-    start: Description | None,
+    start: Weights | None,
     encoder: FrozenImageEncoder | None,
 ) -> tuple[Blip2Stage1, Any]:
     tokenizer, words = qformer_words(config, sizes)
@@ -335,17 +436,18 @@ def _stage1(
     model = Blip2Stage1(size, losses=config.optim.losses)
     if encoder is not None:
         attach_encoder(model, encoder)
-    if start is not None:
-        _load_start(config, model)
-    elif config.model.bert is not None:
+    # transformers' retrieval models lack the generation head, which BERT has
+    if config.model.bert is not None and (start is None or start.layout == "transformers"):
         initialise_from_bert(model, config.model.bert)
+    if start is not None:
+        _load_start(config, model, start.complete(model.state_dict()))
     return model, tokenizer
 
 
 def _stage2(
     config: RunConfig,
     sizes: dict[str, Any],
-    start: Description | None,
+    start: Weights | None,
     encoder: FrozenImageEncoder | None,
 ) -> tuple[Blip2Stage2, Any, FrozenIdentity]:
     if config.language_model is None:
@@ -374,29 +476,30 @@ def _stage2(
     tokenizer = AutoTokenizer.from_pretrained(config.language_model.path, trust_remote_code=False)
     same = start is not None and _same_language_model(config, start, identity)
     lora = config.language_model.lora
-    if start is not None and start.adapter is not None:
-        _check_adapter(config, start.adapter, same)
+    adapter = None if start is None else start.described.adapter
+    if adapter is not None:
+        _check_adapter(config, adapter, same)
     if start is None or same:
         model = Blip2Stage2(size, language_model)
     else:
         # the start's projection, if any, was trained for another language model
-        state = read_parameters(str(config.init_from))
-        model = Blip2Stage2.from_stage1(state, language_model, size)
+        model = Blip2Stage2.from_stage1(start.parameters(), language_model, size)
     if lora is not None:
         add_lora(language_model, **dataclasses.asdict(lora))
     if encoder is not None:
         attach_encoder(model, encoder)
-    if same:
-        _load_start(config, model)
+    if start is not None and same:
+        _load_start(config, model, start.parameters())
     return model.train(), tokenizer, identity
 
 
-def _load_start(config: RunConfig, model: Blip2Stage1 | Blip2Stage2) -> None:
+def _load_start(
+    config: RunConfig, model: Blip2Stage1 | Blip2Stage2, state: Mapping[str, Tensor]
+) -> None:
     """Load the parameters of `init_from`.
 
     The image encoder has them already, and adapters that `init_from` does not have are new.
     """
-    state = read_parameters(str(config.init_from))
     given = {n: v for n, v in state.items() if not n.startswith("image_encoder.")}
     own = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     new = {n: v for n, v in own.items() if n.startswith(FROZEN) and n not in given}
@@ -431,7 +534,7 @@ def _check_adapter(config: RunConfig, adapter: Any, same: bool) -> None:
 
 
 def _same_language_model(
-    config: RunConfig, start: Description | None, identity: FrozenIdentity
+    config: RunConfig, start: Weights | None, identity: FrozenIdentity
 ) -> bool:
     """Whether the model of `init_from` was trained with this language model.
 
@@ -440,12 +543,15 @@ def _same_language_model(
     """
     if start is None or start.stage == 1:
         return False
+    where = f"init_from {config.init_from!r}"
+    if start.description is None:
+        remedy = ", or set allow_other_frozen: true for a new projection"
+        return same_language_model(start, identity, where, config.allow_other_frozen, remedy)
     if not config.allow_other_frozen:
         remedy = "Give that one, or set allow_other_frozen: true for a new projection"
-        where = f"init_from {config.init_from!r}"
-        check_frozen(start, "language_model", identity, where, remedy)
+        check_frozen(start.description, "language_model", identity, where, remedy)
         return True
-    there = start.frozen.get("language_model")
+    there = start.description.frozen.get("language_model")
     return there is not None and not there.differences(identity)
 
 

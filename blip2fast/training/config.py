@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import torch
 
 from blip2fast._imports import needs
+from blip2fast.data.skipping import OnError
 from blip2fast.data.source_config import RecordSource
 from blip2fast.offload.quantised import Storage
 from blip2fast.ops.dispatch import Kernels
@@ -25,6 +26,7 @@ OffloadChoice = Literal["none", "stream", "zero3", "auto"]
 _STRICT = ConfigDict(extra="forbid")
 _Count = Annotated[int, Field(ge=1)]
 _NonNegative = Annotated[int, Field(ge=0)]
+_Fraction = Annotated[float, Field(gt=0, lt=1)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _AtLeast0 = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -158,9 +160,11 @@ class DataSection:
         task: `caption`, or in stage 2 `vqa`, or `sequence` (any number of images per sample).
         features: folder of a feature cache.
         images: folder of image files; the image encoder then runs in the training loop.
-        image_encoder: folder or hub name of a transformers vision model, for `images`.
-        image_encoder_layer: number of its blocks to run; None: BLIP-2's choice for its model type.
-        image_size: h = w of the images, in pixels; None: that of the encoder. For another size its
+        image_encoder: folder or hub name of a vision model of transformers, or `timm:NAME`, for
+            `images` (docs/encoders.md).
+        image_encoder_layer: number of its blocks to run, or -1, -2, ... counted from the last;
+            None: BLIP-2's choice for its model type.
+        image_size: h = w of the images, in pixels; None: the encoder's own. For another size its
             position embeddings are interpolated.
         augment: random crops and flips (`images` only).
         eval_records, eval_features, eval_images: the held-out set; None: no evaluation.
@@ -168,6 +172,11 @@ class DataSection:
         positives: which pairs of a batch are positives of each other (stage 1): those of one
             `image`, or those of one caption `text`.
         workers: DataLoader workers; 0: batches are loaded in the training process.
+        on_error: what to do about a sample that cannot be used (an unreadable image, an empty
+            caption, a feature that the cache lacks). `raise`: refuse it. `skip`: put another in its
+            place, always the same one, and list it in `skipped.jsonl` (docs/data.md).
+        max_skipped: with `skip`, how many records may be unusable: a count, or below 1 a share of
+            them; None: 0.01. More end the run.
     """
 
     __pydantic_config__ = _STRICT
@@ -177,7 +186,7 @@ class DataSection:
     features: str | None = None
     images: str | None = None
     image_encoder: str | None = None
-    image_encoder_layer: _Count | None = None
+    image_encoder_layer: int | None = None
     image_size: _Count | None = None
     augment: bool = True
     eval_records: _Records | None = None
@@ -186,6 +195,8 @@ class DataSection:
     max_txt_len: Annotated[int, Field(ge=2)] = 32
     positives: Literal["image", "text"] = "image"
     workers: _NonNegative = 0
+    on_error: OnError = "raise"
+    max_skipped: _NonNegative | _Fraction | None = None
 
 
 @dataclass
@@ -249,8 +260,9 @@ class RunConfig:
     Attributes:
         stage: 1 (ITC, ITM, ITG on the Q-Former) or 2 (soft prompts into the language model).
         output_dir: output folder of the run.
-        init_from: output folder or checkpoint of an earlier run, from which parameters are
-            initialised.
+        init_from: where parameters are taken from: output folder or checkpoint of an earlier run,
+            a BLIP-2 or InstructBLIP of transformers (folder or hub name), or a `.pth` file of LAVIS
+            (docs/published_weights.md).
         allow_other_frozen: allow an `init_from` that was trained with another image encoder or
             language model. With another language model the projection is re-initialised.
         zero_stage: what DeepSpeed ZeRO partitions over the processes: 0 nothing, 1 optimizer
@@ -273,6 +285,9 @@ class RunConfig:
         keep_best: also keep the best checkpoint by this held-out metric, without its `eval_`:
             the lowest `loss` or `loss_*`, the highest of others, such as `t2i_r1` (stage 1) or
             `exact` (stage 2). It is saved when it is evaluated.
+        eval_scores: also evaluate with the metrics of `blip2fast eval` (docs/evaluation.md): recall
+            re-ranked by ITM, `rerank_*` (stage 1); of the greedily written texts `cider_d`,
+            `bleu_1` to `bleu_4` and `rouge_l`, or `vqa_accuracy` (stage 2).
         eval_batch_size: samples per evaluation batch, over all processes; the last may be smaller.
         resume: continue from the last checkpoint in `output_dir`, if there is one. What may differ
             from the earlier start: `blip2fast.training.restart`.
@@ -305,6 +320,7 @@ class RunConfig:
     gradient_checkpointing: bool = False
     kernels: Kernels = "check"
     eval_every: _NonNegative = 0
+    eval_scores: bool = False
     eval_batch_size: Annotated[int, Field(ge=2)] = 64
     save_every: _NonNegative = 0
     keep_last: _Count = 2

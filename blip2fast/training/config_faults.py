@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from blip2fast.evaluation.caption_metrics import METRICS, score_name
 from blip2fast.evaluation.retrieval import RECALL_KS
 from blip2fast.stage1.config import LOSSES
 from blip2fast.training.config import RunConfig
@@ -23,6 +24,8 @@ def contradictions(config: RunConfig) -> list[str]:
     if (data.eval_records is None) != (held_out is None):
         kind = "eval_features" if data.features is not None else "eval_images"
         faults.append(f"data: eval_records and {kind} go together, but one is missing")
+    if data.max_skipped is not None and data.on_error == "raise":
+        faults.append(f"data.max_skipped {data.max_skipped} goes with data.on_error: skip")
     if config.eval_every and data.eval_records is None:
         faults.append(f"eval_every is {config.eval_every}, but data.eval_records is not set")
     if optim.min_lr > optim.lr:
@@ -88,9 +91,15 @@ def _best_faults(config: RunConfig) -> list[str]:
         losses = [name for name in LOSSES if name in config.optim.losses]
         known += [f"loss_{name}" for name in losses] + ["accuracy_i2t", "accuracy_t2i"]
         known += [f"accuracy_{name}" for name in losses if name != "itc"]
-        known += [f"{way}_r{k}" for way in ("i2t", "t2i") for k in RECALL_KS]
+        recalls = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in RECALL_KS]
+        known += recalls
+        if config.eval_scores and "itm" in config.optim.losses:
+            known += [f"rerank_{name}" for name in recalls]
     elif config.data.task != "sequence":
         known.append("exact")
+        if config.eval_scores:
+            of_captions = [score_name(metric) for metric in METRICS]
+            known += ["vqa_accuracy"] if config.data.task == "vqa" else of_captions
     if config.keep_best in known:
         return []
     return [f"keep_best {config.keep_best!r}: no such metric; there are {', '.join(known)}"]

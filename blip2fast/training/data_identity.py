@@ -11,6 +11,7 @@ from blip2fast.data.images import CachedImages, FileImages, ImageStore, read_byt
 from blip2fast.data.records import AnyRecord
 from blip2fast.data.sources import MOST_CHECKED, checked_records
 from blip2fast.data.table import RecordTable
+from blip2fast.frozen.unusable import UnusableImageError
 
 # Images that are read: the first, the last, and those evenly spaced between.
 _SAMPLES = 16
@@ -52,11 +53,20 @@ def _of_images(images: ImageStore, chosen: Sequence[str]) -> str:
     if isinstance(images, CachedImages):
         cache = images.cache
         digest.update("\0".join(cache.keys).encode())
-        digest.update(cache.read([cache.row(key) for key in chosen]).numpy().tobytes())
+        there = [cache.row(key) for key in chosen if key in cache]
+        digest.update(cache.read(there).numpy().tobytes())
     elif isinstance(images, FileImages):
         for key in chosen:
-            digest.update(key.encode() + read_bytes(images.folder, key))
+            digest.update(key.encode() + _bytes(images, key))
     return digest.hexdigest()
+
+
+def _bytes(images: FileImages, key: str) -> bytes:
+    """The file of an image; empty where there is none, which a run may skip (`on_error`)."""
+    try:
+        return read_bytes(images.folder, key)
+    except (FileNotFoundError, NotADirectoryError, UnusableImageError):
+        return b""
 
 
 def _words(tokenizer: Any) -> str:

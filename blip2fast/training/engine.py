@@ -7,9 +7,10 @@ import gc
 import math
 import os
 import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
+# By which a process that has lost another notes that it is there, and how long the others have
+# for it: they may be in the middle of a step. Launchers kill them 30 s after the first has ended.
+_NOTICED = "blip2fast/noticed/"
+_ANSWER_SECONDS = 10.0
 # For processes to start, and for a collective; DeepSpeed's default.
 _TIMEOUT = timedelta(minutes=30)
 
@@ -42,6 +47,8 @@ def losing_a_process(remedy: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
+    except ProcessLostError:
+        raise
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         # gloo raises plain RuntimeErrors
@@ -50,9 +57,27 @@ def losing_a_process(remedy: Callable[[], str]) -> Iterator[None]:
             isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
         ):
             raise
-        raise ProcessLostError(
-            f"another process of the run has ended or cannot be reached ({first}). {remedy()}"
-        ) from error
+        raise ProcessLostError(f"{_lost()} ({first}). {remedy()}") from error
+
+
+def _lost() -> str:
+    """Which processes do not answer within `_ANSWER_SECONDS`, as a clause.
+
+    Every process that has noticed says so in the store in which they met.
+    """
+    others: list[int] = []
+    with suppress(RuntimeError):
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"{_NOTICED}{dist.get_rank()}", "")
+        others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+        end = time.monotonic() + _ANSWER_SECONDS
+        while others and time.monotonic() < end:
+            time.sleep(0.1)
+            others = [rank for rank in others if not store.check([f"{_NOTICED}{rank}"])]
+    if not others:  # they all answer, or the process with the store is gone
+        return "another process of the run has ended or cannot be reached"
+    named = ", ".join(str(rank) for rank in others)
+    return f"process {named} of the run does not answer: it has ended or cannot be reached"
 
 
 # Number and size (elements) of the host buffers into which DeepSpeed reads weights from NVMe.

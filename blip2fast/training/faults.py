@@ -39,9 +39,15 @@ class Faults:
 
         Raises:
             FloatingPointError: a step was not finite, and `on_nonfinite` does not allow it.
+            ValueError: more samples are unusable than `data.max_skipped` allows.
         """
-        state, stops = self._state, False
-        for outcome in self.gate.outcomes(wait):
+        state, stops, outcomes = self._state, False, self.gate.outcomes(wait)
+        if state.unusable is not None and any(outcome.news for outcome in outcomes):
+            try:
+                state.progress.replaced += state.unusable.exchange()
+            except ValueError as error:
+                raise ValueError(f"{error}. {self._last_good()}") from None
+        for outcome in outcomes:
             stops = stops or outcome.stop
             if outcome.rescaled:
                 state.progress.skipped += 1

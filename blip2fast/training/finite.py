@@ -37,12 +37,14 @@ class Outcome:
         rescaled: gradients overflowed in fp16, and the loss scale was lowered: part of training
             with a loss scale.
         stop: a process was asked to stop.
+        news: a process replaced samples of the step.
     """
 
     step: int
     nonfinite: tuple[str, ...]
     rescaled: bool
     stop: bool
+    news: bool = False
 
 
 class StepGate:
@@ -69,13 +71,16 @@ class StepGate:
         self._norm: Tensor | None = None
         self._scale = 1.0
 
-    def judge(self, step: int, losses: Mapping[str, Tensor], stop: bool) -> Tensor:
+    def judge(
+        self, step: int, losses: Mapping[str, Tensor], stop: bool, news: bool = False
+    ) -> Tensor:
         """Decide of the step that the engine takes next; every process must call this.
 
         Args:
             step: the number of the step, from 1.
             losses: sums over the passes of the step, by name.
             stop: whether this process was asked to stop.
+            news: whether this process replaced samples.
 
         Returns:
             A bool scalar: whether a loss is not finite on any process.
@@ -83,11 +88,11 @@ class StepGate:
         self._names, self._scale = sorted(losses), scale_of_norm(self._engine)
         found = [losses[name].isfinite().logical_not().view(()) for name in self._names]
         found.append(self._gradient_is_not_finite())
-        found.append(torch.full((), stop, device=self._device))
+        found += [torch.full((), flag, device=self._device) for flag in (stop, news)]
         flags = torch.stack(found).float()
         if dist.get_world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        closed = flags[:-1].amax()
+        closed = flags[:-2].amax()
         if self._stays_closed:
             closed = self._closed = torch.maximum(self._closed, closed)
         # an offloaded AdamW would read the copy before it has arrived
@@ -129,11 +134,11 @@ class StepGate:
         return [self._outcome(*each) for each in ready]
 
     def _outcome(self, step: int, copy: HostCopy, overflow: bool, scaled: bool) -> Outcome:
-        *found, gradient, stop = copy.tolist()
+        *found, gradient, stop, news = copy.tolist()
         names = [name for name, flag in zip(self._names, found, strict=True) if flag]
         if gradient or (overflow and not scaled):
             names.append(GRADIENT)
-        return Outcome(step, tuple(names), scaled and not names, bool(stop))
+        return Outcome(step, tuple(names), scaled and not names, bool(stop), bool(news))
 
     def _gradient_is_not_finite(self) -> Tensor:
         gradients = []

@@ -21,6 +21,7 @@ from blip2fast.data.manifest import MANIFEST, naming
 from blip2fast.training.agreement import SharedFault, together
 from blip2fast.training.config import RunConfig
 from blip2fast.training.restart import HISTORY
+from blip2fast.training.skipped import SKIPPED
 
 LOCK = "run.lock"
 # in which a new file is seen on other machines; NFS remembers for some seconds what is not there
@@ -28,7 +29,7 @@ _SHARED_SECONDS = 10.0
 # `resume` continues from these; others are written again.
 EARLIER = ("checkpoints", "metrics.jsonl")
 _OF_A_RUN = (
-    *(*EARLIER, HISTORY, "tensorboard", "wandb", "config.yaml", "deepspeed.json"),
+    *(*EARLIER, HISTORY, SKIPPED, "tensorboard", "wandb", "config.yaml", "deepspeed.json"),
     *(DESCRIPTION, MODEL, MANIFEST),
 )
 

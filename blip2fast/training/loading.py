@@ -5,25 +5,27 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from blip2fast.training.stopping import ignore_signals
 
 # One that the system kills for its memory will be killed again.
 MOST_RESTARTS = 3
 
+Item = TypeVar("Item")
+
 
 def read_batches(
-    dataset: Dataset[dict[str, Tensor]],
+    dataset: Dataset[Item],
     micro_steps: Sequence[int],
     workers: int,
     pin_memory: bool,
     say: Callable[[str], None],
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[Item]:
     """The batches of a sequence of micro-steps, in order.
 
     A batch depends on its number alone, so workers that were killed are replaced and the batches
@@ -51,21 +53,29 @@ def read_batches(
             # The loader draws a seed on start; from the global generator, a resume would shift it.
             generator=torch.Generator(),
         )
+        failure: Exception | None = None
         try:
             for batch in _iterator(loader):
                 done += 1
                 yield batch
         except (RuntimeError, ValueError, OSError, EOFError) as error:
-            first = _of_a_dead_worker(error, workers)
-            if not first:
-                raise _without_traceback(error) from None
-            if restarts == MOST_RESTARTS:
-                raise OSError(
-                    f"data.workers {workers}: {first}; {MOST_RESTARTS + 1} times in this run: "
-                    "lower data.workers if the machine is out of memory"
-                ) from None
-            restarts += 1
-            say(f"{first}: workers started again ({restarts} of at most {MOST_RESTARTS} times)")
+            failure = error
+        if failure is None:
+            continue
+        if workers:
+            # its frames hold the workers, which a signal does not end: the process would wait for
+            # them when it exits
+            failure = failure.with_traceback(None)
+        first = _of_a_dead_worker(failure, workers)
+        if not first:
+            raise _without_traceback(failure)
+        if restarts == MOST_RESTARTS:
+            raise OSError(
+                f"data.workers {workers}: {first}; {MOST_RESTARTS + 1} times in this run: "
+                "lower data.workers if the machine is out of memory"
+            )
+        restarts += 1
+        say(f"{first}: workers started again ({restarts} of at most {MOST_RESTARTS} times)")
 
 
 def _of_a_dead_worker(error: Exception, workers: int) -> str:
@@ -87,6 +97,8 @@ def _iterator(loader: DataLoader[Any]) -> Iterator[Any]:
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
     handler = signal.getsignal(signal.SIGCHLD)
+    if getattr(handler, "__module__", "") == signal_handling.__name__:
+        handler = signal.SIG_DFL  # PyTorch's own, which an earlier loader of this process set
     started = iter(loader)
     signal.signal(signal.SIGCHLD, handler)
     return started

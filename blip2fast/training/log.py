@@ -202,6 +202,7 @@ class Progress:
         sums: over the steps whose losses are finite, of the means of their passes; after a resume
             they include steps of the interrupted run.
         skipped: steps since the last log line that did not update the parameters.
+        replaced: samples since then whose record could not be used, of all processes.
         timed: steps since `since`.
         waited: seconds since `since` in which this process waited for a batch.
         since: time of the last log line or of the resume, in seconds; pauses are added to it.
@@ -209,6 +210,7 @@ class Progress:
 
     sums: dict[str, Tensor]
     skipped: int = 0
+    replaced: int = 0
     timed: int = 0
     waited: float = 0.0
     since: float = 0.0
@@ -229,12 +231,14 @@ class Progress:
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint, so that the next log line after a resume covers all its steps."""
-        return {"sums": {n: v.cpu() for n, v in self.sums.items()}, "skipped": self.skipped}
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        return {"sums": sums, "skipped": self.skipped, "replaced": self.replaced}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restore a state returned by `state`."""
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.skipped = state["skipped"]
+        self.replaced = state.get("replaced", 0)  # earlier versions replaced none
 
     def take(
         self, samples_per_step: int, beside: Mapping[str, Tensor] | None = None
@@ -242,7 +246,7 @@ class Progress:
         """Means over steps and processes, and the throughput; resets the sums.
 
         Every process must call this. Without a step to count, the means are left out; the number
-        of skipped steps is left out if there is none.
+        of skipped steps and of replaced samples is left out if there is none.
 
         Args:
             samples_per_step: samples per optimizer step, over all processes.
@@ -263,8 +267,11 @@ class Progress:
         metrics |= {name: value for name, value in read.items() if math.isfinite(value)}
         if self.skipped:
             metrics["skipped"] = self.skipped
+        if self.replaced:
+            metrics["replaced"] = self.replaced
         metrics["seconds_per_step"] = (now - self.since) / steps
         metrics["samples_per_second"] = steps * samples_per_step / (now - self.since)
         metrics["data_wait_share"] = min(self.waited / (now - self.since), 1.0)
-        self.sums, self.skipped, self.timed, self.waited, self.since = {}, 0, 0, 0.0, now
+        self.sums, self.skipped, self.replaced = {}, 0, 0
+        self.timed, self.waited, self.since = 0, 0.0, now
         return metrics

@@ -10,7 +10,7 @@ Shapes: B images, Q queries, T text tokens, S image tokens, E image token width,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,8 +30,11 @@ from transformers import (
 
 from blip2fast.frozen.hub import not_found
 from blip2fast.frozen.image_encoders import without_weights
+from blip2fast.frozen.lavis_files import is_lavis_file, load_lavis_config
 from blip2fast.offload.blocks import find_blocks, lay_out, own_parameters
 from blip2fast.offload.quantised import STORAGES, Storage
+from blip2fast.stage1.config import LossName, Stage1Config
+from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.config import Stage2Config
 from blip2fast.stage2.lora import target_names
 from blip2fast.stage2.model import Blip2Stage2
@@ -149,9 +152,13 @@ class TrainedSizes:
 def read_model_config(key: str, name: str) -> Any:
     """The transformers configuration of a model; weights are not needed.
 
+    Of a file of LAVIS it is that of its image encoder.
+
     Raises:
         ValueError: not found.
     """
+    if is_lavis_file(name):
+        return load_lavis_config(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -256,6 +263,62 @@ def measure_trained(
         return TrainedSizes(sum(p.numel() for p in model.trainable_parameters()), kept.nbytes)
 
 
+def measure_stage1(
+    config: Stage1Config,
+    losses: Sequence[LossName],
+    dtype: torch.dtype,
+    batch: int,
+    image_tokens: int,
+    text: int,
+) -> TrainedSizes:
+    """Measure stage 1, whose parameters are all trained.
+
+    The passes of stage 1 over packed texts save less than what is measured here: every pass has
+    padded texts, and keys and values of its images to itself.
+
+    Args:
+        config: sizes.
+        losses: those of the run.
+        dtype: dtype of the activations.
+        batch, image_tokens, text: B, S and T.
+    """
+    with _without_numbers():
+        model = Blip2Stage1(config, losses=losses)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.train()
+        tokens = torch.empty(batch, image_tokens, config.encoder_hidden_size, dtype=dtype)
+        with kept_tensors(model) as kept:
+            states = model.ln_vision(tokens)
+
+            def read(rows: int, queries: bool, words: int, images: Tensor | None) -> None:
+                embeds = torch.empty(
+                    rows, words, config.hidden_size, dtype=dtype, requires_grad=True
+                )
+                length = config.num_query_tokens if queries else 0
+                if queries:
+                    embeds = torch.cat([model.query_tokens.expand(rows, -1, -1), embeds], dim=1)
+                model.qformer(
+                    query_embeds=embeds, query_length=length, encoder_hidden_states=images
+                )
+
+            read(batch, True, 0, states)
+            read(batch, False, text, None)
+            if "itm" in losses:
+                read(3 * batch, True, text, states.repeat(3, 1, 1))
+            if "itg" in losses:
+                # the words also read the queries, which the first call has computed
+                read(batch, False, text, None)
+        # stage 1 joins these weights, for one product in place of several
+        joined = sum(
+            parameter.nbytes
+            for name, parameter in model.qformer.named_parameters()
+            if name.endswith(("query.weight", "key.weight", "value.weight"))
+            and not name.endswith("crossattention.attention.query.weight")
+        )
+        return TrainedSizes(sum(p.numel() for p in model.parameters()), kept.nbytes + joined)
+
+
 @dataclass(frozen=True)
 class EncoderSizes:
     """An image encoder in the loop.
@@ -278,13 +341,19 @@ class EncoderSizes:
     kept_outside: int = 0
     block_inputs: int = 0
 
+    def activations(self, recomputed: bool) -> int:
+        """Bytes that are saved for the backward pass, with blocks that are recomputed or not."""
+        if not recomputed:
+            return self.kept
+        return self.block_inputs + self.kept_outside + self.kept_block
+
 
 def measure_image_encoder(config: Any) -> tuple[int, int]:
     """Parameter count of a frozen image encoder, including unused last blocks, and its width E."""
     vision = getattr(config, "vision_config", config)
     # not on fake tensors, on which the initialisation of most ViTs (`trunc_normal_`) does not run
     with torch.device("meta"):
-        if vision.model_type == "blip_2_vision_model":
+        if vision.model_type in ("blip_2_vision_model", "instructblip_vision_model"):
             model = Blip2VisionModel(vision)
         else:
             model = AutoModel.from_config(vision, trust_remote_code=False)

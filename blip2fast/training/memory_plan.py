@@ -1,4 +1,4 @@
-"""The memory of a stage-2 run, for every placement of its frozen language model.
+"""The memory of a run; in stage 2 for every placement of its frozen language model.
 
     plan = plan_memory(load_config("configs/vitg_opt6.7b_stage2.yaml"), processes=1)
     print(plan)
@@ -21,7 +21,12 @@ import torch
 from blip2fast._imports import needs
 from blip2fast.checkpoints.trained import is_trained, read_description
 from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.data.tokenizers import qformer_tokenizer
+from blip2fast.frozen.image_encoders import count_tokens, encoder_image_size
+from blip2fast.frozen.timm_models import is_timm, load_timm
 from blip2fast.offload.quantised import Storage
+from blip2fast.published.reading import open_weights, published_fault
+from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage2.config import Stage2Config
 from blip2fast.training.config import DTYPE_OF, RunConfig
 from blip2fast.training.engine import NVME_BUFFERS, nvme_buffer_size
@@ -31,6 +36,7 @@ from blip2fast.training.measuring import (
     TrainedSizes,
     measure_image_encoder,
     measure_language_model,
+    measure_stage1,
     measure_trained,
     measure_trained_encoder,
     read_model_config,
@@ -43,6 +49,8 @@ GIB = 1 << 30
 USED = 0.9  # usable fraction of a memory; the rest stays free
 # DeepSpeed keeps up to this many parameters fetched (stage3_max_live_parameters)
 ZERO3_LIVE = 1_000_000_000
+# stage 1 computes its logits in chunks of at most this many bytes
+LOGIT_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ def machine_memory() -> Memory:
 def plan_memory(
     config: RunConfig, processes: int = 1, machines: int = 1, memory: Memory | None = None
 ) -> MemoryPlan:
-    """Plan the memory of every option of a stage-2 run; loads configurations only.
+    """Plan the memory of every option of a run; loads configurations only.
 
     Args:
         config: the run.
@@ -170,10 +178,11 @@ def plan_memory(
         memory: the available memory; by default this machine's free memory.
 
     Raises:
-        ValueError: stage 1, a model configuration that is not found, or inconsistent sizes.
+        ValueError: a model configuration that is not found, or inconsistent sizes.
     """
-    if config.stage != 2 or config.language_model is None:
-        raise ValueError("stage 1 has no language model, so there is nothing to plan: give stage 2")
+    here = -(-processes // machines)
+    if config.stage == 1 or config.language_model is None:
+        return _stage1_plan(config, processes, here, memory or machine_memory())
     notes: list[str] = []
     dtype = DTYPE_OF[config.precision]
     path = config.language_model.path
@@ -205,8 +214,69 @@ def plan_memory(
         + f"; {config.precision}, {batch} samples a process and pass"
     )
     memory = memory or machine_memory()
-    here = -(-processes // machines)
     return MemoryPlan(_options(counts, memory), memory, here, heading, notes)
+
+
+def _stage1_plan(config: RunConfig, processes: int, here: int, memory: Memory) -> MemoryPlan:
+    """The plan of stage 1, which has no language model to place."""
+    notes = ["activations: of padded texts; the passes over packed ones keep less"]
+    encoder, image_tokens = _images(config, notes)
+    sizes = _stage1_config(config, encoder.width, notes)
+    B, T, dtype = config.optim.batch_size, config.data.max_txt_len, DTYPE_OF[config.precision]
+    losses = config.optim.losses
+    measured = measure_stage1(sizes, losses, dtype, B, image_tokens, T)
+    number = measured.parameters + encoder.trained
+    weights, host = trained_bytes(config, number, processes, config.zero_stage)
+    frozen = 0 if encoder.trained else encoder.parameters
+    device = {"image encoder": frozen * dtype.itemsize, **weights}
+    matched = 3 if "itm" in losses else 0  # pairs a sample that ITM judges
+    texts = 1 + matched + ("itg" in losses)
+    inputs = sizes.hidden_size * ((1 + matched) * sizes.num_query_tokens + texts * T)
+    outside = (1 + matched) * image_tokens * sizes.encoder_hidden_size
+    layers = sizes.num_hidden_layers
+    recomputed = measured.kept // layers + B * (inputs * layers + outside) * dtype.itemsize
+    logits = min(B * T * sizes.vocab_size * (dtype.itemsize + 4), LOGIT_BYTES)
+    if "itg" not in losses:
+        logits = 0
+    options = []
+    for way in (True,) if config.gradient_checkpointing else (False, True):
+        kept = recomputed if way else measured.kept
+        kept += encoder.activations(way or config.image_encoder.gradient_checkpointing)
+        use = {**device, "activations": kept, "logits": logits}
+        options.append(Option(_name("stage 1", way), "none", way, "as_is", use, host))
+    heading = (
+        f"stage 1: {number:,} trained parameters"
+        + (f", {encoder.parameters:,} of the image encoder" if encoder.parameters else "")
+        + (" (trained too)" if encoder.trained else "")
+        + f"; {config.precision}, {B} samples a process and pass"
+    )
+    return MemoryPlan(options, memory, here, heading, notes)
+
+
+def trained_bytes(
+    config: RunConfig, number: int, processes: int, zero_stage: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of weights, gradients and AdamW states, on the device and on the host.
+
+    Args:
+        config: the run.
+        number: trained parameters.
+        processes: over which ZeRO partitions.
+        zero_stage: of ZeRO.
+    """
+    itemsize = DTYPE_OF[config.precision].itemsize
+    low, spread = itemsize < 4, processes if zero_stage >= 1 else 1
+    gradient = itemsize
+    if low and (zero_stage == 0 or config.optim.accumulation > 1):
+        gradient = 4 if zero_stage else itemsize + 4  # summed in fp32
+    gradients = gradient * number // (processes if zero_stage >= 2 else 1)
+    # AdamW's two moments and, where there is one, its fp32 copy of the weights
+    states = (12 if low or zero_stage else 8) * number // spread
+    weights = itemsize * number
+    if config.offload_optimizer == "none":
+        return {"trained": weights + gradients, "optimiser": states}, {}
+    host = {"optimiser": states} if config.offload_optimizer == "cpu" else {}
+    return {"trained": weights + gradients, "optimiser": 0}, host
 
 
 @dataclass(frozen=True)
@@ -232,25 +302,9 @@ class _Counts:
 
     def other_than_language(self, zero_stage: int) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes of the trained part and the image encoder, on the device and on the host."""
-        trained, host = self.trained_bytes(zero_stage)
+        trained, host = trained_bytes(self.config, self.num_trained, self.processes, zero_stage)
         frozen = 0 if self.encoder.trained else self.encoder.parameters
         return {"image encoder": frozen * self.itemsize, **trained}, host
-
-    def trained_bytes(self, zero_stage: int) -> tuple[dict[str, int], dict[str, int]]:
-        """Bytes of the trained part's weights, gradients and AdamW states, on device and host."""
-        number, share = self.num_trained, self.processes
-        low, spread = self.itemsize < 4, share if zero_stage >= 1 else 1
-        gradient = self.itemsize
-        if low and (zero_stage == 0 or self.config.optim.accumulation > 1):
-            gradient = 4 if zero_stage else self.itemsize + 4  # summed in fp32
-        gradients = gradient * number // (share if zero_stage >= 2 else 1)
-        # AdamW's two moments and, where there is one, its fp32 copy of the weights
-        states = (12 if low or zero_stage else 8) * number // spread
-        weights = self.itemsize * number
-        if self.config.offload_optimizer == "none":
-            return {"trained": weights + gradients, "optimiser": states}, {}
-        host = {"optimiser": states} if self.config.offload_optimizer == "cpu" else {}
-        return {"trained": weights + gradients, "optimiser": 0}, host
 
     def activations(self, recomputed: bool) -> dict[str, int]:
         """Bytes saved for the backward pass, of both models and of the loss."""
@@ -263,10 +317,8 @@ class _Counts:
             qformer = qformer // layers + B * inputs * item
             language = self.language.block_inputs + self.language.kept_outside
             language += self.language.kept_block
-        encoder = self.encoder.kept
-        if recomputed or self.config.image_encoder.gradient_checkpointing:
-            encoder = self.encoder.block_inputs + self.encoder.kept_outside
-            encoder += self.encoder.kept_block
+        checkpointed = recomputed or self.config.image_encoder.gradient_checkpointing
+        encoder = self.encoder.activations(checkpointed)
         # logits and their gradient, the fp32 log-softmax, and in 16 bits an fp32 copy of the logits
         each = 12 if item == 4 else 2 * item + 8
         logits = B * self.config.data.max_txt_len * self.language.words * each
@@ -282,7 +334,8 @@ def _options(counts: _Counts, memory: Memory) -> list[Option]:
     if counts.language.adapters:
         return options  # the blocks of a model with adapters are not moved
     options += [_streamed(counts, "as_is", recomputed) for recomputed in ways]
-    options += [_zero3(counts, recomputed) for recomputed in ways]
+    if not counts.encoder.trained:  # `config_faults` says why not
+        options += [_zero3(counts, recomputed) for recomputed in ways]
     # fewer bits change the loss and are never chosen automatically, so they come last
     fewer: tuple[Storage, ...] = ("int8", "int4")
     for storage in fewer:
@@ -336,15 +389,9 @@ def _images(config: RunConfig, notes: list[str]) -> tuple[EncoderSizes, int]:
     """The image encoder in the loop, or the width E of a feature cache if known; image tokens S."""
     data = config.data
     if data.image_encoder is not None:
-        encoder = read_model_config("data.image_encoder", data.image_encoder)
-        vision = getattr(encoder, "vision_config", encoder)
-        size = data.image_size or int(vision.image_size)
-        tokens = (size // int(vision.patch_size)) ** 2 + 1
-        if not config.image_encoder.train:
-            return EncoderSizes(*measure_image_encoder(encoder)), tokens
-        dtype, batch = DTYPE_OF[config.precision], config.optim.batch_size
-        layer = data.image_encoder_layer
-        return measure_trained_encoder(encoder, dtype, batch, size, layer), tokens
+        if config.image_encoder.train:
+            return _trained_encoder(config, data.image_encoder)
+        return _encoder_in_loop(data.image_encoder, data.image_size, notes)
     if data.features is not None and Path(data.features, "manifest.json").is_file():
         cache = FeatureCache(data.features)
         return EncoderSizes(width=cache.width), cache.num_tokens
@@ -352,20 +399,62 @@ def _images(config: RunConfig, notes: list[str]) -> tuple[EncoderSizes, int]:
     return EncoderSizes(), 257
 
 
+def _encoder_in_loop(name: str, size: int | None, notes: list[str]) -> tuple[EncoderSizes, int]:
+    """Sizes and image tokens of an encoder that stays frozen."""
+    if is_timm(name):
+        model = load_timm(name, pretrained=False)
+        parameters = sum(p.numel() for p in model.parameters())
+        sizes, count = EncoderSizes(parameters, model.config.hidden_size), None
+    else:
+        config = read_model_config("data.image_encoder", name)
+        sizes = EncoderSizes(*measure_image_encoder(config))
+        count = count_tokens(config, size or encoder_image_size(name))
+    if count is None:
+        notes.append(f"data.image_encoder {name!r}: 257 tokens an image assumed")
+    return sizes, count or 257
+
+
+def _trained_encoder(config: RunConfig, name: str) -> tuple[EncoderSizes, int]:
+    """Sizes and image tokens of an encoder that is trained."""
+    encoder = read_model_config("data.image_encoder", name)
+    size = config.data.image_size or encoder_image_size(name)
+    dtype, batch = DTYPE_OF[config.precision], config.optim.batch_size
+    layer = config.data.image_encoder_layer
+    sizes = measure_trained_encoder(encoder, dtype, batch, size, layer)
+    return sizes, count_tokens(encoder, size) or 257
+
+
 def _trained_config(config: RunConfig, width: int | None, notes: list[str]) -> Stage2Config:
     """Sizes of the trained part: the model section's, else those of `init_from`, else BLIP-2's."""
-    known = {field.name for field in dataclasses.fields(Stage2Config)}
+    return Stage2Config(**_sizes(config, Stage2Config, width, notes))
+
+
+def _stage1_config(config: RunConfig, width: int | None, notes: list[str]) -> Stage1Config:
+    """Likewise of stage 1; the words are the tokenizer's where it is a folder, else BERT's."""
+    sizes = _sizes(config, Stage1Config, width, notes)
+    tokenizer = config.model.tokenizer
+    if tokenizer is not None and Path(tokenizer).is_dir():
+        sizes |= {"vocab_size": len(qformer_tokenizer(tokenizer)), "bos_token_id": 0}
+    return Stage1Config(**sizes)
+
+
+def _sizes(config: RunConfig, kind: type, width: int | None, notes: list[str]) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(kind)}
     sizes: dict[str, Any] = {}
-    if config.init_from is not None and is_trained(config.init_from):
-        start = read_description(config.init_from).sizes
-        sizes |= {name: value for name, value in start.items() if name in known}
-    elif config.init_from is not None:
-        notes.append(f"init_from {config.init_from!r} does not exist yet: BLIP-2's sizes assumed")
+    start = config.init_from
+    if start is not None and is_trained(start):
+        found = read_description(start).sizes
+        sizes |= {name: value for name, value in found.items() if name in known}
+    elif start is not None and Path(start).exists() and not published_fault("init_from", start):
+        found = open_weights(start).sizes
+        sizes |= {name: value for name, value in found.items() if name in known}
+    elif start is not None:
+        notes.append(f"init_from {config.init_from!r} is not here: BLIP-2's sizes assumed")
     section = dataclasses.asdict(config.model)
     sizes |= {name: v for name, v in section.items() if name in known and v is not None}
     if width is not None:
         sizes["encoder_hidden_size"] = width
-    return Stage2Config(**sizes)
+    return sizes
 
 
 def _gib(count: int) -> str:

@@ -15,15 +15,17 @@ import torch
 from transformers import AutoConfig
 
 from blip2fast._imports import needs
-from blip2fast.checkpoints.trained import is_trained
-from blip2fast.data.source_config import as_sources, source_files
+from blip2fast.data.source_config import HUB, as_sources, source_files
 from blip2fast.frozen.hub import check_pretrained, check_weights
 from blip2fast.frozen.identity import flat
 from blip2fast.frozen.language_models import quantised_fault
+from blip2fast.frozen.lavis_files import is_lavis_file
+from blip2fast.frozen.timm_models import is_timm
 from blip2fast.ops import check_kernels, set_kernels
 from blip2fast.ops.collectives import rank
 from blip2fast.ops.kernel_calls import BLIP2, Sizes
 from blip2fast.ops.records import Record
+from blip2fast.published.reading import published_fault
 from blip2fast.training.agreement import check_alike
 from blip2fast.training.build import Run
 from blip2fast.training.config import DTYPE_OF, RunConfig
@@ -126,7 +128,7 @@ def _path_faults(config: RunConfig) -> list[str]:
         for name in ("records", "eval_records")
         if (value := getattr(data, name)) is not None
         for source in as_sources(value)
-        if not source_files(source.source)
+        if not source.source.startswith(HUB) and not source_files(source.source)
     ]
     faults += [
         f"data.{name} {value!r}: no feature cache; build it with `blip2fast features`"
@@ -138,20 +140,18 @@ def _path_faults(config: RunConfig) -> list[str]:
         for name in ("images", "eval_images")
         if (value := getattr(data, name)) is not None and not Path(value).is_dir()
     ]
-    if config.init_from is not None and not is_trained(config.init_from):
-        faults.append(
-            f"init_from {config.init_from!r}: no model.json and model.safetensors of a finished "
-            "run or a checkpoint there"
-        )
     asked: list[str | None] = []
+    if config.init_from is not None:
+        asked.append(published_fault("init_from", config.init_from))
     if config.model.tokenizer is not None:
         asked.append(check_pretrained("model.tokenizer", config.model.tokenizer))
     if config.model.bert is not None:
         asked.append(check_weights("model.bert", config.model.bert))
     if config.language_model is not None:
         asked.append(_language_model_fault("language_model.path", config.language_model.path))
-    if data.image_encoder is not None:
-        asked.append(check_weights("data.image_encoder", data.image_encoder))
+    named = data.image_encoder
+    if named is not None and not (is_timm(named) or is_lavis_file(named)):
+        asked.append(check_weights("data.image_encoder", named))
     return faults + [fault for fault in asked if fault is not None]
 
 

@@ -27,7 +27,9 @@ HISTORY = "history.jsonl"
 # What decides the data, their order and the function that is trained is compared on resume.
 _COMPARED = ("stage", "seed", "model", "language_model", "image_encoder", "data", "optim")
 _FREE = {
-    "data": ("workers", "eval_records", "eval_features", "eval_images"),
+    "data": (
+        *("workers", "eval_records", "eval_features", "eval_images", "on_error", "max_skipped"),
+    ),
     "optim": (
         *("max_steps", "lr", "min_lr", "warmup_steps", "betas", "eps", "weight_decay"),
         *("clip_norm", "batch_size", "accumulation"),

@@ -34,6 +34,7 @@ from blip2fast.training.finite import nonfinite_names, some_of
 from blip2fast.training.log import Progress
 from blip2fast.training.parameter_groups import freeze_names
 from blip2fast.training.restart import check_steps, record_start, run_identity
+from blip2fast.training.skipped import SkippedSamples
 from blip2fast.training.step_passes import TrainingStep
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class RunState:
         skipped: of these, those that were left out as they were not finite.
         rescaled: those that only lowered fp16's loss scale.
         progress: sums for the next log line.
+        unusable: the account of unusable samples, while the run takes steps and replaces them.
 
     Raises:
         ValueError: a checkpoint of another run, or parameters that are not finite.
@@ -70,6 +72,7 @@ class RunState:
         self.model = parts.model
         self.step = self.skipped = self.rescaled = 0
         self.progress = Progress({})
+        self.unusable: SkippedSamples | None = None
         self.engine = self._start(say)
 
     def parameters(self) -> dict[str, Tensor]:

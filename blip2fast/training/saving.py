@@ -13,6 +13,7 @@ from torch import Tensor
 from blip2fast.checkpoints.kept import Kept, read_best, remove_others, write_best
 from blip2fast.checkpoints.resume import save_checkpoint
 from blip2fast.checkpoints.trained import Description, save_model
+from blip2fast.frozen.image_encoders import parse_encoder_id
 from blip2fast.training.agreement import first_process
 from blip2fast.training.finite import nonfinite_names, some_of
 from blip2fast.training.log import RunLog
@@ -53,6 +54,8 @@ class Saver:
         if log is not None:
             log.flush()
         state, step = self._state, self._state.step
+        if state.unusable is not None:
+            state.unusable.flush()
         parameters = self.finite_parameters()
         moments = state.moments()
         self._refuse_nonfinite(moments)
@@ -133,7 +136,7 @@ def how_to_use(folder: str, description: Description, task: str) -> str:
     if description.stage == 1:
         return f"model in {folder}; train stage 2 from it: --set init_from={path}"
     # the command loads the image encoder by its name and number of blocks
-    if task == "sequence" or ", block " not in description.image_encoder:
+    if task == "sequence" or parse_encoder_id(description.image_encoder) is None:
         code = f"blip2fast.checkpoints.load_trained({folder!r})"
         return f"model in {folder}, try: {code}"
     question = ' --question "..."' if task == "vqa" else ""

@@ -6,26 +6,30 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from blip2fast.training.log import Progress
 
 _GIB = 2**30
+Item = TypeVar("Item")
 
 
 def learning_rates(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`lr`, the highest rate of the optimizer's groups; where they differ, also `lr_<group>`.
+    """`lr`, the highest rate of the optimizer's groups; where they differ, also each rate.
+
+    A rate is named `lr_<group>` after the first group that has it.
 
     Args:
         groups: as in `torch.optim.Optimizer.param_groups`; one without a `name` has its number.
     """
-    rates = {str(group.get("name", n)): float(group["lr"]) for n, group in enumerate(groups)}
-    found = {"lr": max(rates.values())}
-    if len(set(rates.values())) > 1:
-        found |= {f"lr_{name}": rate for name, rate in rates.items()}
+    first: dict[float, str] = {}
+    for number, group in enumerate(groups):
+        first.setdefault(float(group["lr"]), str(group.get("name", number)))
+    found = {"lr": max(first)}
+    if len(first) > 1:
+        found |= {f"lr_{name}": rate for rate, name in first.items()}
     return found
 
 
@@ -37,7 +41,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return most / _GIB if sys.platform == "darwin" else most * 1024 / _GIB
 
 
-def timed(batches: Iterator[dict[str, Tensor]], progress: Progress) -> Iterator[dict[str, Tensor]]:
+def timed(batches: Iterator[Item], progress: Progress) -> Iterator[Item]:
     """The same batches; `progress.waited` counts the time that each is waited for."""
     while True:
         start = time.perf_counter()

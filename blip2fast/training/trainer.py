@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from blip2fast.checkpoints.trained import trained_names
+from blip2fast.data.batches import TakenBatches
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.training.agreement import (
     any_process,
@@ -42,6 +43,7 @@ from blip2fast.training.preflight import (
 from blip2fast.training.restart import last_good, with_start
 from blip2fast.training.run_state import RunState
 from blip2fast.training.saving import Saver, how_to_use
+from blip2fast.training.skipped import SkippedSamples
 from blip2fast.training.step_metrics import learning_rates, peak_memory_gib, timed
 from blip2fast.training.step_passes import DeviceBatches, step_passes
 from blip2fast.training.stopping import StopRequest
@@ -66,9 +68,17 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
             several processes all raise it, also where only one machine has the fault.
         FloatingPointError: a value is not finite; see `RunConfig.on_nonfinite`.
         RunStopped: a signal stopped the run, and a checkpoint was saved.
+        ProcessLostError: another process of the run has ended.
     """
     stop = StopRequest()
     device = start_processes()
+    with losing_a_process(lambda: last_good(config.output_dir)):
+        return _train(config, device, say, stop)
+
+
+def _train(
+    config: RunConfig, device: torch.device, say: Callable[[str], None], stop: StopRequest
+) -> dict[str, float]:
     say_first = say if dist.get_rank() == 0 else None
     check_same_run(config)
     together(lambda: check_machine(with_start(config), dist.get_world_size()))
@@ -77,6 +87,8 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict[str, fl
     config = choose_placement(config, dist.get_world_size(), machines, say_first)
     with lock_together(config, say):
         parts = _build(with_start(config))
+        if parts.start and say_first is not None:
+            say_first(parts.start)
         if config.overwrite and dist.get_rank() == 0:
             remove_earlier_run(Path(config.output_dir))
         return Trainer(config, parts, device, say, stop).run()
@@ -137,9 +149,11 @@ class Trainer:
         """Train to `optim.max_steps`; returns the last metrics."""
         self._introduce()
         config, log = self.config, together(self._open_log)
+        self.state.unusable = self._skipped_samples()
         with (
             log or nullcontext(),
-            self.stop,
+            self.state.unusable or nullcontext(),
+            self.stop,  # a launcher's SIGTERM must not cut off what is found about a lost process
             losing_a_process(lambda: last_good(config.output_dir)),
         ):
             metrics = self._steps(log)
@@ -160,6 +174,15 @@ class Trainer:
         log = RunLog(folder, self.state.step, last, config.stage, also)
         self._print = log.say
         return log
+
+    def _skipped_samples(self) -> SkippedSamples | None:
+        """The account of unusable samples, where `data.on_error` is `skip`."""
+        before = self.parts.left_out
+        if before is None:
+            return None
+        total = self.parts.batches.plan.num_records + len(before.train)
+        folder, most = Path(self.config.output_dir), self.config.data.max_skipped
+        return SkippedSamples(folder, before, total, most, self.state.step, self.say)
 
     def _steps(self, log: RunLog | None) -> dict[str, float]:
         config, state, last = self.config, self.state, self.config.optim.max_steps
@@ -207,7 +230,9 @@ class Trainer:
             if number == optim.accumulation:
                 losses = {n: v for n, v in sums.items() if n.startswith("loss")}
                 stop = self.stop.reason is not None
-                left_out = self.faults.gate.judge(self.state.step + 1, losses, stop)
+                unusable = self.state.unusable
+                news = unusable is not None and unusable.news
+                left_out = self.faults.gate.judge(self.state.step + 1, losses, stop, news)
                 self.state.progress.add(sums, number, left_out)
             self.engine.step()
         self.faults.gate.record(lowest_scale)
@@ -264,15 +289,19 @@ class Trainer:
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """The batches of the micro-steps that are left."""
-        optim = self.config.optim
-        batches = read_batches(
-            self.parts.batches,
-            range(self.state.step * optim.accumulation, optim.max_steps * optim.accumulation),
+        passes = self.config.optim.accumulation
+        first = self.state.step * passes
+        taken = read_batches(
+            TakenBatches(self.parts.batches),
+            range(first, self.config.optim.max_steps * passes),
             self.config.data.workers,
             self.device.type == "cuda",
             self.say,
         )
-        return timed(batches, self.state.progress)
+        for number, (batch, replaced) in enumerate(timed(taken, self.state.progress), first):
+            if self.state.unusable is not None:
+                self.state.unusable.add(number // passes + 1, replaced)
+            yield batch
 
     def _introduce(self) -> None:
         config, plan = self.config, self.parts.batches.plan

@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from blip2fast.data.batches import Batch
 from blip2fast.data.records import CaptionRecord, images_of
 from blip2fast.data.texts import tokenize_captions
+from blip2fast.evaluation.answer_accuracy import answer_accuracy, have_several
+from blip2fast.evaluation.caption_metrics import score_captions, score_name
 from blip2fast.evaluation.retrieval import (
+    RERANK_K,
     TokenizedTexts,
     chunks,
     encode_all,
+    rerank,
     retrieval_recall,
 )
 from blip2fast.evaluation.stage1 import caption_batch, held_out_means
@@ -47,7 +51,7 @@ def validate(
     Returns:
         Losses and accuracies; `i2t_r1`, `t2i_r1`, ... (stage 1); `exact`, the fraction of
         generated captions that match one of their image's captions, or of correct answers (stage
-        2, one image per sample).
+        2, one image per sample); and with `eval_scores` those named there.
 
     Raises:
         ValueError: no held-out set, or a single sample in stage 1.
@@ -144,7 +148,12 @@ def _stage1(
     results = _losses(model, batches)
     features = encode_all(model, reader, len(reader.keys), texts, config.eval_batch_size)
     similarity = max_query_similarity(*features, batch_size=config.eval_batch_size)
-    return results | retrieval_recall(similarity, similarity, texts.image)
+    results |= retrieval_recall(similarity, similarity, texts.image)
+    if config.eval_scores and "itm" in config.optim.losses:
+        scores = rerank(model, reader, texts, similarity, RERANK_K, config.eval_batch_size)
+        reranked = retrieval_recall(*scores, texts.image)
+        results |= {f"rerank_{name}": value for name, value in reranked.items()}
+    return results
 
 
 def _stage2(
@@ -178,7 +187,31 @@ def _stage2(
     right = float(sum(map(_is_right, written, mine)))
     if len(mine) < len(records):
         right = _sum_over_processes({"right": right})["right"]
-    return results | {"exact": right / len(records)}
+    results["exact"] = right / len(records)
+    if config.eval_scores:
+        results |= _scores(_of_all(written, len(records)), records, on_questions)
+    return results
+
+
+def _of_all(written: list[str], count: int) -> list[str]:
+    """The texts of all processes, each of which has its `_share`, in the order of the records."""
+    if len(written) == count:
+        return written
+    parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, written)
+    return [parts[n % len(parts)][n // len(parts)] for n in range(count)]
+
+
+def _scores(written: list[str], records: list[Any], on_questions: bool) -> dict[str, float]:
+    if not on_questions:
+        scores = score_captions(written, [record.captions for record in records])
+        return {score_name(metric): value for metric, value in scores.corpus.items()}
+    answers = [record.answers or (record.answer,) for record in records]
+    several = have_several(answers)
+    found = [
+        answer_accuracy(text, true, several) for text, true in zip(written, answers, strict=True)
+    ]
+    return {"vqa_accuracy": sum(found) / len(found)}
 
 
 def _sequences(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
@@ -89,6 +90,12 @@ def tsv_with_mark(folder: Path) -> Path:
     return folder / "r.tsv"
 
 
+def semicolons(folder: Path) -> Path:
+    text = "image;text\na.png;a red ring\nb.png;a disc, blue\n"
+    (folder / "r.csv").write_text(text)
+    return folder / "r.csv"
+
+
 def coco(folder: Path) -> Path:
     images = [{"id": 7, "file_name": "a.png"}, {"id": 9, "file_name": "b.png"}]
     captions = [(9, "a disc"), (7, "a red ring"), (7, "it is red")]
@@ -142,6 +149,7 @@ def sidecars(folder: Path) -> Path:
         (csv_file, FLAT),
         (csv_of_tabs, FLAT),
         (tsv_with_mark, FLAT),
+        (semicolons, FLAT),
         (coco, RECORDS),
         (imagefolder, FLAT),
         (imagefolder_jsonl, FLAT),
@@ -304,6 +312,58 @@ def test_splits_of_datasets(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has the splits test, train; give one: .*d/NAME"):
         open_records(str(tmp_path / "d"), "caption")
     assert len(open_records(str(tmp_path / "d" / "train"), "caption")) == 1
+
+
+def test_data_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hf:NAME` is what `datasets.load_dataset` takes, here a folder without a script."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "d").mkdir()
+    for split in ("train", "test"):
+        rows = [{"image": r.image, "caption": f"{split} {r.captions[0]}"} for r in FLAT]
+        (tmp_path / "d" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    name = f"hf:{tmp_path / 'd'}"
+    records = list(open_records(f"{name}:train", "caption"))
+    assert [r.captions[0] for r in records] == [f"train {r.captions[0]}" for r in FLAT]
+    with pytest.raises(ValueError, match=r"has the splits test, train; give one: hf:.*d:SPLIT"):
+        open_records(name, "caption")
+    with pytest.raises(ValueError, match=r"d:valid: datasets cannot load it .Unknown split"):
+        open_records(f"{name}:valid", "caption")
+    with pytest.raises(ValueError, match=r"give hf:OWNER/NAME, hf:OWNER/NAME:SPLIT or"):
+        open_records("hf:a/b:c:d:e", "caption")
+    with pytest.raises(ValueError, match=r"no records at a/b: .*hub: hf:OWNER/NAME"):
+        open_records("a/b", "caption")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"^hf:nobody/nothing: datasets cannot load it") as caught:
+        open_records("hf:nobody/nothing", "caption")
+    assert "without a connection give a local folder" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["r.jsonl.gz", "r.csv.gz", "r.tsv.GZ", "r.json.gz"])
+def test_compressed_texts(tmp_path: Path, name: str) -> None:
+    between = "\t" if "tsv" in name else ","
+    text = f"image{between}caption\na.png{between}a ring\nb.png{between}a café\n"
+    rows = [{"image": "a.png", "caption": "a ring"}, {"image": "b.png", "caption": "a café"}]
+    if "jsonl" in name:
+        text = "\n".join(map(json.dumps, rows))
+    elif "json" in name:
+        text = json.dumps(rows)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    found = list(read_rows(tmp_path / name))
+    assert [row.values for row in found] == rows
+    assert found[-1].share <= 1
+    records = open_records(str(tmp_path / name), "caption")
+    assert [(r.image, r.captions) for r in records] == [
+        ("a.png", ("a ring",)),
+        ("b.png", ("a café",)),
+    ]
+    (tmp_path / name).write_bytes(gzip.compress(text.encode())[:-12])
+    with pytest.raises(ValueError, match=r"r\..*: not a whole gzip file .*; fetch or compress"):
+        open_records(str(tmp_path / name), "caption")
+    (tmp_path / name).write_bytes(b"plain text")
+    with pytest.raises(ValueError, match=r"not a whole gzip file .Not a gzipped file"):
+        open_records(str(tmp_path / name), "caption")
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ class ToyStage1(nn.Module):
         self.word = nn.Embedding(50, D)
         self.drop = nn.Dropout(0.5)
         self.match_calls: list[int] = []
+        self.projected: list[int] = []
 
     def encode_image(self, image_embeds):
         states = self.drop(self.image(image_embeds[:, :Q]))
@@ -41,8 +42,14 @@ class ToyStage1(nn.Module):
         words = self.word(input_ids) * attention_mask[..., None]
         return nn.functional.normalize(words.sum(1), dim=-1)
 
-    def match(self, image_embeds, input_ids, attention_mask):
+    def project_images(self, image_embeds):
+        self.projected.append(len(image_embeds))
+        return image_embeds
+
+    def match(self, image_embeds, input_ids, attention_mask, image_index=None):
         self.match_calls.append(len(input_ids))
+        if image_index is not None:
+            image_embeds = image_embeds[image_index]
         yes = (self.image(image_embeds).sum(1) * self.encode_text(input_ids, attention_mask)).sum(1)
         return torch.stack([-yes, yes], 1)
 
@@ -151,6 +158,21 @@ def test_rerank_matches_each_pair_once(toy):
     similarity = torch.zeros(NUM_IMAGES, J)
     rerank(model, embeds.__getitem__, texts, similarity, k=max(NUM_IMAGES, J))
     assert sum(model.match_calls) == NUM_IMAGES * J
+
+
+def test_images_are_projected_once_whatever_the_batch(toy):
+    model, embeds, texts = toy
+    pairs = torch.tensor([3, 0, 3, 6, 0, 0, 3, 0, 1]), torch.tensor([0, 5, 4, 10, 1, 2, 9, 7, 8])
+    expected = [model.match(embeds[i : i + 1], texts.input_ids[j : j + 1],
+        texts.attention_mask[j : j + 1])[0] for i, j in zip(*pairs, strict=True)]  # fmt: skip
+    for batch_size in (1, 2, 3, 100):
+        model.projected.clear()
+        found = match_logits(model, embeds.__getitem__, texts, pairs, batch_size)
+        assert sum(model.projected) == 4
+        assert max(model.projected) <= batch_size
+        assert torch.allclose(found, torch.stack(expected), atol=1e-6)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        match_logits(model, embeds.__getitem__, texts, pairs, 0)
 
 
 def test_rerank_refuses_no_candidates(toy):

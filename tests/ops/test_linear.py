@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from stage1_cases import SMALL, make_batch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from blip2fast import Blip2Stage1
+from blip2fast import Blip2Stage1, doctor
 from blip2fast.ops import linear as onednn_linear
 from blip2fast.ops.linear import linear
 
@@ -115,3 +116,69 @@ def test_a_stage1_step_in_fp32_multiplies_by_onednn(calls: list[int]) -> None:
     calls.clear()
     model.double()(**batch | {"image_embeds": batch["image_embeds"].double()}).loss.backward()
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("setting", "vendor", "chosen"),
+    [
+        (None, "AuthenticAMD", True),
+        (None, "GenuineIntel", False),
+        (None, "", False),
+        ("auto", "HygonGenuine", True),
+        ("onednn", "GenuineIntel", True),
+        ("pytorch", "AuthenticAMD", False),
+    ],
+)
+def test_the_vendor_or_a_setting_chooses(
+    setting: str | None, vendor: str, chosen: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Never a measurement: ranks, and a run that resumes, must not choose differently."""
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: vendor_id\n")
+    monkeypatch.setattr(onednn_linear, "_CPUINFO", info if vendor else tmp_path / "none")
+    monkeypatch.delenv(onednn_linear.SETTING, raising=False)
+    if setting is not None:
+        monkeypatch.setenv(onednn_linear.SETTING, setting)
+    monkeypatch.setattr(onednn_linear, "cpu_vendor", onednn_linear.cpu_vendor.__wrapped__)
+    assert onednn_linear.is_chosen.__wrapped__() is chosen
+
+
+@pytest.mark.parametrize(("chosen", "name"), [(True, "oneDNN"), (False, "PyTorch")])
+def test_the_report_of_a_bug_names_it(
+    chosen: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn_linear, "is_chosen", lambda: chosen)
+    (line,) = (x for x in doctor._devices() if x.startswith("CPU"))
+    assert line.endswith(f"fp32 linear layers by {name}")
+
+
+def test_another_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(onednn_linear.SETTING, "mkl")
+    with pytest.raises(ValueError, match="BLIP2FAST_LINEAR='mkl': give one of auto, onednn"):
+        onednn_linear.is_chosen.__wrapped__()
+
+
+def test_pytorch_computes_where_it_is_chosen(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn_linear, "is_chosen", lambda: False)
+    x, weight = torch.randn(4, 8), torch.randn(3, 8)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert not calls
+
+
+def test_second_derivatives(calls: list[int]) -> None:
+    """A gradient penalty; PyTorch's products compute gradients that have derivatives."""
+    found = []
+    for function, dtype in ((linear, torch.float32), (F.linear, torch.float64)):
+        made = [t for t in leaves(5, 6, n=4, with_bias=True) if t is not None]
+        x, weight, bias = (t.to(dtype).detach().requires_grad_() for t in made)
+        y = function(x, weight, bias)
+        (grad,) = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        found.append([x.grad, weight.grad, bias.grad])
+    assert calls
+    for ours, truth in zip(*found, strict=True):
+        assert ours is not None
+        assert truth is not None
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-5)

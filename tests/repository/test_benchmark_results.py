@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import ablations
+import demo_seeds
+import fingerprint
 import report
 import roofline
 import tables
 import training_tables
 from results import ResultFile, merge, newest, reduce, slug
+
+from blip2fast.demo.table import FLOORS
 
 
 def raw(name: str, date: str, times: dict[str, float], device: str = "AMD EPYC") -> dict[str, Any]:
@@ -223,14 +228,72 @@ def test_precision_differences_are_in_standard_errors() -> None:
 def test_headlines_name_both_and_leave_out_what_was_not_run() -> None:
     times = {"blip2fast auto": 0.5, "torch matmul, amax": 1.0, "torch": 0.1}
     file = result(raw("itc[n1680_cpu-fp32-train]", "2026-01-02", times))
-    lines = tables.headlines({"itc": file}).splitlines()
+    lines = tables.headlines({"itc": [file]}).splitlines()
     assert len(lines) == 3
     assert "500 ms | 2 MB | torch matmul, amax | 1.00 s | 2 MB | 2.00 |" in lines[2]
 
 
+FINGERPRINT = {
+    "vendor": "AuthenticAMD",
+    "family": "26",
+    "model": "2",
+    "stepping": "1",
+    "flags": ["avx512f", "fma"],
+    "caches": {"L1d": "48K"},
+    "peaks_gflop_per_s": {"fp32 mkl": 90.04},
+}
+
+
+def test_a_processor_is_told_from_others_of_its_name(tmp_path: Path) -> None:
+    cell = "itc[n1680_cpu-fp32-train]"
+    before = raw(cell, "2026-01-02", {"blip2fast auto": 0.5, "torch matmul, amax": 1.0})
+    after = raw(cell, "2026-01-01", {"blip2fast auto": 0.5, "torch matmul, amax": 2.0})
+    after["extra_info"]["conditions"]["fingerprint"] = FINGERPRINT
+    for benchmark in (before, after):
+        result(benchmark).write(tmp_path)
+    files = newest(tmp_path.glob("*"), "itc")
+    assert [file.machine for file in files] == ["amd-epyc", "amd-epyc-26-2-1"]
+    unknown, known = (tables.suite_table(file) for file in files)
+    assert "* processor's fingerprint not recorded" in unknown
+    assert (
+        "* AuthenticAMD family 26, model 2, stepping 1; L1d 48K; flags avx512f fma; "
+        "products in GFLOP/s: fp32 mkl 90" in known
+    )
+    row = tables.headlines({"itc": files}).splitlines()[2]
+    assert row.endswith("| 1.00 s | 2 MB | 2.00 to 4.00 on 2 machines |")
+
+
+def test_a_fingerprint_is_read_from_linux(tmp_path: Path) -> None:
+    text = (
+        "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n"
+        "model name\t: Xeon\nstepping\t: 8\nflags\t\t: fpu fma sse4_2 amx_bf16 avx512f\n\n"
+        "processor\t: 1\nvendor_id\t: other\n"
+    )
+    assert fingerprint.processor_fields(text) == {
+        "vendor": "GenuineIntel",
+        "family": "6",
+        "model": "143",
+        "stepping": "8",
+        "flags": ["amx_bf16", "avx512f", "fma", "sse4_2"],
+    }
+    for index, told in enumerate([("1", "Data", "48K"), ("2", "Unified", "2048K")]):
+        folder = tmp_path / f"index{index}"
+        folder.mkdir()
+        for name, value in zip(("level", "type", "size"), told, strict=True):
+            (folder / name).write_text(f"{value}\n")
+    assert fingerprint.caches(tmp_path) == {"L1d": "48K", "L2": "2048K"}
+
+
+def test_peaks_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "_SIDE", 64)
+    found = fingerprint.peaks()
+    assert {name[:4] for name in found} == {"fp32", "bf16"}
+    assert all(rate > 0 for rate in found.values())
+
+
 def test_headlines_leave_out_what_has_no_time() -> None:
     file = result(raw("itc[n1680-bf16-train]", "2026-01-02", {"blip2fast auto": 0.5}))
-    assert len(tables.headlines({"itc": file}, tables.GPU_HEADLINES).splitlines()) == 2
+    assert len(tables.headlines({"itc": [file]}, tables.GPU_HEADLINES).splitlines()) == 2
 
 
 def test_a_sweep_shows_the_quickest_of_those_that_agree() -> None:
@@ -253,3 +316,84 @@ def test_records_name_kind_and_rival() -> None:
     assert lines[2] == "| bias_gelu, triton | dtype=bf16 | 200 µs | pytorch | 330 µs |"
     assert lines[-1] == "A card, torch 2, triton 3."
     assert tables.records_table([]) == "None yet."
+
+
+def demo_run(seed: int, exact: float, **changes: object) -> dict[str, Any]:
+    """A summary of the demo, as far as result files need it."""
+    table = {name: {"model": 0.99, "chance": 0.3, "shuffled": 0.3} for name in FLOORS}
+    table["caption/exact"] = {"model": exact, "chance": 0.0, "blind": 0.0, "shuffled": 0.01}
+    return {
+        "source": "shapes",
+        "table": {"loss/itc": {"model": 1 + seed, "chance": 4.0}, **table},
+        "settings": {"source": "shapes", "seed": seed, "held_out_scenes": 1000},
+        "machine": {
+            "versions": dict.fromkeys(("torch", "transformers", "deepspeed"), "1"),
+            "processor": "X",
+            "cores": 2,
+            "gpu": None,
+            "commit": "0123456789",
+        },
+        "attention": {},
+        "captions": [],
+        "phases": {},
+        "from_nothing": {"seconds": 400.0 + seed, "cpu_seconds": 700.0},
+        **changes,
+    }
+
+
+def test_the_demo_table_has_mean_and_range_over_the_seeds() -> None:
+    result = demo_seeds.combine([demo_run(0, 0.9), demo_run(1, 0.8), demo_run(2, 0.64)])
+    text = training_tables.demo_table(result)
+    assert "| exact | 78.0 (64.0 to 90.0) | 0.0 | 0.0 | 1.0 | ≥ 65 |" in text
+    assert "| contrastive (ITC) | 2.000 (1.000 to 3.000) | 4.000 |" in text
+    assert "Seeds 0, 1, 2: means, and ranges in brackets." in text
+    assert "400 to 402 s (700 s of CPU time) on 2 cores of X" in text
+    assert "Gates not met: seed 2: caption/exact: 64.0% reached, at least 65% wanted." in text
+
+
+def test_the_demo_table_of_one_seed_has_no_range_and_met_gates_are_not_listed() -> None:
+    result = demo_seeds.combine([demo_run(3, 0.9)])
+    text = training_tables.demo_table(result)
+    assert "| exact | 90.0 | 0.0 | 0.0 | 1.0 | ≥ 65 |" in text
+    assert "Seed 3. 1000 held-out scenes; a run took 403 s" in text
+    assert "not met" not in text
+    sentence = training_tables.digits_sentence(result | {"source": "digits"})
+    assert "exact 90.0, with images shuffled 1.0;" in sentence
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": {"source": "shapes", "seed": 1, "held_out_scenes": 40}},
+        {"machine": demo_run(0, 0.9)["machine"] | {"commit": "another"}},
+    ],
+)
+def test_runs_of_other_settings_or_commits_are_not_combined(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="seed 1 ran with other settings"):
+        demo_seeds.combine([demo_run(0, 0.9), demo_run(1, 0.9, **changes)])
+
+
+def test_a_seed_that_ran_at_this_commit_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = demo_run(0, 0.9)["machine"]
+    started: list[list[str]] = []
+
+    def start(command: list[str], **_: object) -> None:
+        started.append(command)
+        folder = Path(command[command.index("--output") + 1])
+        folder.mkdir(exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps(demo_run(4, 0.7, machine=machine)))
+
+    monkeypatch.setattr(demo_seeds, "machine", lambda: machine)
+    monkeypatch.setattr(demo_seeds.subprocess, "run", start)
+    for _ in range(2):
+        assert demo_seeds.run_demo("shapes", 4, tmp_path / "four")["settings"]["seed"] == 4
+    (command,) = started
+    assert command[1:7] == ["-m", "blip2fast.demo", "--source", "shapes", "--seed", "4"]
+    machine["commit"] = "newer"
+    assert demo_seeds.run_demo("shapes", 4, tmp_path / "four")["machine"] == machine
+    assert len(started) == 2
+    monkeypatch.setattr(demo_seeds.subprocess, "run", lambda *_, **__: None)
+    with pytest.raises(RuntimeError, match="seed 5: the demo left no summary"):
+        demo_seeds.run_demo("shapes", 5, tmp_path / "five")

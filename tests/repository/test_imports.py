@@ -30,8 +30,10 @@ ROOMS = (
     "data",
     "evaluation",
     "checkpoints",
+    "published",
     "training",
     "inference",
+    "scoring",
     "search",
     "capfilt",
     "reporting",
@@ -44,7 +46,7 @@ ROOMS = (
 )
 FACES = (
     *("capfilt", "checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload"),
-    *("qformer", "reporting", "search", "stage1", "stage2", "training"),
+    *("published", "qformer", "reporting", "scoring", "search", "stage1", "stage2", "training"),
 )
 # What not every user has installed beside torch, transformers and NumPy.
 OPTIONAL = (

@@ -31,8 +31,8 @@ def test_rooms() -> None:
     rooms = {p.name for p in (ROOT / "blip2fast").iterdir() if p.is_dir()} - {"__pycache__"}
     assert rooms == {
         *("capfilt", "checkpoints", "command_line", "configs", "data", "demo", "evaluation"),
-        *("frozen", "inference", "kernels", "offload", "ops", "qformer", "reporting", "scenes"),
-        *("search", "stage1", "stage2", "training"),
+        *("frozen", "inference", "kernels", "offload", "ops", "published", "qformer", "reporting"),
+        *("scenes", "scoring", "search", "stage1", "stage2", "training"),
     }
     modules = {p.stem for p in (ROOT / "blip2fast").glob("*.py")}
     assert modules == {"__init__", "__main__", "_extension", "_imports", "doctor", "train"}

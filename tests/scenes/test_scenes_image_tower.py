@@ -99,7 +99,7 @@ def test_the_script_builds_what_is_named(tmp_path, capsys):
 
 def test_shipped_towers_are_small_and_complete():
     assert sorted(path.name for path in FOLDER.iterdir()) == sorted(NAMES)
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 2_000_000
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 2_500_000
 
 
 def test_the_shipped_tokenizer_is_what_the_script_builds(tmp_path):
@@ -130,7 +130,7 @@ def test_colour_and_kind_can_be_read_from_the_shipped_tower(source):
 
 
 # A guess is right in 20 % (shapes) or 10 % (digits).
-FLOORS = {"shapes": 0.93, "digits": 0.75}
+FLOORS = {"shapes": 0.98, "digits": 0.75}
 
 
 def by_place(tokens):

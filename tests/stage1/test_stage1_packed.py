@@ -219,6 +219,8 @@ def test_match_by_image_index_is_match_of_repeated_images(small_batch: dict[str,
     text = small_batch["input_ids"], small_batch["attention_mask"]
     once = model.match(images, *text, image_index=index)
     assert torch.allclose(once, model.match(images[index], *text), atol=1e-12)
+    projected = model.project_images(images)
+    assert torch.equal(model.match(projected, *text, image_index=index), once)
     with pytest.raises(ValueError, match="images from 0 to 2, got 1 to 3"):
         model.match(images, *text, image_index=index + 1)
 

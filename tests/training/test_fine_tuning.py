@@ -23,6 +23,7 @@ from blip2fast.training.build import build_run
 from blip2fast.training.config import RunConfig
 from blip2fast.training.log import read_metrics
 from blip2fast.training.parameter_groups import parameter_groups
+from blip2fast.training.restart import run_identity
 from blip2fast.training.trainer import train
 
 SIZE, PATCH = 28, 14
@@ -255,6 +256,12 @@ def test_another_resolution(world: Path, tmp_path: Path) -> None:
     blip2 = Blip2.from_pretrained(first)
     assert blip2.encode(Image.open(world / "images" / "eval0")).states.shape[0] == 1
     assert blip2.model.image_encoder(pixels).shape == (2, 10, 12)
+    frozen = load_image_encoder(str(world / "vit"))
+    frozen.resize(42)
+    assert torch.equal(
+        frozen(pixels), load_image_encoder(str(world / "vit"), image_size=42)(pixels)
+    )
+    assert not frozen.trains
     # smaller pictures next, from what the first run has learned
     second = _tuned(world, tmp_path / "b", init_from=str(first))
     second.data.image_size = 28
@@ -306,6 +313,23 @@ def test_texts_without_images_leave_no_parameter_without_a_gradient(
     model(images=None, input_ids=ids, image_counts=torch.tensor([0])).loss.backward()
     names = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert names == []
+
+
+def test_checkpoints_of_earlier_versions_resume(world: Path, tmp_path: Path) -> None:
+    """What they do not state is left out of the comparison where it changes nothing."""
+    run = config(world, tmp_path, 2)
+    parts = build_run(run, 0, 1)
+    stated = run_identity(run, parts.batches.plan, parts.contents)
+    assert "image_encoder" not in stated
+    assert "lr_scales" not in stated["optim"]
+    assert "lora" not in stated["language_model"]
+    assert stated["data"]["image_size"] == 224
+    tuned = _tuned(world, tmp_path)
+    parts = build_run(tuned, 0, 1)
+    size = parts.description.image_size
+    stated = run_identity(tuned, parts.batches.plan, parts.contents, size)
+    assert stated["image_encoder"] == {"train": True}
+    assert stated["data"]["image_size"] == SIZE
 
 
 def test_what_an_encoder_cannot_be_trained_with(world: Path, tmp_path: Path) -> None:

@@ -109,6 +109,9 @@ def test_merged_adapters_are_the_same_function(
     blip2.model.language_model.save_pretrained(tmp_path)
     again = KINDS[kind].from_pretrained(tmp_path).eval()
     torch.testing.assert_close(_logits(again, IDS), merged)
+    # which a run must not adapt once more
+    with pytest.raises(ValueError, match="was trained with the language model"):
+        Blip2.from_pretrained(runs[kind], language_model=str(tmp_path))
     with pytest.raises(ValueError, match="no adapters to merge"):
         blip2.merge_adapters()
 

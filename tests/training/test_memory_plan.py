@@ -16,6 +16,7 @@ from small_run import config, values, write_world
 from stage2_models import opt_config, t5_config
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     Blip2Config,
@@ -30,14 +31,18 @@ from transformers import (
 
 from blip2fast import command_line
 from blip2fast.offload import stream_blocks
+from blip2fast.stage1.config import Stage1Config
+from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.config import Stage2Config
 from blip2fast.training import measuring
 from blip2fast.training.build import build_run
 from blip2fast.training.config import RunConfig
-from blip2fast.training.config_files import load_config, parse_config
+from blip2fast.training.config_files import parse_config
 from blip2fast.training.measuring import (
+    kept_tensors,
     measure_image_encoder,
     measure_language_model,
+    measure_stage1,
     measure_trained,
 )
 from blip2fast.training.memory_plan import GIB, Memory, plan_memory
@@ -370,8 +375,36 @@ def test_the_command_plans_without_weights(
         command_line.main(["plan", "--config", str(file), "--set", "language_model.path=/nowhere"])
     one = tmp_path / "one.yaml"
     one.write_text(yaml.safe_dump(values(world, tmp_path / "out", 1)))
-    with pytest.raises(SystemExit, match="error: stage 1 has no language model"):
-        command_line.main(["plan", "--config", str(one)])
+    command_line.main(["plan", "--config", str(one), *sizes])
+    said = capsys.readouterr().out
+    assert said.startswith("stage 1: ")
+    assert said.splitlines()[-1] == "it fits as 'stage 1'"
+
+
+@pytest.mark.parametrize("losses", [("itc",), ("itc", "itm", "itg")], ids=["itc", "all"])
+def test_stage1_keeps_at_most_what_is_planned(losses: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound, since padding and keys and values are counted for every pass."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
+    sizes = Stage1Config(
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        encoder_hidden_size=264,
+        num_query_tokens=16,
+        vocab_size=300,
+        bos_token_id=299,
+        embed_dim=16,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    model = Blip2Stage1(sizes, losses=losses)
+    ids = torch.randint(5, 298, (4, 24))
+    with kept_tensors(model) as kept:
+        _ = model(torch.randn(4, 100, 264), ids, torch.ones_like(ids), torch.arange(4)).loss
+    planned = measure_stage1(sizes, losses, torch.float32, 4, 100, 24)
+    assert kept.nbytes <= planned.kept <= 1.5 * kept.nbytes
+    assert planned.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_an_unreachable_hub_name_is_named(
@@ -420,27 +453,39 @@ HUB: dict[str, tuple[PretrainedConfig, int]] = {
     "google/flan-t5-xl": (FLAN_XL, 2_849_757_184),
     "google/flan-t5-xxl": (FLAN_XXL, 11_135_332_352),
 }
-CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = sorted(path for path in CONFIGS.glob("vit*.yaml") if load_config(path).stage == 2)
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configurations that the recipes name on the hub, and the folders of the repository."""
+    local = AutoConfig.from_pretrained
+
+    def read(name: str, **settings: Any) -> PretrainedConfig:
+        return local(name, **settings) if Path(name).exists() else HUB[name][0]
+
+    monkeypatch.setattr(measuring.AutoConfig, "from_pretrained", read)
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_can_be_planned(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_recipe_can_be_planned(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From configuration files alone; ViTs failed in the initialisation of their weights."""
     names = yaml.safe_load(recipe.read_text())
-    encoder, path = names["data"]["image_encoder"], names["language_model"]["path"]
-    for name in (encoder, path):
-        HUB[name][0].save_pretrained(tmp_path / name)
-    options = [f"data.image_encoder={tmp_path / encoder}", f"language_model.path={tmp_path / path}"]
     sizes = ["--processes", "16", "--machines", "2", "--device-gib", "80", "--host-gib", "1000"]
-    given = [part for option in options for part in ("--set", option)]
+    settings = ["offload=auto", "zero_stage=1"] if names["stage"] == 2 else []
+    given = [part for setting in settings for part in ("--set", setting)]
     command_line.main(["plan", "--config", str(recipe), *given, *sizes])
     said = capsys.readouterr().out
-    assert f"{HUB[path][1]:,} frozen parameters" in said
-    assert f"{HUB[encoder][1]:,} of the image encoder" in said
-    assert "offload: auto would choose" in said
+    counted = [HUB[name] for name in HUB if name in recipe.read_text()]
+    for named, parameters in counted:
+        image = named.model_type in ("blip-2", "clip")
+        kind = "of the image encoder" if image else "frozen parameters"
+        assert f"{parameters:,} {kind}" in said
+    verdict = "offload: auto would choose" if names["stage"] == 2 else "it fits as"
+    assert verdict in said.splitlines()[-1]
     # those that train the ViT: without its last norm, which `ln_vision` replaces
     assert ("trained too" in said) == ("image_encoder" in names)
 
@@ -456,10 +501,13 @@ def test_what_is_trained_besides_is_counted(tmp_path: Path) -> None:
     values = {"stage": 2, "output_dir": "o", "precision": "fp32", "data": data}
     values |= {"optim": {"max_steps": 9, "batch_size": 2, "warmup_steps": 1}}
     path = {"path": str(tmp_path / "opt")}
-    plain, tuned = (
-        plan_memory(parse_config({**values, "language_model": path | lora, **more})).options[0]
+    options, adapted = (
+        plan_memory(parse_config({**values, "language_model": path | lora, **more})).options
         for lora, more in (({}, {}), ({"lora": {"r": 4}}, {"image_encoder": {"train": True}}))
     )
+    assert {option.offload for option in options} == {"none", "stream", "zero3"}
+    assert {option.offload for option in adapted} == {"none"}
+    plain, tuned = options[0], adapted[0]
     # two blocks of three, the norm before them, and 257 positions (the class token is one vector)
     E, patch = 32, 32
     block = 4 * E * E + 4 * E + 2 * E * 64 + 64 + E + 4 * E

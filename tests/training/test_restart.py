@@ -32,13 +32,13 @@ def world(tmp_path: Path) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The images of each batch that a run reads."""
     found: list[list[str]] = []
-    original = PlannedBatches.__getitem__
+    original = PlannedBatches.take
 
     def noted(self: PlannedBatches[Any], micro_step: int) -> Any:
         found.append(self.keys(micro_step))
         return original(self, micro_step)
 
-    monkeypatch.setattr(PlannedBatches, "__getitem__", noted)
+    monkeypatch.setattr(PlannedBatches, "take", noted)
     return found
 
 

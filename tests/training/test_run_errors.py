@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from small_run import config, distance, values, write_world
 from started_run import TRAIN, process_tree, started
@@ -22,7 +24,7 @@ from blip2fast import train as train_script
 from blip2fast.data.batches import PlannedBatches
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.language_models import load_language_model
-from blip2fast.training import loading
+from blip2fast.training import engine, loading
 from blip2fast.training.config_files import parse_config
 from blip2fast.training.trainer import train
 
@@ -36,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _with_dying_workers(monkeypatch: pytest.MonkeyPatch, counter: Path, deaths: int) -> None:
-    original, main = PlannedBatches.__getitem__, os.getpid()
+    original, main = PlannedBatches.take, os.getpid()
 
     def dying(self: Any, micro_step: int) -> Any:
         died = len(list(counter.glob("*")))
@@ -46,7 +48,7 @@ def _with_dying_workers(monkeypatch: pytest.MonkeyPatch, counter: Path, deaths: 
         return original(self, micro_step)
 
     counter.mkdir()
-    monkeypatch.setattr(PlannedBatches, "__getitem__", dying)
+    monkeypatch.setattr(PlannedBatches, "take", dying)
 
 
 @pytest.mark.slow
@@ -98,13 +100,27 @@ def test_a_worker_that_dies_while_it_sends_is_replaced(
     ]
 
 
+class _Broken(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        raise ValueError(f"batch {number} is broken")
+
+
+def test_no_worker_outlives_an_error() -> None:
+    """Workers ignore the signal that would end them, so an exiting process would wait for them."""
+    before = multiprocessing.active_children()
+    with pytest.raises(ValueError, match=r"^batch 0 is broken$") as caught:
+        list(loading.read_batches(_Broken(), range(4), 1, False, _quiet))
+    assert multiprocessing.active_children() == before
+    del caught
+
+
 def test_the_error_of_a_worker_is_its_own_line(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: Any, micro_step: int) -> Any:
         raise ValueError(f"batch {micro_step} is broken")
 
-    monkeypatch.setattr(PlannedBatches, "__getitem__", broken)
+    monkeypatch.setattr(PlannedBatches, "take", broken)
     with pytest.raises(ValueError, match=r"^batch 0 is broken$"):
         train(config(world, tmp_path / "out", 2, data={"workers": 1}), say=_quiet)
 
@@ -147,7 +163,7 @@ def test_a_killed_rank_ends_the_others_with_one_line(world: Path, tmp_path: Path
     assert process.wait(timeout=60) != 0
     assert psutil.wait_procs(tree, timeout=30)[1] == []
     said = (tmp_path / "out.err").read_text()
-    assert "error: another process of the run has ended or cannot be reached" in said
+    assert "error: process 1 of the run does not answer: it has ended or cannot be reached" in said
     assert "Traceback" not in said
 
 
@@ -239,3 +255,30 @@ def test_a_folder_with_code_of_its_own_does_not_run_it(tmp_path: Path, part: str
     with pytest.raises(ValueError, match="not found"):
         load[part]()
     assert not ran.exists()
+
+
+def test_a_process_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 2 has noticed the loss too, and says so in the store."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    store.set("blip2fast/noticed/2", "")
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(engine, "_ANSWER_SECONDS", 0.3)
+
+    def lose() -> None:
+        with engine.losing_a_process(lambda: "Go on"):
+            raise RuntimeError("Connection closed by peer")
+
+    message = r"^process 1 of the run does not answer: it has ended .* by peer\)\. Go on$"
+    with pytest.raises(engine.ProcessLostError, match=message):
+        lose()
+    store.set("blip2fast/noticed/1", "")
+
+    def gone() -> None:
+        raise RuntimeError("the store was on process 1")
+
+    for found in (lambda: store, gone):
+        monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", found)
+        with pytest.raises(engine.ProcessLostError, match=r"^another process of the run has ended"):
+            lose()
