@@ -116,22 +116,22 @@ def bounds_of_texts(
     """
     N, Q, W = codes.shape
     texts = texts.float()
-    B = len(texts)
     exact, along, across = _weights(basis, texts)
     unit = _unit(exact.abs().amax(1), fine)
     halves, lost = _rounded(exact, unit, losses)
     slack = lost + losses[0] * across + losses[1] * along + _ROUNDING
     # [Q, B]; in units, rounded up
     offset = (basis.mean @ texts.T / unit).ceil().to(torch.int32)
-    columns = torch.cat(halves if fine else halves[1:]).T.contiguous()
-    bounds = torch.empty(B, N)
+    high, low = (half.T.contiguous() for half in halves)
+    bounds = torch.empty(len(texts), N)
     for start in range(0, N, _BLOCK):
         block = codes[start : start + _BLOCK]
-        # one product reads the codes once for all texts
-        sums = torch._int_mm(block.reshape(-1, W), columns).view(len(block), Q, -1)
+        rows = block.reshape(-1, W)
+        sums = torch._int_mm(rows, low)
         if fine:
-            sums = torch.add(sums[..., B:], sums[..., :B], alpha=128)
-        best = sums.add_(offset).amax(1)
+            # of one column each: a product of two takes longer than both
+            sums.add_(torch._int_mm(rows, high), alpha=128)
+        best = sums.view(len(block), Q, -1).add_(offset).amax(1)
         bounds[:, start : start + len(block)] = (best * unit + slack).T
     return bounds
 
