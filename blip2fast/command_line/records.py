@@ -236,6 +236,6 @@ def _tokenizer(path: str | None) -> Any:
     if path is None:
         return None
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"--tokenizer {path}: {str(error).splitlines()[0]}") from None

@@ -52,6 +52,7 @@ FACES = (
 OPTIONAL = (
     *("pydantic", "deepspeed", "xformers", "triton", "tokenizers", "matplotlib", "rich"),
     *("sklearn", "psutil", "tensorboard", "PIL", "pyarrow", "datasets", "typer"),
+    *("wandb", "peft", "jinja2"),
 )
 
 
