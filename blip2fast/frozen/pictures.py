@@ -65,7 +65,7 @@ def load_image(
         number = getattr(error, "errno", None)
         if number is not None and number not in _OF_THE_FILE:
             raise ValueError(f"image {name}: {error.strerror}") from error  # type: ignore[union-attr]
-        reason = f"is cut off or damaged: {error}" if number is None else str(error)
+        reason = f"is cut off or damaged: {error}" if number is None else str(error.strerror)  # type: ignore[union-attr]
     raise UnusableImageError(f"image {name}: {reason}")
 
 

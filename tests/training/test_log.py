@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 from small_run import config, write_world
 
 from blip2fast import checkpoints
@@ -154,9 +155,9 @@ def test_a_slow_source_is_what_the_run_waits_for(world: Path, tmp_path: Path) ->
         time.sleep(0.5)
         return original(self, number)
 
-    original = PlannedBatches.__getitem__
+    original = PlannedBatches.take
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PlannedBatches, "__getitem__", slow)
+        patch.setattr(PlannedBatches, "take", slow)
         train(config(world, tmp_path, 2, **STILL, overwrite=True), say=_quiet)
     lines = _lines(tmp_path)
     assert all(line["data_wait_share"] >= 0.5 / line["seconds_per_step"] - 0.02 for line in lines)
@@ -189,8 +190,12 @@ def test_the_hint_at_the_end_is_a_command_that_exists(
     encoder: str,
     task: str,
     expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("IMAGE", "PNG")  # the command looks at the picture first
     line = how_to_use("runs/a b", Description(stage, {}, encoder), task)
     assert line.startswith("model in runs/a b")
     assert expected in line
