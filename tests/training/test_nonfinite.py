@@ -313,8 +313,9 @@ def test_a_late_count_is_complete_where_it_is_written(world: Path, tmp_path: Pat
     assert (state["skipped"], state["optimizer"]["updates"]) == (1, 2)
 
 
-def test_a_step_is_judged_without_a_wait() -> None:
+def test_a_step_is_judged_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors on the meta device have no values: reading one, as a wait would, raises."""
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
     parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
     parameter.grad = torch.zeros(3, device="meta")
     basic = torch.optim.AdamW([parameter])
@@ -323,6 +324,7 @@ def test_a_step_is_judged_without_a_wait() -> None:
         basic_optimizer=basic,
         module=torch.nn.ParameterList([parameter]),
         zero_optimization_stage=lambda: 0,
+        fp16_enabled=lambda: False,
     )
     for stays_closed in (False, True):
         gate = StepGate(engine, torch.device("meta"), stays_closed)
