@@ -161,6 +161,9 @@ def features(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a cache that is there.")
     ] = False,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Most pixels of an image; default: PIL's limit.")
+    ] = None,
     file_gb: Annotated[float, typer.Option(metavar="GB", help="Most of a file.")] = 4.0,
     on_error: OnError = "raise",
     max_skipped: MaxSkipped = None,
@@ -180,6 +183,7 @@ def features(
     from blip2fast.data.skipping import LeftOut, check_skipped
     from blip2fast.data.sources import source_keys
     from blip2fast.frozen.image_encoders import load_image_encoder
+    from blip2fast.frozen.unusable import MAX_PIXELS
 
     quiet_transformers()
     left_out: list[LeftOut] | None = [] if on_error == "skip" else None
@@ -202,6 +206,7 @@ def features(
         on_error=on_error,
         max_skipped=max_skipped,
         file_bytes=max(1, int(file_gb * 1e9)),
+        max_pixels=max_pixels or MAX_PIXELS,
     )
     told = [f"left out: {each}" for each in (left_out or ())[:10]]
     told += [f"left out: {reason}" for reason in list(cache.lacking.values())[:10]]

@@ -16,7 +16,7 @@ from blip2fast.data.images import read_picture
 from blip2fast.data.skipping import LeftOut, OnError, check_skipped
 from blip2fast.frozen.image_encoders import FrozenImageEncoder
 from blip2fast.frozen.images import ImageTransform, transform_for
-from blip2fast.frozen.unusable import UnusableImageError
+from blip2fast.frozen.unusable import MAX_PIXELS, UnusableImageError
 
 
 def cache_images(
@@ -33,6 +33,7 @@ def cache_images(
     on_error: OnError = "raise",
     max_skipped: float | None = None,
     file_bytes: int = FILE_BYTES,
+    max_pixels: int = MAX_PIXELS,
 ) -> FeatureCache:
     """Encode `images/key` for every key into a feature cache; resumes an interrupted write.
 
@@ -49,6 +50,7 @@ def cache_images(
         on_error: `skip`: leave unreadable images out; the cache lists them (`lacking`).
         max_skipped: how many may be left out: a count, or below 1 a share; None: 0.01.
         file_bytes: most bytes of a feature file.
+        max_pixels: most pixels of an image; a larger one is unreadable.
 
     Raises:
         ValueError: an unreadable image, or more of them than may be left out; a finished cache
@@ -64,7 +66,7 @@ def cache_images(
         missing = writer.missing_rows
         print(f"{out}: {writer.nbytes / 1e9:,.2f} GB, {len(missing):,} images to encode")
         loader = DataLoader(
-            _Pixels(Path(images), keys, missing, transform, on_error == "skip"),
+            _Pixels(Path(images), keys, missing, transform, on_error == "skip", max_pixels),
             batch_size,
             num_workers=workers,
             pin_memory=device.type == "cuda",
@@ -98,6 +100,7 @@ class _Pixels(Dataset[tuple[int, Tensor | str]]):
     rows: Sequence[int]
     transform: ImageTransform
     skips: bool
+    max_pixels: int
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -105,7 +108,8 @@ class _Pixels(Dataset[tuple[int, Tensor | str]]):
     def __getitem__(self, place: int) -> tuple[int, Tensor | str]:
         row = self.rows[place]
         try:
-            image = read_picture(self.folder, self.keys[row], self.transform.least_side)
+            least = self.transform.least_side
+            image = read_picture(self.folder, self.keys[row], least, self.max_pixels)
         except UnusableImageError as error:
             if not self.skips:
                 raise

@@ -18,7 +18,7 @@ from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.data.shards import ShardKey, read_member
 from blip2fast.frozen.images import ImageTransform, read_image
 from blip2fast.frozen.pictures import load_image as load_image
-from blip2fast.frozen.unusable import UnusableImageError
+from blip2fast.frozen.unusable import MAX_PIXELS, UnusableImageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,6 +75,7 @@ class FileImages(_Store):
     folder: Path
     transform: ImageTransform
     seed: int
+    max_pixels: int = MAX_PIXELS
 
     def __call__(self, keys: Sequence[str], batch: Batch) -> dict[str, Tensor]:
         """`{"images": [B, 3, h, w]}`; without keys, an empty `image_embeds` [0, 1, 1]."""
@@ -91,7 +92,8 @@ class FileImages(_Store):
         """
         # The fourth number separates this random stream from that of the caption choice.
         draws = np.random.default_rng([self.seed, epoch, sample, 2])
-        return self.transform(read_picture(self.folder, key, self.transform.least_side), draws)
+        image = read_picture(self.folder, key, self.transform.least_side, self.max_pixels)
+        return self.transform(image, draws)
 
     def join(self, loaded: Sequence[Tensor]) -> dict[str, Tensor]:
         """The image part of a batch, of its loaded images."""
@@ -108,7 +110,9 @@ class FileImages(_Store):
                 yield f"image {key!r}: no such file in {self.folder}"
 
 
-def read_picture(folder: Path, key: str, least: int | None = None) -> Image.Image:
+def read_picture(
+    folder: Path, key: str, least: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Read the image `key`: a file of `folder`, or a member of a tar shard there.
 
     Raises:
@@ -117,10 +121,10 @@ def read_picture(folder: Path, key: str, least: int | None = None) -> Image.Imag
     """
     inside = ShardKey.parse(key)
     if inside is None:
-        return read_image(folder, key, least)
+        return read_image(folder, key, least, max_pixels)
     if ".." in PurePath(inside.shard).parts or PurePath(inside.shard).is_absolute():
         raise UnusableImageError(f"image {key!r} lies outside {folder}")
-    return load_image(read_member(folder, inside), least=least)
+    return load_image(read_member(folder, inside), max_pixels=max_pixels, least=least)
 
 
 def read_bytes(folder: Path, key: str) -> bytes:

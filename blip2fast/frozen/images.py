@@ -15,7 +15,7 @@ from torch import Tensor
 from blip2fast._imports import needs
 from blip2fast.frozen.pictures import load_image, to_rgb
 from blip2fast.frozen.preprocessing import BICUBIC, CLIP_MEAN, CLIP_STD, read_preprocessing
-from blip2fast.frozen.unusable import UnusableImageError
+from blip2fast.frozen.unusable import MAX_PIXELS, UnusableImageError
 
 with needs("read images", "PIL"):
     from PIL import Image
@@ -84,13 +84,15 @@ def transform_for(encoder: str, size: int, augment: bool = False) -> ImageTransf
     return ImageTransform(size, own.mean, own.std, augment, own.resample)
 
 
-def read_image(folder: Path, key: str, least: int | None = None) -> Image.Image:
+def read_image(
+    folder: Path, key: str, least: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Read `folder/key` as `load_image` does. Links are followed, wherever they point.
 
     Args:
         folder: Of the images.
         key: Path in it.
-        least: As in `load_image`.
+        least, max_pixels: As in `load_image`.
 
     Raises:
         UnusableImageError: Not found, outside the folder, or not an image.
@@ -99,7 +101,7 @@ def read_image(folder: Path, key: str, least: int | None = None) -> Image.Image:
     path = PurePath(key)
     if path.is_absolute() or ".." in path.parts:
         raise UnusableImageError(f"image {key!r} lies outside {folder}")
-    return load_image(folder / key, least=least)
+    return load_image(folder / key, max_pixels=max_pixels, least=least)
 
 
 def _random_crop(

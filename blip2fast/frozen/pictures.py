@@ -16,13 +16,11 @@ from typing import IO, Any
 import numpy as np
 
 from blip2fast._imports import needs
-from blip2fast.frozen.unusable import UnusableImageError
+from blip2fast.frozen.unusable import MAX_PIXELS, UnusableImageError
 
 with needs("read images", "PIL"):
     from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-# PIL's own limit, beyond which it takes a file for an attack on memory
-MAX_PIXELS = 178_956_970
 # of the file itself; other errors of the system (EIO, EMFILE, ESTALE) may pass
 _OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP)
 # what PIL raises on damaged files of one format or another

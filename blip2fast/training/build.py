@@ -325,7 +325,7 @@ def _image_files(config: RunConfig, folder: str | None, augment: bool, size: int
     if folder is None or data.image_encoder is None:
         raise ValueError("data: give features, or images and image_encoder")
     transform = transform_for(data.image_encoder, size, augment)
-    return FileImages(Path(folder), transform, config.seed)
+    return FileImages(Path(folder), transform, config.seed, data.max_pixels)
 
 
 def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from blip2fast._imports import needs
 from blip2fast.data.skipping import OnError
 from blip2fast.data.source_config import RecordSource
+from blip2fast.frozen.unusable import MAX_PIXELS
 from blip2fast.offload.quantised import Storage
 from blip2fast.ops.dispatch import Kernels
 from blip2fast.stage1.config import LOSSES, LossName
@@ -167,6 +168,8 @@ class DataSection:
         image_size: h = w of the images, in pixels; None: the encoder's own. For another size its
             position embeddings are interpolated.
         augment: random crops and flips (`images` only).
+        max_pixels: most pixels of a picture; a larger one cannot be used. At most PIL's limit, the
+            default.
         eval_records, eval_features, eval_images: the held-out set; None: no evaluation.
         max_txt_len: maximum text length in tokens; longer texts are truncated.
         positives: which pairs of a batch are positives of each other (stage 1): those of one
@@ -189,6 +192,7 @@ class DataSection:
     image_encoder_layer: int | None = None
     image_size: _Count | None = None
     augment: bool = True
+    max_pixels: Annotated[int, Field(ge=1, le=MAX_PIXELS)] = MAX_PIXELS
     eval_records: _Records | None = None
     eval_features: str | None = None
     eval_images: str | None = None

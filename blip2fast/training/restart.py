@@ -29,6 +29,7 @@ _COMPARED = ("stage", "seed", "model", "language_model", "image_encoder", "data"
 _FREE = {
     "data": (
         *("workers", "eval_records", "eval_features", "eval_images", "on_error", "max_skipped"),
+        "max_pixels",
     ),
     "optim": (
         *("max_steps", "lr", "min_lr", "warmup_steps", "betas", "eps", "weight_decay"),

@@ -14,9 +14,11 @@ from transformers import ViTConfig, ViTModel
 
 from blip2fast.command_line import main
 from blip2fast.data.feature_cache import FeatureCache
+from blip2fast.data.images import FileImages
 from blip2fast.data.importing import import_records
 from blip2fast.data.skipping import most_skipped
 from blip2fast.data.table import RecordTable
+from blip2fast.frozen.images import ImageTransform
 from blip2fast.frozen.pictures import load_image
 from blip2fast.frozen.unusable import UnusableImageError
 
@@ -126,6 +128,9 @@ def test_features_without_bad_pictures(
     assert list(cache.lacking) == ["4.png"]
     assert "cut off or damaged" in cache.lacking["4.png"]
     assert len(list((tmp_path / "cache").glob("features-*.bin"))) == 9
+    small = [*command[:-1], str(tmp_path / "small"), "--on-error", "skip", "--max-skipped", "0"]
+    with pytest.raises(SystemExit, match=r"0.png: \d+ x \d+ pixels, more than 8; make it smaller"):
+        main([*small, "--records", str(photos / "good.jsonl"), "--max-pixels", "8"])
 
 
 def test_import_without_bad_rows(
@@ -166,3 +171,9 @@ def test_a_failing_disk_is_not_a_bad_picture(
     with pytest.raises(ValueError, match=r"a.png: Input/output error") as caught:
         load_image(tmp_path / "a.png")
     assert not isinstance(caught.value, UnusableImageError)
+
+
+def test_the_limit_of_a_run_is_that_of_its_pictures(photos: Path) -> None:
+    store = FileImages(photos, ImageTransform(4), seed=0, max_pixels=8)
+    with pytest.raises(UnusableImageError, match=r"0.png: .* pixels, more than 8"):
+        store.load("0.png", 0, 0)

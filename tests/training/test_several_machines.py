@@ -232,7 +232,7 @@ def _start_script(place: Path, output: Path) -> subprocess.Popen[str]:
     run.write_text(yaml.safe_dump(_run(place / "shared" / "world", output)))
     script = re.search(r"```bash\n(#!/bin/bash\n.*?)```", PAGE.read_text(), re.DOTALL)
     assert script is not None
-    text = script[1].replace("configs/vitg_opt6.7b_stage1.yaml", str(run))
+    text = script[1].replace("configs/vitg_stage1.yaml", str(run))
     text = text.replace("PORT=$((20000 + SLURM_JOB_ID % 20000))", f"PORT={free_port()}")
     assert str(run) in text
     assert "20000" not in text
