@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -195,7 +196,13 @@ def _meet(backend: str) -> None:
     without authentication; this one listens on the address at which the others look for it.
     """
     named = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if any(name not in os.environ for name in named):
+    missing = [name for name in named if name not in os.environ]
+    if missing:
+        if find_spec("mpi4py") is None:
+            raise ValueError(
+                f"RANK is set in the environment, but not {', '.join(missing)}: start through a "
+                "launcher, which sets them all, or unset RANK for one process"
+            )
         with needs("train", "deepspeed"):
             import deepspeed
 

@@ -29,7 +29,8 @@ _SHARED_SECONDS = 10.0
 # `resume` continues from these; others are written again.
 EARLIER = ("checkpoints", "metrics.jsonl")
 _OF_A_RUN = (
-    *(*EARLIER, HISTORY, SKIPPED, "tensorboard", "wandb", "config.yaml", "deepspeed.json"),
+    *(*EARLIER, HISTORY, SKIPPED, "tensorboard", "wandb", "report.html"),
+    *("config.yaml", "deepspeed.json"),
     *(DESCRIPTION, MODEL, MANIFEST),
 )
 

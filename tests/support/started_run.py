@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -48,6 +49,8 @@ def started(world: Path, output: Path, kind: str, workers: int) -> subprocess.Po
         stderr=output.with_suffix(".err").open("w"),
         text=True,
         env=kept | {"OMP_NUM_THREADS": "1"},
+        # a shell starts what it puts into the background with SIGINT ignored, and that is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     metrics, limit = output / "metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() or metrics.stat().st_size == 0:

@@ -172,10 +172,23 @@ def test_processes_share_what_they_write_in_evaluation(outputs: Path) -> None:
 
 
 def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "OMP_NUM_THREADS")}
+    # what other tests of this process left there, Accelerate among them
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    kept = {k: v for k, v in os.environ.items() if k not in names}
     return subprocess.run(
         command, capture_output=True, text=True, env=kept | environment, timeout=300, check=False
     )
+
+
+def test_half_a_launcher_is_refused(tmp_path: Path) -> None:
+    """Before, DeepSpeed asked for mpi4py, with a traceback."""
+    world = write_world(tmp_path / "world")
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values(world, tmp_path / "out", 1)))
+    done = _run([sys.executable, str(TRAIN), "--config", str(file)], RANK="0")
+    assert done.returncode == 1
+    told = "error: RANK is set in the environment, but not LOCAL_RANK, WORLD_SIZE, MASTER_ADDR"
+    assert done.stderr.splitlines()[-1].startswith(told)
 
 
 @pytest.mark.slow
@@ -205,6 +218,7 @@ def test_the_launcher_and_plain_python_train_alike(tmp_path: Path) -> None:
         "metrics.jsonl",
         "model.json",
         "model.safetensors",
+        "report.html",
         "tensorboard",
     }
     losses = [_series(tmp_path / name, "loss") for name in ("launched", "plain")]
