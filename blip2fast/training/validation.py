@@ -33,8 +33,9 @@ from blip2fast.stage1.losses import max_query_similarity
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
-from blip2fast.training.build import HeldOut, Run
+from blip2fast.training.build import Run
 from blip2fast.training.config import RunConfig
+from blip2fast.training.run_data import HeldOut
 
 ToTokens = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
