@@ -3,7 +3,7 @@
     python benchmarks/report.py                # README.md, benchmarks/README.md, docs/roofline_*
     python benchmarks/report.py --check        # are they what the result files say? (in CI)
     python benchmarks/report.py --add RAW...   # first take in pytest-benchmark's JSON files
-    python benchmarks/report.py --show RAW...  # a short table of such files, nothing written
+    python benchmarks/report.py --show RAW...  # of such files, for a terminal; nothing is written
 
 A block between `<!-- NAME: generated ... -->` and `<!-- /NAME -->` is replaced: a name of
 `TRAINING` by the table of its newest run, that of a suite by the newest results of each machine.
@@ -19,12 +19,12 @@ from pathlib import Path
 
 import training_tables
 from results import ResultFile, newest, reduce
+from summary import rivals_table
 from tables import (
     GPU_HEADLINES,
     HEADLINES,
     headlines,
     records_table,
-    short_table,
     suite_table,
     sweep_table,
 )
@@ -123,7 +123,7 @@ def main() -> int:
     how.add_argument("--show", nargs="+", type=Path, default=[], help="print these files briefly")
     given = parser.parse_args()
     if given.show:
-        print(short_table(_raw(given.show)))
+        print(rivals_table(_raw(given.show)))
         return 0
     if given.check:
         stale = check()

@@ -1,4 +1,4 @@
-"""Result files as markdown tables, and a short form for a terminal."""
+"""Result files as markdown tables."""
 
 from __future__ import annotations
 
@@ -174,11 +174,6 @@ def _shares_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _shares_line(who: str, result: Mapping[str, Any]) -> str:
-    parts = [f"{kind} {100 * share:.0f} %" for kind, share in result.get("shares", {}).items()]
-    return f"{who}: {', '.join(parts)}"
-
-
 def _absences(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each contender and reason, with how many cells it is about."""
     counts: dict[tuple[str, str], int] = {}
@@ -245,33 +240,6 @@ def records_table(records: Iterable[Mapping[str, Any]]) -> str:
         )
         cards[f"{record['card']}, torch {record['torch']}, triton {record['triton']}"] = None
     return "\n".join([*lines, "", "; ".join(cards) + "."]) if cards else "None yet."
-
-
-def short_table(files: Iterable[ResultFile]) -> str:
-    """A line for each benchmark: our best time, its share of the floor, the best rival's factor.
-
-    Where a step was profiled, a line for each contender: what its time went to.
-    """
-    lines = [f"{'benchmark':52} {'ours':>10} {'floor':>6} {'rival/ours':>10}  by / against"]
-    for file in files:
-        for name, cell in file.cells.items():
-            found = cell["contenders"]
-            if _any(found, "shares"):
-                lines += [f"{file.suite} {name}: {_shares_line(*item)}" for item in found.items()]
-                continue
-            ours, rival, factor = fastest(found, True), fastest(found, False), ratio(found)
-            if ours is None:
-                lines.append(f"{file.suite + ' ' + name:52.52} {'none':>10}")
-                continue
-            share = found[ours].get("of_floor")
-            lines.append(
-                f"{file.suite + ' ' + name:52.52} {seconds(found[ours]['median_s']):>10} "
-                f"{'' if share is None else f'{100 * share:.0f} %':>6} "
-                f"{'' if factor is None else f'{factor:.2f}':>10}  {ours} / {rival or '-'}"
-            )
-            failed = [f"  {n}: {r['failed']}" for n, r in found.items() if "failed" in r]
-            lines += [line[:160] for line in failed]
-    return "\n".join(lines)
 
 
 # suite, benchmark, what it is, ours, the rival

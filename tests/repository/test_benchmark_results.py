@@ -124,23 +124,6 @@ def test_seconds_have_three_digits(value: float, text: str) -> None:
     assert tables.seconds(value) == text
 
 
-def test_short_table_names_what_failed() -> None:
-    benchmark = raw("itc[a]", "2026-01-02", {"blip2fast cuda": 0.002, "torch": 0.003})
-    benchmark["extra_info"]["contenders"]["blip2fast triton"] = {"failed": "wrong: 1e9"}
-    text = tables.short_table([result(benchmark)])
-    assert "itc itc[a]" in text
-    assert "1.50" in text
-    assert "blip2fast triton: wrong: 1e9" in text
-
-
-def test_short_table_says_what_a_profiled_step_went_to() -> None:
-    benchmark = raw("shares", "2026-01-02", {})
-    shares = {"gemm": 0.614, "attention": 0.2, "gaps": 0.186}
-    benchmark["extra_info"]["contenders"] = {"blip2fast": {"shares": shares}}
-    line = tables.short_table([result(benchmark)]).splitlines()[-1]
-    assert line == "itc shares: blip2fast: gemm 61 %, attention 20 %, gaps 19 %"
-
-
 def test_check_finds_a_stale_page_and_a_stale_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
