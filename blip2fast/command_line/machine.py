@@ -77,7 +77,7 @@ def doctor(precision: Precision = "bf16") -> None:
 def bench(context: typer.Context) -> None:
     """Run the benchmarks of a checkout: `pytest benchmarks/ --benchmark-only`.
 
-    Under ten minutes on 2 cores; `--full`: all shapes, about an hour. Whatever follows goes to pytest.
+    Under ten minutes on 2 cores, with `--full` about an hour. What follows goes to pytest.
 
     Example: blip2fast bench -k itc
     """
