@@ -137,7 +137,6 @@ class Lines:
         """Say which one begins."""
         run = self._config.stash[RUN]
         run.begin()
-        self._reporter.ensure_newline()
         self._reporter.write(run.line(" ".join(selection.cell_of(nodeid))), flush=True)
 
     @pytest.hookimpl(tryfirst=True)
@@ -150,16 +149,14 @@ class Lines:
         """End the line."""
         if report.when == "call" or (report.when == "setup" and not report.passed):
             self._config.stash[RUN].end(ran=report.when == "call")
-            self._reporter.write(f": {report.duration:.1f} s, {report.outcome}", flush=True)
-            self._reporter.ensure_newline()
+            self._reporter.write(f": {report.duration:.1f} s, {report.outcome}\n", flush=True)
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str]:
         """Count it, and print no letter."""
-        if report.passed or report.skipped:
-            counted = report.when == "call" or report.skipped
-            return (report.outcome if counted else "", "", "")
-        return None
+        if report.when == "call" or report.skipped:
+            return report.outcome, "", ""
+        return "error" if report.failed else "", "", ""
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
