@@ -28,10 +28,10 @@ def _each(seconds: float, *names: str) -> dict[str, float]:
     return dict.fromkeys(names, seconds)
 
 
-# By suite, the seconds of each cell on 2 cores of an EPYC. Models and inputs are made, every contender
-# is called to be judged, to warm up (twice where it takes less than a second), for its peak, and
-# once a round: with the recorded medians of 2026-11-24 and 26 that is what stands here. Of 15 of
-# them CPU time was counted on one thread: 83 % of it.
+# By suite, the seconds of each cell on 2 cores of an EPYC. Models and inputs are made; every
+# contender is called to be judged, to warm up (twice where it takes less than a second), for its
+# peak, and once a round: with the recorded medians of 2026-11-24 and 26 that is what stands here.
+# Of 15 of them CPU time was counted on one thread: 83 % of it.
 CPU: Cells = {
     "stage1_step": {
         # first, so that a slower machine is known for one
