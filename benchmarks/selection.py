@@ -16,7 +16,7 @@ CONTENDER_S = 0.3
 LEAST_ROUNDS = 3
 # a round of all contenders that takes longer than this is taken once less
 LONG_ROUND_S = 10.0
-# a pair is judged as well as eight are
+# of a stage-1 step: a wrong one shows in three pairs as in eight
 JUDGED_PAIRS = 3
 # of a cell that is not below
 UNKNOWN_S = 20.0

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ from blip2fast.kernels.qformer_attention import reference
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import machines
 import profiling
+import stage1_contenders
 from attention_inputs import SelfInputs, cross_work, self_work, visible_pairs
 from comparing import Contender, Race, Work, plain
 from machines import KNOWN, Ceilings, command
 from results import reduce
-from shapes import CROSS_SHAPES, SELF_SHAPES, spread_lengths
+from shapes import CROSS_SHAPES, SELF_SHAPES, STAGE1_SHAPES, spread_lengths
 from timing import PhaseSampler, Sampler, Spread, WallClock, input_sets, peak_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -207,6 +209,15 @@ def test_visible_pairs_are_those_of_the_mask(name: str) -> None:
     inputs = SelfInputs(SELF_SHAPES[name], torch.float32, CPU, train=False, seed=0)
     visible, _ = reference.visible_pairs(inputs.layout)
     assert visible_pairs(SELF_SHAPES[name]) == int(visible.sum())
+
+
+def test_the_work_of_a_step_is_counted_once_for_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = STAGE1_SHAPES["scenes"]
+    found = stage1_contenders.flops_of_a_pair(shape, CPU)
+    assert found > 1e7
+    monkeypatch.setattr(stage1_contenders, "make_models", None)
+    again = replace(shape, batch=8, headline=True)
+    assert stage1_contenders.flops_of_a_pair(again, CPU) == found
 
 
 def test_caption_lengths_keep_their_mean() -> None:
