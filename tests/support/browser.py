@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import time
@@ -35,14 +35,22 @@ class Browser:
         command = [str(find_browser()), *options, f"--user-data-dir={profile}"]
         read_here, write_there = os.pipe()
         read_there, write_here = os.pipe()
-        # it reads from descriptor 3 and writes to 4
-        shell = f"exec {shlex.join(command)} 3<&{read_there} 4>&{write_there}"
+        far = [fcntl.fcntl(each, fcntl.F_DUPFD, 16) for each in (read_there, write_there)]
+
+        def hand_over() -> None:
+            """It reads from descriptor 3 and writes to 4."""
+            for number, descriptor in enumerate(far, 3):
+                os.dup2(descriptor, number)
+
         self._process = subprocess.Popen(
-            ["sh", "-c", shell],
-            pass_fds=(read_there, write_there),
+            command,
+            pass_fds=(3, 4),
+            preexec_fn=hand_over,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        for each in far:
+            os.close(each)
         os.close(read_there)
         os.close(write_there)
         self._read, self._write = os.fdopen(read_here, "rb"), os.fdopen(write_here, "wb")
