@@ -105,7 +105,11 @@ def run_demo(
         "scenes and texts",
         lambda: write_texts(settings, places),
         scenes,
-        products=[places.captions("train"), places.questions("held_out"), places.images("held_out")],
+        products=[
+            places.captions("train"),
+            places.questions("held_out"),
+            places.images("held_out"),
+        ],
     )
     phases.run(
         "frozen features",

@@ -138,9 +138,7 @@ def _search_tab(model: Blip2Retriever, picture: gr.Image) -> None:
         )
 
     @_with_faults
-    def search(
-        path: str | None, text: str, k: float, again: bool
-    ) -> list[tuple[Image.Image, str]]:
+    def search(path: str | None, text: str, k: float, again: bool) -> list[tuple[Image.Image, str]]:
         many = int(k)
         if text.strip():
             hits = model.search(text, many, rerank=max(128, many) if again else 0)

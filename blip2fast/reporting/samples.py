@@ -10,6 +10,7 @@ import gc
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from blip2fast._imports import needs
 from blip2fast.checkpoints.files import MODEL
 from blip2fast.checkpoints.trained import read_description
 from blip2fast.data.images import read_picture
-from blip2fast.data.records import CaptionRecord, QuestionRecord
 from blip2fast.data.sources import open_records
 from blip2fast.inference.model import Blip2
 from blip2fast.reporting.run_report import Sample
@@ -80,7 +80,7 @@ def draw_samples(
     except Exception as error:
         return Drawn(notes=[f"No sample pictures: drawing them failed: {_one_line(error)}"])
     finally:
-        gc.collect()
+        _free_memory()
 
 
 class _NoneToShow(Exception):
@@ -89,10 +89,10 @@ class _NoneToShow(Exception):
 
 @dataclass(frozen=True)
 class _Chosen:
-    """A picture with its record."""
+    """A picture with its record, a `CaptionRecord` or a `QuestionRecord`."""
 
     image: Image.Image
-    record: CaptionRecord | QuestionRecord
+    record: Any
 
 
 def _draw(
@@ -121,11 +121,11 @@ def _draw(
     chosen = _choose(table, count, where, data.max_pixels, drawn.notes)
     if not chosen:
         raise _NoneToShow(" ".join(drawn.notes) or f"none of the records is in {where}.")
-    gc.collect()  # what training held
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    show = _retrieved if config.stage == 1 else _written
-    drawn.samples = show(folder, config, chosen, table, device, drawn.notes)
+    _free_memory()  # what training held
+    if config.stage == 1:
+        drawn.samples = _retrieved(folder, config, chosen, table, device, drawn.notes)
+    else:
+        drawn.samples = _written(folder, config, chosen, device, drawn.notes)
     return drawn
 
 
@@ -172,7 +172,7 @@ def _retrieved(
             "its captions": "\n".join(map(_short, captions[:_NEAREST])),
             f"nearest of {len(texts)} captions (✓ its own)": "\n".join(nearest),
         }
-        looks = _looks(lambda e=each: model.attention(e.image, e.record.captions[0]), each, notes)
+        looks = _looks(partial(model.attention, each.image, captions[0]), each, notes)
         samples.append(Sample(each.image, each.record.image, lines, looks))
     return samples
 
@@ -181,7 +181,6 @@ def _written(
     folder: Path,
     config: RunConfig,
     chosen: Sequence[_Chosen],
-    table: Sequence[Any],
     device: torch.device | str | None,
     notes: list[str],
 ) -> list[Sample]:
@@ -204,7 +203,7 @@ def _written(
     samples = []
     for each, text in zip(chosen, texts, strict=True):
         record, said = each.record, _short(str(text)) or "(nothing)"
-        if isinstance(record, QuestionRecord):
+        if asks:
             lines = {"question": _short(record.question), "the model's answer": said}
             lines["right answer"] = _short(record.answer)
             read = model.prompts.question.replace("{}", record.question)
@@ -212,7 +211,7 @@ def _written(
             lines = {"the model's caption": said}
             lines["its captions"] = "\n".join(map(_short, record.captions[:_NEAREST]))
             read = model.prompts.caption
-        looks = _looks(lambda e=each, r=read: model.attention(e.image, r), each, notes)
+        looks = _looks(partial(model.attention, each.image, read), each, notes)
         samples.append(Sample(each.image, record.image, lines, looks))
     return samples
 
@@ -248,6 +247,12 @@ def _one_line(error: Exception) -> str:
 def _dtype(config: RunConfig, device: torch.device | str | None) -> torch.dtype:
     """That of the run; fp32 on a CPU."""
     return DTYPE_OF[config.precision] if _is_cuda(device) else torch.float32
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _is_cuda(device: torch.device | str | None) -> bool:

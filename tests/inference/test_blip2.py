@@ -242,11 +242,16 @@ def test_attention_lies_on_the_patches(blip2: Blip2) -> None:
     maps = blip2.attention(image)
     handle.remove()
     assert (maps.shape, maps.dtype) == ((NUM_QUERIES, 2, 2), torch.float32)
-    whole = layer(
-        query_embeds=blip2.model.query_tokens,
-        encoder_hidden_states=seen[0],
-        output_attentions=True,
-    ).cross_attentions[-1].mean(1)[0].float()
+    whole = (
+        layer(
+            query_embeds=blip2.model.query_tokens,
+            encoder_hidden_states=seen[0],
+            output_attentions=True,
+        )
+        .cross_attentions[-1]
+        .mean(1)[0]
+        .float()
+    )
     assert whole.shape == (NUM_QUERIES, 5)
     torch.testing.assert_close(maps.flatten(1), whole[:, 1:])
     assert torch.equal(maps, blip2.attention(image, "what ?")), "it reads the image alone"

@@ -30,9 +30,7 @@ def as_run(folder: Path, stage: int, pictures: Path, **data: Any) -> Path:
     keys = [f"{number}.png" for number in range(5)]
     texts = zip(keys, CAPTIONS, strict=True)
     write_records(pictures / "r.jsonl", [CaptionRecord(k, (c, f"it is {c}")) for k, c in texts])
-    write_records(
-        pictures / "q.jsonl", [QuestionRecord(k, "what is it ?", "a cat") for k in keys]
-    )
+    write_records(pictures / "q.jsonl", [QuestionRecord(k, "what is it ?", "a cat") for k in keys])
     values: dict[str, Any] = {
         "stage": stage,
         "output_dir": str(folder),

@@ -47,7 +47,17 @@ ROOMS = (
 )
 FACES = (
     *("capfilt", "checkpoints", "data", "demo", "demo_page", "evaluation", "frozen", "inference"),
-    *("offload", "published", "qformer", "reporting", "scoring", "search", "stage1", "stage2", "training"),
+    *(
+        "offload",
+        "published",
+        "qformer",
+        "reporting",
+        "scoring",
+        "search",
+        "stage1",
+        "stage2",
+        "training",
+    ),
 )
 # What not every user has installed beside torch, transformers and NumPy.
 OPTIONAL = (
