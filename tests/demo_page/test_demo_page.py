@@ -216,9 +216,7 @@ def test_everything_is_checked_before_a_model_is_loaded(
     taken.close()
     found = _imports.find_spec
     monkeypatch.setattr(_imports, "find_spec", lambda n: None if n == "gradio" else found(n))
-    with pytest.raises(
-        SystemExit, match=r"needs gradio to serve the demo page, .*pip install"
-    ):
+    with pytest.raises(SystemExit, match=r"needs gradio to serve the demo page, .*pip install"):
         main(["demo-page", "--model", "./no"])
 
 
