@@ -22,12 +22,17 @@ with needs("serve the demo page", "gradio", "PIL"):
     import gradio as gr
     from PIL import Image
 
+# seconds for which visitors' pictures are kept on the disk
+_KEPT_S = 3600
 # pixels of a picture among those found
 _FOUND = 384
 # the visitor's own fonts: the page asks no other machine for anything
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-# four tabs beside each other on a phone
-_CSS = "button[role=tab] { padding: 0 .5rem !important; }"
+# four tabs beside each other on a phone; small pictures as large as others
+_CSS = """
+button[role=tab] { padding: 0 .5rem !important; }
+#picture img { width: 100%; height: 100%; object-fit: contain; }
+"""
 _ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 
 
@@ -37,7 +42,11 @@ def build_page(models: PageModels) -> gr.Blocks:
     Every tab is also an endpoint of gradio's API: `/caption`, `/answer`, `/search`, `/attention`.
     """
     names = [name for name in (models.parts.writer, models.parts.matcher) if name is not None]
-    with gr.Blocks(title=f"{Path(names[0]).name} · blip2fast", analytics_enabled=False) as page:
+    with gr.Blocks(
+        title=f"{Path(names[0]).name} · blip2fast",
+        analytics_enabled=False,
+        delete_cache=(600, _KEPT_S),
+    ) as page:
         gr.Markdown("# blip2fast\n" + " and ".join(f"`{name}`" for name in names))
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
