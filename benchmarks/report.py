@@ -17,6 +17,7 @@ import re
 import sys
 from pathlib import Path
 
+import memory_tables
 import training_tables
 from results import ResultFile, newest, reduce
 from tables import (
@@ -36,6 +37,7 @@ PAGES = (
     ROOT / "benchmarks" / "README.md",
     ROOT / "docs" / "ablations.md",
     ROOT / "docs" / "kernels.md",
+    ROOT / "docs" / "memory_and_speed.md",
     ROOT / "docs" / "precision.md",
 )
 PROVEN = ROOT / "blip2fast" / "ops" / "proven_kernels.json"
@@ -46,6 +48,7 @@ TRAINING = {
     "digits": training_tables.digits_sentence,
     "ablations": training_tables.ablation_tables,
     "precision": training_tables.precision_table,
+    "plans": memory_tables.plans,
 }
 
 
@@ -68,6 +71,8 @@ def block_text(name: str) -> str:
     if name == "sweep":
         found = sorted(RESULTS.glob("????-??-??_sweep_*.json"))
         return sweep_table(json.loads(found[-1].read_text())) if found else "No result yet."
+    if name == "stage1_steps":
+        return memory_tables.stage1_steps(newest(RESULTS.glob("*.json"), "stage1_step"))
     if name == "proven_kernels":
         return records_table(json.loads(PROVEN.read_text())["records"])
     files = newest(RESULTS.glob("*.json"), name)
