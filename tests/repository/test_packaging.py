@@ -164,6 +164,7 @@ def test_wheel(tmp_path: Path, compilers: str, note: str) -> None:
     names = wheel.namelist()
     top = {name.split("/")[0] for name in names}
     about = f"blip2fast-{blip2fast.__version__}.dist-info"
+    assert str(wheel.filename).endswith("-py3-none-any.whl") == (compilers != "g++")
     assert top == {"blip2fast", about}
     assert _files_of_a_wheel() <= set(names)
     assert ("blip2fast/_C.so" in names) == (compilers == "g++")
