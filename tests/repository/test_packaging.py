@@ -47,7 +47,8 @@ def test_citation_is_complete() -> None:
 
 def test_extras_and_pythons() -> None:
     extras = _project()["optional-dependencies"]
-    assert {"demo", "datasets", "wandb", "docs", "kernels", "lora", "dev"} <= extras.keys()
+    assert {"demo", "datasets", "dev", "docs", "gradio"} <= extras.keys()
+    assert {"kernels", "lora", "wandb"} <= extras.keys()
     named = [c.rpartition(" ")[2] for c in _project()["classifiers"] if ":: Python :: 3." in c]
     assert named == ["3.11", "3.12", "3.13", "3.14"]
     assert _project()["requires-python"] == f">={named[0]}"
