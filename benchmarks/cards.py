@@ -57,7 +57,14 @@ class Card:
 # lanes a partition has for them: fp32 32 (A100: 16), integers 16 (sm_120: 32), special functions 4.
 # A multiprocessor moves 128 bytes a cycle to and from shared memory, 64 from the cache; a shuffle
 # is a pass through the same unit.
-_HOPPER = {"fp32": 1.0, "integer": 2.0, "special": 8.0, "shuffle": 4.0, "shared": 4.0, "global": 8.0}
+_HOPPER = {
+    "fp32": 1.0,
+    "integer": 2.0,
+    "special": 8.0,
+    "shuffle": 4.0,
+    "shared": 4.0,
+    "global": 8.0,
+}
 CARDS = (
     Card(
         "H200",
@@ -158,8 +165,10 @@ _WIDTH = re.compile(r"\.(64|128)\b")
 
 
 def kind(x: Instruction) -> str:
-    """`"tensor"`, `"special"`, `"fp32"`, `"integer"`, `"shuffle"`, `"barrier"`, `"shared"`, `"global"`,
-    `"uniform"` or `"control"`; what moves, compares or packs counts as integer.
+    """What an instruction is: `"tensor"`, `"special"`, `"fp32"`, `"integer"`, `"shuffle"`,
+    `"barrier"`, `"shared"`, `"global"`, `"uniform"` or `"control"`.
+
+    What moves, compares or packs counts as integer.
     """
     if x.name in ("LDC", "ULDC", "LDCU", "S2R", "CS2R", "S2UR", "R2UR"):
         return "uniform"

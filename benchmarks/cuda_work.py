@@ -1,9 +1,8 @@
 """The kernels of `csrc/` for the kernel model: machine code of `blip2fast/_C.so`, and launches.
 
 Their loads find the second-level cache filled: attention asks a tile ahead, the loss reads what the
-kernel before it wrote. Cross-attention of 32 queries and 257 tokens with dropout, and the contrastive loss with negatives
-drawn; without, the same code skips what is counted here. What one thread or a few blocks do counts
-as a launch and its bytes.
+kernel before it wrote. Cross-attention is with dropout, the contrastive loss draws negatives;
+without, the same code skips what is counted here. What a few blocks do counts as a launch.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def itc_forward(library: Library, size: ITCSize, card: Card) -> Launches:
     )
     # the images, 8 pieces of 16 bytes at a time; tiles of texts; their slices of 64 features
     work = Programs(blocks, (ceil(D, 64) * 4, groups * tiles / blocks, ceil(D, 64)))
-    rows = library.kernel("itc_rows_kernel", "itc_rows", 0, 8, ceil(N, 4))
+    rows = library.kernel("itc_rows_kernel", "itc_rows", 0, 4, ceil(N, 4))
     segment = ceil(max(ceil(N, 32), 64), 8) * 8
     segments = ceil(N, segment)
     across = ceil(N, 256) * segments
@@ -105,15 +104,16 @@ def itc_backward(library: Library, size: ITCSize, card: Card) -> Launches:
     N, D = size.batch, size.width
     features = (N * size.queries + N) * D * 2
     shared = 3 * 32 * 256 * 2 + 2 * 128 * 4
-    images, texts = (
-        library.kernel(
-            f"itc_gradient_sm90_kernelINS_8BFloat16ELb{of_image}", "itc_gradient_sm90", shared, 8, grid
-        )
-        for of_image, grid in ((1, ceil(N, 4)), (0, 0))
-    )
+
+    def gradient(of_image: int, grid: int) -> Kernel:
+        part = f"itc_gradient_sm90_kernelINS_8BFloat16ELb{of_image}"
+        return library.kernel(part, "itc_gradient_sm90", shared, 8, grid)
+
     splits = quickest_splits(ceil(N, 128), N, 20, N // 32, card.multiprocessors)
     blocks = ceil(N, 128) * splits
-    texts = Kernel(texts.name, texts.code, texts.registers, texts.stack_bytes, shared, 8, blocks)
+    images, texts = gradient(1, ceil(N, 4)), gradient(0, blocks)
+    # of the texts' gradients
+    parts = 4.0 * splits * N * D
 
     def trips(steps: float) -> tuple[float, ...]:
         # what is asked for beforehand, twice: a rest, of which there is none, and the rest
@@ -121,13 +121,17 @@ def itc_backward(library: Library, size: ITCSize, card: Card) -> Launches:
 
     return [
         (images, [Programs(images.grid, trips(ceil(N, 32)))], 1.5 * features + 5.0 * N * N),
-        (texts, [Programs(blocks, trips(N / splits))], features + 5.0 * N * N + 4.0 * splits * N * D),
+        (
+            texts,
+            [Programs(blocks, trips(N / splits))],
+            features + 5.0 * N * N + parts,
+        ),
     ]
 
 
 def cross(library: Library, size: CrossSize, backward: bool) -> Launches:
-    """Attention, or its gradients: in one pass where an image is read once, else of queries and then
-    of keys. A warp has a head of a block's queries, or of 16 keys.
+    """Attention, or its gradients: in one pass where images are read once, else in two, of queries
+    and of keys. A warp has a head of a block's queries, or of 16 keys.
     """
     queries, images, _ = size.work()
     once, tiles = size.uses == 1, ceil(size.tokens, 16)
@@ -150,7 +154,9 @@ def cross(library: Library, size: CrossSize, backward: bool) -> Launches:
     if backward and not once:
         keys = "backward_keys_kernelINS_8BFloat16ELi64E"
         warps = size.images * tiles * size.heads
-        found.append(launch(keys, warps, (size.uses, ceil(size.queries, 16)), 2.0 * queries + 2 * images))
+        found.append(
+            launch(keys, warps, (size.uses, ceil(size.queries, 16)), 2.0 * queries + 2 * images)
+        )
     return found
 
 
@@ -187,7 +193,7 @@ def _row(
             prediction = predict(card, kernel, parts, moved, constants)
         except NotModelled as error:
             return about | {"not_modelled": f"{kernel.name}: {error}"}
-        held.append(launch_row(kernel, prediction, parts[0].trips))
+        held.append(launch_row(kernel, prediction, parts[0]))
         total += prediction.seconds
     floor_s = max(case.flops / card.flops_per_s, case.bytes / card.bytes_per_s)
     return about | {

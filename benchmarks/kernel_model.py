@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "ops"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "ops"))
 import cuda_work
 import triton
 from aot import Launch, record_launches
@@ -43,7 +42,7 @@ from blip2fast.kernels.itc import backward as itc_backward
 from blip2fast.kernels.itc import forward as itc_forward
 from blip2fast.kernels.qformer_attention import config as attention_config
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "kernel_model.json"
 DROPOUT = 0.1
 CONSTANTS = Constants()
@@ -101,7 +100,8 @@ def row(case: Case, dropout_p: float, card: Card, configuration: str | None = No
         kernel, parts = kernel_of(launch, card), programs(case, launch)
         cached = cached_bytes(launch, moved)
         found = predict(card, kernel, parts, moved, CONSTANTS, cached)
-        held.append(launch_row(kernel, found, max((part.trips for part in parts), key=len)))
+        work = max(parts, key=lambda part: (len(part.trips), part.way or 0))
+        held.append(launch_row(kernel, found, work))
         total += found.seconds
     total += plain.count * CONSTANTS.plain_s + plain.bytes / card.bytes_per_s
     floor_s = max(case.flops / card.flops_per_s, case.bytes / card.bytes_per_s)
@@ -193,12 +193,21 @@ def write(name: str, part: str, rows: Sequence[Row]) -> None:
     data["cards"] = [asdict(card) for card in CARDS]
     own = data.setdefault(name, {})
     new = {_key(found) for found in rows}
-    own[part] = [found for found in own.get(part, ()) if _key(found) not in new] + list(rows)
-    FILE.write_text(json.dumps(data, indent=None, separators=(",", ":")).replace('{"case"', '\n{"case"') + "\n")
+    held = [found for found in own.get(part, ()) if _key(found) not in new] + list(rows)
+    own[part] = sorted(held, key=_place)
+    text = json.dumps(data, separators=(",", ":"), sort_keys=False)
+    # a row is a line
+    FILE.write_text(text.replace('{"case"', '\n{"case"') + "\n")
 
 
 def _key(found: Row) -> tuple[Any, ...]:
     return tuple(found[name] for name in ("card", "case", "dropout"))
+
+
+def _place(found: Row) -> tuple[int, int, float]:
+    """Cards and cases in their order."""
+    cards, cases = [card.name for card in CARDS], [case.name for case in CASES]
+    return cards.index(found["card"]), cases.index(found["case"]), found["dropout"]
 
 
 def main() -> int:

@@ -266,7 +266,16 @@ class PlainLaunches(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts what PyTorch itself would launch on a GPU, and the bytes that it reads and writes."""
 
     _FREE = ("empty", "view", "slice", "select", "expand", "unsqueeze", "detach", "_unsafe_view")
-    _FREE += ("t", "transpose", "permute", "as_strided", "alias", "squeeze", "empty_strided", "split")
+    _FREE += (
+        "t",
+        "transpose",
+        "permute",
+        "as_strided",
+        "alias",
+        "squeeze",
+        "empty_strided",
+        "split",
+    )
     _FREE += ("unbind", "new_empty", "empty_like", "diagonal")
 
     def __init__(self) -> None:
@@ -276,7 +285,9 @@ class PlainLaunches(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket.__name__ not in self._FREE:
-            tensors = [x for x in torch.utils._pytree.tree_leaves((args, out)) if hasattr(x, "nbytes")]
+            tensors = [
+                x for x in torch.utils._pytree.tree_leaves((args, out)) if hasattr(x, "nbytes")
+            ]
             on_device = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_meta]
             if on_device:
                 self.count += 1

@@ -9,7 +9,17 @@ from typing import Any
 from tables import seconds
 
 Row = Mapping[str, Any]
-_KINDS = ("tensor", "special", "fp32", "integer", "shuffle", "shared", "global", "barrier", "uniform")
+_KINDS = (
+    "tensor",
+    "special",
+    "fp32",
+    "integer",
+    "shuffle",
+    "shared",
+    "global",
+    "barrier",
+    "uniform",
+)
 _RELEASE = "triton 3.6"
 
 
@@ -38,8 +48,10 @@ def _each(row: Row, show: Any) -> str:
 
 
 def unhidden_s(row: Row) -> float:
-    """The time that is left if nothing waited for latency: of each launch the longest other part."""
-    found = 0.0
+    """The time that is left if nothing waited for latency: of each launch the longest other part,
+    and PyTorch's own launches.
+    """
+    found = max(0.0, row["predicted_s"] - sum(x["seconds"] for x in row["launches"]))
     for launch in row["launches"]:
         parts = {name: x for name, x in launch["parts_s"].items() if name != "latency"}
         found += max(parts.values())
@@ -95,7 +107,7 @@ def measured_card_table(data: Mapping[str, Any], sweep: Sequence[Row]) -> str:
         if row["card"] != "H200":
             continue
         if "not_modelled" in row:
-            lines.append([*_name(row), row["not_modelled"], *[""] * 12])
+            lines.append([*_name(row), row["not_modelled"], *[""] * 13])
             continue
         lines.append(
             [
@@ -108,9 +120,11 @@ def measured_card_table(data: Mapping[str, Any], sweep: Sequence[Row]) -> str:
                 *_measured(row, times),
                 _each(row, lambda x: x["bound"]),
                 seconds(unhidden_s(row)),
+                str(row["plain_launches"]),
             ]
         )
     head = [*_HEAD, "configuration", *_CODE, *_TIMES, "waits for", "if latency were hidden"]
+    head.append("PyTorch's launches")
     return _table(head, lines)
 
 

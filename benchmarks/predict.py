@@ -1,4 +1,4 @@
-"""A kernel's time from its machine code: what a warp issues, how long it takes alone, what is moved.
+"""A kernel's time from its machine code: what a warp issues, its time alone, and what is moved.
 
 A multiprocessor works on as many blocks as it holds. They take as long as one of them alone, or as
 long as the busiest unit needs for all of them, whichever is more (a soft maximum). The launch takes
@@ -222,8 +222,11 @@ def predict(
         blocks = part.count / card.multiprocessors
         full, rest = divmod(blocks, held.blocks)
         rounds = [(full, float(held.blocks))] if full else []
-        if rest:
-            rounds.append((1.0 if full < 4 else rest / held.blocks, float(held.blocks if full >= 4 else -(-rest // 1))))
+        if rest and full < 4:
+            rounds.append((1.0, float(-(-rest // 1))))
+        elif rest:
+            # among many waves the last one does not stand out
+            rounds.append((rest / held.blocks, float(held.blocks)))
         for turns, at_once in rounds:
             warps = max(at_once * kernel.warps / PARTITIONS, 1.0)
             needs = {name: warps * busy for name, busy in part.busy_cycles.items()}
@@ -232,7 +235,11 @@ def predict(
             for name, value in needs.items():
                 times[name] += turns * value
     found: dict[str, Any] = {name: value / card.clock_hz for name, value in times.items()}
-    loaded = cached if cached is not None else sum(part.loaded_bytes * part.count for part in parts) * kernel.warps
+    loaded = (
+        cached
+        if cached is not None
+        else sum(part.loaded_bytes * part.count for part in parts) * kernel.warps
+    )
     own = {"memory": moved / card.bytes_per_s, "cache": loaded / card.l2_bytes_per_s}
     seconds = soft_maximum([total / card.clock_hz, *own.values()], constants.overlap)
     found |= own

@@ -1,8 +1,8 @@
-"""Machine code of a kernel as `cuobjdump --dump-sass` prints it: instructions, loops, one warp's time.
+"""Machine code as `cuobjdump --dump-sass` prints it: instructions, loops, and a warp's time alone.
 
-Since Volta the compiler schedules in the instruction itself: cycles to wait after it, the scoreboard
+Since Volta the compiler schedules in the instruction itself: cycles to wait after it, scoreboards
 that a load sets and those that an instruction waits for. With latencies for what scoreboards stand
-for, a warp that is alone can be replayed.
+for, a warp can be replayed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Instruction:
         operands: The rest of the text.
         guard: The predicate, `"!P0"`, or an empty string.
         stall: Cycles until the same warp's next instruction.
-        sets: Scoreboards set until the result is there and until the operands were read; None: none.
+        sets: Scoreboards set until the result is there, and until operands were read; None: none.
         waits: Scoreboards that must be clear before.
     """
 
@@ -117,13 +117,11 @@ class Code:
 
     @cached_property
     def jumps(self) -> dict[int, int]:
-        """By place, where branches go. A call of what never returns is one: the assembler's way out of
-        a long loop. Other calls, of subroutines for divisions by odd numbers, are not.
+        """By place, where branches go. A call of what never returns is one: a way out of a long
+        loop. Other calls, of subroutines for divisions by odd numbers, are not.
         """
         place = {x.at: i for i, x in enumerate(self.instructions)}
-        found = {
-            i: place[x.target] for i, x in enumerate(self.instructions) if x.target in place
-        }
+        found = {i: place[x.target] for i, x in enumerate(self.instructions) if x.target in place}
 
         def returns(start: int) -> bool:
             seen, left = set(), [start]

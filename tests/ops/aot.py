@@ -170,7 +170,9 @@ def record_launches(function: Callable[[], object]) -> list[Launch]:
                 constants[name] = value
             else:
                 types[name] = kind
-        numbers = {name: x for name, x in values.items() if type(x) is int and name not in constants}
+        numbers = {
+            name: x for name, x in values.items() if type(x) is int and name not in constants
+        }
         launches.append(Launch(kernel, grid, types, constants, options, numbers))
 
     with patch.object(triton.runtime.jit.JITFunction, "run", record):

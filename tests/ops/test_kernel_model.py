@@ -28,8 +28,8 @@ H200, A100, RTX = CARDS
 
 
 def sass(*lines: tuple[str, int, int, int]) -> str:
-    """Text as `cuobjdump` prints it, of `(instruction, stall, scoreboard set, scoreboards awaited)`;
-    a scoreboard of 7 is none, those awaited are bits.
+    """Text as `cuobjdump` prints it, of `(instruction, stall, scoreboard set, those awaited)`: a
+    scoreboard of 7 is none, those awaited are bits.
     """
     found = ["\t\tFunction : made_up", '\t.headerflags\t@"EF_CUDA_SM90"']
     for place, (text, stall, sets, waits) in enumerate(lines):
@@ -85,6 +85,25 @@ def test_loops_and_ways_through_the_code() -> None:
         *(("FADD R0, R0, R1", 4, 7, 0),) * 2, ("@P0 BRA 0x10", 5, 7, 0), ("@P1 BRA 0x0", 5, 7, 0)
     )
     assert Code.of(inner + "\n").loops == (Loop(0, 3, (Loop(1, 2),)),)
+
+
+def test_a_call_that_does_not_return_is_a_branch() -> None:
+    """A loop's way out may be one; a subroutine for a division is not on any way."""
+    code = Code.of(
+        sass(
+            ("@P1 CALL.REL.NOINC 0x60", 5, 7, 0),
+            ("HMMA.16816.F32.BF16 R8, R4, R6, R8", 8, 7, 0),
+            ("@!P0 CALL.REL.NOINC 0x40", 5, 7, 0),
+            ("BRA 0x0", 5, 7, 0),
+            ("STG.E.64 desc[UR4][R2.64], R8", 1, 7, 0),
+            ("EXIT", 5, 7, 0),
+            ("FADD R0, R0, R1", 4, 7, 0),
+            ("RET.REL.NODEC R2 0x0", 5, 7, 0),
+        )
+    )
+    assert code.jumps == {2: 4, 3: 0}
+    assert code.loops == (Loop(0, 3),)
+    assert code.paths(lambda x: x.name == "HMMA") == [set(range(6))]
 
 
 def test_a_warp_waits_for_scoreboards_and_stalls() -> None:
@@ -186,8 +205,8 @@ def test_time_grows_with_waves_and_bytes_and_names_what_it_waits_for() -> None:
     assert soft_maximum([3.0, 4.0], 2) == 5.0
     with pytest.raises(NotModelled, match="1 loops in the machine code, not 2"):
         predict(H200, made_up(528), [Programs(528.0, (1.0, 2.0))], 1.0, constants)
+    too_many = Kernel("made_up", Code.of(LOOP), 255, 0, 0, 16, 1)
     with pytest.raises(NotModelled, match="a block does not fit: registers"):
-        too_many = Kernel("made_up", Code.of(LOOP), 255, 0, 0, 16, 1)
         predict(H200, too_many, [Programs(1.0, (1.0,))], 1.0, constants)
 
 
@@ -243,14 +262,16 @@ def test_the_committed_table_is_what_the_script_writes() -> None:
 def test_tables_set_the_model_beside_the_measured_times() -> None:
     parts = {"latency": 9e-5, "memory": 4e-5, "issue": 2e-5}
     launch = {"parts_s": parts, "registers": 40, "stack_bytes": 8, "shared_bytes": 2048, "warps": 4}
-    launch |= {"blocks": 5, "limit": "registers", "waves": 2.0, "bound": "latency", "seconds": 1e-4}
+    launch |= {"blocks": 5, "limit": "registers", "waves": 2.0, "bound": "latency", "seconds": 4e-5}
     row = {"case": "x", "dropout": 0.0, "card": "H200", "configuration": "a", "floor_s": 5e-5}
-    row |= {"predicted_s": 1e-4, "of_floor": 0.5, "launches": [launch, launch]}
+    row |= {"predicted_s": 1e-4, "of_floor": 0.5, "plain_launches": 6, "launches": [launch, launch]}
     data = {"triton 3.6.0": {"shipped": [row], "sweep": [row, row | {"configuration": "b"}]}}
     sweep = [{"case": "x", "dropout": 0.0, "configuration": "a", "median_s": 8e-5}]
     sweep.append(sweep[0] | {"configuration": "b", "median_s": 1.2e-4})
-    assert model_tables.unhidden_s(row) == pytest.approx(8e-5)
+    assert model_tables.unhidden_s(row) == pytest.approx(1e-4)
     text = model_tables.measured_card_table(data, sweep)
     assert "| 40 + 8 B | 2 | 5 x 4 (registers) | 2.0 |" in text
-    assert "| 50.0 µs | 100 µs | 50 % | 80.0 µs | 62 % | +25 % | latency | 80.0 µs |" in text
-    assert "| x | 0 | 2 | +4 % | -17 % to +25 % | 0 % |" in model_tables.sweep_errors_table(data, sweep)
+    assert "| 50.0 µs | 100 µs | 50 % | 80.0 µs | 62 % | +25 % | latency | 100 µs | 6 |" in text
+    assert "| x | 0 | 2 | +4 % | -17 % to +25 % | 0 % |" in model_tables.sweep_errors_table(
+        data, sweep
+    )
