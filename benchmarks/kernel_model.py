@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -192,12 +193,21 @@ def write(name: str, part: str, rows: Sequence[Row]) -> None:
     data["constants"] = asdict(CONSTANTS)
     data["cards"] = [asdict(card) for card in CARDS]
     own = data.setdefault(name, {})
+    own["commit"] = kernels_commit()
     new = {_key(found) for found in rows}
     held = [found for found in own.get(part, ()) if _key(found) not in new] + list(rows)
     own[part] = sorted(held, key=_place)
     text = json.dumps(data, separators=(",", ":"), sort_keys=False)
     # a row is a line
     FILE.write_text(text.replace('{"case"', '\n{"case"') + "\n")
+
+
+def kernels_commit() -> str:
+    """The commit that last changed the kernels; empty outside of a checkout."""
+    command = ["git", "log", "-1", "--format=%h", "--", "kernels", "csrc"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def _key(found: Row) -> tuple[Any, ...]:

@@ -125,7 +125,8 @@ def measured_card_table(data: Mapping[str, Any], sweep: Sequence[Row]) -> str:
         )
     head = [*_HEAD, "configuration", *_CODE, *_TIMES, "waits for", "if latency were hidden"]
     head.append("PyTorch's launches")
-    return _table(head, lines)
+    name = next((x for x in _compilers(data) if x.startswith(_RELEASE)), None)
+    return _table(head, lines) + (_told(data, name) if name else "")
 
 
 def instructions_table(data: Mapping[str, Any]) -> str:
@@ -220,8 +221,12 @@ def cards_table(data: Mapping[str, Any]) -> str:
             ]
         )
     head = ["card", *_HEAD, *_CODE, "floor", "predicted", "of floor", "waits for"]
-    told = f"\n\nCompiled by {compilers[-1]}." if compilers else ""
-    return _table(head, lines) + told
+    return _table(head, lines) + (_told(data, compilers[-1]) if compilers else "")
+
+
+def _told(data: Mapping[str, Any], name: str) -> str:
+    """Which compiler, and which kernels."""
+    return f"\n\nCompiled by {name}; kernels of commit {data[name].get('commit', 'unknown')}."
 
 
 def errors(data: Mapping[str, Any], sweep: Sequence[Row]) -> dict[str, list[float]]:
