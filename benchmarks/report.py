@@ -36,18 +36,21 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "docs" / "ablations.md",
+    ROOT / "docs" / "demo.md",
     ROOT / "docs" / "kernel_model.md",
     ROOT / "docs" / "kernels.md",
     ROOT / "docs" / "precision.md",
 )
 PROVEN = ROOT / "blip2fast" / "ops" / "proven_kernels.json"
 BLOCK = re.compile(r"(<!-- (\w+): generated[^>]*-->\n).*?(<!-- /\2 -->)", flags=re.DOTALL)
-# the newest `results/DATE_NAME.json` of each makes a table
+# block: NAME of the result, whose newest `results/DATE_NAME.json` it is made of, and the table
 TRAINING = {
-    "demo": training_tables.demo_table,
-    "digits": training_tables.digits_sentence,
-    "ablations": training_tables.ablation_tables,
-    "precision": training_tables.precision_table,
+    "demo": ("demo", training_tables.demo_table),
+    "demo_gates": ("demo", training_tables.gates_table),
+    "demo_onednn": ("demo_onednn", training_tables.gates_table),
+    "digits": ("digits", training_tables.gates_table),
+    "ablations": ("ablations", training_tables.ablation_tables),
+    "precision": ("precision", training_tables.precision_table),
 }
 MODEL = ("model_h200", "model_loops", "model_cuda", "model_cards", "model_errors", "model_assumed")
 
@@ -65,7 +68,7 @@ def model_text(name: str) -> str:
         profile: dict[str, list[float]] = {}
         for file in newest(RESULTS.glob("*.json"), "stage1_step"):
             cell = file.cells.get("shares[vit_g_b256_dropout_cuda]")
-            if cell is not None:
+            if file.machine == "h200" and cell is not None:
                 profile = cell["contenders"]["blip2fast"].get("kernels_us", {})
         return model_tables.cuda_table(data, profile)
     tables = {
@@ -79,8 +82,9 @@ def model_text(name: str) -> str:
 def block_text(name: str) -> str:
     """What stands in a block."""
     if name in TRAINING:
-        found = sorted(RESULTS.glob(f"????-??-??_{name}.json"))
-        return TRAINING[name](json.loads(found[-1].read_text())) if found else "No result yet."
+        result, table = TRAINING[name]
+        found = sorted(RESULTS.glob(f"????-??-??_{result}.json"))
+        return table(json.loads(found[-1].read_text())) if found else "No result yet."
     if name in ("headlines", "gpu_headlines"):
         rows = HEADLINES if name == "headlines" else GPU_HEADLINES
         suites = {

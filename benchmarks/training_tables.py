@@ -39,6 +39,25 @@ def demo_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", conditions(result)])
 
 
+def gates_table(result: dict[str, Any]) -> str:
+    """The rows that have a gate: the trained model against shuffled images and the gate."""
+    gated = result["source"] == "shapes"
+    lines = [
+        "| percent | trained | shuffled images |" + (" gate |" if gated else ""),
+        "|---|---:|---:|" + ("---:|" if gated else ""),
+    ]
+    for name, floor in FLOORS.items():
+        kind, _, part = name.partition("/")
+        cells = [
+            _over_seeds(kind, [run["table"][name][c] for run in result["runs"]], c == "model")
+            for c in ("model", "shuffled")
+        ]
+        gate = [f"≥ {100 * floor:.0f}"] if gated else []
+        row = f"{SECTIONS[kind]}: {ROW_NAMES[part]}"
+        lines.append(f"| {row} | {' | '.join(cells + gate)} |")
+    return "\n".join([*lines, "", conditions(result)])
+
+
 def _over_seeds(kind: str, values: Sequence[float], with_range: bool) -> str:
     scale, digits = (1, 3) if kind == "loss" else (100, 1)
     mean = f"{scale * statistics.fmean(values):.{digits}f}"
@@ -53,7 +72,10 @@ def conditions(result: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "deepspeed")
     )
-    where = machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
+    cores = machine["cores"]
+    where = machine["gpu"] or f"{cores} core{'s' * (cores > 1)} of {machine['processor']}"
+    if machine.get("linear", "auto") != "auto":
+        where += f", BLIP2FAST_LINEAR={machine['linear']}"
     seeds = [str(run["seed"]) for run in runs]
     which = (
         f"Seeds {', '.join(seeds)}: means, and ranges in brackets"
@@ -75,29 +97,6 @@ def conditions(result: dict[str, Any]) -> str:
 def _span(values: Sequence[float]) -> str:
     low, high = f"{min(values):.0f}", f"{max(values):.0f}"
     return low if low == high else f"{low} to {high}"
-
-
-def digits_sentence(result: dict[str, Any]) -> str:
-    """What the gated rows of the default source are on handwriting, in one paragraph."""
-
-    def over_seeds(name: str, column: str) -> str:
-        values = [run["table"][name][column] for run in result["runs"]]
-        return _over_seeds(name.partition("/")[0], values, column == "model")
-
-    reached = "; ".join(
-        f"{_phrase(name)} {over_seeds(name, 'model')}, with images shuffled "
-        f"{over_seeds(name, 'shuffled')}"
-        for name in FLOORS
-    )
-    return (
-        "With `--source digits` (handwriting; the held-out scenes are written by other people than "
-        f"the training scenes), in percent: {reached}. {conditions(result)}"
-    )
-
-
-def _phrase(name: str) -> str:
-    section, _, part = name.partition("/")
-    return f"{SECTIONS[section]}, {ROW_NAMES[part]}"
 
 
 def ablation_tables(result: dict[str, Any]) -> str:

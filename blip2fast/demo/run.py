@@ -34,6 +34,7 @@ from blip2fast.demo.settings import (
 )
 from blip2fast.demo.table import check_gates, render
 from blip2fast.demo.training import TrainingRun, train
+from blip2fast.ops.linear import SETTING as LINEAR_SETTING
 from blip2fast.scenes.world import Source
 from blip2fast.training.config_files import config_values, load_config
 
@@ -186,6 +187,7 @@ def machine() -> dict[str, Any]:
         "cores": cores(),
         "gpu": gpu,
         "processes": training_processes(),
+        "linear": os.environ.get(LINEAR_SETTING, "auto"),
         "commit": _commit(),
     }
 

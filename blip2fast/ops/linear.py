@@ -3,7 +3,8 @@
 PyTorch uses MKL there. On AMD's processors oneDNN is quicker: by 5 to 25 % from 16 to 1,024 rows on
 one EPYC, 1.7 to 2.2 times on a newer one. On other vendors' nobody has timed it, and PyTorch's own
 linear runs. The vendor decides, not a measurement: a busy machine would answer differently from run
-to run, and a resumed run must compute what the first one did. `BLIP2FAST_LINEAR` overrules it.
+to run, and a resumed run must compute what the first one did. `BLIP2FAST_LINEAR` overrules it:
+`onednn` takes oneDNN for every product that it supports, small ones too; `pytorch` for none.
 
 oneDNN is called through an operator that belongs to PyTorch's compiler; if that is missing,
 PyTorch's own linear runs.
@@ -65,15 +66,21 @@ def is_chosen() -> bool:
     return setting == "onednn" or (setting == "auto" and cpu_vendor() in _TIMED)
 
 
+@functools.cache
+def is_asked_for() -> bool:
+    """Whether oneDNN is to compute whatever it supports, however small."""
+    return os.environ.get(SETTING) == "onednn"
+
+
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `onednn_product` supports the call and is chosen on this machine."""
     return is_supported(x, weight) and is_chosen()
 
 
 def is_quicker(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` calls oneDNN: it is chosen, and the product is worth it in training."""
+    """Whether `linear` calls oneDNN: it is chosen, and asked for or worth it in training."""
     large = 2 * x.numel() * len(weight) >= _WORTH_FLOPS and weight.numel() > 0
-    return large and takes_onednn(x, weight)
+    return (large or is_asked_for()) and takes_onednn(x, weight)
 
 
 def is_supported(x: Tensor, weight: Tensor) -> bool:

@@ -152,6 +152,18 @@ def test_the_report_of_a_bug_names_it(
     assert line.endswith(f"fp32 linear layers by {name}")
 
 
+@pytest.mark.parametrize(("setting", "count"), [("auto", 0), ("onednn", 3)])
+def test_onednn_computes_small_products_where_it_is_asked_for(
+    setting: str, count: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn_linear, "_WORTH_FLOPS", 5e8)
+    monkeypatch.setenv(onednn_linear.SETTING, setting)
+    monkeypatch.setattr(onednn_linear, "is_asked_for", onednn_linear.is_asked_for.__wrapped__)
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    linear(x, weight).sum().backward()
+    assert len(calls) == count
+
+
 def test_another_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(onednn_linear.SETTING, "mkl")
     with pytest.raises(ValueError, match="BLIP2FAST_LINEAR='mkl': give one of auto, onednn"):

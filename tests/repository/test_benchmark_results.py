@@ -357,8 +357,20 @@ def test_the_demo_table_of_one_seed_has_no_range_and_met_gates_are_not_listed() 
     assert "| exact | 90.0 | 0.0 | 0.0 | 1.0 | ≥ 65 |" in text
     assert "Seed 3. 1000 held-out scenes; a run took 403 s" in text
     assert "not met" not in text
-    sentence = training_tables.digits_sentence(result | {"source": "digits"})
-    assert "exact 90.0, with images shuffled 1.0;" in sentence
+
+
+def test_the_short_table_of_the_demo_has_the_gated_rows() -> None:
+    runs = [demo_run(0, 0.9), demo_run(1, 0.64)]
+    for run in runs:
+        run["machine"]["linear"] = "onednn"
+    result = demo_seeds.combine(runs)
+    text = training_tables.gates_table(result)
+    row = "Captions by the language model: exact | 77.0 (64.0 to 90.0) | 1.0 |"
+    assert f"| {row} ≥ 65 |" in text
+    assert "2 cores of X, BLIP2FAST_LINEAR=onednn;" in text
+    assert "Gates not met: seed 1: caption/exact" in text
+    assert len(text.splitlines()) == 2 + len(FLOORS) + 2
+    assert f"| {row}\n" in training_tables.gates_table(result | {"source": "digits"})
 
 
 @pytest.mark.parametrize(
