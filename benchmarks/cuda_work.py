@@ -60,7 +60,8 @@ class Library:
             [str(_CUOBJDUMP), *options, "-arch", self.architecture, str(self.path)],
             capture_output=True,
             text=True,
-            check=True,
+            # without code for a GPU it says so, and fails
+            check=False,
         )
         return done.stdout
 

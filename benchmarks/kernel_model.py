@@ -240,9 +240,13 @@ def main() -> int:
     else:
         name, part, source = f"triton {triton.__version__}", "shipped", shipped(cards, given.only)
     rows = []
-    for found in source:
-        rows.append(found)
-        print(line(found), flush=True)
+    try:
+        for found in source:
+            rows.append(found)
+            print(line(found), flush=True)
+    except NotModelled as error:
+        print(error, file=sys.stderr)
+        return 1
     if given.write:
         write(name, part, rows)
     return 0

@@ -11,13 +11,15 @@ import pytest
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import cuda_work
 import kernel_model
 import model_tables
+import torch
 import triton
 from cards import CARDS, Occupancy, bytes_a_lane, cycles, kind, moved_bytes, occupancy, products
 from cuda_work import quickest_splits
 from kernel_configurations import CASES
-from kernel_work import NotModelled, Programs, memory_bytes, programs
+from kernel_work import NotModelled, PlainLaunches, Programs, memory_bytes, programs
 from predict import Constants, Kernel, executed, part_of, predict, soft_maximum
 from sass import Code, Instruction, Loop, Warp, outline, parse
 
@@ -226,6 +228,26 @@ def test_splits_are_those_of_the_launcher() -> None:
     assert quickest_splits(1, 64, 1, 64, 132) == 64
     assert quickest_splits(210, 14, 1, 14, 132) == 1
     assert quickest_splits(132, 14, 1, 14, 132) == 1
+
+
+def test_a_library_without_kernels_says_what_to_do(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(cuda_work, "LIBRARY", tmp_path / "_C.so")
+    monkeypatch.setattr(sys, "argv", ["kernel_model.py", "--cuda"])
+    assert kernel_model.main() == 1
+    assert "no _C.so: build it with nvcc (csrc/README.md)" in capsys.readouterr().err
+    (tmp_path / "_C.so").write_bytes(b"no code")
+    assert kernel_model.main() == 1
+    assert "_C.so has no CUDA kernels" in capsys.readouterr().err
+
+
+def test_what_pytorch_launches_itself_is_counted() -> None:
+    with PlainLaunches() as plain:
+        x = torch.empty(4, 8, device="meta")
+        x.view(8, 4)[1:].t()
+        torch.zeros(2, device="cpu")
+        assert plain.count == 0
+        x + x
+    assert (plain.count, plain.bytes) == (1, 3 * 128)
 
 
 @compiles
