@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from blip2fast import capfilt as capfilt
     from blip2fast import checkpoints as checkpoints
     from blip2fast import data as data
+    from blip2fast import demo_page as demo_page
     from blip2fast import evaluation as evaluation
     from blip2fast import frozen as frozen
     from blip2fast import inference as inference
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from blip2fast import ops as ops
     from blip2fast import published as published
     from blip2fast import qformer as qformer
+    from blip2fast import reporting as reporting
     from blip2fast import scenes as scenes
     from blip2fast import scoring as scoring
     from blip2fast import search as search
@@ -71,6 +73,7 @@ _ROOMS = (
     "capfilt",
     "checkpoints",
     "data",
+    "demo_page",
     "evaluation",
     "frozen",
     "inference",

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
             except (FloatingPointError, RunStopped):
                 _write_report(run.output_dir)
                 raise
-            _write_report(run.output_dir)
+            _write_report(run.output_dir, samples=run.zero_stage != 3)
     except SharedFault as error:
         _exit_together(f"error: {error}")
     except (ValueError, FloatingPointError, OSError, ProcessLostError) as error:
@@ -115,14 +115,26 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         sys.exit(130)  # before the first step, or after the last
 
 
-def _write_report(folder: str) -> None:
-    """Write the run's `report.html`; the run itself does not depend on it."""
+def _write_report(folder: str, samples: bool = False) -> None:
+    """Write the run's `report.html`; the run itself does not depend on it.
+
+    Args:
+        folder: of the run.
+        samples: draw pictures for it, for which the model of the run is loaded.
+    """
     if os.environ.get("RANK", "0") != "0" or not Path(folder, "metrics.jsonl").is_file():
         return
-    from blip2fast.reporting import write_report
+    from blip2fast.reporting import draw_samples, write_report
 
     try:
-        print(f"report: {write_report(folder)}", file=sys.stderr)
+        # should drawing be killed, this one stays
+        path = write_report(folder, notes=[f"No sample pictures: blip2fast report {folder}"])
+        if samples:
+            drawn = draw_samples(folder)
+            write_report(folder, drawn.samples, notes=drawn.notes)
+            for note in drawn.notes:
+                print(note, file=sys.stderr)
+        print(f"report: {path}", file=sys.stderr)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"no report: {error}", file=sys.stderr)
 

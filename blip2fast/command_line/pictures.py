@@ -1,4 +1,4 @@
-"""`blip2fast caption`, `vqa`, `chat` and `attention`: what a model says of pictures."""
+"""`blip2fast caption`, `vqa`, `chat`, `attention`, `demo-page`: what a model says of pictures."""
 
 from __future__ import annotations
 
@@ -188,6 +188,59 @@ def attention(
     retriever = Blip2Retriever.from_pretrained(model, device=device)
     save_drawing(draw_attention(picture, retriever.attention(picture, text), text), out)
     say(str(out))
+
+
+def demo_page(
+    model: Annotated[
+        list[str],
+        typer.Option(
+            metavar="PATH",
+            help="A run, a checkpoint or a transformers model of stage 2, of stage 1, or (given "
+            "twice) one of each.",
+        ),
+    ],
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            "--search", metavar="DIR", help="Pictures to search: an index, or a folder of them."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to serve at; 0.0.0.0 shows the page to the network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve at.")] = 7860,
+    language_model: LanguageModel = None,
+    image_encoder: ImageEncoder = None,
+    device: Device = None,
+) -> None:
+    """Serve a page that tries a model in the browser (needs gradio), until Ctrl-C.
+
+    A model of stage 2 describes a picture and answers questions about it; one of stage 1 searches
+    pictures and draws where each query looks beside a text.
+
+    Example: blip2fast demo-page --model runs/scenes/stage2 --model runs/scenes/stage1
+    """
+    from blip2fast._imports import needs
+
+    with needs("serve the demo page", "gradio"):
+        from blip2fast.demo_page.models import PageModels, PageParts, check_port
+
+    parts = PageParts.check(model, pictures)
+    check_port(host, port)
+    quiet_transformers()
+    models = PageModels.load(
+        parts,
+        device=device,
+        language_model=language_model,
+        image_encoder=image_encoder,
+        complain=complain,
+    )
+    from blip2fast.demo_page.page import build_page, serve_page
+
+    page = build_page(models)
+    say(serve_page(page, host, port, wait=False))
+    note("Ctrl-C ends it")
+    page.block_thread()
 
 
 def _writer(

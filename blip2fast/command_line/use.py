@@ -7,7 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from blip2fast.command_line.options import ImageEncoder, LanguageModel, quiet_transformers
+from blip2fast.command_line.options import (
+    Device,
+    ImageEncoder,
+    LanguageModel,
+    note,
+    quiet_transformers,
+    say,
+)
 
 
 def convert(
@@ -55,15 +62,40 @@ def convert(
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs.")],
+    samples: Annotated[
+        int,
+        typer.Option(min=0, max=24, help="Pictures to show, of a run that has ended; 0: none."),
+    ] = 6,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of the pictures, if the run read a feature cache."
+        ),
+    ] = None,
+    device: Device = None,
 ) -> None:
     """Write report.html into the folder of a run, also while it trains: one file, no network.
 
-    Example: blip2fast report runs/scenes/stage1
+    Of a run that has ended the model is loaded and shown pictures: its captions or answers, or in
+    stage 1 the captions that it finds, and where each query looks.
+
+    Example: blip2fast report runs/scenes/stage1 --images runs/scenes/images/held_out
     """
     from blip2fast.reporting.run_report import write_report
 
+    if images is not None and not images.is_dir():
+        raise ValueError(f"--images {images}: not a folder; give the one that the records name in")
     for run in runs:
-        print(write_report(run))
+        path = write_report(run)
+        if samples:
+            from blip2fast.reporting.samples import draw_samples
+
+            quiet_transformers()
+            drawn = draw_samples(run, samples, images=images, device=device)
+            write_report(run, drawn.samples, notes=drawn.notes)
+            for line in drawn.notes:
+                note(line)
+        say(str(path))
 
 
 def demo(context: typer.Context) -> None:

@@ -34,11 +34,13 @@ def _split(spec: SceneSpec, split: Split, count: int, seed: int) -> SceneSplit:
 
 
 def write_texts(settings: DemoSettings, places: Places) -> None:
-    """Caption and question records of the training and held-out scenes."""
+    """Caption and question records of the training and held-out scenes, and held-out pictures."""
     for name in ("train", "held_out"):
         split = load_split(settings, name)
         write_records(places.captions(name), split.caption_records(settings.captions_per_scene))
         write_records(places.questions(name), split.question_records(settings.question_rounds))
+    # training reads features: these are for people, and for the reports of the runs
+    load_split(settings, "held_out").write_images(places.images("held_out"))
 
 
 def cache_features(settings: DemoSettings, places: Places, console: Console) -> None:

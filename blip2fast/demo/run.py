@@ -35,6 +35,7 @@ from blip2fast.demo.settings import (
 from blip2fast.demo.table import check_gates, render
 from blip2fast.demo.training import TrainingRun, train
 from blip2fast.ops.linear import SETTING as LINEAR_SETTING
+from blip2fast.reporting import draw_samples, write_report
 from blip2fast.scenes.world import Source
 from blip2fast.training.config_files import config_values, load_config
 
@@ -105,7 +106,11 @@ def run_demo(
         "scenes and texts",
         lambda: write_texts(settings, places),
         scenes,
-        products=[places.captions("train"), places.questions("held_out")],
+        products=[
+            places.captions("train"),
+            places.questions("held_out"),
+            places.images("held_out"),
+        ],
     )
     phases.run(
         "frozen features",
@@ -118,6 +123,9 @@ def run_demo(
     evaluation_clock = Clock()
     console.print("[bold]evaluation[/bold]")
     table, details = evaluate_demo(settings, places, console)
+    for name in TRAINING_RUNS:
+        drawn = draw_samples(places.run(name), images=places.images("held_out"))
+        write_report(places.run(name), drawn.samples, notes=drawn.notes)
     phases.times["evaluation"] = {**evaluation_clock.read(), "reused": False}
     summary = {
         "source": settings.source,

@@ -98,6 +98,9 @@ class Places:
     def features(self, split: str) -> Path:
         return self.output / "features" / split
 
+    def images(self, split: str) -> Path:
+        return self.output / "images" / split
+
     def run(self, name: str) -> Path:
         return self.output / name
 

@@ -19,18 +19,23 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from blip2fast.evaluation.retrieval import evaluating
+from blip2fast.inference.attention_maps import prompt_attention
 from blip2fast.inference.chat import Chat
 from blip2fast.inference.inputs import (
     BATCH_SIZE,
     EncodedImages,
     GenerationOptions,
     Images,
+    OneImage,
     Questions,
     Transform,
     questions_by_image,
+    to_pixels,
 )
 from blip2fast.inference.loading import Loaded, Residence, is_streamed, load_parts
 from blip2fast.inference.writer import Pictures, Writer
+from blip2fast.qformer.checks import image_tokens
 from blip2fast.stage2.lora import merge_lora
 
 Texts = str | list[str] | list[list[str]] | list[str | list[str]]
@@ -257,6 +262,32 @@ class Blip2:
         seen = self.encode(images, image_embeds=image_embeds)
         template = self._question_template(prompt, self.prompts.chat)
         return Chat(self._writer, seen, template, options)
+
+    def attention(self, image: OneImage, prompt: str | None = None) -> Tensor:
+        """Where each query looks in an image, [Q, p, p], fp32 on the CPU.
+
+        The last cross-attention, mean over heads; a class token is left out.
+
+        Args:
+            image: as in `encode`, one.
+            prompt: what a text-conditioned Q-Former reads beside it; None: `prompts.caption`.
+                Others read the image alone.
+
+        Raises:
+            ValueError: as in `encode`, or image tokens that are no square of patches.
+        """
+        pixels = to_pixels(image, self.transform)[None]
+        with evaluating(self.model) as device:
+            tokens = image_tokens(
+                None,
+                pixels.to(device, self.model.query_tokens.dtype),
+                self.model.image_encoder,
+                self.model.config.encoder_hidden_size,
+            )
+        text = self._parts.marker + (self.prompts.caption if prompt is None else prompt)
+        read = self._parts.text.prompt_batch([text], image_counts=[1])
+        instructions = {n: each for n, each in read.items() if n.startswith("qformer_")}
+        return prompt_attention(self.model, tokens, **instructions)[0]
 
     def _question_template(self, given: str | None, own: str) -> str:
         template = own if given is None else given

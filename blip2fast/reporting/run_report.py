@@ -28,8 +28,9 @@ with needs("draw a report", "jinja2", "PIL"):
     from PIL import Image
 
 REPORT = "report.html"
-# pixels of the longer side of a picture in the page
+# pixels of the longer side of a picture in the page, and JPEG's quality of pictures and overlays
 _LONGEST = 384
+_QUALITY, _OVERLAY_QUALITY = 88, 75
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,18 @@ class Sample:
 
 
 def write_report(
-    folder: str | Path, samples: Sequence[Sample] = (), out: str | Path | None = None
+    folder: str | Path,
+    samples: Sequence[Sample] = (),
+    out: str | Path | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write the report of a run, also while it is active.
 
     Args:
         folder: output folder of a run, with its `metrics.jsonl` and `config.yaml`.
-        samples: pictures to show, with their texts.
+        samples: pictures to show, with their texts (`blip2fast.reporting.draw_samples`).
         out: the file to write; None: `report.html` in the run's folder.
+        notes: lines about the pictures, such as why there are none.
 
     Returns:
         The path of the page.
@@ -108,6 +113,7 @@ def write_report(
         last=_last_values(metrics),
         charts=_charts(metrics),
         samples=[_shown(sample) for sample in samples],
+        notes=list(notes),
         history=_history(folder),
         skipped=_text(folder / "skipped.jsonl").count("\n"),
         config=config,
@@ -188,16 +194,18 @@ def _shown(sample: Sample) -> dict[str, Any]:
         "name": sample.name,
         "image": _data_url(sample.image),
         "lines": dict(sample.lines),
-        "overlays": {title: _data_url(image) for title, image in sample.overlays.items()},
+        "overlays": {
+            title: _data_url(image, _OVERLAY_QUALITY) for title, image in sample.overlays.items()
+        },
     }
 
 
-def _data_url(image: Image.Image) -> str:
+def _data_url(image: Image.Image, quality: int = _QUALITY) -> str:
     """The picture itself as the address of an image element."""
     small = image.convert("RGB")
     small.thumbnail((_LONGEST, _LONGEST))
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=88)
+    small.save(file, "JPEG", quality=quality)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

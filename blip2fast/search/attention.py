@@ -15,6 +15,7 @@ from torch import Tensor
 from blip2fast._imports import needs
 from blip2fast.data.manifest import replace_file
 from blip2fast.evaluation.retrieval import evaluating
+from blip2fast.inference.attention_maps import patch_maps, patches_a_side
 from blip2fast.kernels.qformer_attention.layout import MaskKind
 from blip2fast.qformer.masks import qformer_mask
 from blip2fast.stage1.model import Blip2Stage1
@@ -43,10 +44,7 @@ def query_attention(
         ValueError: S is neither a square nor one more.
     """
     Q = model.config.num_query_tokens
-    S = image_embeds.shape[1]
-    side = math.isqrt(S)
-    if S not in (side**2, side**2 + 1):
-        raise ValueError(f"{S} image tokens are no square of patches, so they cannot be drawn")
+    patches_a_side(image_embeds.shape[1])
     with evaluating(model) as device:
         ids, mask = input_ids.to(device), attention_mask.to(device)
         queries = model.query_tokens.expand(len(ids), -1, -1)
@@ -58,8 +56,7 @@ def query_attention(
             encoder_hidden_states=model.ln_vision(tokens),
             output_attentions=True,
         )
-    weights = outputs.cross_attentions[-1].mean(1).float().cpu()
-    return weights[:, :, -side * side :].unflatten(2, (side, side))
+    return patch_maps(outputs.cross_attentions[-1])
 
 
 def draw_attention(image: Image.Image, weights: Tensor, title: str = "") -> Image.Image:
@@ -71,8 +68,8 @@ def draw_attention(image: Image.Image, weights: Tensor, title: str = "") -> Imag
         title: written above.
     """
     square = image.convert("RGB").resize((_TILE, _TILE), Image.Resampling.BICUBIC)
-    tiles = [("picture", square), ("mean of queries", _over(square, weights.mean(0)))]
-    tiles += [(f"query {i + 1}", _over(square, each)) for i, each in enumerate(weights)]
+    tiles = [("picture", square), ("mean of queries", over_picture(square, weights.mean(0)))]
+    tiles += [(f"query {i + 1}", over_picture(square, each)) for i, each in enumerate(weights)]
     columns = min(len(tiles), math.ceil(math.sqrt(1.6 * len(tiles))))
     rows = math.ceil(len(tiles) / columns)
     width = columns * (_TILE + _GAP) + _GAP
@@ -89,14 +86,13 @@ def draw_attention(image: Image.Image, weights: Tensor, title: str = "") -> Imag
     return page
 
 
-def save_drawing(drawing: Image.Image, path: Path) -> None:
-    """Write a drawing as PNG; it is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda aside: drawing.save(aside, format="PNG"))
+def over_picture(square: Image.Image, weights: Tensor) -> Image.Image:
+    """A map of weights over the picture, in its size: the more weight, the less of the picture.
 
-
-def _over(square: Image.Image, weights: Tensor) -> Image.Image:
-    """A map of weights [p, p] over the picture: the more weight, the less of the picture."""
+    Args:
+        square: the picture as the encoder sees it.
+        weights: [p, p]; scaled by the largest.
+    """
     largest = weights.max().clamp_min(1e-12)
     heat = Image.fromarray((weights / largest).numpy().astype(np.float32))
     shown = np.asarray(heat.resize(square.size, Image.Resampling.BILINEAR)).clip(0, 1)
@@ -105,6 +101,12 @@ def _over(square: Image.Image, weights: Tensor) -> Image.Image:
     grey = np.asarray(square.convert("L"), np.float32)[..., None]
     mixed = 0.35 * grey + 0.65 * colour
     return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def save_drawing(drawing: Image.Image, path: Path) -> None:
+    """Write a drawing as PNG; it is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda aside: drawing.save(aside, format="PNG"))
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

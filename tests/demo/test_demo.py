@@ -326,6 +326,9 @@ def test_a_tiny_demo_leaves_everything_and_reuses_it(tmp_path):
     for run in TRAINING_RUNS:
         assert (folder / run / "model.safetensors").is_file()
         assert list((folder / run).rglob("events.out.tfevents.*"))
+        report = (folder / run / "report.html").read_text()
+        assert report.count('class="card sample"') == 6
+        assert "held_out-00006.png" in report
     assert "text to image R@1" in (folder / "table.txt").read_text()
     assert check_gates(summary), "four steps cannot meet the gates"
 

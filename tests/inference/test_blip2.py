@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from blip2_models import SIZE, pictures, write_run, write_transformers
+from blip2_models import NUM_QUERIES, SIZE, pictures, write_run, write_transformers
 
 from blip2fast import Blip2
 from blip2fast.frozen.images import ImageTransform
+from blip2fast.inference.attention_maps import prompt_attention
 from blip2fast.inference.loading import is_streamed
 
 KINDS = ["opt", "t5"]
@@ -226,3 +227,33 @@ def test_a_qformer_that_reads_questions(kind: str, way: str, tmp_path: Path) -> 
     handle.remove()
     assert not torch.allclose(seen[0][0], seen[0][1]), "soft prompts follow the question"
     assert blip2.prompts.caption == "A short image description:"
+    one, other = (blip2.attention(images[0], question) for question in ASKED[:2])
+    assert not torch.allclose(one, other), "and so does where the queries look"
+
+
+def test_attention_lies_on_the_patches(blip2: Blip2) -> None:
+    """Of 5 tokens the first belongs to no patch."""
+    image = pictures(1)[0]
+    seen = []
+    layer = blip2.model.qformer
+    handle = layer.register_forward_pre_hook(
+        lambda *call: seen.append(call[2]["encoder_hidden_states"]), with_kwargs=True
+    )
+    maps = blip2.attention(image)
+    handle.remove()
+    assert (maps.shape, maps.dtype) == ((NUM_QUERIES, 2, 2), torch.float32)
+    whole = (
+        layer(
+            query_embeds=blip2.model.query_tokens,
+            encoder_hidden_states=seen[0],
+            output_attentions=True,
+        )
+        .cross_attentions[-1]
+        .mean(1)[0]
+        .float()
+    )
+    assert whole.shape == (NUM_QUERIES, 5)
+    torch.testing.assert_close(maps.flatten(1), whole[:, 1:])
+    assert torch.equal(maps, blip2.attention(image, "what ?")), "it reads the image alone"
+    with pytest.raises(ValueError, match="3 image tokens are no square of patches"):
+        prompt_attention(blip2.model, seen[0][:, :3])

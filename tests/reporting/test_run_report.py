@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 
 import pytest
+from browser import Browser, find_browser
 from PIL import Image
 
 from blip2fast.command_line import main
@@ -136,23 +135,33 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (run / REPORT).read_bytes() == before
 
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-
-
-@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium on this machine")
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine")
 def test_a_browser_draws_it(run: Path, tmp_path: Path) -> None:
-    browser = next(filter(None, map(shutil.which, BROWSERS)))
-    page, picture = write_report(run, out=tmp_path / "page.html"), tmp_path / "page.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    for width in (1200, 390):
-        where = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}"]
-        command = [browser, *options, *where, f"--window-size={width},1400", f"file://{page}"]
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
-        image = Image.open(picture).convert("RGB")
-        assert image.size == (width, 1400)
-        colours = {colour for _, colour in image.getcolors(1 << 24) or ()}
-        # the curve of the loss, the cards and the page behind them
-        assert {(0, 114, 178), (255, 255, 255), (246, 247, 249)} <= colours
-        # nothing stands beyond the right edge: the last column is the page's background
-        edge = {image.getpixel((width - 3, y)) for y in range(0, 1400, 7)}
-        assert edge == {(246, 247, 249)}
+    lines = {"the model's caption": "a red heart", "its captions": "a heart\nred " + 300 * "x"}
+    overlays = {f"query {n}": Image.new("RGB", (96, 96), "purple") for n in range(32)}
+    samples = [Sample(Image.new("RGB", (40, 30), "red"), f"{n}.png", lines, overlays) for n in "ab"]
+    page = write_report(run, samples, tmp_path / "page.html", ["Passed over: c.png: <damaged>"])
+    picture = tmp_path / "page.png"
+    with Browser(tmp_path / "profile") as browser:
+        for width in (1200, 390):
+            browser.open(page.as_uri(), width, 1400)
+            said = browser.text()
+            for expected in ("a red heart", "Passed over: c.png: <damaged>", "b.png", "query 31"):
+                assert expected in said, expected
+            drawn = browser.run("[...document.images].map(each => each.naturalWidth)")
+            assert drawn == 2 * [40, *(32 * [96])]
+            assert browser.overflow() == 0
+            browser.screenshot(picture)
+            image = Image.open(picture).convert("RGB")
+            assert image.size == (width, 1400)
+            colours = {colour for _, colour in image.getcolors(1 << 24) or ()}
+            # the curve of the loss, the cards and the page behind them
+            assert {(0, 114, 178), (255, 255, 255), (246, 247, 249)} <= colours
+            # nothing stands beyond the right edge: the last column is the page's background
+            edge = {image.getpixel((width - 3, y)) for y in range(0, 1400, 7)}
+            assert edge == {(246, 247, 249)}
+            browser.run("document.querySelector('.sample').scrollIntoView()")
+            browser.screenshot(picture)
+            colours = {c for _, c in Image.open(picture).convert("RGB").getcolors(1 << 24) or ()}
+            assert any(r > 240 and g < 16 and b < 16 for r, g, b in colours), "the picture"
+            assert any(abs(r - 128) + g + abs(b - 128) < 24 for r, g, b in colours), "a query"

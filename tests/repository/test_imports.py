@@ -37,6 +37,7 @@ ROOMS = (
     "search",
     "capfilt",
     "reporting",
+    "demo_page",
     "scenes",
     "demo",
     "doctor",
@@ -45,14 +46,24 @@ ROOMS = (
     "__main__",
 )
 FACES = (
-    *("capfilt", "checkpoints", "data", "demo", "evaluation", "frozen", "inference", "offload"),
-    *("published", "qformer", "reporting", "scoring", "search", "stage1", "stage2", "training"),
+    *("capfilt", "checkpoints", "data", "demo", "demo_page", "evaluation", "frozen", "inference"),
+    *(
+        "offload",
+        "published",
+        "qformer",
+        "reporting",
+        "scoring",
+        "search",
+        "stage1",
+        "stage2",
+        "training",
+    ),
 )
 # What not every user has installed beside torch, transformers and NumPy.
 OPTIONAL = (
     *("pydantic", "deepspeed", "xformers", "triton", "tokenizers", "matplotlib", "rich"),
     *("sklearn", "psutil", "tensorboard", "PIL", "pyarrow", "datasets", "typer"),
-    *("wandb", "peft", "jinja2"),
+    *("wandb", "peft", "jinja2", "gradio"),
 )
 
 

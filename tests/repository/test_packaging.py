@@ -30,9 +30,9 @@ def test_rooms() -> None:
     """A new module or folder directly in the package needs a place in the order of the rooms."""
     rooms = {p.name for p in (ROOT / "blip2fast").iterdir() if p.is_dir()} - {"__pycache__"}
     assert rooms == {
-        *("capfilt", "checkpoints", "command_line", "configs", "data", "demo", "evaluation"),
-        *("frozen", "inference", "kernels", "offload", "ops", "published", "qformer", "reporting"),
-        *("scenes", "scoring", "search", "stage1", "stage2", "training"),
+        *("capfilt", "checkpoints", "command_line", "configs", "data", "demo", "demo_page"),
+        *("evaluation", "frozen", "inference", "kernels", "offload", "ops", "published"),
+        *("qformer", "reporting", "scenes", "scoring", "search", "stage1", "stage2", "training"),
     }
     modules = {p.stem for p in (ROOT / "blip2fast").glob("*.py")}
     assert modules == {"__init__", "__main__", "_extension", "_imports", "doctor", "train"}
