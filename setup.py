@@ -54,10 +54,11 @@ class NinjaBuild(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """The library depends on the platform, not on Python."""
+    """The library depends on the platform, not on Python; without it, nothing does."""
 
     def get_tag(self):
-        return ("py3", "none", super().get_tag()[2])
+        library = Path(self.get_finalized_command("build").build_lib) / "blip2fast" / "_C.so"
+        return ("py3", "none", super().get_tag()[2] if library.exists() else "any")
 
 
 setup(

@@ -18,6 +18,8 @@ import re
 import sys
 from pathlib import Path
 
+import memory_tables
+import model_tables
 import training_tables
 from results import ResultFile, newest, reduce
 from summary import rivals_table
@@ -40,7 +42,9 @@ PAGES = (
     *sorted(SUITES.glob("*.md")),
     ROOT / "docs" / "ablations.md",
     ROOT / "docs" / "demo.md",
+    ROOT / "docs" / "kernel_model.md",
     ROOT / "docs" / "kernels.md",
+    ROOT / "docs" / "memory_and_speed.md",
     ROOT / "docs" / "precision.md",
 )
 PROVEN = ROOT / "blip2fast" / "ops" / "proven_kernels.json"
@@ -53,7 +57,33 @@ TRAINING = {
     "digits": ("digits", training_tables.gates_table),
     "ablations": ("ablations", training_tables.ablation_tables),
     "precision": ("precision", training_tables.precision_table),
+    "plans": ("plans", memory_tables.plans),
 }
+MODEL = ("model_h200", "model_loops", "model_cuda", "model_cards", "model_errors", "model_assumed")
+
+
+def model_text(name: str) -> str:
+    """A table of the kernel model, beside the newest sweep and the newest profile of a step."""
+    data = json.loads((RESULTS / "kernel_model.json").read_text())
+    files = sorted(RESULTS.glob("????-??-??_sweep_*H200.json"))
+    sweep = json.loads(files[-1].read_text())["rows"] if files else []
+    if name == "model_h200":
+        return model_tables.measured_card_table(data, sweep)
+    if name == "model_errors":
+        return model_tables.sweep_errors_table(data, sweep)
+    if name == "model_cuda":
+        profile: dict[str, list[float]] = {}
+        for file in newest(RESULTS.glob("*.json"), "stage1_step"):
+            cell = file.cells.get("shares[vit_g_b256_dropout_cuda]")
+            if file.machine == "h200" and cell is not None:
+                profile = cell["contenders"]["blip2fast"].get("kernels_us", {})
+        return model_tables.cuda_table(data, profile)
+    tables = {
+        "model_loops": model_tables.instructions_table,
+        "model_cards": model_tables.cards_table,
+        "model_assumed": model_tables.assumptions_table,
+    }
+    return tables[name](data)
 
 
 def block_text(name: str) -> str:
@@ -79,6 +109,10 @@ def block_text(name: str) -> str:
     if name == "sweep":
         found = sorted(RESULTS.glob("????-??-??_sweep_*.json"))
         return sweep_table(json.loads(found[-1].read_text())) if found else "No result yet."
+    if name == "stage1_steps":
+        return memory_tables.stage1_steps(newest(RESULTS.glob("*.json"), "stage1_step"))
+    if name in MODEL:
+        return model_text(name)
     if name == "proven_kernels":
         return records_table(json.loads(PROVEN.read_text())["records"])
     files = newest(RESULTS.glob("*.json"), name)

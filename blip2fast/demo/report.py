@@ -93,7 +93,7 @@ class Models:
             torch.manual_seed(settings.seed)
             untrained1 = Blip2Stage1(stage1.config).eval()
             untrained2 = Blip2Stage2(stage2.config, language_model).eval()
-        tokenizer = AutoTokenizer.from_pretrained(places.language_tower)
+        tokenizer = AutoTokenizer.from_pretrained(places.language_tower, trust_remote_code=False)
         return cls(
             stage1,
             untrained1,
@@ -108,6 +108,6 @@ def _eval_set(settings: DemoSettings, places: Places, name: Any) -> EvalSet:
     return EvalSet.build(
         load_split(settings, name),
         FeatureCache(places.features(name)),
-        AutoTokenizer.from_pretrained(places.qformer_tokenizer),
+        AutoTokenizer.from_pretrained(places.qformer_tokenizer, trust_remote_code=False),
         questions_per_scene=1,
     )

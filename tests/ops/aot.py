@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,7 @@ class Launch:
         grid: Programs along each axis.
         types, constants: As for `compile_kernel`.
         options: `num_warps` and what else is not an argument.
+        numbers: Values of the integers among the arguments that are no constants.
     """
 
     kernel: Any
@@ -130,6 +131,7 @@ class Launch:
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any]
+    numbers: dict[str, int] = field(default_factory=dict)
 
     @property
     def variant(self) -> tuple[Any, ...]:
@@ -168,7 +170,10 @@ def record_launches(function: Callable[[], object]) -> list[Launch]:
                 constants[name] = value
             else:
                 types[name] = kind
-        launches.append(Launch(kernel, grid, types, constants, options))
+        numbers = {
+            name: x for name, x in values.items() if type(x) is int and name not in constants
+        }
+        launches.append(Launch(kernel, grid, types, constants, options, numbers))
 
     with patch.object(triton.runtime.jit.JITFunction, "run", record):
         function()

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import ablations
 import demo_seeds
 import fingerprint
+import memory_tables
+import plans
 import report
 import roofline
 import tables
@@ -425,3 +427,51 @@ def test_a_seed_that_ran_at_this_commit_is_not_run_again(
     monkeypatch.setattr(demo_seeds.subprocess, "run", lambda *_, **__: None)
     with pytest.raises(RuntimeError, match="seed 5: the demo left no summary"):
         demo_seeds.run_demo("shapes", 5, tmp_path / "five")
+
+
+def test_steps_by_batch_have_rates_and_peaks_a_pair() -> None:
+    step = raw("step[vit_g_b8-bf16]", "2026-01-02", {"blip2fast": 2.0, "textbook": 4.0})
+    lines = memory_tables.stage1_steps([result(step)]).splitlines()
+    assert lines[2].startswith("| **AMD EPYC, 2026-01-02** |")
+    assert lines[3:] == [
+        "| vit_g_b8-bf16 | 2.00 s | 4 | 2.0 MB | 0.2 MB | 4.00 s | 2 | 2.0 MB |",
+    ]
+
+
+def test_tables_of_plans_show_places_and_what_does_not_fit() -> None:
+    def option(name: str, gib: float, fits: bool) -> dict[str, Any]:
+        device = {"language model": int(gib * 2**30), "logits": 2**29}
+        return {"name": name, "device": device, "host": 2**30, "fits": fits}
+
+    options = [
+        option("none", 90, False),
+        option("none, gradient_checkpointing", 4, True),
+        option("stream", 1, True),
+    ]
+    plan = {
+        "batch_size": 8,
+        "precision": "bf16",
+        "parameters": {"language model": 1234, "trained": 567},
+        "options": options,
+        "chosen": "none, gradient_checkpointing",
+    }
+    conditions = {"versions": {"torch": "2.13"}, "commit": "0123456789"}
+    cluster = {"processes": 2, "machines": 1, "device_gib": 80, "host_gib": 100}
+    text = memory_tables.plans(
+        {"conditions": {**conditions, "cluster": cluster}, "plans": {"recipe": plan}}
+    )
+    first = "| recipe | 1,234 |  | 567 | 8 | 90.00 | 0.00 | 0.00 | 0.00 | 0.00 | 0.50 | 90.50 |"
+    assert f"{first} none, recomputed |" in text
+    assert "| recipe | (90.50 / 1.00) | 1.50 / 1.00 |" in text
+    assert "| recipe, recomputed | 4.50 / 1.00 |  |" in text
+
+
+def test_plans_in_the_results_are_those_of_today() -> None:
+    """`python benchmarks/plans.py` makes the file; two recipes are planned again here."""
+    file = sorted(plans.RESULTS.glob("*_plans.json"))[-1]
+    kept = json.loads(file.read_text())
+    assert kept["plans"].keys() == plans.recipes().keys()
+    cluster = plans.Cluster(**kept["conditions"]["cluster"])
+    some = {name: plans.recipes()[name] for name in ("vitg_stage1", "vitg_opt6.7b_stage2")}
+    for name, plan in plans.plan_all(some, cluster).items():
+        assert plan == kept["plans"][name]

@@ -9,12 +9,49 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+
+import blip2fast
 
 ROOT = Path(__file__).parents[2]
+
+
+def _project() -> dict[str, Any]:
+    """The section `project` of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_version_is_in_one_place() -> None:
+    """`blip2fast.__version__`; the build reads it there, and CITATION.cff repeats it."""
+    assert "version" not in _project()
+    assert _project()["dynamic"] == ["version"]
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert tool["setuptools"]["dynamic"]["version"] == {"attr": "blip2fast.__version__"}
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == blip2fast.__version__
+
+
+def test_citation_is_complete() -> None:
+    """The keys that the Citation File Format 1.2.0 requires, and a licence that is ours."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    assert cited["license"] == _project()["license"]
+    for reference in cited["references"]:
+        assert {"type", "title", "authors"} <= reference.keys()
+
+
+def test_extras_and_pythons() -> None:
+    extras = _project()["optional-dependencies"]
+    assert {"demo", "datasets", "dev", "docs", "gradio"} <= extras.keys()
+    assert {"kernels", "lora", "wandb"} <= extras.keys()
+    named = [c.rpartition(" ")[2] for c in _project()["classifiers"] if ":: Python :: 3." in c]
+    assert named == ["3.11", "3.12", "3.13", "3.14"]
+    assert _project()["requires-python"] == f">={named[0]}"
 
 
 def test_kernels_folder_is_no_package() -> None:
@@ -102,6 +139,16 @@ def _tuned_files() -> list[str]:
     return [str(file.relative_to(ROOT)) for file in found]
 
 
+def _files_of_a_wheel() -> set[str]:
+    """What it must hold besides the extension."""
+    modules = (ROOT / "blip2fast").rglob("*.py")
+    expected = {str(p.relative_to(ROOT)) for p in modules} | {"blip2fast/ops/proven_kernels.json"}
+    expected |= {name.replace(".", "/") + ".py" for name in _kernel_modules()}
+    expected |= {f"blip2fast/{name}" for name in _tuned_files()}
+    expected |= {"blip2fast/reporting/run_report.html"}
+    return expected | {f"blip2fast/configs/{file.name}" for file in (ROOT / "configs").iterdir()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("compilers", "note"),
@@ -117,14 +164,10 @@ def test_wheel(tmp_path: Path, compilers: str, note: str) -> None:
     wheel = _wheel(source, tmp_path, _compilers(tmp_path / "bin", compilers))
     names = wheel.namelist()
     top = {name.split("/")[0] for name in names}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"blip2fast"}
-    modules = (ROOT / "blip2fast").rglob("*.py")
-    expected = {str(p.relative_to(ROOT)) for p in modules} | {"blip2fast/ops/proven_kernels.json"}
-    expected |= {name.replace(".", "/") + ".py" for name in _kernel_modules()}
-    expected |= {f"blip2fast/{name}" for name in _tuned_files()}
-    expected |= {"blip2fast/reporting/run_report.html"}
-    expected |= {f"blip2fast/configs/{file.name}" for file in (ROOT / "configs").iterdir()}
-    assert expected <= set(names)
+    about = f"blip2fast-{blip2fast.__version__}.dist-info"
+    assert str(wheel.filename).endswith("-py3-none-any.whl") == (compilers != "g++")
+    assert top == {"blip2fast", about}
+    assert _files_of_a_wheel() <= set(names)
     assert ("blip2fast/_C.so" in names) == (compilers == "g++")
     streamers = [name for name in names if name.startswith("blip2fast/_block_stream")]
     assert len(streamers) == (compilers == "g++")
@@ -162,8 +205,12 @@ def test_sdist_has_what_a_build_needs(tmp_path: Path) -> None:
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
+        opened.extractall(tmp_path / "unpacked", filter="data")
     assert {
         str(p.relative_to(ROOT)) for p in (ROOT / "csrc").iterdir() if p.suffix != ".md"
     } <= names
     assert {name.replace(".", "/") + ".py" for name in _kernel_modules()} <= names
     assert {f"blip2fast/{name}" for name in _tuned_files()} <= names
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    wheel = _wheel(unpacked, tmp_path, _compilers(tmp_path / "bin", "none"))
+    assert _files_of_a_wheel() <= set(wheel.namelist())
