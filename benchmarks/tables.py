@@ -81,7 +81,7 @@ def overview(files: Iterable[ResultFile]) -> str:
 
 def suite_table(file: ResultFile) -> str:
     """Everything about a suite on a machine: tables, who does not run, conditions."""
-    parts = [f"## {file.runs[0]['device']}, {file.date}"]
+    parts = [f"**{file.runs[0]['device']}, {file.date}**"]
     timed = {n: c for n, c in file.cells.items() if _any(c["contenders"], "median_s")}
     memory = {
         n: c

@@ -126,7 +126,7 @@ def test_a_page_begins_with_what_is_read_at_a_glance() -> None:
         raw("itc[none]", "2026-01-02", {"torch": 0.001}),
     )
     lines = tables.suite_table(file).splitlines()
-    assert lines[0] == "## AMD EPYC, 2026-01-02"
+    assert lines[0] == "**AMD EPYC, 2026-01-02**"
     assert lines[4:8] == [
         "| itc[won] | 2.00 ms | 4.00 ms | 2.00 | 50 % |",
         "| itc[lost] | 2.00 ms | 1.00 ms | **0.50** | 50 % |",
