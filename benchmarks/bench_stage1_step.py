@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from profiling import step_shares
+from selection import JUDGED_PAIRS
 from shapes import STAGE1_MEMORY_SHAPES, STAGE1_SHAPES, cells
 from stage1_contenders import (
     NAMES,
@@ -54,6 +55,7 @@ def bench_step(
     device: torch.device,
     timed: bool,
     compiled: bool,
+    brief: bool,
     compare: Callable[..., None],
     benchmark: Any,
 ) -> None:
@@ -62,11 +64,13 @@ def bench_step(
     if device.type == "cuda":
         names = (names[0], WITHOUT_KERNELS, *names[1:])
     models, batch = make_models(shape, device, names), make_batch(shape, device)
-    judged = make_batch(replace(shape, batch=min(shape.batch, MOST_JUDGED)), device)
-    truth, rival = (
-        judged_provider(models["textbook"], judged, dtype)(None).run()
-        for dtype in (torch.float32, kind)
+    pairs = min(shape.batch, JUDGED_PAIRS if brief else MOST_JUDGED)
+    judged = make_batch(replace(shape, batch=pairs), device)
+    in_fp32, in_kind = (
+        judged_provider(models["textbook"], judged, dtype) for dtype in (torch.float32, kind)
     )
+    truth = in_fp32(None).run()
+    rival = truth if kind == torch.float32 else in_kind(None).run()
 
     def error(found: dict[str, Tensor], which: str) -> float:
         return float((found[which] - truth[which]).norm() / truth[which].norm())

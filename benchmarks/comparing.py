@@ -6,6 +6,7 @@ timed, and fails the benchmark once the others have been.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -212,13 +213,19 @@ class Race(Generic[Inputs]):
         """The entries that have a sampler."""
         return [entry for entry in self.entries if entry.sampler is not None]
 
-    def rounds(self, seconds: float, least: int, most: int = 100) -> int:
-        """How many rounds fit, every contender having as many seconds on average."""
+    def rounds(
+        self, seconds: float, least: int, most: int = 100, long_round: float = math.inf
+    ) -> int:
+        """How many more rounds fit after a first, contenders having as many seconds on average.
+
+        Args:
+            seconds: Of each contender.
+            least, most: Rounds, the first included.
+            long_round: Seconds of a round from which on one fewer is enough.
+        """
         once = sum(entry.take() for entry in self.running())
-        for entry in self.running():
-            entry.samples.clear()
         fit = seconds * len(self.running()) / max(once, 1e-9)
-        return int(min(max(fit, least), most))
+        return max(1, int(min(max(fit, least - (once > long_round)), most)) - 1)
 
     def failures(self) -> str:
         """What was wrong or broke, a line each."""

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import selection
 import torch
 from comparing import Contender, Provider, Race, Work, plain
 from machines import ceilings, run_conditions
+from progress import Progress, clock_time
+from results import reduce
+from summary import rivals_table
+from tables import REFERENCE
 
 from blip2fast.ops import set_kernels
 from blip2fast.ops.dispatch import Kernels
@@ -30,8 +36,24 @@ class DeviceClock:
 CLOCK = DeviceClock()
 
 
+STARTED = time.monotonic()
+RUN = pytest.StashKey[Progress]()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options for a machine that is lent for minutes, with a copy of the files without `.git`."""
+    """How much is timed; and options for a machine that is lent for minutes, without `.git`."""
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="time all shapes, compiled rivals and the reference: on 2 cores about an hour",
+    )
+    parser.addoption(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="leave out benchmarks that would end later than this; by default "
+        f"{selection.LIMIT_S:.0f}, with --full none",
+    )
     parser.addoption("--bench-commit", help="the commit that results name where there is no .git")
     parser.addoption(
         "--without-compiled-rivals",
@@ -51,17 +73,119 @@ def pytest_configure(config: pytest.Config) -> None:
     set_kernels(config.getoption("kernels"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let every benchmark's columns come from the device's clock."""
-    for item in items:
-        if "benchmark" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+def is_timed(config: pytest.Config) -> bool:
+    """Whether this run is for times, not a look at contenders by the tests."""
+    return bool(config.getoption("benchmark_only") and not config.getoption("benchmark_disable"))
+
+
+def is_brief(config: pytest.Config) -> bool:
+    """Whether this is the plain command: few shapes, few rounds."""
+    return is_timed(config) and not config.getoption("full")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the cells of the plain command, and leave it those, the weightiest first.
+
+    Every benchmark's columns come from the device's clock.
+    """
+    order = list(selection.chosen(torch.cuda.is_available()))
+    benchmarks = [item for item in items if "benchmark" in getattr(item, "fixturenames", ())]
+    for item in benchmarks:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+        if selection.cell_of(item.nodeid) in order:
+            item.add_marker(pytest.mark.brief)
+    if is_brief(config) and not selection.names_a_cell(config.args):
+        kept = [item for item in benchmarks if item.get_closest_marker("brief")]
+        kept.sort(key=lambda item: order.index(selection.cell_of(item.nodeid)))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str:
+    """What will be timed, and about how long that takes."""
+    if not is_timed(config):
+        return ""
+    expected = selection.expected_seconds(
+        (item.nodeid for item in items), torch.cuda.is_available()
+    )
+    limit = config.getoption("time_limit")
+    if limit is None and is_brief(config):
+        limit = selection.LIMIT_S
+    config.stash[RUN] = Progress(expected, limit, before=time.monotonic() - STARTED)
+    told = f"{len(items)} benchmark{'s' * (len(items) != 1)}"
+    if is_brief(config):
+        told += f", on 2 cores about {clock_time(sum(expected))}; --full has all"
+    return told
+
+
+class Lines:
+    """A line for each benchmark of a timed run, in place of pytest's dots.
+
+    Args:
+        config: Of the run.
+        reporter: Where lines go.
+    """
+
+    def __init__(self, config: pytest.Config, reporter: Any) -> None:
+        self._config = config
+        self._reporter = reporter
+        reporter.showfspath = False
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Say which one begins."""
+        run = self._config.stash[RUN]
+        run.begin()
+        self._reporter.write(run.line(" ".join(selection.cell_of(nodeid))), flush=True)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        """Leave out what would end too late."""
+        if not self._config.stash[RUN].fits():
+            pytest.skip("no time left: --time-limit SECONDS gives more, --full as much as it takes")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """End the line."""
+        if report.when == "call" or (report.when == "setup" and not report.passed):
+            self._config.stash[RUN].end(ran=report.when == "call")
+            self._reporter.write(f": {report.duration:.1f} s, {report.outcome}\n", flush=True)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str]:
+        """Count it, and print no letter."""
+        if report.when == "call" or report.skipped:
+            return report.outcome, "", ""
+        return "error" if report.failed else "", "", ""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Replace pytest's dots by lines."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if is_timed(session.config) and reporter is not None:
+        session.config.pluginmanager.register(Lines(session.config, reporter), "benchmark-lines")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Say at once why a benchmark failed: a run that ends early has no summary."""
     if report.failed:
         print(f"\nFAILED {report.nodeid}: {report.longreprtext}", flush=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Ours beside each rival, in place of the plugin's table of whoever ran first."""
+    found = getattr(config, "_benchmarksession", None)
+    if found is None or not is_timed(config):
+        return
+    found.quiet = True
+    files = reduce({"benchmarks": [b.as_dict(include_data=False) for b in found.benchmarks]})
+    if files:
+        terminalreporter.section("ours beside each rival: over 1, ours is quicker")
+        terminalreporter.write_line(rivals_table(files))
+    if files and is_brief(config):
+        left_out = "compiled rivals, the reference and other shapes are timed with --full"
+        terminalreporter.write_line(f"\n{clock_time(config.stash[RUN].elapsed)}; {left_out}")
 
 
 @pytest.hookimpl(trylast=True)
@@ -111,7 +235,14 @@ def timed(benchmark: Any) -> bool:
 @pytest.fixture
 def compiled(timed: bool, request: pytest.FixtureRequest) -> bool:
     """Whether rivals that `torch.compile` makes take part, where a suite has some."""
-    return timed and not request.config.getoption("without_compiled_rivals")
+    left_out = is_brief(request.config) or request.config.getoption("without_compiled_rivals")
+    return timed and not left_out
+
+
+@pytest.fixture
+def brief(request: pytest.FixtureRequest) -> bool:
+    """Whether this is the plain command, which takes minutes."""
+    return is_brief(request.config)
 
 
 @pytest.fixture
@@ -145,8 +276,11 @@ def compare(
             work: FLOPs and bytes that the floor is computed from.
             dtype: Of the matrix products.
             judged: Providers whose results are looked at instead (without dropout, say).
-            rounds: How many; by default as many as fit `--benchmark-max-time` each.
+            rounds: How many; by default as many as fit `--benchmark-max-time` each. In the plain
+                command fewer, and the reference does not take part.
         """
+        if is_brief(request.config):
+            providers = {name: p for name, p in providers.items() if name != REFERENCE}
         race = Race(make_inputs, agree, device, benchmark.enabled)
 
         def enter() -> None:
@@ -163,7 +297,7 @@ def compare(
             conditions["kernels"] = request.config.getoption("kernels")
         benchmark.extra_info["conditions"] = conditions
         if benchmark.enabled and race.running():
-            _time(race, benchmark, rounds or _rounds(race, request.config))
+            _time(race, benchmark, _rounds(race, request.config, rounds))
             benchmark.extra_info |= _numbers(race, work, device, dtype)
         if race.failures():
             pytest.fail(race.failures(), pytrace=False)
@@ -188,9 +322,16 @@ def race(compare: Callable[..., None], conditions: dict[str, Any]) -> Callable[.
     return run
 
 
-def _rounds(race: Race[Any], config: pytest.Config) -> int:
-    seconds = float(config.getoption("benchmark_max_time"))
-    return race.rounds(seconds, int(config.getoption("benchmark_min_rounds")))
+def _rounds(race: Race[Any], config: pytest.Config, given: int | None) -> int:
+    brief = is_brief(config)
+    if given is not None:
+        return min(given, selection.LEAST_ROUNDS) if brief else given
+    if not brief:
+        seconds = float(config.getoption("benchmark_max_time"))
+        return race.rounds(seconds, int(config.getoption("benchmark_min_rounds")))
+    return race.rounds(
+        selection.CONTENDER_S, selection.LEAST_ROUNDS, long_round=selection.LONG_ROUND_S
+    )
 
 
 def _time(race: Race[Any], benchmark: Any, rounds: int) -> None:

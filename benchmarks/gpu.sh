@@ -44,17 +44,13 @@ declare -A most=(
     [tests]=110 [cuda]=70 [sanitize]=70 [check]=100 [step]=120 [shares]=60 [sweep]=90 [itc]=60
     [attention]=60 [glue]=50 [qformer]=30 [profile]=60
 )
-# a step's suite, and which of its benchmarks
+# a step's suite; its benchmarks are those that selection.py marks as brief
 declare -A suite_of=(
     [step]=stage1_step [shares]=stage1_step [itc]=itc [attention]=qformer_attention [glue]=glue
     [qformer]=qformer
 )
-declare -A cells=(
-    [step]="bench_step and (b256 or b64_dropout)" [shares]="bench_shares"
-    [itc]="n1680-bf16 or n4096 or n16384"
-    [attention]="(64x64 or stage1_pass2 or 32x257) and not b16"
-    [glue]="r33792 or r2816" [qformer]="b1_cuda and bf16"
-)
+# and where two steps share a suite, which of them
+declare -A cells=([step]=bench_step [shares]=bench_shares)
 steps=("$@")
 [ $# -gt 0 ] || steps=(tests cuda sanitize sweep check step shares itc attention glue qformer profile)
 for step in "${steps[@]}"; do
@@ -108,8 +104,11 @@ device=cpu
 workers=$(($(nproc) < 12 ? $(nproc) : 12))
 # a suite's file and its choice of benchmarks, as pytest takes them
 select_cells() { # STEP
-    chosen=("benchmarks/bench_${suite_of[$1]}.py" -m "not fullsize")
-    [ -z "$gpu" ] || chosen=("benchmarks/bench_${suite_of[$1]}.py" -k "${cells[$1]}")
+    local which="not fullsize"
+    [ -z "$gpu" ] || which=brief
+    # full: as many rounds as ever
+    chosen=("benchmarks/bench_${suite_of[$1]}.py" --full -m "$which")
+    [ -z "$gpu" ] || [ -z "${cells[$1]:-}" ] || chosen+=(-k "${cells[$1]}")
 }
 
 # beside what follows, until something is timed: files are read, kernels compiled

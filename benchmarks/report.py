@@ -1,12 +1,13 @@
 """Write tables and plots from result files.
 
-    python benchmarks/report.py                # README.md, benchmarks/README.md, docs/roofline_*
+    python benchmarks/report.py                # README.md, benchmarks/suites/, docs/roofline_*, ...
     python benchmarks/report.py --check        # are they what the result files say? (in CI)
     python benchmarks/report.py --add RAW...   # first take in pytest-benchmark's JSON files
-    python benchmarks/report.py --show RAW...  # a short table of such files, nothing written
+    python benchmarks/report.py --show RAW...  # of such files, for a terminal; nothing is written
 
 A block between `<!-- NAME: generated ... -->` and `<!-- /NAME -->` is replaced: a name of
-`TRAINING` by the table of its newest run, that of a suite by the newest results of each machine.
+`TRAINING` by the table of its newest run, that of a suite by the newest results of each machine,
+`overview` by a line for each of these.
 """
 
 from __future__ import annotations
@@ -21,21 +22,24 @@ import memory_tables
 import model_tables
 import training_tables
 from results import ResultFile, newest, reduce
+from summary import rivals_table
 from tables import (
     GPU_HEADLINES,
     HEADLINES,
     headlines,
+    overview,
     records_table,
-    short_table,
     suite_table,
     sweep_table,
 )
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SUITES = ROOT / "benchmarks" / "suites"
 PAGES = (
     ROOT / "README.md",
     ROOT / "benchmarks" / "README.md",
+    *sorted(SUITES.glob("*.md")),
     ROOT / "docs" / "ablations.md",
     ROOT / "docs" / "demo.md",
     ROOT / "docs" / "kernel_model.md",
@@ -99,6 +103,9 @@ def block_text(name: str) -> str:
             for suite, *_ in rows
         }
         return headlines(suites, rows)
+    if name == "overview":
+        suites = sorted(path.stem for path in SUITES.glob("*.md"))
+        return overview([f for suite in suites for f in newest(RESULTS.glob("*.json"), suite)])
     if name == "sweep":
         found = sorted(RESULTS.glob("????-??-??_sweep_*.json"))
         return sweep_table(json.loads(found[-1].read_text())) if found else "No result yet."
@@ -161,7 +168,7 @@ def main() -> int:
     how.add_argument("--show", nargs="+", type=Path, default=[], help="print these files briefly")
     given = parser.parse_args()
     if given.show:
-        print(short_table(_raw(given.show)))
+        print(rivals_table(_raw(given.show)))
         return 0
     if given.check:
         stale = check()

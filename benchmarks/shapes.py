@@ -29,7 +29,7 @@ class Placed(Protocol):
 
     @property
     def where(self) -> Where:
-        """`"test"`: anywhere, and by the tests; `"cpu"`: in `make bench`; `"cuda"`: on a GPU."""
+        """`"test"`: anywhere, and by the tests; `"cpu"`: not by these; `"cuda"`: on a GPU."""
         ...
 
 

@@ -1,7 +1,8 @@
-"""Result files as markdown tables, and a short form for a terminal."""
+"""Result files as markdown tables."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,9 +58,30 @@ def ratio(contenders: Contenders, ours: str | None = None) -> float | None:
     return contenders[rival]["median_s"] / contenders[ours]["median_s"]
 
 
+def overview(files: Iterable[ResultFile]) -> str:
+    """A line for each suite and machine: in how many benchmarks ours is quicker, by how much."""
+    lines = [
+        "| suite | machine | compared | quicker | rival / ours: lowest | median | highest |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for file in files:
+        found = [ratio(cell["contenders"]) for cell in file.cells.values()]
+        factors = [factor for factor in found if factor is not None]
+        if factors:
+            numbers = (min(factors), statistics.median(factors), max(factors))
+            lines.append(
+                f"| [{file.suite}](suites/{file.suite}.md) "
+                f"| {file.runs[0]['device']}, {file.date} "
+                f"| {len(factors)} | {sum(factor >= 1 for factor in factors)} | "
+                + " | ".join(f"{number:.2f}" for number in numbers)
+                + " |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else "No result yet."
+
+
 def suite_table(file: ResultFile) -> str:
     """Everything about a suite on a machine: tables, who does not run, conditions."""
-    parts = [f"**{file.runs[0]['device']}, {file.date}**"]
+    parts = [f"## {file.runs[0]['device']}, {file.date}"]
     timed = {n: c for n, c in file.cells.items() if _any(c["contenders"], "median_s")}
     memory = {
         n: c
@@ -68,7 +90,7 @@ def suite_table(file: ResultFile) -> str:
     }
     profiled = {n: c for n, c in file.cells.items() if _any(c["contenders"], "shares")}
     if timed:
-        parts += [_time_table(timed), _summary(timed)]
+        parts += [_glance(timed), _summary(timed), f"Everything:\n\n{_time_table(timed)}"]
     if memory:
         parts.append(_memory_table(memory))
     if profiled:
@@ -82,6 +104,25 @@ def suite_table(file: ResultFile) -> str:
 
 def _any(contenders: Contenders, field: str) -> bool:
     return any(field in result for result in contenders.values())
+
+
+def _glance(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """The time of our best backend and of the best rival, nothing else."""
+    lines = [
+        "| | ours | best rival | rival / ours | of floor |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, cell in cells.items():
+        found = cell["contenders"]
+        ours, rival, factor = fastest(found, True), fastest(found, False), ratio(found)
+        share = found[ours].get("of_floor") if ours else None
+        times = [
+            "does not run" if n is None else seconds(found[n]["median_s"]) for n in (ours, rival)
+        ]
+        shown = "" if factor is None else f"{factor:.2f}" if factor >= 1 else f"**{factor:.2f}**"
+        floor = "" if share is None else f"{100 * share:.0f} %"
+        lines.append("| " + " | ".join([name, *times, shown, floor]) + " |")
+    return "\n".join(lines)
 
 
 def _time_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
@@ -174,11 +215,6 @@ def _shares_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _shares_line(who: str, result: Mapping[str, Any]) -> str:
-    parts = [f"{kind} {100 * share:.0f} %" for kind, share in result.get("shares", {}).items()]
-    return f"{who}: {', '.join(parts)}"
-
-
 def _absences(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each contender and reason, with how many cells it is about."""
     counts: dict[tuple[str, str], int] = {}
@@ -245,33 +281,6 @@ def records_table(records: Iterable[Mapping[str, Any]]) -> str:
         )
         cards[f"{record['card']}, torch {record['torch']}, triton {record['triton']}"] = None
     return "\n".join([*lines, "", "; ".join(cards) + "."]) if cards else "None yet."
-
-
-def short_table(files: Iterable[ResultFile]) -> str:
-    """A line for each benchmark: our best time, its share of the floor, the best rival's factor.
-
-    Where a step was profiled, a line for each contender: what its time went to.
-    """
-    lines = [f"{'benchmark':52} {'ours':>10} {'floor':>6} {'rival/ours':>10}  by / against"]
-    for file in files:
-        for name, cell in file.cells.items():
-            found = cell["contenders"]
-            if _any(found, "shares"):
-                lines += [f"{file.suite} {name}: {_shares_line(*item)}" for item in found.items()]
-                continue
-            ours, rival, factor = fastest(found, True), fastest(found, False), ratio(found)
-            if ours is None:
-                lines.append(f"{file.suite + ' ' + name:52.52} {'none':>10}")
-                continue
-            share = found[ours].get("of_floor")
-            lines.append(
-                f"{file.suite + ' ' + name:52.52} {seconds(found[ours]['median_s']):>10} "
-                f"{'' if share is None else f'{100 * share:.0f} %':>6} "
-                f"{'' if factor is None else f'{factor:.2f}':>10}  {ours} / {rival or '-'}"
-            )
-            failed = [f"  {n}: {r['failed']}" for n, r in found.items() if "failed" in r]
-            lines += [line[:160] for line in failed]
-    return "\n".join(lines)
 
 
 # suite, benchmark, what it is, ours, the rival

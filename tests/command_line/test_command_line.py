@@ -145,3 +145,7 @@ def test_bench_says_what_a_wheel_lacks(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit, match="3"):
         main(["bench", "-k", "itc"])
     assert calls == [["-m", "pytest", "benchmarks/", "--benchmark-only", "-k", "itc"]]
+    monkeypatch.setattr(machine, "find_spec", lambda name: None if name[6:] else name)
+    with pytest.raises(SystemExit, match=r"need pytest_benchmark: run `pip install -e '.\[dev\]'`"):
+        main(["bench"])
+    assert len(calls) == 1

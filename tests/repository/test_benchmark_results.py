@@ -118,29 +118,45 @@ def test_tables_show_where_ours_is_slower_and_who_does_not_run() -> None:
     assert "commit 01234567" in text
 
 
+def test_a_page_begins_with_what_is_read_at_a_glance() -> None:
+    file = result(
+        raw("itc[won]", "2026-01-02", {"blip2fast cuda": 0.002, "torch": 0.004}),
+        raw("itc[lost]", "2026-01-02", {"blip2fast cuda": 0.002, "torch": 0.001}),
+        raw("itc[alone]", "2026-01-02", {"blip2fast cuda": 0.002}),
+        raw("itc[none]", "2026-01-02", {"torch": 0.001}),
+    )
+    lines = tables.suite_table(file).splitlines()
+    assert lines[0] == "## AMD EPYC, 2026-01-02"
+    assert lines[4:8] == [
+        "| itc[won] | 2.00 ms | 4.00 ms | 2.00 | 50 % |",
+        "| itc[lost] | 2.00 ms | 1.00 ms | **0.50** | 50 % |",
+        "| itc[alone] | 2.00 ms | does not run |  | 50 % |",
+        "| itc[none] | does not run | 1.00 ms |  |  |",
+    ]
+    row = tables.overview([file]).splitlines()[-1]
+    suite, machine = "[itc](suites/itc.md)", "AMD EPYC, 2026-01-02"
+    assert row == f"| {suite} | {machine} | 2 | 1 | 0.50 | 1.25 | 2.00 |"
+    assert tables.overview([]) == "No result yet."
+
+
+def test_every_suite_has_a_page_that_the_readme_links() -> None:
+    folder = Path(report.__file__).parent
+    suites = {path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py")}
+    assert {path.stem for path in report.SUITES.glob("*.md")} == suites
+    readme = (folder / "README.md").read_text()
+    for suite in suites:
+        assert f"[`bench_{suite}.py`](suites/{suite}.md)" in readme
+        page = (report.SUITES / f"{suite}.md").read_text()
+        assert f"<!-- {suite}: generated" in page
+        assert report.SUITES / f"{suite}.md" in report.PAGES
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(12.34, "12.3 s"), (0.001, "1.00 ms"), (23.4e-6, "23.4 µs"), (5e-8, "0.0500 µs")],
 )
 def test_seconds_have_three_digits(value: float, text: str) -> None:
     assert tables.seconds(value) == text
-
-
-def test_short_table_names_what_failed() -> None:
-    benchmark = raw("itc[a]", "2026-01-02", {"blip2fast cuda": 0.002, "torch": 0.003})
-    benchmark["extra_info"]["contenders"]["blip2fast triton"] = {"failed": "wrong: 1e9"}
-    text = tables.short_table([result(benchmark)])
-    assert "itc itc[a]" in text
-    assert "1.50" in text
-    assert "blip2fast triton: wrong: 1e9" in text
-
-
-def test_short_table_says_what_a_profiled_step_went_to() -> None:
-    benchmark = raw("shares", "2026-01-02", {})
-    shares = {"gemm": 0.614, "attention": 0.2, "gaps": 0.186}
-    benchmark["extra_info"]["contenders"] = {"blip2fast": {"shares": shares}}
-    line = tables.short_table([result(benchmark)]).splitlines()[-1]
-    assert line == "itc shares: blip2fast: gemm 61 %, attention 20 %, gaps 19 %"
 
 
 def test_check_finds_a_stale_page_and_a_stale_plot(

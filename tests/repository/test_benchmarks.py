@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ from blip2fast.kernels.qformer_attention import reference
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import machines
 import profiling
+import stage1_contenders
 from attention_inputs import SelfInputs, cross_work, self_work, visible_pairs
 from comparing import Contender, Race, Work, plain
 from machines import KNOWN, Ceilings, command
 from results import reduce
-from shapes import CROSS_SHAPES, SELF_SHAPES, spread_lengths
+from shapes import CROSS_SHAPES, SELF_SHAPES, STAGE1_SHAPES, spread_lengths
 from timing import PhaseSampler, Sampler, Spread, WallClock, input_sets, peak_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -173,9 +175,12 @@ def test_without_timing_contenders_are_still_looked_at() -> None:
 
 def test_rounds_share_the_time() -> None:
     race = run_race({"a": plain(lambda x: x + x), "b": plain(lambda x: 2 * x)})
-    assert race.rounds(seconds=0.0, least=5) == 5
-    assert race.rounds(seconds=1e9, least=5, most=40) == 40
-    assert all(entry.samples == [] for entry in race.entries)
+    # the round that tells how long one takes counts
+    assert race.rounds(seconds=0.0, least=5) == 4
+    assert race.rounds(seconds=1e9, least=5, most=40) == 39
+    assert race.rounds(seconds=0.0, least=3, long_round=0.0) == 1
+    assert race.rounds(seconds=0.0, least=3, long_round=60.0) == 2
+    assert all(len(entry.samples) == 4 for entry in race.entries)
 
 
 def test_floor_is_the_longer_of_two_times() -> None:
@@ -204,6 +209,15 @@ def test_visible_pairs_are_those_of_the_mask(name: str) -> None:
     inputs = SelfInputs(SELF_SHAPES[name], torch.float32, CPU, train=False, seed=0)
     visible, _ = reference.visible_pairs(inputs.layout)
     assert visible_pairs(SELF_SHAPES[name]) == int(visible.sum())
+
+
+def test_the_work_of_a_step_is_counted_once_for_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = STAGE1_SHAPES["scenes"]
+    found = stage1_contenders.flops_of_a_pair(shape, CPU)
+    assert found > 1e7
+    monkeypatch.setattr(stage1_contenders, "make_models", None)
+    again = replace(shape, batch=8, headline=True)
+    assert stage1_contenders.flops_of_a_pair(again, CPU) == found
 
 
 def test_caption_lengths_keep_their_mean() -> None:
@@ -243,7 +257,8 @@ def test_shares_name_kernels_and_gaps() -> None:
 @pytest.mark.slow
 def test_a_timed_suite_gives_a_result_file(tmp_path: Path) -> None:
     target = tmp_path / "raw.json"
-    options = ["-k", "bias_gelu and tiny-fp32", "--benchmark-only", "--benchmark-max-time=0.01"]
+    options = ["-k", "bias_gelu and tiny-fp32", "--full"]
+    options += ["--benchmark-only", "--benchmark-max-time=0.01"]
     suite = str(ROOT / "benchmarks" / "bench_glue.py")
     pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0"]
     # a worker of a parallel run says so in its environment, and nothing is timed there
@@ -257,6 +272,11 @@ def test_a_timed_suite_gives_a_result_file(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+    assert "[1 of 1; 0:" in done.stdout
+    assert "glue\n  bias_gelu[tiny-fp32]" in done.stdout
+    assert "Name (time in" not in done.stdout, (
+        "the plugin's table, whose times are of one contender"
+    )
     (file,) = reduce(json.loads(target.read_text()))
     (cell,) = file.cells.values()
     assert cell["contenders"]["blip2fast auto"]["median_s"] > 0

@@ -84,7 +84,7 @@ def test_every_step_is_a_process_and_few_files_come_back(gpu_script: GPUScript) 
         "tests/ops/test_glue_triton.py",
         "tests/ops/test_itc_gpu.py",
         "-m blip2fast kernels check --jobs",
-        "benchmarks/bench_stage1_step.py -k bench_step and (b256 or b64_dropout)",
+        "benchmarks/bench_stage1_step.py --full -m brief -k bench_step",
         "benchmarks/sweep.py --compile --workers",
         "sweep.json --seconds",
         "benchmarks/bench_itc.py",
@@ -158,7 +158,7 @@ def test_without_a_gpu_small_shapes_are_rehearsed(gpu_script: GPUScript) -> None
     done = gpu_script.run(str(gpu_script.out))
     assert "a rehearsal" in done.stdout
     assert "sweep.py" not in gpu_script.calls()
-    assert "-m not fullsize" in gpu_script.calls()
+    assert "--full -m not fullsize" in gpu_script.calls()
 
 
 def test_steps_have_names(gpu_script: GPUScript) -> None:
