@@ -4,7 +4,7 @@
     python benchmarks/demo_seeds.py --source digits --seeds 0
 
 Each run is `python -m blip2fast.demo --seed N`. Writes `results/DATE_demo.json` (`DATE_digits.json`
-for handwriting, `_onednn` appended under `BLIP2FAST_LINEAR=onednn`), which `report.py` makes the
+for handwriting, `-onednn` appended under `BLIP2FAST_LINEAR=onednn`), which `report.py` makes the
 tables of. A seed that ran at the same commit is not run again; other runs reuse phases as the demo
 does, unless `--fresh` is given.
 """
@@ -101,7 +101,7 @@ def main() -> int:
             for seed in given.seeds
         ]
     )
-    rounding = "_onednn" if result["machine"]["linear"] == "onednn" else ""
+    rounding = "-onednn" if result["machine"]["linear"] == "onednn" else ""
     name = f"{datetime.date.today().isoformat()}_{NAMES[given.source]}{rounding}.json"
     target = RESULTS / name
     target.write_text(json.dumps(result, indent=1) + "\n")

@@ -53,7 +53,7 @@ BLOCK = re.compile(r"(<!-- (\w+): generated[^>]*-->\n).*?(<!-- /\2 -->)", flags=
 TRAINING = {
     "demo": ("demo", training_tables.demo_table),
     "demo_gates": ("demo", training_tables.gates_table),
-    "demo_onednn": ("demo_onednn", training_tables.gates_table),
+    "demo_onednn": ("demo-onednn", training_tables.gates_table),
     "digits": ("digits", training_tables.gates_table),
     "ablations": ("ablations", training_tables.ablation_tables),
     "precision": ("precision", training_tables.precision_table),
