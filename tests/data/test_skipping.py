@@ -113,6 +113,8 @@ def test_features_without_bad_pictures(
         main(command)
     with pytest.raises(SystemExit, match=r"1 of 10 rows and images .* max_skipped 0: .*line 8"):
         main([*command, "--on-error", "skip", "--max-skipped", "0"])
+    with pytest.raises(SystemExit, match=r"^error: image .*4\.png: is cut off [^\n]*$"):
+        main([*command[:-1], str(tmp_path / "d"), "--records", str(photos / "good.jsonl")])
     again = [*command, "--records", str(photos / "good.jsonl"), "--on-error", "skip"]
     again += ["--out", str(tmp_path / "again")]
     with pytest.raises(SystemExit, match=r"1 of 10 images .* 0: 4.png: .*is cut off"):
