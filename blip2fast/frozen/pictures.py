@@ -83,6 +83,8 @@ def _load(
     with warnings.catch_warnings():
         # PIL warns at half of its limit
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # of damage, without the file's name: what cannot be read is an error that has it
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         with Image.open(source) as image:
             width, height = image.size
             if width * height > max_pixels:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import pickle
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -638,6 +639,16 @@ def test_suffixes_in_shards_begin_at_the_first_dot(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "s.tar", members)
     (record,) = open_records(str(path), "caption")
     assert read_picture(tmp_path, record.image).getpixel((0, 0)) == (9, 0, 0)
+
+
+def test_keys_that_climb_out_are_refused_as_a_run_starts(tmp_path: Path) -> None:
+    """Though the file is there."""
+    (tmp_path / "images").mkdir()
+    picture(1).save(tmp_path / "a.png")
+    store = FileImages(tmp_path / "images", ImageTransform(4), seed=0)
+    for key in ("../a.png", str(tmp_path / "a.png"), "../s.tar/a.png@512+100"):
+        with pytest.raises(ValueError, match=rf"image '{re.escape(key)}' lies outside .*images"):
+            store.check([key])
 
 
 def test_a_stated_caption_within_shards(tmp_path: Path) -> None:

@@ -248,6 +248,15 @@ def test_files_that_are_cut_off_are_refused_by_name(suffix: str, tmp_path: Path)
             load_image(cut)
 
 
+def test_damage_is_told_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """By the error, which has the file's name; PIL's warnings of it have none."""
+    PHOTO.save(tmp_path / "scan.tiff")
+    (tmp_path / "cut.tiff").write_bytes((tmp_path / "scan.tiff").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"cut\.tiff: is not a picture that PIL can read"):
+        load_image(tmp_path / "cut.tiff")
+    assert not recwarn.list
+
+
 def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "page.jpg").write_text("<html>404</html>")
     with pytest.raises(ValueError, match=r"page\.jpg: is not a picture that PIL can read"):
