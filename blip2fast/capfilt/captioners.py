@@ -161,8 +161,14 @@ def load_captioner(
         ValueError: a model that cannot be loaded, or does not write.
     """
     if is_trained(path):
-        moved = {"language_model": language_model, "image_encoder": image_encoder}
-        return OwnCaptioner(Blip2.from_pretrained(path, dtype=dtype, device=device, **moved))
+        model = Blip2.from_pretrained(
+            path,
+            dtype=dtype,
+            device=device,
+            language_model=language_model,
+            image_encoder=image_encoder,
+        )
+        return OwnCaptioner(model)
     if stage_of_transformers(path) == 2:
         return OwnCaptioner(Blip2.from_pretrained(path, dtype=dtype, device=device))
     try:
