@@ -107,7 +107,8 @@ class FileImages(_Store):
             inside = ShardKey.parse(key)
             name = key if inside is None else inside.shard
             if _climbs(name):
-                yield f"image {key!r} lies outside {self.folder}"
+                remedy = "; import its records again with --images" if name[0] == "/" else ""
+                yield f"image {key!r} lies outside {self.folder}{remedy}"
             elif not (self.folder / name).is_file():
                 yield f"image {key!r}: no such file in {self.folder}"
 

@@ -582,6 +582,15 @@ def test_damaged_tables_are_refused(tmp_path: Path) -> None:
     (out / "records.arrow").write_bytes(bytes(len(whole)))
     with pytest.raises(ValueError, match=r"records.arrow: damaged .*; import it again"):
         open_records(str(out), "caption")
+    place = len(whole) // 2  # in what says where the columns lie
+    changed = whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :]
+    (out / "records.arrow").write_bytes(changed)
+    with pytest.raises(ValueError, match=r"records.arrow: damaged .*; import it again"):
+        open_records(str(out), "caption")
+    # another letter, which only the sum of the import can tell
+    (out / "records.arrow").write_bytes(whole.replace(b"a red ring", b"a rod ring"))
+    fault = f"{out}: records.arrow has changed since its import"
+    assert [each.partition(" (")[0] for each in check_records(str(out)).faults] == [fault]
     (out / "records.json").write_text('{"format": 1, "task": "caption"}')
     with pytest.raises(ValueError, match=r"records.json: damaged; import the records again"):
         open_records(str(out), "caption")
@@ -649,6 +658,8 @@ def test_keys_that_climb_out_are_refused_as_a_run_starts(tmp_path: Path) -> None
     for key in ("../a.png", str(tmp_path / "a.png"), "../s.tar/a.png@512+100"):
         with pytest.raises(ValueError, match=rf"image '{re.escape(key)}' lies outside .*images"):
             store.check([key])
+    with pytest.raises(ValueError, match="images; import its records again with --images"):
+        store.check([str(tmp_path / "images" / "a.png")])
 
 
 def test_a_stated_caption_within_shards(tmp_path: Path) -> None:
