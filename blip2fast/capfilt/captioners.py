@@ -148,13 +148,28 @@ def check_captioner(path: str) -> None:
         check_model_folder(path, (2,))
 
 
-def load_captioner(path: str, dtype: torch.dtype, device: torch.device) -> Captioner:
-    """A captioner of a folder or hub name.
+def load_captioner(
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    language_model: str | None = None,
+    image_encoder: str | None = None,
+) -> Captioner:
+    """A captioner of a folder or hub name; of a run, its frozen models where they are now.
 
     Raises:
         ValueError: a model that cannot be loaded, or does not write.
     """
-    if is_trained(path) or stage_of_transformers(path) == 2:
+    if is_trained(path):
+        model = Blip2.from_pretrained(
+            path,
+            dtype=dtype,
+            device=device,
+            language_model=language_model,
+            image_encoder=image_encoder,
+        )
+        return OwnCaptioner(model)
+    if stage_of_transformers(path) == 2:
         return OwnCaptioner(Blip2.from_pretrained(path, dtype=dtype, device=device))
     try:
         return TransformersCaptioner(path, dtype, device)

@@ -140,14 +140,24 @@ def check_ranker(path: str, match: bool) -> None:
         raise ValueError(f"--match: the ranker {path} has no matching head; give a stage-1 model")
 
 
-def load_ranker(path: str, match: bool, dtype: torch.dtype, device: torch.device) -> Ranker:
-    """A ranker of a folder or hub name.
+def load_ranker(
+    path: str,
+    match: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    image_encoder: str | None = None,
+) -> Ranker:
+    """A ranker of a folder or hub name; of a run, its image encoder where it is now.
 
     Raises:
         ValueError: a model that cannot be loaded, or does not compare.
     """
     if is_trained(path) or stage_of_transformers(path) > 0:
-        return OwnRanker(Blip2Retriever.from_pretrained(path, dtype=dtype, device=device), match)
+        moved = image_encoder if is_trained(path) else None
+        retriever = Blip2Retriever.from_pretrained(
+            path, dtype=dtype, device=device, image_encoder=moved
+        )
+        return OwnRanker(retriever, match)
     try:
         return ClipRanker(path, dtype, device)
     except (OSError, ValueError, KeyError) as error:

@@ -165,6 +165,8 @@ def bootstrap_captions(
     dtype: torch.dtype = torch.float32,
     processes: Processes | None = None,
     complain: Callable[[str], None] | None = None,
+    language_model: str | None = None,
+    image_encoder: str | None = None,
 ) -> Bootstrapped:
     """Write captions of images, rank them with the captions that are there, keep the best.
 
@@ -179,6 +181,8 @@ def bootstrap_captions(
         dtype: of the models.
         processes: None: from torchrun's environment.
         complain: receives the fault of a picture at once.
+        language_model: folder or hub name, where that of a captioning run is now.
+        image_encoder: folder or hub name, where that of the runs, of both, is now.
 
     Raises:
         ValueError: as in `Settings.check`; or records that cannot be read.
@@ -199,8 +203,8 @@ def bootstrap_captions(
     if rows:
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", shared.local_rank) if cuda else torch.device("cpu")
-        captioner = load_captioner(settings.captioner, dtype, device)
-        ranker = load_ranker(settings.ranker, settings.match, dtype, device)
+        captioner = load_captioner(settings.captioner, dtype, device, language_model, image_encoder)
+        ranker = load_ranker(settings.ranker, settings.match, dtype, device, image_encoder)
         path = out / f"predictions-{shared.rank}.jsonl"
         with (
             ResultFile(path, (), resume=True) as file,

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from blip2fast.command_line.options import BatchSize, Readers, complain, quiet_transformers, say
+from blip2fast.command_line.options import (
+    BatchSize,
+    ImageEncoder,
+    LanguageModel,
+    Readers,
+    complain,
+    quiet_transformers,
+    say,
+)
 
 
 def capfilt(
@@ -35,6 +43,8 @@ def capfilt(
     batch_size: BatchSize = 8,
     workers: Readers = 4,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of both models.")] = "fp32",
+    language_model: LanguageModel = None,
+    image_encoder: ImageEncoder = None,
 ) -> None:
     """Write captions of every image, rank them with those of the records, keep the best.
 
@@ -58,6 +68,8 @@ def capfilt(
         workers=workers,
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         complain=complain,
+        language_model=language_model,
+        image_encoder=image_encoder,
     )
     if done.captions is not None:
         say(f"{done.captions}: of {done.rows} records; unreadable ones are in {FAULTS}")

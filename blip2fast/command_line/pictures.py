@@ -167,6 +167,7 @@ def attention(
     ],
     text: Annotated[str, typer.Option(help="What the queries see beside the picture.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="A .png.")],
+    image_encoder: ImageEncoder = None,
     device: Device = None,
 ) -> None:
     """Draw where each query looks: the last cross-attention of the matching pass.
@@ -185,7 +186,7 @@ def attention(
     picture = one_picture(image)
     check_model_folder(model, (1,))
     quiet_transformers()
-    retriever = Blip2Retriever.from_pretrained(model, device=device)
+    retriever = Blip2Retriever.from_pretrained(model, device=device, image_encoder=image_encoder)
     save_drawing(draw_attention(picture, retriever.attention(picture, text), text), out)
     say(str(out))
 

@@ -11,6 +11,7 @@ import typer
 from blip2fast.command_line.options import (
     BatchSize,
     Device,
+    ImageEncoder,
     Readers,
     complain,
     note,
@@ -38,6 +39,7 @@ def build(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the index.")],
     batch_size: BatchSize = 32,
     workers: Readers = 4,
+    image_encoder: ImageEncoder = None,
     device: Device = None,
 ) -> None:
     """Index pictures, or add them to an index.
@@ -59,7 +61,7 @@ def build(
     check_writable(out / INDEX)
     check_model_folder(model, (1,))
     quiet_transformers()
-    retriever = Blip2Retriever.from_pretrained(model, device=device)
+    retriever = Blip2Retriever.from_pretrained(model, device=device, image_encoder=image_encoder)
     done = retriever.index(
         cache or images, out, batch_size=batch_size, workers=workers, complain=complain
     )
@@ -94,6 +96,7 @@ def query(
     model: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where the model of the index is now.")
     ] = None,
+    image_encoder: ImageEncoder = None,
     device: Device = None,
 ) -> None:
     """Print the pictures that fit a text: a line for each, its score, a tab, and its path or key.
@@ -112,7 +115,7 @@ def query(
     tokens = None if cache is None else feature_cache([cache], required=True)
     check_model_folder(name, (1,))
     quiet_transformers()
-    retriever = Blip2Retriever.from_pretrained(name, device=device)
+    retriever = Blip2Retriever.from_pretrained(name, device=device, image_encoder=image_encoder)
     retriever.open(index, tokens)
     many = max(k, rerank_k) if rerank else 0
     hits = retriever.search(text, k, image=picture, candidates=candidates, rerank=many)

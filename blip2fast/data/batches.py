@@ -245,7 +245,13 @@ class PlannedBatches(Dataset[dict[str, Tensor]], Generic[Record]):
         )
         # each record is read once: texts are made of a list of these alone
         texts = self.make_text(chosen, _within(batch))
-        return {**self.read_images(keys, owners), **texts}, []
+        try:
+            return {**self.read_images(keys, owners), **texts}, []
+        except UnusableImageError as error:
+            raise UnusableImageError(
+                f"{error}; drop its record (`blip2fast data check` names all of them by line), or "
+                "set data.on_error: skip"
+            ) from None
 
     def _usable(self, micro_step: int) -> _Usable:
         batch, found = self.plan.batch(micro_step), _Usable([], [], [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from blip2fast.data.feature_cache import FILE_BYTES, CacheDtype, FeatureCache, WhenThere
 from blip2fast.data.images import read_picture
 from blip2fast.data.skipping import LeftOut, OnError, check_skipped
+from blip2fast.data.worker_errors import without_traceback
 from blip2fast.frozen.image_encoders import FrozenImageEncoder
 from blip2fast.frozen.images import ImageTransform, transform_for
 from blip2fast.frozen.unusable import MAX_PIXELS, UnusableImageError
@@ -74,7 +75,7 @@ def cache_images(
         )
         left_out: list[LeftOut] = []
         with tqdm(total=len(keys), initial=len(keys) - len(missing), unit="image") as bar:
-            for rows, pixels, bad in loader:
+            for rows, pixels, bad in _read(loader):
                 bar.update(len(bad) + len(rows))
                 for row, reason in bad:
                     writer.leave_out(row, reason)
@@ -86,6 +87,28 @@ def cache_images(
                 for row, feature in zip(rows, features, strict=True):
                     writer.write(row, feature[None])
     return FeatureCache(out)
+
+
+_Batch = tuple[list[int], Tensor, list[tuple[int, str]]]
+
+
+def _read(loader: Iterable[_Batch]) -> Iterator[_Batch]:
+    """The batches of a loader.
+
+    Raises:
+        ValueError, OSError: as the images raise, in a worker too; or a worker died.
+    """
+    try:
+        yield from loader
+    except (ValueError, OSError) as error:
+        raise without_traceback(error) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            f"{str(error).splitlines()[0]}; give the command again, with fewer --workers if the "
+            "machine is out of memory"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -119,7 +142,7 @@ class _Pixels(Dataset[tuple[int, Tensor | str]]):
 
 def _collate(
     items: Sequence[tuple[int, Tensor | str]],
-) -> tuple[list[int], Tensor, list[tuple[int, str]]]:
+) -> _Batch:
     """The rows and pixels of the images that can be used, and the others with the reasons."""
     usable = [(row, image) for row, image in items if isinstance(image, Tensor)]
     bad = [(row, image) for row, image in items if isinstance(image, str)]

@@ -417,7 +417,10 @@ class FeatureCacheWriter:
         if when_there not in get_args(WhenThere):
             raise ValueError(f"when_there={when_there!r}; one of {', '.join(get_args(WhenThere))}")
         if self.path.exists() and when_there != "replace":
-            raise ValueError(f"{self.path} exists; delete it or pass when_there='replace'")
+            raise ValueError(
+                f"{self.path} exists; delete it or replace it (--overwrite, in Python "
+                "when_there='replace')"
+            )
         if self._partial.exists():
             if when_there == "refuse":
                 raise ValueError(

@@ -106,7 +106,10 @@ class FileImages(_Store):
         for key in keys:
             inside = ShardKey.parse(key)
             name = key if inside is None else inside.shard
-            if not (self.folder / name).is_file():
+            if _climbs(name):
+                remedy = "; import its records again with --images" if name[0] == "/" else ""
+                yield f"image {key!r} lies outside {self.folder}{remedy}"
+            elif not (self.folder / name).is_file():
                 yield f"image {key!r}: no such file in {self.folder}"
 
 
@@ -122,9 +125,14 @@ def read_picture(
     inside = ShardKey.parse(key)
     if inside is None:
         return read_image(folder, key, least, max_pixels)
-    if ".." in PurePath(inside.shard).parts or PurePath(inside.shard).is_absolute():
+    if _climbs(inside.shard):
         raise UnusableImageError(f"image {key!r} lies outside {folder}")
     return load_image(read_member(folder, inside), max_pixels=max_pixels, least=least)
+
+
+def _climbs(name: str) -> bool:
+    """Whether a file is named that may lie outside the folder of the images."""
+    return ".." in PurePath(name).parts or PurePath(name).is_absolute()
 
 
 def read_bytes(folder: Path, key: str) -> bytes:

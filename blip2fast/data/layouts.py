@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -387,6 +388,9 @@ def _table_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
     number = 1
     try:
         names = [name.strip() for name in next(reader)]
+        twice = [name for name, times in Counter(map(str.lower, names)).items() if times > 1]
+        if any(twice):
+            raise ValueError(f"{path}, line 1: two columns named {max(twice)!r}; rename one")
         number = reader.line_num + 1
         for row in reader:
             where, number = f"{path}, line {number}", reader.line_num + 1
@@ -402,7 +406,10 @@ def _table_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
                 values = dict(zip(names, row, strict=True))
                 yield Row(where, values, share=min(1.0, done / size))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {number}: {error}; correct the quotes") from None
+        remedy = "correct the quotes"
+        if "new-line character" in str(error):
+            remedy = r"end lines with \n or \r\n, and quote texts that hold \r"
+        raise ValueError(f"{path}, line {number}: {error}; {remedy}") from None
 
 
 def _separator(path: Path, header: str) -> str:
@@ -517,7 +524,7 @@ def _samples(shard: Path, top: Path, options: SourceOptions) -> Iterator[Row]:
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             yield Row(where, fault=f"{error}; state its encoding, or write the shard again")
             continue
-        kept = {k: v for k, v in named.items() if k in _WEB_NAMES}
+        kept = {k: v for k, v in named.items() if k in _WEB_NAMES or k == options.caption_key}
         yield Row(where, {**kept, "image": sample.image})
 
 
@@ -543,7 +550,10 @@ def _sidecar_row(image: Path, path: Path, options: SourceOptions) -> Row:
     text = image.with_suffix(".txt")
     if not text.is_file():
         return Row(str(image), fault=f"no caption: {text.name} is missing beside it")
-    caption = read_text(text, options.encoding).strip("\n")
+    try:
+        caption = read_text(text, options.encoding).strip("\n")
+    except ValueError as error:
+        return Row(str(text), fault=str(error).removeprefix(f"{text}, "))
     name = image.relative_to(path).as_posix()
     return Row(f"{text}, line 1", {"image": name, "text": caption})
 

@@ -104,7 +104,7 @@ def read_sequences(path: str | Path) -> list[SequenceRecord]:
 
 def plain_text(text: str) -> str:
     """A text without invisible characters, its white space as single spaces."""
-    if not text.isascii():
+    if not text.isprintable():
         text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in _INVISIBLE)
     return " ".join(text.split())
 

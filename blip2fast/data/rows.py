@@ -77,6 +77,12 @@ class RecordMaker:
         if row.fault is not None:
             raise ValueError(f"{row.where}: {row.fault}" if row.where else row.fault)
         values = {name.strip().lower(): value for name, value in row.values.items()}
+        if len(values) < len(row.values):
+            names = Counter(name.strip().lower() for name in row.values)
+            raise ValueError(
+                f"{row.where}: two names {names.most_common(1)[0][0]!r} that differ in case or "
+                "white space alone; rename one"
+            )
         try:
             record = self._record(values, row.where)
         except _Unusable as error:

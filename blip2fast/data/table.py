@@ -114,7 +114,8 @@ class RecordTable(Sequence[Any]):
         """Read all rows and make sure that none of them is damaged.
 
         Raises:
-            ValueError: offsets outside of the texts, or texts that are not UTF-8.
+            ValueError: offsets outside of the texts, or texts that are not UTF-8; or, of a folder,
+                other bytes than its import wrote.
         """
         for number, batch in enumerate(self._batches):
             try:
@@ -126,6 +127,14 @@ class RecordTable(Sequence[Any]):
                     f"({str(error).splitlines()[0]}); import them again"
                 ) from None
             self._let_go()
+        folders = [part for part in self.parts if isinstance(part, Path)]
+        for folder, stated in zip(folders, self.digests, strict=True):
+            with (folder / ROWS).open("rb") as rows:
+                if hashlib.file_digest(rows, "sha256").hexdigest() != stated:
+                    raise ValueError(
+                        f"{ROWS} has changed since its import ({DESCRIPTION} states its SHA-256); "
+                        "import the records again"
+                    )
 
     def _let_go(self) -> None:
         """Give up the pages that were read; they stay in the machine's page cache."""
@@ -155,7 +164,7 @@ class RecordTable(Sequence[Any]):
         self._maps.append(mapped)
         try:
             return _batches(pa.py_buffer(mapped))
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: damaged ({error}); import it again") from None
 
     def _record(self, values: Mapping[str, Any]) -> AnyRecord:

@@ -19,7 +19,7 @@ from blip2fast._imports import needs
 from blip2fast.frozen.unusable import MAX_PIXELS, UnusableImageError
 
 with needs("read images", "PIL"):
-    from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+    from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
 # of the file itself; other errors of the system (EIO, EMFILE, ESTALE) may pass
 _OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP)
@@ -46,8 +46,14 @@ def load_image(
     Raises:
         UnusableImageError: Not found, not a picture, damaged, too large, or of numbers whose range
             is not known. The message names the file.
-        ValueError: The system cannot read it just now.
+        ValueError: The system cannot read it just now; or no such colour.
     """
+    try:
+        ImageColor.getrgb(background)
+    except ValueError:
+        raise ValueError(
+            f"background {background!r}: no colour that PIL knows; give white or #ffffff"
+        ) from None
     name = str(source) if isinstance(source, str | Path) else getattr(source, "name", "from a file")
     try:
         return _load(source, background, max_pixels, least)
@@ -77,6 +83,8 @@ def _load(
     with warnings.catch_warnings():
         # PIL warns at half of its limit
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # of damage, without the file's name: what cannot be read is an error that has it
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         with Image.open(source) as image:
             width, height = image.size
             if width * height > max_pixels:
@@ -86,11 +94,28 @@ def _load(
             if least is not None and min(width, height) > least:
                 scale = least / min(width, height)
                 image.draft(None, (round(width * scale), round(height * scale)))
+            _scale_transparency(image)
             image.load()
     try:
         return to_rgb(image, background)
     except ValueError as error:
         raise _Refused(str(error)) from error
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """The transparent level of a PNG in the depth that PIL decodes to.
+
+    PIL widens greys of 2 and 4 bits and narrows colours of 16, but not the level among them.
+    """
+    level = image.info.get("transparency")
+    stored = image.tile[0][3] if image.format == "PNG" and image.tile else None  # type: ignore[attr-defined]
+    if stored in _WIDENED and isinstance(level, int):
+        image.info["transparency"] = level * _WIDENED[stored]
+    elif stored == "RGB;16B" and isinstance(level, tuple):
+        image.info["transparency"] = tuple(each >> 8 for each in level)
+
+
+_WIDENED = {"L;2": 85, "L;4": 17}
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
@@ -107,7 +132,12 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_to_bytes(image)).convert("RGB")
+        shown = Image.fromarray(_to_bytes(image)).convert("RGB")
+        level = image.info.get("transparency")
+        if isinstance(level, int):  # of a PNG
+            clear = np.asarray(image) == level
+            shown.paste(Image.new("RGB", shown.size, background), mask=Image.fromarray(clear))
+        return shown
     if image.has_transparency_data:
         over = image.convert("RGBA")
         under = Image.new("RGBA", over.size, background)

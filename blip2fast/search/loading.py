@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from transformers import Blip2ForImageTextRetrieval
 
-from blip2fast.checkpoints.trained import is_trained, load_trained, read_description
+from blip2fast.checkpoints.trained import (
+    frozen_name,
+    is_trained,
+    load_trained,
+    read_description,
+)
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.image_encoders import load_image_encoder
 from blip2fast.inference.inputs import Transform
@@ -54,7 +59,8 @@ def load_matcher(
             raise ValueError(f"{path}: expected a model of stage 1")
         if description.tokenizer is None:
             raise ValueError(f"{path} names no tokenizer, so texts cannot be read")
-        model, tokenizer = loaded, qformer_tokenizer(description.tokenizer)
+        words = frozen_name(description, "tokenizer", path)
+        model, tokenizer = loaded, qformer_tokenizer(words)
         weights = _hash(model)
         transform, missing = add_encoder(model, image_encoder, description, path, dtype)
     else:

@@ -161,7 +161,7 @@ class Blip2Retriever:
         if self._matcher.transform is None:
             raise ValueError(
                 f"no image encoder for pictures: {self._matcher.no_encoder}. Give from_pretrained "
-                "image_encoder=..., or index a feature cache"
+                "image_encoder=..., on the command line --image-encoder, or index a feature cache"
             )
         return self._matcher.transform
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
+from blip2fast.data.worker_errors import has_traceback, without_traceback
 from blip2fast.training.stopping import ignore_signals
 
 # One that the system kills for its memory will be killed again.
@@ -68,7 +69,7 @@ def read_batches(
             failure = failure.with_traceback(None)
         first = _of_a_dead_worker(failure, workers)
         if not first:
-            raise _without_traceback(failure)
+            raise without_traceback(failure)
         if restarts == MOST_RESTARTS:
             raise OSError(
                 f"data.workers {workers}: {first}; {MOST_RESTARTS + 1} times in this run: "
@@ -84,7 +85,7 @@ def _of_a_dead_worker(error: Exception, workers: int) -> str:
         return str(error).splitlines()[0]
     # one that died while it sent a batch; a worker's own errors come with its traceback
     lost = isinstance(error, ConnectionError | EOFError)
-    if workers > 0 and lost and not _has_traceback(error):
+    if workers > 0 and lost and not has_traceback(error):
         return f"a DataLoader worker was lost ({type(error).__name__})"
     return ""
 
@@ -102,14 +103,3 @@ def _iterator(loader: DataLoader[Any]) -> Iterator[Any]:
     started = iter(loader)
     signal.signal(signal.SIGCHLD, handler)
     return started
-
-
-def _has_traceback(error: Exception) -> bool:
-    return "Original Traceback" in str(error)
-
-
-def _without_traceback(error: Exception) -> Exception:
-    """An error of a worker carries its traceback as text; the last line is the error itself."""
-    if not _has_traceback(error) or not isinstance(error, ValueError | OSError):
-        return error
-    return type(error)(str(error).strip().splitlines()[-1].partition(": ")[2])

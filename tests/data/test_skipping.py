@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,8 @@ def test_features_without_bad_pictures(
         main(command)
     with pytest.raises(SystemExit, match=r"1 of 10 rows and images .* max_skipped 0: .*line 8"):
         main([*command, "--on-error", "skip", "--max-skipped", "0"])
+    with pytest.raises(SystemExit, match=r"^error: image .*4\.png: is cut off [^\n]*$"):
+        main([*command[:-1], str(tmp_path / "d"), "--records", str(photos / "good.jsonl")])
     again = [*command, "--records", str(photos / "good.jsonl"), "--on-error", "skip"]
     again += ["--out", str(tmp_path / "again")]
     with pytest.raises(SystemExit, match=r"1 of 10 images .* 0: 4.png: .*is cut off"):
@@ -131,6 +134,18 @@ def test_features_without_bad_pictures(
     small = [*command[:-1], str(tmp_path / "small"), "--on-error", "skip", "--max-skipped", "0"]
     with pytest.raises(SystemExit, match=r"0.png: \d+ x \d+ pixels, more than 8; make it smaller"):
         main([*small, "--records", str(photos / "good.jsonl"), "--max-pixels", "8"])
+
+
+def test_a_worker_that_is_killed_is_one_line(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "blip2fast.data.caching.read_picture", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    )
+    command = ["features", "--images", str(photos), "--records", str(photos / "good.jsonl")]
+    command += ["--encoder", str(photos / "vit"), "--workers", "1", "--out", str(tmp_path / "c")]
+    with pytest.raises(SystemExit, match=r"^error: DataLoader worker [^\n]*fewer --workers"):
+        main(command)
 
 
 def test_import_without_bad_rows(

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import pickle
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +23,13 @@ from PIL import Image
 
 from blip2fast.command_line import main
 from blip2fast.data.batches import Batch
+from blip2fast.data.checking import check_records
 from blip2fast.data.images import FileImages, read_picture
 from blip2fast.data.importing import import_records
 from blip2fast.data.layouts import read_rows
 from blip2fast.data.progress import RowBar
 from blip2fast.data.records import CaptionRecord, QuestionRecord, SequenceRecord, write_records
+from blip2fast.data.skipping import LeftOut
 from blip2fast.data.source_config import RecordSource
 from blip2fast.data.sources import open_records, source_keys
 from blip2fast.data.table import RecordTable
@@ -428,6 +431,13 @@ FAULTS: list[tuple[str, bytes, dict[str, Any], str]] = [
         {},
         "line 2: has both 'caption' and 'text'; state which .caption_key",
     ),
+    (
+        "r.csv",
+        b"image,caption,caption \na.png,a ring,a disc\n",
+        {},
+        "line 1: two columns named 'caption'; rename one",
+    ),
+    ("r.csv", b"image,caption\na.png,\x01\x7f\n", {}, "line 2: image 'a.png' has an empty caption"),
     ("r.csv", b"image,caption\na,b\n", {"separator": "||"}, r"separator '\|\|': not one character"),
     ("r.jsonl", b'{"image": "a.png", "caption": "x"}\n{"im', {}, "line 2: not valid JSON"),
     ("r.jsonl", b"[1]\n", {}, "line 1: a list, where an object such as"),
@@ -441,11 +451,17 @@ FAULTS: list[tuple[str, bytes, dict[str, Any], str]] = [
         "line 1: image 'a' has an empty caption",
     ),
     ("r.jsonl", b'{"image": "a", "caption": "\\ud83d"}\n', {}, "holds half a character"),
+    (
+        "r.jsonl",
+        b'{"image": "a", "caption": "x", "Caption": "y"}\n',
+        {},
+        "line 1: two names 'caption' that differ in case or white space alone; rename one",
+    ),
     ("r.json", b'[{"image": "a", "caption": "x"},\n', {}, "line 2: not valid JSON"),
     ("r.json", b"[" * 10**5, {}, "r.json: nested too deeply for records"),
     ("r.jsonl", b"[" * 10**5, {}, "line 1: nested too deeply for a record"),
     ("r.json", b'{"image": 3}{"image": 4}', {}, "line 1: not valid JSON .Extra data at column 13"),
-    ("r.csv", b"image,caption\ra.png,a ring\r", {}, "line 1: new-line character seen"),
+    ("r.csv", b"image,caption\ra.png,a ring\r", {}, "line 1: new-line .*; end lines with"),
     ("r.csv", b"image,caption\na.png," + b"x" * 200000, {}, "line 2: field larger than"),
     ("r.jsonl", b'{"image": "\\ud83d", "caption": "x"}\n', {}, "image: .* half a character"),
     ("r.json", b'{"a": 1}', {}, "keys a: neither a list of records, nor COCO captions"),
@@ -566,6 +582,15 @@ def test_damaged_tables_are_refused(tmp_path: Path) -> None:
     (out / "records.arrow").write_bytes(bytes(len(whole)))
     with pytest.raises(ValueError, match=r"records.arrow: damaged .*; import it again"):
         open_records(str(out), "caption")
+    place = len(whole) // 2  # in what says where the columns lie
+    changed = whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :]
+    (out / "records.arrow").write_bytes(changed)
+    with pytest.raises(ValueError, match=r"records.arrow: damaged .*; import it again"):
+        open_records(str(out), "caption")
+    # another letter, which only the sum of the import can tell
+    (out / "records.arrow").write_bytes(whole.replace(b"a red ring", b"a rod ring"))
+    fault = f"{out}: records.arrow has changed since its import"
+    assert [each.partition(" (")[0] for each in check_records(str(out)).faults] == [fault]
     (out / "records.json").write_text('{"format": 1, "task": "caption"}')
     with pytest.raises(ValueError, match=r"records.json: damaged; import the records again"):
         open_records(str(out), "caption")
@@ -623,6 +648,42 @@ def test_suffixes_in_shards_begin_at_the_first_dot(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "s.tar", members)
     (record,) = open_records(str(path), "caption")
     assert read_picture(tmp_path, record.image).getpixel((0, 0)) == (9, 0, 0)
+
+
+def test_keys_that_climb_out_are_refused_as_a_run_starts(tmp_path: Path) -> None:
+    """Though the file is there."""
+    (tmp_path / "images").mkdir()
+    picture(1).save(tmp_path / "a.png")
+    store = FileImages(tmp_path / "images", ImageTransform(4), seed=0)
+    for key in ("../a.png", str(tmp_path / "a.png"), "../s.tar/a.png@512+100"):
+        with pytest.raises(ValueError, match=rf"image '{re.escape(key)}' lies outside .*images"):
+            store.check([key])
+    with pytest.raises(ValueError, match="images; import its records again with --images"):
+        store.check([str(tmp_path / "images" / "a.png")])
+
+
+def test_a_stated_caption_within_shards(tmp_path: Path) -> None:
+    """Of the .json, beside which there may be a .txt."""
+    members = {"0.png": png(9), "0.txt": b"a ring", "0.json": b'{"recaption": "a red ring"}'}
+    path = write_shard(tmp_path / "s.tar", members)
+    (record,) = open_records(RecordSource(source=str(path), caption_key="recaption"), "caption")
+    assert record.captions == ("a red ring",)
+
+
+def test_a_text_of_another_encoding_is_one_bad_row(tmp_path: Path) -> None:
+    """Of images with a .txt each: the others come in, and `data check` looks at them."""
+    for name, text in {"a": b"a ring", "b": b"caf\xe9", "c": b"a disc"}.items():
+        picture(1).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_bytes(text)
+    fault = r"b\.txt: line 1: byte 0xe9 at column 4 is not utf-8; save the file as UTF-8"
+    with pytest.raises(ValueError, match=fault):
+        open_records(str(tmp_path), "caption")
+    left_out: list[LeftOut] = []
+    records = open_records(str(tmp_path), "caption", left_out=left_out)
+    assert [record.captions for record in records] == [("a ring",), ("a disc",)]
+    assert len(left_out) == 1
+    found = check_records(str(tmp_path))
+    assert (found.texts.rows, found.bad_rows, found.bad_sources) == (2, 1, 0)
 
 
 def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image, ImageCms
 from blip2fast.data import load_image
 from blip2fast.frozen.images import ImageTransform, read_image
 from blip2fast.frozen.pictures import to_rgb
+from blip2fast.frozen.unusable import UnusableImageError
 
 # red, green, blue and grey quarters, so that every turn and flip shows
 COLOURS = np.array([[[200, 30, 40], [20, 180, 60]], [[30, 50, 220], [128, 128, 128]]], np.uint8)
@@ -138,6 +141,53 @@ def test_what_is_transparent_shows_the_background(kind: str, tmp_path: Path) -> 
     assert_shows(load_image(path, background="blue"), expected)
 
 
+def write_png(path: Path, depth: int, colour: int, row: bytes, clear: bytes) -> None:
+    """A PNG of four pixels, with a transparent level; PIL writes none of these depths."""
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", 4, 1, depth, colour, 0, 0, 0)),
+        (b"tRNS", clear),
+        (b"IDAT", zlib.compress(b"\0" + row)),
+        (b"IEND", b""),
+    ):
+        content += struct.pack(">I", len(data)) + name + data
+        content += struct.pack(">I", zlib.crc32(name + data))
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "clear", "expected"),
+    [
+        (2, 0, bytes([0b00011011]), b"\0\1", [0, 255, 170, 255]),
+        (4, 0, bytes([0x01, 0x2F]), b"\0\1", [0, 255, 34, 255]),
+        (16, 0, struct.pack(">4H", 0, 7, 257 * 100, 65535), b"\0\7", [0, 255, 100, 255]),
+        (
+            16,
+            2,
+            struct.pack(">12H", *[0] * 3, *[300] * 3, *[257 * 100] * 3, *[65535] * 3),
+            struct.pack(">3H", 300, 300, 300),
+            [0, 255, 100, 255],
+        ),
+    ],
+    ids=["2 bits", "4 bits", "16 bits", "16-bit colours"],
+)
+def test_a_transparent_level_of_any_depth(
+    depth: int, colour: int, row: bytes, clear: bytes, expected: list[int], tmp_path: Path
+) -> None:
+    write_png(tmp_path / "scan.png", depth, colour, row, clear)
+    shown = np.asarray(load_image(tmp_path / "scan.png"))
+    assert shown.tolist() == [[[level] * 3 for level in expected]]
+    behind = np.asarray(load_image(tmp_path / "scan.png", background="blue"))
+    assert behind[0, 1].tolist() == [0, 0, 255]
+
+
+def test_an_unknown_background_is_not_a_fault_of_the_picture(tmp_path: Path) -> None:
+    PHOTO.save(tmp_path / "photo.png")
+    with pytest.raises(ValueError, match="background 'whit': no colour that PIL knows") as caught:
+        load_image(tmp_path / "photo.png", background="whit")
+    assert not isinstance(caught.value, UnusableImageError)
+
+
 def test_half_transparent_pixels_are_mixed(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4), (0, 0, 0, 128)).save(tmp_path / "shade.png")
     assert load_image(tmp_path / "shade.png").getpixel((0, 0)) == (127, 127, 127)
@@ -196,6 +246,15 @@ def test_files_that_are_cut_off_are_refused_by_name(suffix: str, tmp_path: Path)
         cut.write_bytes(data[: int(share * len(data))])
         with pytest.raises(ValueError, match=rf"cut\.{suffix}: is (empty|not|cut off)"):
             load_image(cut)
+
+
+def test_damage_is_told_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """By the error, which has the file's name; PIL's warnings of it have none."""
+    PHOTO.save(tmp_path / "scan.tiff")
+    (tmp_path / "cut.tiff").write_bytes((tmp_path / "scan.tiff").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"cut\.tiff: is not a picture that PIL can read"):
+        load_image(tmp_path / "cut.tiff")
+    assert not recwarn.list
 
 
 def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from blip2_models import pictures, write_run
+from retrieval_models import write_pictures, write_stage1
 
 from blip2fast import Blip2
 from blip2fast.checkpoints.trained import (
@@ -18,6 +19,7 @@ from blip2fast.checkpoints.trained import (
     save_model,
 )
 from blip2fast.command_line import main
+from blip2fast.data.records import CaptionRecord, write_records
 from blip2fast.frozen.hub import at_revision, lasting_name
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -68,6 +70,46 @@ def test_the_command_takes_moved_models(
     here = moved.parent
     main([*command, "--language-model", f"{here}/language", "--image-encoder", f"{here}/vision"])
     assert capsys.readouterr().out.startswith(str(tmp_path / "one.png") + "\t")
+
+
+def test_commands_of_stage1_take_a_moved_encoder(
+    made: Path, moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Indices, drawings, and captions that are ranked."""
+    stage1 = tmp_path / "stage1"
+    run, here = write_stage1(stage1), str(stage1 / "vision")
+    gone = f"{tmp_path / 'gone' / 'vision'}, block 1"
+    save_model(
+        run,
+        read_parameters(run),
+        dataclasses.replace(read_description(run), image_encoder=gone),
+    )
+    write_pictures(tmp_path / "photos", 2)
+    photo, index = str(tmp_path / "photos" / "0.png"), str(tmp_path / "index")
+    drawing = ["attention", photo, "--text", "dog", "--out", str(tmp_path / "a.png")]
+    for command in (
+        ["index", "build", str(tmp_path / "photos"), "--out", index, "--model", str(run)],
+        ["index", "query", index, "--image", photo],
+        [*drawing, "--model", str(run)],
+    ):
+        with pytest.raises(SystemExit, match=r"gone/vision.*not found.*--image-encoder"):
+            main(command)
+        main([*command, "--image-encoder", here])
+    assert (tmp_path / "a.png").exists()
+    # capfilt's two models have one image encoder
+    write_records(tmp_path / "r.jsonl", [CaptionRecord("0.png", ("a red ring",))])
+    where = ["--images", str(tmp_path / "photos"), "--out", str(tmp_path / "captions")]
+    command = ["capfilt", str(tmp_path / "r.jsonl"), *where, "--captioner", str(moved)]
+    command += ["--ranker", str(run), "--num-captions", "2", "--max-new-tokens", "4"]
+    command += ["--min-new-tokens", "1"]
+    with pytest.raises(SystemExit, match=r"gone/language.*--language-model"):
+        main(command)
+    flags = ["--language-model", str(moved.parent / "language"), "--image-encoder", here]
+    main([*command, *flags])
+    assert f"{tmp_path / 'captions' / 'captions.jsonl'}: of 1 records" in capsys.readouterr().out
+    (stage1 / "words").rename(tmp_path / "words")
+    with pytest.raises(SystemExit, match=r"the tokenizer .*words, which is not there; put it back"):
+        main(["index", "query", index, "--image", photo, "--image-encoder", here])
 
 
 @pytest.fixture

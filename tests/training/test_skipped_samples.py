@@ -138,8 +138,9 @@ def test_the_limit_ends_the_run_with_one_line(world: Path, tmp_path: Path) -> No
 
 def test_raise_names_the_bad_picture(world: Path, tmp_path: Path) -> None:
     data = skipping(world, on_error="raise", max_skipped=None, workers=1)
-    with pytest.raises(ValueError, match=r"train(14|18).png: is (empty|cut off)"):
+    with pytest.raises(ValueError, match=r"train(14|18).png: is (empty|cut off)") as caught:
         train(config(world, tmp_path / "out", data=data, optim=OPTIM), say=_quiet)
+    assert str(caught.value).endswith("names all of them by line), or set data.on_error: skip")
     with pytest.raises(ValueError, match=r"max_skipped 3 goes with data.on_error: skip"):
         config(world, tmp_path / "out", data={"max_skipped": 3})
 
