@@ -55,8 +55,8 @@ _CHARTS = (
     _Chart("Gradient norm", r"grad\w*norm\w*", logarithmic=True),
     _Chart("Throughput", r"samples_per_second", "samples a second"),
     _Chart("Seconds a step", r"seconds_per_step", "s"),
-    _Chart("Waiting for data", r"\w*(wait|data)\w*"),
-    _Chart("Memory", r"\w*(memory|gib|rss|bytes)\w*"),
+    _Chart("Waiting for data", r"\w*(wait|data)\w*", "share of the time"),
+    _Chart("Memory", r"\w*_gib", "GiB"),
     _Chart("Other", r".*"),
 )
 

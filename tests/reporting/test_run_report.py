@@ -89,6 +89,14 @@ def test_it_shows_the_run(run: Path) -> None:
     assert path.read_text().count("line2d_") > 0
 
 
+def test_axes_name_their_units(run: Path) -> None:
+    line = {"step": 30, "data_wait_share": 0.25, "peak_memory_gib": 0.5, "seconds_per_step": 2}
+    write_metrics(run, [*LINES, line])
+    page = write_report(run).read_text()
+    for unit in ("samples a second", "share of the time", "GiB", "s"):
+        assert re.search(rf"<text [^>]*>{unit}</text>", page), unit
+
+
 def test_it_needs_no_network_and_runs_no_code(run: Path) -> None:
     sample = Sample(
         Image.new("RGB", (900, 600), "red"),
