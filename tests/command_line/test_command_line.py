@@ -14,7 +14,7 @@ import yaml
 from small_run import values, write_world
 
 from blip2fast import __version__
-from blip2fast.command_line import machine, main
+from blip2fast.command_line import machine, main, scores
 from blip2fast.command_line.application import app
 from blip2fast.training.config_files import SHIPPED, load_config
 
@@ -190,3 +190,15 @@ def test_bench_says_what_a_wheel_lacks(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit, match=r"need pytest_benchmark: run `pip install -e '.\[dev\]'`"):
         main(["bench"])
     assert len(calls) == 1
+
+
+def test_results_are_a_table_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = {"task": "vqa", "metrics": {"[b]accuracy": 0.25}, "failed": [], "samples": 3}
+    for terminal in (False, True):
+        monkeypatch.setattr(scores, "on_terminal", lambda terminal=terminal: terminal)
+        scores._show(result, Path("out"))
+        said = capsys.readouterr().out
+        assert ("──" in said) == terminal
+        assert re.search(r"\[b\]accuracy +0\.2500", said)
