@@ -45,13 +45,19 @@ def quiet_transformers() -> None:
 
 
 def say(line: str) -> None:
-    """Print a result at once."""
-    print(line, flush=True)
+    """Print a result at once, above a bar that is shown."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def note(line: str) -> None:
-    """Print to stderr what is no result."""
-    print(line, file=sys.stderr, flush=True)
+    """Print to stderr what is no result, above a bar that is shown."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
 
 
 def show_table(table: Sequence[Sequence[str]]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import pytest
 import typer
 import yaml
 from small_run import values, write_world
+from tqdm import tqdm
 
 from blip2fast import __version__
-from blip2fast.command_line import machine, main, scores
+from blip2fast.command_line import machine, main, options, scores
 from blip2fast.command_line.application import app
 from blip2fast.training.config_files import SHIPPED, load_config
 
@@ -202,3 +205,16 @@ def test_results_are_a_table_on_a_terminal_alone(
         said = capsys.readouterr().out
         assert ("──" in said) == terminal
         assert re.search(r"\[b\]accuracy +0\.2500", said)
+
+
+@pytest.mark.parametrize("tell", [options.say, options.complain])
+def test_lines_do_not_run_into_a_bar(
+    monkeypatch: pytest.MonkeyPatch, tell: Callable[[str], None]
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with tqdm(total=4, ncols=60, file=sys.stderr) as bar:
+        bar.update(1)
+        tell("a line")
+    assert re.search(r"\r +\r(passed over: )?a line\n", terminal.getvalue())
