@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,7 +53,9 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         program: its name in messages; None: the script's.
     """
     parser = argparse.ArgumentParser(
-        prog=program, description="Train stage 1 or stage 2 of BLIP-2."
+        prog=program,
+        description="Train stage 1 or stage 2 of BLIP-2.",
+        epilog="Example: %(prog)s --config configs/scenes_stage1.yaml --set optim.lr=1e-3",
     )
     parser.add_argument(
         "--config",
@@ -76,7 +79,11 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         help="override one key of the run before it, such as optim.lr=1e-4; repeatable",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
-    given = parser.parse_args(arguments)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        near = get_close_matches(unknown[0], ("--config", "--resume", "--set", "--help"), 1)
+        hint = f"; the nearest option is {near[0]}" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if not given.runs:
         parser.error("give a --config FILE to start, or a --resume FOLDER to continue")
     _share_cores()

@@ -47,13 +47,11 @@ app.add_typer(search.app, name="index", rich_help_panel="Use")
 app.command("demo-page", rich_help_panel="Use")(pictures.demo_page)
 app.command(rich_help_panel="Use")(use.report)
 app.command(rich_help_panel="Use")(use.convert)
-app.command(rich_help_panel="Use", add_help_option=False, context_settings=AS_GIVEN)(use.demo)
+app.command(rich_help_panel="Use")(use.demo)
 app.add_typer(scores.app, name="eval", rich_help_panel="Use")
 app.add_typer(machine.app, name="kernels", rich_help_panel="Machine")
 app.command(rich_help_panel="Machine")(machine.doctor)
-app.command(rich_help_panel="Machine", add_help_option=False, context_settings=AS_GIVEN)(
-    machine.bench
-)
+app.command(rich_help_panel="Machine", context_settings=AS_GIVEN)(machine.bench)
 
 
 def _print_version(wanted: bool) -> None:

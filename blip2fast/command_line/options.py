@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -44,13 +45,39 @@ def quiet_transformers() -> None:
 
 
 def say(line: str) -> None:
-    """Print a result at once."""
-    print(line, flush=True)
+    """Print a result at once, above a bar that is shown."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def note(line: str) -> None:
-    """Print to stderr what is no result."""
-    print(line, file=sys.stderr, flush=True)
+    """Print to stderr what is no result, above a bar that is shown."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def show_table(table: Sequence[Sequence[str]]) -> None:
+    """Print a table to the terminal; the first row is the header."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(table[0]):
+        drawn.add_column(escape(name), justify="right" if number else "left", overflow="fold")
+    for row in table[1:]:
+        drawn.add_row(*map(escape, row))
+    Console(highlight=False).print(drawn)
+
+
+def on_terminal() -> bool:
+    """Whether results go to a terminal; a file or a pipe gets plain lines."""
+    return sys.stdout.isatty()
 
 
 def complain(fault: str) -> None:

@@ -81,6 +81,8 @@ def caption(
             f"--num-captions {num_captions} of --num-beams {num_beams}: raise --num-beams, or give "
             "--sample"
         )
+    if question is not None and num_captions > 1:
+        raise ValueError(f"--num-captions {num_captions}: a question has one answer; leave one out")
     options: GenerationOptions = {"num_beams": num_beams}
     if sample:
         options = {"do_sample": True, "seed": seed}

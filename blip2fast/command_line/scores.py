@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from blip2fast.command_line.options import quiet_transformers
+from blip2fast.command_line.options import on_terminal, quiet_transformers, show_table
 from blip2fast.command_line.records import (
     Annotations,
     CaptionKey,
@@ -235,12 +235,16 @@ def _generation(beams: int, penalty: float, most: int, least: int) -> Any:
 def _show(result: dict[str, Any] | None, out: Path) -> None:
     if result is None:  # another process shows it
         return
-    for name, value in result["metrics"].items():
-        print(f"{name:28} {value:.4f}")
+    scores = dict(result["metrics"])
     for grouping, kinds in result.get("by", {}).items():
         for kind, value in kinds.items():
-            shown = value if isinstance(value, float) else value["CIDEr-D"]
-            print(f"{f'{grouping}: {kind}':28} {shown:.4f}")
+            scores[f"{grouping}: {kind}"] = value if isinstance(value, float) else value["CIDEr-D"]
+    if on_terminal():
+        rows = [[name, f"{value:.4f}"] for name, value in scores.items()]
+        show_table([[result.get("task", "metric"), "score"], *rows])
+    else:
+        for name, value in scores.items():
+            print(f"{name:28} {value:.4f}")
     for row in result["failed"][:5]:
         print(f"not evaluated: {row['id']}: {row['error']}")
     count = len(result["failed"])

@@ -41,7 +41,7 @@ def convert(
     Converts a run, a transformers BLIP-2 or InstructBLIP, or a file of LAVIS, and prints what was
     mapped, left out and missing (docs/published_weights.md).
 
-    Example: blip2fast convert runs/scenes/stage2 scenes-blip2 --to transformers
+    Example: blip2fast convert Salesforce/blip2-opt-2.7b runs/published --to blip2fast
     """
     from blip2fast.published.converting import convert as write
 
@@ -98,16 +98,30 @@ def report(
         say(str(path))
 
 
-def demo(context: typer.Context) -> None:
+def demo(
+    source: Annotated[
+        Literal["shapes", "digits"], typer.Option(help="Drawn shapes or handwriting.")
+    ] = "shapes",
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="By default runs/scenes or runs/digits.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of scenes and training.")] = 0,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Reuse nothing of an earlier run.")
+    ] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Tiny sizes: shows that it runs, meets no gate.")
+    ] = False,
+) -> None:
     """Train both stages on rendered scenes, on a CPU, and judge them on held-out images.
 
-    Everything lands in runs/scenes. `blip2fast demo --help` lists its options.
+    Everything lands in the folder of --output. The exit status is 1 if a gate is not met.
 
     Example: blip2fast demo --fast
     """
     from blip2fast._imports import needs
 
     with needs("run the demo", "matplotlib", "rich", "sklearn"):
-        from blip2fast.demo.run import main
+        from blip2fast.demo.run import start
 
-    raise typer.Exit(main(context.args, "blip2fast demo"))
+    raise typer.Exit(start(source, output, seed, fresh, fast))

@@ -47,17 +47,16 @@ TITLES = {
 }
 
 
-def main(arguments: Sequence[str] | None = None, program: str = "python -m blip2fast.demo") -> int:
-    """Run the demo.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m blip2fast.demo`.
 
     Args:
         arguments: those of the command line; None: `sys.argv[1:]`.
-        program: its name in messages.
 
     Returns:
-        0 when every gate is met, 1 otherwise.
+        As `start`.
     """
-    parser = argparse.ArgumentParser(prog=program, description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m blip2fast.demo", description=__doc__)
     parser.add_argument(
         "--source", choices=get_args(Source), default="shapes", help="drawn shapes or handwriting"
     )
@@ -68,11 +67,27 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m blip2
         "--fast", action="store_true", help="tiny sizes: shows that it runs, meets no gate"
     )
     given = parser.parse_args(arguments)
-    settings = DemoSettings(source=given.source, seed=given.seed)
-    output = given.output or Path("runs", "scenes" if given.source == "shapes" else "digits")
+    return start(given.source, given.output, given.seed, given.fresh, given.fast)
+
+
+def start(source: Source, output: Path | None, seed: int, fresh: bool, tiny: bool) -> int:
+    """Run the demo, as a command.
+
+    Args:
+        source: drawn shapes or handwriting.
+        output: its folder; None: `runs/scenes`, or `runs/digits`.
+        seed: of the scenes, the training runs and the controls.
+        fresh: reuse nothing of an earlier run.
+        tiny: sizes that show that it runs, and meet no gate.
+
+    Returns:
+        0 when every gate is met, or `tiny`; 1 otherwise.
+    """
+    settings = DemoSettings(source=source, seed=seed)
+    output = output or Path("runs", "scenes" if source == "shapes" else "digits")
     console = Console()
-    summary = run_demo(fast(settings) if given.fast else settings, output, console, given.fresh)
-    if given.fast:
+    summary = run_demo(fast(settings) if tiny else settings, output, console, fresh)
+    if tiny:
         return 0
     failed = check_gates(summary)
     for gate in failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -38,12 +39,23 @@ def check_pretrained(key: str, name: str) -> str | None:
             return None
         return not_found(key, name, "the folder has no config.json")
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        return not_found(key, name)
+        near = _nearest(folder)
+        return not_found(key, name, f"is it {near}?" if near else "")
     try:
         cached_file(name, "config.json")
     except (OSError, ValueError) as error:
         return not_found(key, name, error)
     return None
+
+
+def _nearest(folder: Path) -> Path | None:
+    """A folder of a similar name beside one that does not exist."""
+    try:
+        beside = [each.name for each in folder.parent.iterdir() if each.is_dir()]
+    except OSError:
+        return None
+    near = get_close_matches(folder.name, beside, 1)
+    return folder.parent / near[0] if near else None
 
 
 def lasting_name(name: str) -> tuple[str, str | None]:

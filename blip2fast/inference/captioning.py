@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from blip2fast.data.records import plain_text
-from blip2fast.inference.inputs import GenerationOptions
-from blip2fast.inference.model import Blip2
 from blip2fast.inference.picture_files import load_with, read_ahead
 from blip2fast.inference.results import ResultFile, check_result_path, check_writable, write_text
+
+if TYPE_CHECKING:
+    from blip2fast.inference.inputs import GenerationOptions
+    from blip2fast.inference.model import Blip2
 
 COLUMNS = ("image", "caption")
 

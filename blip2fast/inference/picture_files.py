@@ -8,13 +8,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Generic, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from blip2fast.data.layouts import IMAGE_SUFFIXES
 from blip2fast.frozen.pictures import load_image
-from blip2fast.inference.inputs import Transform
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blip2fast.inference.inputs import Transform
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")

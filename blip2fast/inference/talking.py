@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blip2fast._imports import needs
 from blip2fast.frozen.pictures import load_image
-from blip2fast.inference.chat import Chat
 
 with needs("read images", "PIL"):
     from PIL import Image
+
+if TYPE_CHECKING:
+    from blip2fast.inference.chat import Chat
 
 
 def one_picture(path: str) -> Image.Image:

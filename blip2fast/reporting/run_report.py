@@ -55,8 +55,8 @@ _CHARTS = (
     _Chart("Gradient norm", r"grad\w*norm\w*", logarithmic=True),
     _Chart("Throughput", r"samples_per_second", "samples a second"),
     _Chart("Seconds a step", r"seconds_per_step", "s"),
-    _Chart("Waiting for data", r"\w*(wait|data)\w*"),
-    _Chart("Memory", r"\w*(memory|gib|rss|bytes)\w*"),
+    _Chart("Waiting for data", r"\w*(wait|data)\w*", "share of the time"),
+    _Chart("Memory", r"\w*_gib", "GiB"),
     _Chart("Other", r".*"),
 )
 
@@ -163,8 +163,10 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         for name in [n for n in lines if re.fullmatch(chart.pattern, n.removeprefix("eval_"))]:
             taken.setdefault(name.removeprefix("eval_"), []).append(lines.pop(name))
         if taken:
+            # a single line has no legend
+            label = chart.unit or (next(iter(taken)) if len(taken) == 1 else "")
             svg = line_chart(
-                taken, last_step, chart.unit, share=chart.share, logarithmic=chart.logarithmic
+                taken, last_step, label, share=chart.share, logarithmic=chart.logarithmic
             )
             drawn.append({"title": chart.title, "svg": svg})
     return drawn

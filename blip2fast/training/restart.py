@@ -2,18 +2,24 @@
 
 A resumed run keeps its data, their order, its model and its losses. The schedule, the optimizer's
 settings, how a step is split, and where things run may change. `history.jsonl` in the output
-folder has a line for each start, with the settings that changed.
+folder has a line for each start, with the settings that changed and the environment.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from blip2fast import __version__
 from blip2fast.checkpoints.files import last_checkpoint
 from blip2fast.checkpoints.trained import is_trained
 from blip2fast.data.batches import BatchPlan
@@ -129,9 +135,24 @@ def record_start(
         listed = "; ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
         say(f"changed since the last start: {listed}")
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, "processes": processes}
+    line |= {"environment": _environment()}
     path = folder / HISTORY
     with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**line, "changes": changes}) + "\n")
+
+
+def _environment() -> dict[str, str]:
+    """What the first process runs on."""
+    found = {"blip2fast": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "deepspeed"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+            continue
+    device = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {**found, "platform": platform.platform(), "device": device}
 
 
 def _last_values(folder: Path) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import pytest
 import typer
 import yaml
 from small_run import values, write_world
+from tqdm import tqdm
 
 from blip2fast import __version__
-from blip2fast.command_line import machine, main
+from blip2fast.command_line import machine, main, options, scores
 from blip2fast.command_line.application import app
 from blip2fast.training.config_files import SHIPPED, load_config
 
@@ -48,9 +51,48 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{__version__}\n"
     main(["features", "--help"])
     assert "--encoder" in capsys.readouterr().out
-    for own in ("train", "demo"):
-        main([own, "--help"])
-        assert f"usage: blip2fast {own}" in capsys.readouterr().out
+    main(["train", "--help"])
+    assert "usage: blip2fast train" in capsys.readouterr().out
+
+
+def run_quietly(line: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code after `main` is imported; it fails if torch or transformers is too."""
+    program = [
+        "import sys",
+        "from blip2fast.command_line import main",
+        line,
+        "heavy = {'torch', 'transformers', 'matplotlib', 'pytest'} & {*sys.modules}",
+        "assert not heavy, heavy",
+    ]
+    command = [sys.executable, "-c", "\n".join(program)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_help_of_every_command_is_quick_and_has_its_example() -> None:
+    done = run_quietly(f"for words in {commands()}: main([*words, '--help'])")
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = " ".join(re.sub(r"[│\s]+", " ", done.stdout).split())
+    for words in commands():
+        assert f"Example: blip2fast {' '.join(words)} " in said, words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["caption", "nowhere", "--model", "m"], "image nowhere: no such file or folder"),
+        (["vqa", "README.md", "--model", "m"], "no question: give some after the image"),
+        (["chat", "nowhere.png", "--model", "m"], "image nowhere.png: no such file"),
+        (["train", "--confg", "x"], "unrecognized arguments: --confg x; the nearest option is"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_wrong_name_is_told_before_anything_heavy_is_imported(
+    arguments: list[str], fault: str
+) -> None:
+    # the last line of `run_quietly` is reached, although `main` exits
+    done = run_quietly(f"try: main({arguments})\nexcept SystemExit as end: print(end)")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert fault in done.stdout + done.stderr
 
 
 def test_near_misses_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +100,8 @@ def test_near_misses_are_named(capsys: pytest.CaptureFixture[str]) -> None:
         (["plam"], "plan"),
         (["data", "chek"], "check"),
         (["plan", "--confg", "x"], "--config"),
+        (["train", "--resum", "x", "--stes"], "--set"),
+        (["demo", "--fats"], "--fast"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(given)
@@ -149,3 +193,28 @@ def test_bench_says_what_a_wheel_lacks(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit, match=r"need pytest_benchmark: run `pip install -e '.\[dev\]'`"):
         main(["bench"])
     assert len(calls) == 1
+
+
+def test_results_are_a_table_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = {"task": "vqa", "metrics": {"[b]accuracy": 0.25}, "failed": [], "samples": 3}
+    for terminal in (False, True):
+        monkeypatch.setattr(scores, "on_terminal", lambda terminal=terminal: terminal)
+        scores._show(result, Path("out"))
+        said = capsys.readouterr().out
+        assert ("──" in said) == terminal
+        assert re.search(r"\[b\]accuracy +0\.2500", said)
+
+
+@pytest.mark.parametrize("tell", [options.say, options.complain])
+def test_lines_do_not_run_into_a_bar(
+    monkeypatch: pytest.MonkeyPatch, tell: Callable[[str], None]
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with tqdm(total=4, ncols=60, file=sys.stderr) as bar:
+        bar.update(1)
+        tell("a line")
+    assert re.search(r"\r +\r(passed over: )?a line\n", terminal.getvalue())

@@ -211,6 +211,7 @@ def test_everything_is_checked_before_a_model_is_loaded(
         (["caption", str(photos / "2.png"), *model, "--ext", ".txt"], "2.txt exists; pass over"),
         (["caption", image, *model, "--ext", "txt"], "give a suffix such as .txt"),
         (["caption", image, *model, "--num-captions", "9"], "raise --num-beams, or give --sample"),
+        (["caption", image, *model, "--question", "?", "--num-captions", "2"], "has one answer"),
         (["vqa", image, *model], "no question: give some after the image"),
         (["vqa", image, "--questions", "none.txt", *model], "none.txt: no such file"),
         (["vqa", str(photos / "bad.png"), "what ?", *model], "bad.png: is not a picture"),

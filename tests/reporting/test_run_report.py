@@ -29,7 +29,9 @@ def run(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text("stage: 1\noptim:\n  max_steps: 40\n")
     write_metrics(folder, LINES)
-    starts = [{"started": "2026-01-02", "steps": 0}, {"started": "2026-01-03", "lr": "1 to 2"}]
+    starts: list[dict[str, object]] = [{"started": "2026-01-02", "steps": 0, "changes": {}}]
+    environment = {"torch": "2.99.1", "device": "a <card>"}
+    starts += [{"started": "2026-01-03", "lr": "1 to 2", "environment": environment}]
     (folder / "history.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
     return folder
 
@@ -78,6 +80,8 @@ def test_it_shows_the_run(run: Path) -> None:
         "not ended",
         "some_new_one",
         "2026-01-03",
+        "environment: torch 2.99.1",
+        "environment: device a <card>",
         "max_steps: 40",
     ):
         assert said in re.sub(r"\s+", " ", page.text), said
@@ -87,6 +91,20 @@ def test_it_shows_the_run(run: Path) -> None:
     assert ("samples_per_second", "200", "20") in rows
     # trained and held out are drawn together: one curve and one of a single point
     assert path.read_text().count("line2d_") > 0
+
+
+def test_axes_name_their_units(run: Path) -> None:
+    line = {
+        "step": 30,
+        "temperature": 0.07,
+        "data_wait_share": 0.25,
+        "peak_memory_gib": 0.5,
+        "seconds_per_step": 2,
+    }
+    write_metrics(run, [*LINES, line])
+    page = write_report(run).read_text()
+    for unit in ("samples a second", "share of the time", "GiB", "s", "temperature"):
+        assert re.search(rf"<text [^>]*>{unit}</text>", page), unit
 
 
 def test_it_needs_no_network_and_runs_no_code(run: Path) -> None:

@@ -109,6 +109,10 @@ def test_weights_that_are_not_there(world: Path, tmp_path: Path) -> None:
     assert "a config but no weights" in str(check_weights("key", str(tmp_path)))
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in str(check_pretrained("key", str(tmp_path / "empty")))
+    (tmp_path / "stage2").mkdir()
+    said = f"reached (is it {tmp_path / 'stage2'}?)"
+    assert said in str(check_pretrained("model", str(tmp_path / "stag2")))
+    assert str(check_pretrained("model", str(tmp_path / "far" / "off"))).endswith("reached")
     fault = check_weights("language_model.path", "facebook/opt-2.7b")
     assert fault == (
         "language_model.path 'facebook/opt-2.7b': not found: give a local folder or a hub name "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from small_run import NUM_TOKENS, WIDTH, config, distance, values, write_world
 
@@ -65,6 +67,9 @@ def test_a_run_goes_on_longer_with_another_rate_and_split(
     assert [line["step"] for line in lines] == list(range(1, 10))
     first, second = _history(output)
     assert (first["step"], first["changes"], first["processes"]) == (0, {}, 1)
+    assert first["environment"]["torch"] == torch.__version__
+    assert first["environment"]["python"] == platform.python_version()
+    assert "CPU" in first["environment"]["device"] or torch.cuda.is_available()
     assert second["step"] == 6
     assert second["changes"] == {
         "eval_every": [0, 4],
