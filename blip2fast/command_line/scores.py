@@ -249,3 +249,5 @@ def _show(result: dict[str, Any] | None, out: Path) -> None:
         print(f"not evaluated: {row['id']}: {row['error']}")
     count = len(result["failed"])
     print(f"{result['samples'] - count} of {result['samples']} samples; {out / 'result.json'}")
+    if count:
+        raise typer.Exit(1)

@@ -36,10 +36,15 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_options_arrive(given: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:
-    main(["eval", "retrieval", *COMMON, "--rerank-k", "16", "--captions-per-image", "5"])
-    main(["eval", "caption", *COMMON, "--split", "val", "--min-new-tokens", "8", "--limit", "9"])
     more = ["--prompt", "Q: {}", "--dtype", "bf16", "--overwrite"]
-    main(["eval", "vqa", *COMMON, "--annotations", "a.json", "--image-name", "{}.jpg", *more])
+    for task, *options in (
+        ["retrieval", *COMMON, "--rerank-k", "16", "--captions-per-image", "5"],
+        ["caption", *COMMON, "--split", "val", "--min-new-tokens", "8", "--limit", "9"],
+        ["vqa", *COMMON, "--annotations", "a.json", "--image-name", "{}.jpg", *more],
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["eval", task, *options])
+        assert end.value.code == 1, "one sample could not be evaluated"
     (first, *how), (second, prefix, captions), (third, prompt, answers) = given
     assert isinstance(first, Setup)
     assert (first.model.path, first.images, first.out) == ("run", Path("pictures"), Path("results"))
