@@ -1,4 +1,5 @@
-"""Tables of docs/memory_and_speed.md: memory plans of the recipes, steps of stage 1 by batch."""
+"""Tables of docs/memory_and_speed.md: memory plans of the recipes, steps of stage 1 by batch; and
+of docs/data.md: start and memory of a run by a large table of records."""
 
 from __future__ import annotations
 
@@ -111,3 +112,40 @@ def _rate(told: dict[str, Any], pairs: int) -> tuple[str, str]:
     if "median_s" not in told:
         return "", ""
     return seconds(told["median_s"]), f"{pairs / told['median_s']:,.3g}"
+
+
+def large_table(result: dict[str, Any]) -> str:
+    """Time to the first batch by part, and what each process then holds."""
+    rows, run, load = result["rows"], result["conditions"], result["load"]
+    parts, workers = result["seconds"], load["workers"]
+    total = seconds(sum(parts.values()))
+    lines = [
+        f"**{rows:,} records, {result['bytes'] / 1e9:.2g} GB: the first batch after {total}**, in "
+        f"a fresh process with {workers} workers and nothing of the table in memory: "
+        + ", ".join(f"{name} {seconds(value)}" for name, value in parts.items())
+        + ".",
+        "",
+        "| MB | private (USS) | share of all (PSS) | resident (RSS) |",
+        "|---|---:|---:|---:|",
+        _held("when all is imported, before the records", [result["before"]]),
+    ]
+    for way, found in result["memory"].items():
+        if not found["workers"]:
+            lines.append(_held("main process without workers", [found["main"]]))
+            continue
+        verb = f"{way}ed"
+        lines.append(_held(f"main process, workers {verb}", [found["main"]]))
+        lines.append(_held(f"a worker, {verb}", found["workers"]))
+    told = (
+        f"After {load['batches']} batches of {load['batch_size']} records in each row; of workers "
+        f"the largest. {run['device']}, {run['cores']} cores, "
+        f"{run['memory_bytes'] / 1e9:.0f} GB of memory, load average {run['load_average']:.1f} at "
+        f"the start, {run['date']}; Python {run['python']}, torch {run['versions']['torch']}, "
+        f"commit {run['commit'][:8]}; `python {run['command']}`."
+    )
+    return "\n".join([*lines, "", told])
+
+
+def _held(name: str, processes: Sequence[dict[str, int]]) -> str:
+    largest = [max(each[kind] for each in processes) for kind in ("uss", "pss", "rss")]
+    return f"| {name} | " + " | ".join(f"{size / 1e6:,.0f}" for size in largest) + " |"

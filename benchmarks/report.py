@@ -41,6 +41,7 @@ PAGES = (
     ROOT / "benchmarks" / "README.md",
     *sorted(SUITES.glob("*.md")),
     ROOT / "docs" / "ablations.md",
+    ROOT / "docs" / "data.md",
     ROOT / "docs" / "demo.md",
     ROOT / "docs" / "kernel_model.md",
     ROOT / "docs" / "kernels.md",
@@ -58,6 +59,7 @@ TRAINING = {
     "ablations": ("ablations", training_tables.ablation_tables),
     "precision": ("precision", training_tables.precision_table),
     "plans": ("plans", memory_tables.plans),
+    "large_table": ("large-table", memory_tables.large_table),
 }
 MODEL = ("model_h200", "model_loops", "model_cuda", "model_cards", "model_errors", "model_assumed")
 

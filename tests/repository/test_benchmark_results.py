@@ -466,6 +466,43 @@ def test_tables_of_plans_show_places_and_what_does_not_fit() -> None:
     assert "| recipe, recomputed | 4.50 / 1.00 |  |" in text
 
 
+def test_a_large_table_has_its_time_by_part_and_its_largest_worker() -> None:
+    def held(size: int) -> dict[str, int]:
+        return {"uss": size * 10**6, "pss": size * 2 * 10**6, "rss": size * 3 * 10**6}
+
+    conditions = {"device": "x", "cores": 2, "memory_bytes": 24e9, "load_average": 1.25}
+    conditions |= {"date": "2026-01-02", "python": "3.12", "versions": {"torch": "2.13"}}
+    conditions |= {"commit": "0123456789", "command": "benchmarks/large_table.py 5000 /tmp"}
+    forked = {"first_batch_s": 1.0, "main": held(7), "workers": [held(11), held(12)]}
+    text = memory_tables.large_table(
+        {
+            "rows": 5000,
+            "bytes": 4.25e9,
+            "seconds": {"imports": 2.0, "opening": 0.25},
+            "load": {"workers": 2, "batches": 400, "batch_size": 256},
+            "before": held(3),
+            "memory": {
+                "fork": forked,
+                "spawn": forked | {"main": held(8)},
+                "no workers": forked | {"workers": []},
+            },
+            "conditions": conditions,
+        }
+    )
+    assert text.startswith("**5,000 records, 4.2 GB: the first batch after 2.25 s**")
+    assert "in memory: imports 2.00 s, opening 250 ms." in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [
+        "| when all is imported, before the records | 3 | 6 | 9 |",
+        "| main process, workers forked | 7 | 14 | 21 |",
+        "| a worker, forked | 12 | 24 | 36 |",
+        "| main process, workers spawned | 8 | 16 | 24 |",
+        "| a worker, spawned | 12 | 24 | 36 |",
+        "| main process without workers | 7 | 14 | 21 |",
+    ]
+    assert "24 GB of memory, load average 1.2 at the start, 2026-01-02" in text
+
+
 def test_plans_in_the_results_are_those_of_today() -> None:
     """`python benchmarks/plans.py` makes the file; two recipes are planned again here."""
     file = sorted(plans.RESULTS.glob("*_plans.json"))[-1]
