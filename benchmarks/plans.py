@@ -4,8 +4,8 @@
     python benchmarks/report.py     # then docs/memory_and_speed.md
 
 The models that the recipes name on the hub are replaced by folders with a configuration of the same
-architecture and sizes: a plan reads nothing else. Stage 2 is planned as with `--set offload=auto
---set zero_stage=1`, so that every place of the language model can be compared.
+architecture and sizes: a plan reads nothing else. Stage 2 is planned as with `--set offload=auto`, so
+that every place of the language model can be compared.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def plan(recipe: Path, models: Path, cluster: Cluster) -> dict[str, Any]:
     overrides = [f"data.image_encoder={models / values['data']['image_encoder']}"]
     if values["stage"] == 2:
         path = models / values["language_model"]["path"]
-        overrides += [f"language_model.path={path}", "offload=auto", "zero_stage=1"]
+        overrides += [f"language_model.path={path}", "offload=auto"]
     run = load_config(recipe, overrides)
     memory = Memory(cluster.device_gib * GIB, cluster.host_gib * GIB, device_is_host=False)
     planned = plan_memory(run, cluster.processes, cluster.machines, memory)
