@@ -4,8 +4,8 @@
     python benchmarks/report.py     # then docs/memory_and_speed.md
 
 The models that the recipes name on the hub are replaced by folders with a configuration of the same
-architecture and sizes: a plan reads nothing else. Stage 2 is planned as with `--set offload=auto`, so
-that every place of the language model can be compared.
+architecture and sizes: a plan reads nothing else. Stage 2 is planned as with `--set offload=auto`,
+so that every place of the language model can be compared.
 """
 
 from __future__ import annotations
