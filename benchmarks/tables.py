@@ -337,7 +337,7 @@ def headlines(
 
     Args:
         files: By suite, its results on each machine. Times are those of the newest one that ran the
-            benchmark; "times faster" is the range over all.
+            benchmark; "times faster" is the range over all runs.
         rows: Suite, benchmark, title, ours, rival.
     """
     lines = [
@@ -355,7 +355,7 @@ def headlines(
             factors = sorted(b["median_s"] / a["median_s"] for a, b in timed)
             span = f"{factors[0]:.2f}"
             if len(factors) > 1:
-                span += f" to {factors[-1]:.2f} on {len(factors)} machines"
+                span += f" to {factors[-1]:.2f} in {len(factors)} runs"
             lines.append(
                 f"| {title} | {seconds(us['median_s'])} | {us['peak_bytes'] / 1e6:,.0f} MB "
                 f"| {rival} | {seconds(them['median_s'])} | {them['peak_bytes'] / 1e6:,.0f} MB "

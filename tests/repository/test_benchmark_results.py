@@ -278,7 +278,7 @@ def test_a_processor_is_told_from_others_of_its_name(tmp_path: Path) -> None:
         "products in GFLOP/s: fp32 mkl 90" in known
     )
     row = tables.headlines({"itc": files}).splitlines()[2]
-    assert row.endswith("| 1.00 s | 2 MB | 2.00 to 4.00 on 2 machines |")
+    assert row.endswith("| 1.00 s | 2 MB | 2.00 to 4.00 in 2 runs |")
 
 
 def test_a_fingerprint_is_read_from_linux(tmp_path: Path) -> None:
