@@ -4,8 +4,8 @@ Whether a step updates the parameters is decided on the device: AdamW's fused up
 where `found_inf` is 1. The host reads the outcome a step later, or at once where it waits anyway
 (on a CPU, and before it logs, saves or evaluates), so a step costs no wait.
 
-DeepSpeed checks gradients too, except those of ZeRO stage 0 in fp32. It leaves out the update, and
-AdamW does not count the step.
+DeepSpeed checks gradients too, except those of ZeRO stage 0 in fp32, which are checked and clipped
+here. It leaves out the update, and AdamW does not count the step.
 """
 
 from __future__ import annotations
@@ -55,10 +55,18 @@ class StepGate:
         device: the device of this process.
         stays_closed: after a value that is not finite, let no later step pass either, so that the
             parameters stay as they were when the host learns of it.
+        clip_norm: the largest norm of a gradient that the engine does not clip itself; 0: any.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, device: torch.device, stays_closed: bool) -> None:
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        device: torch.device,
+        stays_closed: bool,
+        clip_norm: float = 0.0,
+    ) -> None:
         self._engine, self._device, self._stays_closed = engine, device, stays_closed
+        self._clip_norm = clip_norm
         # neither the engine nor a wrapper of AdamW looks at these gradients
         self._own_gradients = engine.optimizer is engine.basic_optimizer
         on_host = all(shard.device.type == "cpu" for shard in optimizer_shards(engine))
@@ -74,7 +82,9 @@ class StepGate:
     def judge(
         self, step: int, losses: Mapping[str, Tensor], stop: bool, news: bool = False
     ) -> Tensor:
-        """Decide of the step that the engine takes next; every process must call this.
+        """Decide of the step that the engine takes next, and clip its gradient.
+
+        Every process must call this.
 
         Args:
             step: the number of the step, from 1.
@@ -87,7 +97,7 @@ class StepGate:
         """
         self._names, self._scale = sorted(losses), scale_of_norm(self._engine)
         found = [losses[name].isfinite().logical_not().view(()) for name in self._names]
-        found.append(self._gradient_is_not_finite())
+        found.append(self._clip())
         found += [torch.full((), flag, device=self._device) for flag in (stop, news)]
         flags = torch.stack(found).float()
         if dist.get_world_size() > 1:
@@ -140,14 +150,16 @@ class StepGate:
             names.append(GRADIENT)
         return Outcome(step, tuple(names), scaled and not names, bool(stop), bool(news))
 
-    def _gradient_is_not_finite(self) -> Tensor:
-        gradients = []
+    def _clip(self) -> Tensor:
+        """Clip the gradient where the engine does not; whether it is not finite, a bool scalar."""
+        trained = []
         if self._own_gradients:
-            parameters = self._engine.module.parameters()
-            gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:
+            trained = [p for p in self._engine.module.parameters() if p.grad is not None]
+        if not trained:
             return torch.zeros((), dtype=torch.bool, device=self._device)
-        self._norm = torch.nn.utils.get_total_norm(gradients)
+        self._norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        if self._clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(trained, self._clip_norm, self._norm)
         return self._norm.isfinite().logical_not()
 
 

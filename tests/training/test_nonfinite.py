@@ -336,6 +336,45 @@ def test_a_step_is_judged_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> Non
     assert basic.found_inf.device.type == "meta"
 
 
+@pytest.mark.parametrize(("clip_norm", "norm"), [(0.0, 5.0), (2.5, 2.5), (7.0, 5.0)])
+def test_the_gate_clips_what_no_engine_clips(
+    monkeypatch: pytest.MonkeyPatch, clip_norm: float, norm: float
+) -> None:
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    for parameter, value in zip(parameters, (3.0, -4.0), strict=False):
+        parameter.grad = torch.tensor([value])  # the third has none
+    basic = torch.optim.AdamW(parameters)
+    engine = SimpleNamespace(
+        optimizer=basic,
+        basic_optimizer=basic,
+        module=torch.nn.ParameterList(parameters),
+        zero_optimization_stage=lambda: 0,
+        fp16_enabled=lambda: False,
+    )
+    gate = StepGate(engine, torch.device("cpu"), False, clip_norm)
+    gate.judge(1, {"loss": torch.zeros(())}, stop=False)
+    assert float(gate.gradient_norm()) == 5.0  # before clipping
+    found = [float(p.grad) for p in parameters[:2]]
+    assert found == pytest.approx([3.0 * norm / 5, -4.0 * norm / 5], rel=1e-5)
+    assert parameters[2].grad is None
+
+
+def test_a_run_in_fp32_clips(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW sees gradients of norm `clip_norm`."""
+    seen, step = list[float](), torch.optim.AdamW.step
+
+    def spy(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        seen.append(float(torch.nn.utils.get_total_norm([g for g in grads if g is not None])))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    optim = {"max_steps": 2, "warmup_steps": 1, "clip_norm": 0.01}
+    train(config(world, tmp_path / "out", 1, optim=optim), say=_quiet)
+    assert seen[-2:] == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
 def _fp16_engine(kind: str) -> Any:
     """As much of an engine as its loss scale needs: fp16 is not there on a CPU."""
     from deepspeed.runtime.fp16.loss_scaler import (

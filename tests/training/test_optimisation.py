@@ -123,4 +123,5 @@ def test_sizes_and_precision_reach_the_json() -> None:
     assert values["bf16"] == {"enabled": True}
     assert values["data_types"] == {"grad_accum_dtype": "fp32"}
     plain = deepspeed_config(config(Path("w"), Path("o"), 1), 1, [10])
+    assert plain["gradient_clipping"] == 0.0  # the gate clips: fp32, ZeRO 0
     assert not {"bf16", "fp16", "data_types"} & plain.keys()
