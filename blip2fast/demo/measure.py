@@ -238,7 +238,7 @@ def stage2_rows(
             for part in torch.arange(len(data)).split(BATCH)
         )
         rows["loss/stage2"][column] = held_out_losses(model, batches)["loss"]
-        direct = answers_from_images(model, frozen, data, numbers)
+        direct = answers_from_images(model, frozen.questions, data, numbers)
         _add(rows, "vqa_direct", column, data.answers_right(direct))
         descriptions = [written[column][i] for i in data.asked_of.tolist()]
         _add(
@@ -265,15 +265,16 @@ def stage2_rows(
 def tuned_rows(
     trained: Blip2Stage2, frozen: FrozenModel, held_out: EvalSet, unseen: EvalSet
 ) -> Rows:
-    """VQA after fine-tuning on questions (paper section 4.3)."""
+    """VQA after fine-tuning on questions, which the Q-Former reads too (paper section 4.3)."""
     rows: Rows = {}
+    texts = trained.text(frozen.plain.tokenizer, qformer_tokenizer=held_out.tokenizer)
     numbers = torch.arange(len(held_out))
     for column, data, shown in (
         ("model", held_out, numbers),
         ("shuffled", held_out, held_out.shuffled_numbers()),
         ("unseen_pairs", unseen, torch.arange(len(unseen))),
     ):
-        answers = answers_from_images(trained, frozen, data, shown)
+        answers = answers_from_images(trained, texts, data, shown)
         _add(rows, "vqa_tuned", column, data.answers_right(answers))
     return rows
 
@@ -301,12 +302,12 @@ def blind_vqa(
 
 
 def answers_from_images(
-    model: Blip2Stage2, frozen: FrozenModel, data: EvalSet, numbers: Tensor
+    model: Blip2Stage2, texts: Stage2Text, data: EvalSet, numbers: Tensor
 ) -> list[str]:
     """Answers to every question of `data`; scene i is shown image `numbers[i]`."""
     return generate_texts(
         model,
-        frozen.questions,
+        texts,
         data.images,
         numbers[data.asked_of],
         data.asked(),

@@ -118,11 +118,13 @@ class Places:
             f"data.eval_records={records('held_out')}",
             f"data.eval_features={self.features('held_out')}",
         ]
-        if run == "stage1":
+        if run != "stage2":
             values.append(f"model.tokenizer={_from_here(self.qformer_tokenizer)}")
-        else:
+        if run != "stage1":
             values.append(f"language_model.path={_from_here(self.language_tower)}")
             values.append(f"init_from={self.run('stage1' if run == 'stage2' else 'stage2')}")
+        if run == "vqa":
+            values.append(f"init_text_from={self.run('stage1')}")
         return tuple(values)
 
 

@@ -6,6 +6,7 @@ a run reads the Q-Former alone.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ Layout = Literal["blip2fast", "transformers", "lavis"]
 Stored = Tensor | TensorFile
 # parameters of stage 1 that transformers' retrieval models lack
 NEW_IN_STAGE1 = ("lm_head.", "temp")
+# a text branch must agree with the rest of its Q-Former in these, and brings along those
+_OF_LAYERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_OF_WORDS = ("vocab_size", "max_position_embeddings", "pad_token_id")
 # the tokenizer decides the ids, and new weights are as the run wants them
 _OF_A_RUN = ("bos_token_id", "pad_token_id", "initializer_range")
 
@@ -90,6 +94,50 @@ class Weights:
         found = self.parameters()
         own = {n: v for n, v in wanted.items() if n.startswith(NEW_IN_STAGE1)}
         return own | found if self.layout == "transformers" else found
+
+    def with_text_branch(self, other: Weights) -> Weights:
+        """These weights of stage 2, with which a Q-Former reads images alone, and a text branch.
+
+        Args:
+            other: weights of either stage whose Q-Former reads texts: its embeddings and the
+                feed-forward layers of texts are taken.
+
+        Raises:
+            ValueError: it reads no texts, or its Q-Former differs in size.
+        """
+        if other.stage == 2 and not other.sizes.get("text_conditioned"):
+            raise ValueError(f"{other.what}: its Q-Former reads no texts")
+        differing = [
+            f"{name} is {other.sizes[name]} there, {self.sizes[name]} in {self.source}"
+            for name in _OF_LAYERS
+            if other.sizes[name] != self.sizes[name]
+        ]
+        if differing:
+            raise ValueError(f"its Q-Former differs in size: {'; '.join(differing)}")
+        own = {conditioned_names(name): name for name in self.tensors}
+        theirs = {conditioned_names(name): name for name in other.tensors}
+        text = {n: old for n, old in theirs.items() if n.startswith("qformer.") and n not in own}
+        words = {"text_conditioned": True} | {
+            name: other.sizes[name] for name in _OF_WORDS if name in other.sizes
+        }
+        sizes = self.sizes | words
+        description = self.description
+        if description is not None:
+            description = dataclasses.replace(description, sizes=description.sizes | words)
+        return dataclasses.replace(
+            self,
+            what=f"{self.what}, with the text branch of {other.source}",
+            sizes=sizes,
+            description=description,
+            tensors={
+                **{new: self.tensors[old] for new, old in own.items()},
+                **{new: other.tensors[old] for new, old in text.items()},
+            },
+            names={
+                **{new: self.names[old] for new, old in own.items()},
+                **{new: other.names[old] for new, old in text.items()},
+            },
+        )
 
     def report(self, wanted: Iterable[str], stage: int, use: str) -> Report:
         """What a model takes of these weights.

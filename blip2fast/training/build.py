@@ -16,7 +16,6 @@ from blip2fast.data.sources import checked_keys, mixture, open_records, whereabo
 from blip2fast.data.texts import AnswerTexts, CaptionTexts, SequenceTexts, Stage1Texts
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.image_encoders import FrozenImageEncoder
-from blip2fast.published.reading import open_weights
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import FROZEN, Blip2Stage2
 from blip2fast.stage2.text import Stage2Text
@@ -30,7 +29,7 @@ from blip2fast.training.run_data import (
     image_folder,
     train_images,
 )
-from blip2fast.training.run_model import build_model
+from blip2fast.training.run_model import build_model, open_start
 from blip2fast.training.skipped import LeftOutBefore
 
 _log = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ def build_run(config: RunConfig, rank: int, world_size: int) -> Run:
         ValueError: parts that do not fit together, with the conflicting values.
     """
     torch.manual_seed(config.seed)
-    start = None if config.init_from is None else open_weights(config.init_from)
+    start = open_start(config)
     source = train_images(config, None if start is None else start.described)
     note = _log.warning if rank == 0 else None
     data = config.data

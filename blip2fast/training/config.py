@@ -267,6 +267,9 @@ class RunConfig:
         init_from: where parameters are taken from: output folder or checkpoint of an earlier run,
             a BLIP-2 or InstructBLIP of transformers (folder or hub name), or a `.pth` file of LAVIS
             (docs/published_weights.md).
+        init_text_from: likewise, where a Q-Former that reads the prompt takes the weights that read
+            it, if those of `init_from` read images alone (`model.text_conditioned`): the run of
+            stage 1, after a stage 2 without it.
         allow_other_frozen: allow an `init_from` that was trained with another image encoder or
             language model. With another language model the projection is re-initialised.
         zero_stage: what DeepSpeed ZeRO partitions over the processes: 0 nothing, 1 optimizer
@@ -311,6 +314,7 @@ class RunConfig:
     language_model: LanguageModelSection | None = None
     image_encoder: ImageEncoderSection = field(default_factory=ImageEncoderSection)
     init_from: str | None = None
+    init_text_from: str | None = None
     allow_other_frozen: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Precision = "bf16"

@@ -37,6 +37,11 @@ def contradictions(config: RunConfig) -> list[str]:
         )
     if config.allow_other_frozen and config.init_from is None:
         faults.append("allow_other_frozen is about init_from, which is not set")
+    if config.init_text_from is not None:
+        if config.init_from is None:
+            faults.append("init_text_from completes init_from, which is not set")
+        if not config.model.text_conditioned:
+            faults.append("init_text_from is for model.text_conditioned: true, which is not set")
     faults += _best_faults(config) + _encoder_faults(config) + _lora_faults(config)
     if config.resume and config.overwrite:
         faults.append("resume continues an earlier run, and overwrite deletes it: set one of them")

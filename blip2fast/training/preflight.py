@@ -143,6 +143,8 @@ def _path_faults(config: RunConfig) -> list[str]:
     asked: list[str | None] = []
     if config.init_from is not None:
         asked.append(published_fault("init_from", config.init_from))
+    if config.init_text_from is not None:
+        asked.append(published_fault("init_text_from", config.init_text_from))
     if config.model.tokenizer is not None:
         asked.append(check_pretrained("model.tokenizer", config.model.tokenizer))
     if config.model.bert is not None:

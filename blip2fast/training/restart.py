@@ -83,11 +83,12 @@ def last_good(folder: str | Path) -> str:
 
 
 def with_start(config: RunConfig) -> RunConfig:
-    """A resuming run whose `init_from` has been deleted is built from its own checkpoint."""
-    if not config.resume or config.init_from is None or is_trained(config.init_from):
+    """A resuming run whose start has been deleted is built from its own checkpoint."""
+    starts = [s for s in (config.init_from, config.init_text_from) if s is not None]
+    if not config.resume or all(is_trained(start) for start in starts):
         return config
     last = last_checkpoint(Path(config.output_dir) / "checkpoints")
-    return config if last is None else replace(config, init_from=str(last))
+    return config if last is None else replace(config, init_from=str(last), init_text_from=None)
 
 
 def _leave_out_new_defaults(same: dict[str, Any]) -> None:

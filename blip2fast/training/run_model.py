@@ -16,6 +16,7 @@ from blip2fast.frozen.hub import lasting_name
 from blip2fast.frozen.identity import FrozenIdentity, identify_model
 from blip2fast.frozen.image_encoders import FrozenImageEncoder, parse_encoder_id
 from blip2fast.offload.loading import source_identity
+from blip2fast.published.reading import open_weights
 from blip2fast.published.weights import Weights, same_language_model
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
@@ -58,6 +59,28 @@ def build_model(
         adapter=adapter,
     )
     return model, tokenizer, description
+
+
+def open_start(config: RunConfig) -> Weights | None:
+    """The weights of `init_from`, completed by those of `init_text_from`; None without one.
+
+    Raises:
+        ValueError: not found, damaged, or they do not go together.
+    """
+    if config.init_from is None:
+        return None
+    start = open_weights(config.init_from)
+    if config.init_text_from is None or start.sizes.get("text_conditioned"):
+        return start
+    if start.stage == 1:
+        raise ValueError(
+            f"init_text_from {config.init_text_from!r}: init_from {config.init_from!r} is of stage "
+            "1 and reads texts itself: leave init_text_from out"
+        )
+    try:
+        return start.with_text_branch(open_weights(config.init_text_from))
+    except ValueError as error:
+        raise ValueError(f"init_text_from {config.init_text_from!r}: {error}") from None
 
 
 def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str, Any]:

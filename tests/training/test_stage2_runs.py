@@ -1,5 +1,6 @@
 """Stage-2 runs with several images a sample, instructions in the Q-Former, and LLM dropout."""
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 from small_run import config, distance, weights, write_world
 
+from blip2fast.checkpoints.trained import read_description
 from blip2fast.data.batches import Batch
 from blip2fast.data.images import FileImages
 from blip2fast.data.records import SequenceRecord, read_captions, write_records
 from blip2fast.stage2.config import Stage2Config
+from blip2fast.stage2.convert import stage1_names
 from blip2fast.training.build import build_run
 from blip2fast.training.config_files import parse_config
 from blip2fast.training.log import read_metrics
@@ -19,6 +22,10 @@ from blip2fast.training.measuring import measure_trained
 from blip2fast.training.trainer import train
 
 INSTRUCTED = {"text_conditioned": True}
+
+
+def _quiet(_):
+    """Say nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +121,62 @@ def test_instructions_from_stage1(world, tmp_path):
     )
     with pytest.raises(ValueError, match=r"reads text: set model.tokenizer and model.text_cond"):
         build_run(bare, 0, 1)
+
+
+def test_a_text_branch_from_stage1_after_stage_2(world, tmp_path):
+    """`init_text_from`: the paper's VQA fine-tuning, whose Q-Former also reads the question."""
+    one, two, out = tmp_path / "one", tmp_path / "two", tmp_path / "out"
+    train(config(world, one, 1), say=_quiet)
+    train(config(world, two, 2, init_from=str(one)), say=_quiet)
+    settings = {
+        "model": INSTRUCTED | {"tokenizer": str(world / "qformer_tokenizer")},
+        "data": {
+            "task": "vqa",
+            "records": str(world / "train_questions.jsonl"),
+            "eval_records": str(world / "eval_questions.jsonl"),
+        },
+        "language_model": {"path": str(world / "opt"), "prompt": "{} :"},
+        "init_from": str(two),
+        "init_text_from": str(one),
+    }
+    start = build_run(config(world, out, 2, **settings), 0, 1).model.trainable_state_dict()
+    of_images, of_texts = weights(two), weights(one)
+    assert start.pop("qformer.embeddings.layernorm.bias").equal(of_images["qformer.layernorm.bias"])
+    start.pop("qformer.embeddings.layernorm.weight")
+    taken = {n: of_images[n] if n in of_images else of_texts[stage1_names(n)] for n in start}
+    assert all(torch.equal(start[name], value) for name, value in taken.items())
+    read = [n for n in start if n not in of_images]
+    assert {n.split(".")[1] for n in read} == {"embeddings", "encoder"}
+
+    train(config(world, out, 2, **settings, save_every=3), say=_quiet)
+    assert read_description(out).sizes["text_conditioned"]
+    # a model that reads texts already needs no other, and a run goes on from its own checkpoint
+    again = {**settings, "init_from": str(out), "init_text_from": str(tmp_path / "nowhere")}
+    assert build_run(config(world, tmp_path / "x", 2, **again), 0, 1).model.config.text_conditioned
+    shutil.rmtree(one)
+    optim = {"max_steps": 8}
+    train(config(world, out, 2, **settings, resume=True, optim=optim), say=_quiet)
+    assert read_metrics(out)[-1]["step"] == 8
+
+
+def test_a_text_branch_that_does_not_fit(world, tmp_path):
+    one, two, wide = tmp_path / "one", tmp_path / "two", tmp_path / "wide"
+    train(config(world, one, 1), say=_quiet)
+    train(config(world, wide, 1, model={"intermediate_size": 24}), say=_quiet)
+    train(config(world, two, 2, init_from=str(one)), say=_quiet)
+    words = {"model": INSTRUCTED | {"tokenizer": str(world / "qformer_tokenizer")}}
+    for init_from, text_from, message in (
+        (two, wide, r"wide.*: its Q-Former differs in size: intermediate_size is 24 there, \d+ in"),
+        (two, two, r"init_text_from .*two': a run of blip2fast, stage 2: its Q-Former reads no te"),
+        (one, one, r"is of stage 1 and reads texts itself: leave init_text_from out"),
+    ):
+        start = {"init_from": str(init_from), "init_text_from": str(text_from)}
+        with pytest.raises(ValueError, match=message):
+            build_run(config(world, tmp_path / "x", 2, **words, **start), 0, 1)
+    with pytest.raises(ValueError, match=r"init_text_from completes init_from, which is not set"):
+        config(world, tmp_path / "x", 2, **words, init_text_from=str(one))
+    with pytest.raises(ValueError, match=r"init_text_from is for model.text_conditioned: true"):
+        config(world, tmp_path / "x", 2, init_from=str(two), init_text_from=str(one))
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
