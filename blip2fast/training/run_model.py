@@ -96,6 +96,16 @@ def _sizes(config: RunConfig, width: int, start: Description | None) -> dict[str
             for name, value in wanted.items()
             if name in start.sizes and start.sizes[name] != value
         ]
+        if (
+            start.stage == 2
+            and wanted.get("text_conditioned")
+            and not start.sizes.get("text_conditioned")
+        ):
+            raise ValueError(
+                f"init_from {config.init_from!r} has a Q-Former that reads images alone, and "
+                "model.text_conditioned is true: set init_text_from to the run of stage 1, whose "
+                "text branch is taken"
+            )
         if differing:
             raise ValueError(
                 f"init_from {config.init_from!r} differs in size: {'; '.join(differing)} "

@@ -173,6 +173,10 @@ def test_a_text_branch_that_does_not_fit(world, tmp_path):
         start = {"init_from": str(init_from), "init_text_from": str(text_from)}
         with pytest.raises(ValueError, match=message):
             build_run(config(world, tmp_path / "x", 2, **words, **start), 0, 1)
+    with pytest.raises(
+        ValueError, match=r"reads images alone, and .* set init_text_from to the run"
+    ):
+        build_run(config(world, tmp_path / "x", 2, **words, init_from=str(two)), 0, 1)
     with pytest.raises(ValueError, match=r"init_text_from completes init_from, which is not set"):
         config(world, tmp_path / "x", 2, **words, init_text_from=str(one))
     with pytest.raises(ValueError, match=r"init_text_from is for model.text_conditioned: true"):
