@@ -34,6 +34,11 @@ def check(
 
     Example: blip2fast kernels check --precision bf16
     """
+    if out is not None:
+        from blip2fast.inference.results import check_writable
+
+        check_writable(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
     from blip2fast.ops import check_kernels
     from blip2fast.ops.kernel_kinds import DTYPES
     from blip2fast.ops.records import Record, write_records

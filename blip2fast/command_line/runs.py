@@ -11,7 +11,7 @@ import typer
 from blip2fast.command_line.options import Config, Set, quiet_transformers
 
 if TYPE_CHECKING:
-    from blip2fast.offload.quantised import Storage
+    from blip2fast._choices import Storage
 
 
 class FewerBits(Enum):
@@ -96,6 +96,8 @@ def plan(
     Example: blip2fast plan --config configs/vitg_opt6.7b_stage2.yaml --processes 8 --device-gib 80
     """
     from blip2fast.training.config_files import load_config
+
+    run = load_config(config, set_ or ())
     from blip2fast.training.memory_plan import GIB, Memory, machine_memory, plan_memory
 
     quiet_transformers()
@@ -105,7 +107,6 @@ def plan(
         host = memory.host if host_gib is None else int(host_gib * GIB)
         on_host = memory.device_is_host and device_gib is None
         memory = Memory(host if on_host else device, host, on_host)
-    run = load_config(config, set_ or ())
     planned = plan_memory(run, processes, machines, memory)
     chosen = planned.first(run.stream_storage)
     print(planned)
@@ -130,18 +131,19 @@ def storage_loss(
     """
     from dataclasses import replace
 
-    from blip2fast.offload.blocks import find_blocks
-    from blip2fast.offload.storage_loss import loss_difference
-    from blip2fast.stage2.model import Blip2Stage2
-    from blip2fast.training.build import build_run
     from blip2fast.training.config_files import load_config
 
-    quiet_transformers()
     run = load_config(config, set_ or ())
     if run.stage != 2:
         raise ValueError("stage 1 has no language model: give a configuration of stage 2")
     if run.data.images is not None:
         raise ValueError("storage-loss reads a feature cache: set data.features, not data.images")
+    from blip2fast.offload.blocks import find_blocks
+    from blip2fast.offload.storage_loss import loss_difference
+    from blip2fast.stage2.model import Blip2Stage2
+    from blip2fast.training.build import build_run
+
+    quiet_transformers()
     parts = build_run(
         replace(run, offload="none", zero_stage=0, stream_storage="as_is", stream_buffers=2),
         rank=0,

@@ -26,8 +26,9 @@ from blip2fast.inference.model import Blip2
 from blip2fast.reporting.run_report import Sample
 from blip2fast.search.attention import over_picture
 from blip2fast.search.retriever import Blip2Retriever
-from blip2fast.training.config import DTYPE_OF, RunConfig
+from blip2fast.training.config import RunConfig
 from blip2fast.training.config_files import load_config
+from blip2fast.training.precision import DTYPE_OF
 
 with needs("read images", "PIL"):
     from PIL import Image

@@ -18,17 +18,17 @@ from typing import Any, Literal
 
 import torch
 
+from blip2fast._choices import Storage
 from blip2fast._imports import needs
 from blip2fast.checkpoints.trained import is_trained, read_description
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.image_encoders import count_tokens, encoder_image_size
 from blip2fast.frozen.timm_models import is_timm, load_timm
-from blip2fast.offload.quantised import Storage
 from blip2fast.published.reading import open_weights, published_fault
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage2.config import Stage2Config
-from blip2fast.training.config import DTYPE_OF, RunConfig
+from blip2fast.training.config import RunConfig
 from blip2fast.training.engine import NVME_BUFFERS, nvme_buffer_size
 from blip2fast.training.measuring import (
     EncoderSizes,
@@ -41,6 +41,7 @@ from blip2fast.training.measuring import (
     measure_trained_encoder,
     read_model_config,
 )
+from blip2fast.training.precision import DTYPE_OF
 
 with needs("plan memory", "psutil"):
     import psutil  # type: ignore[import-untyped]
