@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from blip2fast.command_line.given import check_folder, check_models
+from blip2fast.command_line.options import on_terminal, quiet_transformers, show_table
 
 if TYPE_CHECKING:
     from blip2fast.data.source_config import RecordSource
@@ -132,7 +133,15 @@ def check(
     options["split"] = split
     given, folder = _sources(sources, **options), _folder(images)
     found = check_records(given, task, folder, _tokenizer(tokenizer), max_txt_len, workers)
-    print(json.dumps(found.values(), indent=1) if as_json else str(found))
+    if as_json:
+        print(json.dumps(found.values(), indent=1))
+    elif on_terminal():
+        show_table(found.table())
+        if found.ignored:
+            print(f"ignored names: {', '.join(sorted(found.ignored))}")
+        print("\n".join(found.told()))
+    else:
+        print(found)
     if not found.usable:
         raise typer.Exit(1)
 
@@ -188,7 +197,6 @@ def features(
         check_skipped(left_out, max_skipped, len(left_out) + len(keys), "rows and images")
     import torch
 
-    from blip2fast.command_line.options import quiet_transformers
     from blip2fast.data.caching import cache_images
     from blip2fast.frozen.image_encoders import load_image_encoder
 
@@ -242,8 +250,6 @@ def _tokenizer(path: str | None) -> Any:
         return None
     check_models(tokenizer=path)
     from transformers import AutoTokenizer
-
-    from blip2fast.command_line.options import quiet_transformers
 
     quiet_transformers()
     try:

@@ -138,13 +138,26 @@ class MemoryPlan:
             "(offload: zero3, offload_param: nvme)"
         )
 
-    def __str__(self) -> str:
+    def table(self) -> list[list[str]]:
+        """A row for each option, in GiB, beneath a header."""
         names = list(dict.fromkeys(name for o in self.options for name in o.device))
         table = [["GiB on each device", *names, "sum", "host, each process", "fits"]]
         for option in self.options:
             parts = [_gib(option.device.get(name, 0)) for name in names]
             sums = [_gib(option.device_bytes), _gib(option.host_bytes)]
             table.append([option.name, *parts, *sums, "yes" if self.fits(option) else "no"])
+        return table
+
+    @property
+    def available(self) -> str:
+        """The memory that there is, in words."""
+        there = f"{_gib(self.memory.host)} GiB of host memory for {self.processes} process(es)"
+        if not self.memory.device_is_host:
+            there = f"{_gib(self.memory.device)} GiB on each device, {there}"
+        return f"{there}; a tenth stays free"
+
+    def __str__(self) -> str:
+        table = self.table()
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         lines = [
             "  ".join(
@@ -153,10 +166,7 @@ class MemoryPlan:
             )
             for row in table
         ]
-        there = f"{_gib(self.memory.host)} GiB of host memory for {self.processes} process(es)"
-        if not self.memory.device_is_host:
-            there = f"{_gib(self.memory.device)} GiB on each device, {there}"
-        return "\n".join([self.heading, f"{there}; a tenth stays free", "", *lines, *self.notes])
+        return "\n".join([self.heading, self.available, "", *lines, *self.notes])
 
 
 def machine_memory() -> Memory:

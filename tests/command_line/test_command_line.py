@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -18,7 +19,7 @@ from small_run import values, write_world
 from tqdm import tqdm
 
 from blip2fast import __version__
-from blip2fast.command_line import machine, main, options, scores
+from blip2fast.command_line import machine, main, options, records, runs, scores
 from blip2fast.command_line.application import app
 from blip2fast.training.config_files import SHIPPED, load_config
 
@@ -105,20 +106,20 @@ def test_a_wrong_name_is_told_before_anything_heavy_is_imported(tmp_path: Path) 
         ("tokenizer './no': not found", ["data", "check", rows, "--tokenizer", "./no"]),
         (nothing[0], ["data", "import", nothing[1], "--out", "table"]),
     ]
-    for images, records, encoder, fault in (
+    for images, source, encoder, fault in (
         (folder[1], rows, "./enc", folder[0]),
         (photos, nothing[1], "google/vit", nothing[0]),
         (photos, rows, "./enc", "image encoder './enc': not found"),
     ):
-        given = ["--images", images, "--records", records, "--encoder", encoder, "--out", "f"]
+        given = ["--images", images, "--records", source, "--encoder", encoder, "--out", "f"]
         cases.append((fault, ["features", *given]))
-    for records, images, name, fault in (
+    for source, images, name, fault in (
         (nothing[1], photos, "runs/stage1", nothing[0]),
         (rows, folder[1], "runs/stage1", folder[0]),
         (rows, photos, "runs/stagel", "captioner 'runs/stagel': not found: .*runs/stage1"),
     ):
         models = ["--captioner", name, "--ranker", name]
-        cases.append((fault, ["capfilt", records, "--images", images, *models, "--out", "f"]))
+        cases.append((fault, ["capfilt", source, "--images", images, *models, "--out", "f"]))
     for task in ("retrieval", "caption", "vqa"):
         for data, images, name, fault in (
             (nothing[1], photos, "runs/stage1", nothing[0]),
@@ -278,6 +279,79 @@ def test_results_are_a_table_on_a_terminal_alone(
         said = capsys.readouterr().out
         assert ("──" in said) == terminal
         assert re.search(r"\[b\]accuracy +0\.2500", said)
+
+
+@pytest.fixture
+def show(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[list[str], int], list[str]]:
+    """The lines of a command on a terminal of so many columns; 0: in a file."""
+
+    def shown(words: list[str], columns: int) -> list[str]:
+        for module in (machine, records, runs):
+            monkeypatch.setattr(module, "on_terminal", lambda: columns > 0)
+        monkeypatch.setenv("COLUMNS", str(columns or 80))
+        capsys.readouterr()
+        with contextlib.suppress(SystemExit):
+            main(words)
+        return capsys.readouterr().out.splitlines()
+
+    return shown
+
+
+def test_the_plan_is_as_wide_as_the_terminal(
+    show: Callable[[list[str], int], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    call = ["plan", "--config", "scenes_stage2", "--device-gib", "2", "--host-gib", "64"]
+    plain, narrow, wide = show(call, 0), show(call, 80), show(call, 160)
+    assert plain[3].split()[:6] == ["GiB", "on", "each", "device", "language", "model"]
+    assert not any("─" in line for line in plain)
+    rows = [line.split()[-1] for line in plain if re.search(r"(yes|no)$", line)]
+    assert {"yes", "no"} == {*rows}
+    for drawn in (narrow, wide):
+        assert [line.split()[-1] for line in drawn if re.search(r"(yes|no) *$", line)] == rows
+        assert any("─" in line for line in drawn)
+        assert drawn[0] == plain[0]
+        assert drawn[-3:] == plain[-3:]
+    head = next(line for line in wide if line.startswith(" GiB on each device"))
+    assert all(name in head for name in ("optimiser", "activations", "host, each process"))
+    # what does not fit into the table is beneath it, of the choice
+    chosen = re.fullmatch(r"offload: auto would choose '(.+)'", plain[-1])
+    assert chosen is not None
+    assert any(line.startswith(f"{chosen[1]}, GiB: language model 0.00, ") for line in narrow)
+    assert max(len(line) for line in narrow[2:-4]) <= 80
+
+
+def test_checked_records_are_a_table_on_a_terminal(
+    show: Callable[[list[str], int], list[str]], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("image,caption\na.png,a cat\nb.png,a dog\n,x\n")
+    (tmp_path / "a.png").write_bytes((ROOT / "docs" / "demo_captions.png").read_bytes())
+    call = ["data", "check", str(rows), "--images", str(tmp_path)]
+    plain, drawn = show(call, 0), show(call, 80)
+    assert plain[0] == "2 records of 2 images, 2 texts; 1 rows unusable"
+    said = {" ".join(line.split()) for line in drawn}
+    assert {"records 2", "rows that make no record 1", "images readable 1", "missing 1"} <= said
+    assert any(re.fullmatch(r"width: least, median, largest \d+, \d+, \d+", line) for line in said)
+    # what is wrong is told in the same lines
+    assert drawn[-3:] == plain[-3:]
+    assert plain[-1] == "not usable as it is"
+
+
+def test_doctor_is_a_table_on_a_terminal_and_plain_in_a_file(
+    show: Callable[[list[str], int], list[str]],
+) -> None:
+    plain, drawn = show(["doctor"], 0), show(["doctor"], 80)
+    assert not any("─" in line for line in plain)
+    (heading,) = [number for number, line in enumerate(plain) if line.startswith("what runs on")]
+    assert drawn[:heading] == plain[:heading]
+    assert max(map(len, drawn[heading:])) <= 80
+    for line in plain[heading + 1 :]:
+        op = re.fullmatch(r"  (\w+): (\w+) \((\d+) kinds?\)", line)
+        if op is not None:
+            assert any(each.split()[:3] == [*op.groups()] for each in drawn), line
 
 
 @pytest.mark.parametrize("tell", [options.say, options.complain])
