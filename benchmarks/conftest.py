@@ -19,8 +19,8 @@ from results import reduce
 from summary import rivals_table
 from tables import REFERENCE
 
+from blip2fast._choices import Kernels
 from blip2fast.ops import set_kernels
-from blip2fast.ops.dispatch import Kernels
 
 
 class DeviceClock:

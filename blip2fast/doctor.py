@@ -31,8 +31,24 @@ def report(dtype: torch.dtype = torch.bfloat16) -> str:
     Args:
         dtype: Compute precision of the calls whose backends are named.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if _has_gpu() else "cpu"
-    return "\n".join([*_versions(), *_devices(), *_kernels(), *_choices(device, dtype)])
+    lines = [*machine(), f"{_heading(dtype)}:"]
+    for op, backend, kinds, reasons in _choices(dtype):
+        lines.append(f"  {op}: {backend} ({kinds} {'kind' if kinds == 1 else 'kinds'})")
+        lines += [f"    not {reason}" for reason in reasons]
+    return "\n".join(lines)
+
+
+def machine() -> list[str]:
+    """Versions, devices and the extension, a line each."""
+    return [*_versions(), *_devices(), *_kernels()]
+
+
+def op_table(dtype: torch.dtype = torch.bfloat16) -> list[list[str]]:
+    """What every op would run, a row each, beneath a header; `dtype` as of `report`."""
+    table = [[_heading(dtype), "runs", "kinds", "not, and why"]]
+    for op, backend, kinds, reasons in _choices(dtype):
+        table.append([op, backend, str(kinds), "\n".join(reasons)])
+    return table
 
 
 def _has_gpu() -> bool:
@@ -85,17 +101,23 @@ def _kernels() -> Iterator[str]:
     )
 
 
-def _choices(device: torch.device | str, dtype: torch.dtype) -> Iterator[str]:
-    """A line for each op and backend, and beneath it why others are passed over."""
-    yield f"what runs on {device} in {str(dtype).removeprefix('torch.')}:"
+def _device() -> torch.device | str:
+    return torch.device("cuda", torch.cuda.current_device()) if _has_gpu() else "cpu"
+
+
+def _heading(dtype: torch.dtype) -> str:
+    return f"what runs on {_device()} in {str(dtype).removeprefix('torch.')}"
+
+
+def _choices(dtype: torch.dtype) -> Iterator[tuple[str, str, int, list[str]]]:
+    """Every op and backend, how many kinds of calls run it, and why others are passed over."""
     lines: dict[tuple[str, str], list[OpChoice]] = {}
-    for choice in op_choices(device, dtype):
+    for choice in op_choices(_device(), dtype):
         lines.setdefault((choice.op, choice.backend), []).append(choice)
     for (op, backend), choices in lines.items():
-        yield f"  {op}: {backend} ({len(choices)} {'kind' if len(choices) == 1 else 'kinds'})"
-        reasons: dict[str, int] = {}
-        for choice in choices:
-            for name, reason in choice.passed_over.items():
-                line = f"    not {name}: {reason}"
-                reasons[line] = reasons.get(line, 0) + 1
-        yield from reasons
+        reasons = {
+            f"{name}: {reason}": None
+            for choice in choices
+            for name, reason in choice.passed_over.items()
+        }
+        yield op, backend, len(choices), list(reasons)

@@ -87,11 +87,19 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     if not given.runs:
         parser.error("give a --config FILE to start, or a --resume FOLDER to continue")
     _share_cores()
+    from blip2fast.training.config_files import load_config
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not several:  # a typing error is told before torch is imported
+        try:
+            for each in given.runs:
+                load_config(*each)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
 
     import transformers
 
     from blip2fast.training.agreement import SharedFault, together
-    from blip2fast.training.config_files import load_config
     from blip2fast.training.engine import ProcessLostError, start_processes
     from blip2fast.training.stopping import RunStopped
     from blip2fast.training.trainer import train
@@ -99,7 +107,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if several:
             start_processes()  # a file that one machine lacks is an error of all
         for run in together(lambda: [load_config(*each) for each in given.runs]):
             try:

@@ -7,6 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from blip2fast.command_line.given import (
+    check_folder,
+    check_models,
+    check_output_folder,
+    check_records,
+    is_alone,
+)
 from blip2fast.command_line.options import (
     BatchSize,
     ImageEncoder,
@@ -53,6 +60,11 @@ def capfilt(
 
     Example: blip2fast capfilt web.jsonl --images photos --captioner RUN --ranker RUN --out DIR
     """
+    if is_alone():
+        check_records(records)
+        check_folder("--images", images)
+        check_models(captioner=captioner, ranker=ranker)
+        check_output_folder("--out", out)
     import torch
 
     from blip2fast.capfilt.captioners import Sampling

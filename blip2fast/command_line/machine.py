@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from blip2fast.command_line.options import on_terminal, show_table
+
 Precision = Literal["bf16", "fp16", "fp32"]
 
 app = typer.Typer(help="The library's own GPU kernels.", no_args_is_help=True)
@@ -34,6 +36,11 @@ def check(
 
     Example: blip2fast kernels check --precision bf16
     """
+    if out is not None:
+        from blip2fast.inference.results import check_writable
+
+        check_writable(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
     from blip2fast.ops import check_kernels
     from blip2fast.ops.kernel_kinds import DTYPES
     from blip2fast.ops.records import Record, write_records
@@ -64,14 +71,18 @@ def doctor(precision: Precision = "bf16") -> None:
     """Print what a bug report should carry.
 
     Versions, devices, the extension, and for every op the backend that would run and why others
-    would not. Nothing is checked or compiled.
+    would not: plain lines where the output goes to a file. Nothing is checked or compiled.
 
     Example: blip2fast doctor --precision fp32
     """
-    from blip2fast.doctor import report
+    from blip2fast.doctor import machine, op_table, report
     from blip2fast.ops.kernel_kinds import DTYPES
 
-    print(report(DTYPES[precision]))
+    if not on_terminal():
+        print(report(DTYPES[precision]))
+        return
+    print("\n".join(machine()))
+    show_table(op_table(DTYPES[precision]), left=(0, 1, 3))
 
 
 def bench(context: typer.Context) -> None:

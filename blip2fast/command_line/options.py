@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Collection, Sequence
+from typing import Annotated, Literal
 
 import typer
 
@@ -60,8 +60,16 @@ def note(line: str) -> None:
     sys.stderr.flush()
 
 
-def show_table(table: Sequence[Sequence[str]]) -> None:
-    """Print a table to the terminal; the first row is the header."""
+def show_table(
+    table: Sequence[Sequence[str]], left: Collection[int] = (0,), chosen: int | None = None
+) -> None:
+    """Print a table to the terminal.
+
+    Args:
+        table: rows; the first is the header.
+        left: columns of words; others hold numbers.
+        chosen: row to print in bold, counted without the header.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
@@ -69,9 +77,10 @@ def show_table(table: Sequence[Sequence[str]]) -> None:
 
     drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
     for number, name in enumerate(table[0]):
-        drawn.add_column(escape(name), justify="right" if number else "left", overflow="fold")
-    for row in table[1:]:
-        drawn.add_row(*map(escape, row))
+        side: Literal["left", "right"] = "left" if number in left else "right"
+        drawn.add_column(escape(name), justify=side, overflow="fold")
+    for number, row in enumerate(table[1:]):
+        drawn.add_row(*map(escape, row), style="bold" if number == chosen else None)
     Console(highlight=False).print(drawn)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from blip2fast.command_line.given import check_folder, check_models
 from blip2fast.command_line.options import (
     BatchSize,
     Device,
@@ -176,16 +177,18 @@ def attention(
 
     Example: blip2fast attention cat.jpg --text "a cat" --model runs/scenes/stage1 --out cat.png
     """
-    from blip2fast.inference.model_folders import check_model_folder
     from blip2fast.inference.results import check_writable
     from blip2fast.inference.talking import one_picture
-    from blip2fast.search.attention import draw_attention, save_drawing
-    from blip2fast.search.retriever import Blip2Retriever
 
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: a drawing is written as .png; give such a name")
     check_writable(out)
     picture = one_picture(image)
+    check_models(model=model)
+    from blip2fast.inference.model_folders import check_model_folder
+    from blip2fast.search.attention import draw_attention, save_drawing
+    from blip2fast.search.retriever import Blip2Retriever
+
     check_model_folder(model, (1,))
     quiet_transformers()
     retriever = Blip2Retriever.from_pretrained(model, device=device, image_encoder=image_encoder)
@@ -225,6 +228,9 @@ def demo_page(
     """
     from blip2fast._imports import needs
 
+    for each in model:
+        check_models(model=each)
+    check_folder("--search", pictures)
     with needs("serve the demo page", "gradio"):
         from blip2fast.demo_page.models import PageModels, PageParts, check_port
 
@@ -249,6 +255,7 @@ def demo_page(
 def _writer(
     model: str, device: str | None, language_model: str | None, image_encoder: str | None
 ) -> Blip2:
+    check_models(model=model, language_model=language_model, image_encoder=image_encoder)
     from blip2fast.inference.model import Blip2
     from blip2fast.inference.model_folders import check_model_folder
 

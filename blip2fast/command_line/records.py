@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from blip2fast.command_line.given import check_folder, check_models
+from blip2fast.command_line.options import on_terminal, quiet_transformers, show_table
+
 if TYPE_CHECKING:
     from blip2fast.data.source_config import RecordSource
 
@@ -123,16 +126,22 @@ def check(
 
     Example: blip2fast data check captions.csv --images photos --tokenizer bert-base-uncased
     """
-    from blip2fast.command_line.options import quiet_transformers
     from blip2fast.data.checking import check_records
 
-    quiet_transformers()
     options = {"encoding": encoding, "separator": separator, "image_key": image_key}
     options |= {"caption_key": caption_key, "annotations": annotations, "image_name": image_name}
     options["split"] = split
     given, folder = _sources(sources, **options), _folder(images)
     found = check_records(given, task, folder, _tokenizer(tokenizer), max_txt_len, workers)
-    print(json.dumps(found.values(), indent=1) if as_json else str(found))
+    if as_json:
+        print(json.dumps(found.values(), indent=1))
+    elif on_terminal():
+        show_table(found.table())
+        if found.ignored:
+            print(f"ignored names: {', '.join(sorted(found.ignored))}")
+        print("\n".join(found.told()))
+    else:
+        print(found)
     if not found.usable:
         raise typer.Exit(1)
 
@@ -176,20 +185,22 @@ def features(
     Example: blip2fast features --images photos --records captions.csv
     --encoder openai/clip-vit-large-patch14 --out features/photos
     """
-    import torch
-
-    from blip2fast.command_line.options import quiet_transformers
-    from blip2fast.data.caching import cache_images
     from blip2fast.data.skipping import LeftOut, check_skipped
     from blip2fast.data.sources import source_keys
-    from blip2fast.frozen.image_encoders import load_image_encoder
     from blip2fast.frozen.unusable import MAX_PIXELS
 
-    quiet_transformers()
+    check_folder("--images", images)
+    check_models(image_encoder=encoder)
     left_out: list[LeftOut] | None = [] if on_error == "skip" else None
     keys = source_keys(records, left_out)
     if left_out is not None:
         check_skipped(left_out, max_skipped, len(left_out) + len(keys), "rows and images")
+    import torch
+
+    from blip2fast.data.caching import cache_images
+    from blip2fast.frozen.image_encoders import load_image_encoder
+
+    quiet_transformers()
     on_gpu = torch.cuda.is_available()
     compute = torch.bfloat16 if on_gpu else torch.float32
     loaded = load_image_encoder(encoder, layer, compute, image_size)
@@ -230,16 +241,17 @@ def _sources(sources: list[str], **options: str | None) -> list[RecordSource]:
 
 
 def _folder(images: Path | None) -> Path | None:
-    if images is not None and not images.is_dir():
-        raise ValueError(f"--images {images}: not a folder")
+    check_folder("--images", images)
     return images
 
 
 def _tokenizer(path: str | None) -> Any:
-    from transformers import AutoTokenizer
-
     if path is None:
         return None
+    check_models(tokenizer=path)
+    from transformers import AutoTokenizer
+
+    quiet_transformers()
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blip2fast.command_line.options import Config, Set, quiet_transformers
+from blip2fast.command_line.options import Config, Set, on_terminal, quiet_transformers, show_table
 
 if TYPE_CHECKING:
-    from blip2fast.offload.quantised import Storage
+    from blip2fast._choices import Storage
+    from blip2fast.training.memory_plan import MemoryPlan, Option
 
 
 class FewerBits(Enum):
@@ -96,6 +98,8 @@ def plan(
     Example: blip2fast plan --config configs/vitg_opt6.7b_stage2.yaml --processes 8 --device-gib 80
     """
     from blip2fast.training.config_files import load_config
+
+    run = load_config(config, set_ or ())
     from blip2fast.training.memory_plan import GIB, Memory, machine_memory, plan_memory
 
     quiet_transformers()
@@ -105,12 +109,30 @@ def plan(
         host = memory.host if host_gib is None else int(host_gib * GIB)
         on_host = memory.device_is_host and device_gib is None
         memory = Memory(host if on_host else device, host, on_host)
-    run = load_config(config, set_ or ())
     planned = plan_memory(run, processes, machines, memory)
     chosen = planned.first(run.stream_storage)
-    print(planned)
+    if on_terminal():
+        _show_plan(planned, chosen)
+    else:
+        print(planned)
     said = "it fits as" if run.stage == 1 else "offload: auto would choose"
     print("nothing fits" if chosen is None else f"{said} {chosen.name!r}")
+
+
+def _show_plan(planned: MemoryPlan, chosen: Option | None) -> None:
+    """A table; where the terminal is too narrow for it, with the parts of one row alone."""
+    print(f"{planned.heading}\n{planned.available}")
+    table = planned.table()
+    number = planned.options.index(chosen) if chosen else None
+    width = sum(max(map(len, column)) + 3 for column in zip(*table, strict=True))
+    whole = width <= get_terminal_size().columns
+    show_table(table if whole else [[row[0], *row[-3:]] for row in table], chosen=number)
+    if not whole and number is not None:
+        names, parts = table[0][1:-3], table[number + 1][1:-3]
+        print(f"{table[number + 1][0]}, GiB: ", end="")
+        print(", ".join(f"{name} {part}" for name, part in zip(names, parts, strict=True)))
+    for line in planned.notes:
+        print(line)
 
 
 def storage_loss(
@@ -130,18 +152,19 @@ def storage_loss(
     """
     from dataclasses import replace
 
-    from blip2fast.offload.blocks import find_blocks
-    from blip2fast.offload.storage_loss import loss_difference
-    from blip2fast.stage2.model import Blip2Stage2
-    from blip2fast.training.build import build_run
     from blip2fast.training.config_files import load_config
 
-    quiet_transformers()
     run = load_config(config, set_ or ())
     if run.stage != 2:
         raise ValueError("stage 1 has no language model: give a configuration of stage 2")
     if run.data.images is not None:
         raise ValueError("storage-loss reads a feature cache: set data.features, not data.images")
+    from blip2fast.offload.blocks import find_blocks
+    from blip2fast.offload.storage_loss import loss_difference
+    from blip2fast.stage2.model import Blip2Stage2
+    from blip2fast.training.build import build_run
+
+    quiet_transformers()
     parts = build_run(
         replace(run, offload="none", zero_stage=0, stream_storage="as_is", stream_buffers=2),
         rank=0,

@@ -7,6 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from blip2fast.command_line.given import (
+    check_file,
+    check_folder,
+    check_models,
+    check_output_folder,
+    check_records,
+    is_alone,
+)
 from blip2fast.command_line.options import on_terminal, quiet_transformers, show_table
 from blip2fast.command_line.records import (
     Annotations,
@@ -96,9 +104,6 @@ def retrieval(
     Example: blip2fast eval retrieval --model runs/stage1 --data dataset_flickr30k.json
     --images flickr30k-images --out results/flickr30k
     """
-    from blip2fast.scoring.retrieving import evaluate_retrieval
-
-    quiet_transformers()
     source = {"encoding": encoding, "separator": separator, "image_key": image_key}
     setup = _setup(
         (model, dtype, None, image_encoder),
@@ -112,6 +117,8 @@ def retrieval(
         workers=workers,
         overwrite=overwrite,
     )
+    from blip2fast.scoring.retrieving import evaluate_retrieval
+
     _show(evaluate_retrieval(setup, rerank_k, captions_per_image, max_txt_len), out)
 
 
@@ -146,9 +153,6 @@ def caption(
     Example: blip2fast eval caption --model runs/stage2 --data dataset_coco.json --images coco
     --out results/coco
     """
-    from blip2fast.scoring.writing import evaluate_captions
-
-    quiet_transformers()
     source = {"encoding": encoding, "separator": separator, "image_key": image_key}
     setup = _setup(
         (model, dtype, language_model, image_encoder),
@@ -162,6 +166,8 @@ def caption(
         workers=workers,
         overwrite=overwrite,
     )
+    from blip2fast.scoring.writing import evaluate_captions
+
     options = _generation(num_beams, length_penalty, max_new_tokens, min_new_tokens)
     _show(evaluate_captions(setup, prompt, options), out)
 
@@ -197,9 +203,6 @@ def vqa(
     Example: blip2fast eval vqa --model runs/stage2 --data OpenEnded_mscoco_val2014_questions.json
     --annotations mscoco_val2014_annotations.json --images val2014 --out results/okvqa
     """
-    from blip2fast.scoring.writing import evaluate_answers
-
-    quiet_transformers()
     source: dict[str, Any] = {"encoding": encoding, "separator": separator, "image_key": image_key}
     setup = _setup(
         (model, dtype, language_model, image_encoder),
@@ -213,6 +216,8 @@ def vqa(
         workers=workers,
         overwrite=overwrite,
     )
+    from blip2fast.scoring.writing import evaluate_answers
+
     options = _generation(num_beams, length_penalty, max_new_tokens, min_new_tokens)
     _show(evaluate_answers(setup, prompt, options), out)
 
@@ -221,10 +226,31 @@ def _setup(
     model: tuple[str, str, str | None, str | None], source: dict[str, Any], **more: Any
 ) -> Setup:
     from blip2fast.data.source_config import RecordSource
+
+    if is_alone():
+        _check_paths(model, source, more["images"], more["features"], more["out"])
     from blip2fast.scoring.models import ModelSource
     from blip2fast.scoring.setup import Setup
 
+    quiet_transformers()
     return Setup(model=ModelSource(*model), data=RecordSource(**source), **more)
+
+
+def _check_paths(
+    model: tuple[str, str, str | None, str | None],
+    source: dict[str, Any],
+    images: Path | None,
+    features: Path | None,
+    out: Path,
+) -> None:
+    if (images is None) == (features is None):
+        raise ValueError("give --images, a folder of pictures, or --features, a feature cache")
+    check_folder("--images", images)
+    check_folder("--features", features)
+    check_records(source["source"])
+    check_file("--annotations", source.get("annotations"))
+    check_models(model=model[0], language_model=model[2], image_encoder=model[3])
+    check_output_folder("--out", out)
 
 
 def _generation(beams: int, penalty: float, most: int, least: int) -> Any:

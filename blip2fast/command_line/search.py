@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from blip2fast.command_line.given import check_folder, check_models, check_pictures
 from blip2fast.command_line.options import (
     BatchSize,
     Device,
@@ -49,16 +50,15 @@ def build(
 
     Example: blip2fast index build photos --model runs/scenes/stage1 --out runs/photos.index
     """
-    from blip2fast.inference.model_folders import check_model_folder
-    from blip2fast.inference.picture_files import find_pictures
     from blip2fast.inference.results import check_writable
-    from blip2fast.search.index import INDEX
+
+    check_pictures(images)
+    check_writable(out / "index.json")
+    check_models(model=model)
+    from blip2fast.inference.model_folders import check_model_folder
     from blip2fast.search.retriever import Blip2Retriever, feature_cache
 
     cache = feature_cache(images)
-    if cache is None:
-        find_pictures(images, recursive=True)
-    check_writable(out / INDEX)
     check_model_folder(model, (1,))
     quiet_transformers()
     retriever = Blip2Retriever.from_pretrained(model, device=device, image_encoder=image_encoder)
@@ -103,14 +103,21 @@ def query(
 
     Example: blip2fast index query runs/photos.index "a red heart" -k 10 --rerank
     """
-    from blip2fast.inference.model_folders import check_model_folder
     from blip2fast.inference.talking import one_picture
-    from blip2fast.search.index import SearchIndex
-    from blip2fast.search.retriever import Blip2Retriever, feature_cache
 
     if (text is None) == (image is None):
         raise ValueError("give a text, or --image FILE, one of them")
     picture = None if image is None else one_picture(image)
+    if not Path(index, "index.json").is_file():
+        raise ValueError(
+            f"no index at {index}: index.json is missing; make one with `blip2fast index build`"
+        )
+    check_models(model=model)
+    check_folder("--cache", cache)
+    from blip2fast.inference.model_folders import check_model_folder
+    from blip2fast.search.index import SearchIndex
+    from blip2fast.search.retriever import Blip2Retriever, feature_cache
+
     name = model or SearchIndex(index).model["name"]
     tokens = None if cache is None else feature_cache([cache], required=True)
     check_model_folder(name, (1,))

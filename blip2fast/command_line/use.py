@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from blip2fast.command_line.given import check_models, check_output_folder
 from blip2fast.command_line.options import (
     Device,
     ImageEncoder,
@@ -43,6 +44,12 @@ def convert(
 
     Example: blip2fast convert Salesforce/blip2-opt-2.7b runs/published --to blip2fast
     """
+    from blip2fast.published.targets import check_target
+
+    check_target(source, target, to, overwrite)
+    if not Path(source).expanduser().exists():
+        check_models(trained_weights=source)
+    check_models(language_model=language_model, image_encoder=image_encoder, tokenizer=tokenizer)
     from blip2fast.published.converting import convert as write
 
     quiet_transformers()
@@ -81,10 +88,16 @@ def report(
 
     Example: blip2fast report runs/scenes/stage1 --images runs/scenes/images/held_out
     """
-    from blip2fast.reporting.run_report import write_report
-
     if images is not None and not images.is_dir():
         raise ValueError(f"--images {images}: not a folder; give the one that the records name in")
+    for run in runs:  # all, before the first is drawn
+        metrics = run / "metrics.jsonl"
+        if not metrics.is_file():
+            raise ValueError(
+                f"no metrics at {metrics}: not a file; give the output folder of a run"
+            )
+    from blip2fast.reporting.run_report import write_report
+
     for run in runs:
         path = write_report(run)
         if samples:
@@ -121,6 +134,8 @@ def demo(
     """
     from blip2fast._imports import needs
 
+    if output is not None:
+        check_output_folder("--output", output)
     with needs("run the demo", "matplotlib", "rich", "sklearn"):
         from blip2fast.demo.run import start
 

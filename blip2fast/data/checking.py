@@ -153,9 +153,46 @@ class Checked:
                 lines.append(f"least/median/largest: {' x '.join(sizes)} pixels; {modes}")
         if self.ignored:
             lines.append(f"ignored names: {', '.join(sorted(self.ignored))}")
-        lines += [f"note: {remark}" for remark in self.remarks]
+        return "\n".join([*lines, *self.told()])
+
+    def told(self) -> list[str]:
+        """What is odd or wrong, a line each, and whether all of it is usable."""
+        lines = [f"note: {remark}" for remark in self.remarks]
         lines += [f"fault: {fault}" for fault in self.faults]
-        return "\n".join([*lines, "usable" if self.usable else "not usable as it is"])
+        return [*lines, "usable" if self.usable else "not usable as it is"]
+
+    def table(self) -> list[list[str]]:
+        """What was counted, a row each, beneath a header."""
+        texts, tokens, images = self.texts, self.tokens, self.images
+        table = [
+            ["", "count"],
+            ["records", f"{texts.rows:,}"],
+            ["rows that make no record", f"{self.bad_rows:,}"],
+            ["images that they name", f"{texts.images:,}"],
+            ["texts", f"{texts.texts:,}"],
+            ["repeated for one image", f"{texts.repeated:,}"],
+            ["shared by several images", f"{texts.shared:,}"],
+        ]
+        if tokens is not None:
+            table += [
+                ["tokens a text, mean", f"{tokens.mean:.1f}"],
+                ["median, longest", f"{tokens.median:g}, {tokens.longest:,}"],
+                ["texts that are cut", f"{tokens.cut:.2%}"],
+                ["unknown tokens", f"{tokens.unknown:.2%}"],
+            ]
+        if images is None:
+            return [*table, ["images looked at (--images DIR)", "none"]]
+        table += [
+            ["images readable", f"{images.readable:,}"],
+            ["missing", f"{images.missing:,}"],
+            ["unreadable", f"{images.unreadable:,}"],
+            ["duplicates", f"{images.duplicates:,}"],
+            [f"tiny (a side below {TINY_SIDE} pixels)", f"{images.tiny:,}"],
+        ]
+        for side, found in (("width", images.width), ("height", images.height)):
+            if found is not None:
+                table.append([f"{side}: least, median, largest", ", ".join(map(str, found))])
+        return table + [[f"mode {mode}", f"{n:,}"] for mode, n in sorted(images.modes.items())]
 
 
 def check_records(

@@ -29,7 +29,7 @@ from typing import Any
 
 from blip2fast._imports import needs
 from blip2fast.data.shards import shard_samples
-from blip2fast.data.source_config import HUB, SourceOptions, source_files
+from blip2fast.data.source_config import HUB, SourceOptions, check_source
 from blip2fast.data.text_files import DEFAULT_ENCODING, read_text, text_lines, text_size
 
 IMAGE_SUFFIXES = frozenset(
@@ -80,12 +80,7 @@ def read_rows(source: str | Path, options: SourceOptions | None = None) -> Itera
         return _folder_rows(path, options)
     if path.is_file():
         return _file_rows(path, options)
-    found = source_files(source)
-    if not found:
-        raise ValueError(
-            f"no records at {source}: not a file, a folder or a pattern of files "
-            f"(a data set of the hub: {HUB}OWNER/NAME)"
-        )
+    found = check_source(source)
     if all(each.suffix == ".tar" for each in found):
         return _shard_rows(found, path.parent, options)
     return _in_turn([read_rows(each, options) for each in found])

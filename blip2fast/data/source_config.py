@@ -91,3 +91,18 @@ def source_files(source: str | Path) -> list[Path]:
     if path.exists():
         return [path]
     return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+
+
+def check_source(source: str | Path) -> list[Path]:
+    """Like `source_files`, but refuses a source that is not there.
+
+    Raises:
+        ValueError: names it.
+    """
+    found = source_files(source)
+    if not found:
+        raise ValueError(
+            f"no records at {source}: not a file, a folder or a pattern of files "
+            f"(a data set of the hub: {HUB}OWNER/NAME)"
+        )
+    return found

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from blip2fast.frozen.hub import not_found
+from blip2fast.frozen.local_models import not_found
 
 
 def qformer_tokenizer(name: str) -> Any:

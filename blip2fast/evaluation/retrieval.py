@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from blip2fast._choices import RECALL_KS
 from blip2fast.stage1.model import Blip2Stage1
 
 ImageReader = Callable[[Tensor], Tensor]
-RECALL_KS = (1, 5, 10)
 # candidates that ITM re-ranks (paper, section 4.4)
 RERANK_K = 128
 

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
+from blip2fast.frozen.local_models import check_local, not_found
+
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
 # of a snapshot: configurations, tokenizers and weights, each once
 _READ = ["*.json", "*.txt", "*.model", "*.safetensors"]
-
-
-def not_found(what: str, name: object, why: Exception | str = "") -> str:
-    """The error message for a model or tokenizer that cannot be loaded.
-
-    Args:
-        what: kind of model, such as "language model", or the configuration key that names it.
-        name: folder or hub name.
-        why: transformers' error; its first line is quoted.
-    """
-    message = (
-        f"{what} {str(name)!r}: not found: give a local folder or a hub name that can be reached"
-    )
-    return f"{message} ({str(why).splitlines()[0]})" if str(why) else message
 
 
 def check_pretrained(key: str, name: str) -> str | None:
@@ -33,29 +20,14 @@ def check_pretrained(key: str, name: str) -> str | None:
     Checks for a config file in a local folder; looks up any other name on the hub or in its local
     cache.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if any((folder / f).is_file() for f in ("config.json", "tokenizer_config.json")):
-            return None
-        return not_found(key, name, "the folder has no config.json")
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        near = _nearest(folder)
-        return not_found(key, name, f"is it {near}?" if near else "")
+    fault = check_local(key, name)
+    if fault is not None or Path(name).expanduser().is_dir():
+        return fault
     try:
         cached_file(name, "config.json")
     except (OSError, ValueError) as error:
         return not_found(key, name, error)
     return None
-
-
-def _nearest(folder: Path) -> Path | None:
-    """A folder of a similar name beside one that does not exist."""
-    try:
-        beside = [each.name for each in folder.parent.iterdir() if each.is_dir()]
-    except OSError:
-        return None
-    near = get_close_matches(folder.name, beside, 1)
-    return folder.parent / near[0] if near else None
 
 
 def lasting_name(name: str) -> tuple[str, str | None]:

@@ -39,9 +39,9 @@ from transformers import (
     ViTModel,
 )
 
-from blip2fast.frozen.hub import not_found
 from blip2fast.frozen.identity import FrozenIdentity, identify_model
 from blip2fast.frozen.lavis_files import is_lavis_file, load_lavis_config, load_lavis_vision
+from blip2fast.frozen.local_models import not_found
 from blip2fast.frozen.preprocessing import read_preprocessing
 from blip2fast.frozen.recompute import is_unfrozen, recompute_forward
 from blip2fast.frozen.timm_models import TimmVision, is_timm, load_timm

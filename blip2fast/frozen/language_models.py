@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from blip2fast.frozen.hub import not_found
+from blip2fast.frozen.local_models import not_found
 
 
 def load_language_model(name: str, dtype: torch.dtype) -> PreTrainedModel:

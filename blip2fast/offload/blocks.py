@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from blip2fast.offload.quantised import STORAGES, Storage, decode, encode, is_encoded, parts_of
+from blip2fast._choices import STORAGES, Storage
+from blip2fast.offload.quantised import decode, encode, is_encoded, parts_of
 
 ALIGNMENT = 256  # bytes; as CUDA's own allocations, so that views are aligned for every kernel
 

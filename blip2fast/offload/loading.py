@@ -25,12 +25,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from blip2fast._choices import Storage
 from blip2fast._imports import needs
-from blip2fast.frozen.hub import not_found
 from blip2fast.frozen.identity import FrozenIdentity, identify, note_identity
 from blip2fast.frozen.language_models import load_language_model, quantised_fault
+from blip2fast.frozen.local_models import not_found
 from blip2fast.offload.blocks import find_blocks
-from blip2fast.offload.quantised import Storage
 from blip2fast.offload.streaming import BlockStream, stream_blocks
 from blip2fast.offload.tensor_files import Sources, TensorFile, file_of, tensor_files
 

@@ -11,13 +11,11 @@ that a single copy moves. The weight classes of quantisation libraries do not al
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-Storage = Literal["as_is", "int8", "int4"]
-STORAGES: tuple[Storage, ...] = ("as_is", "int8", "int4")
+from blip2fast._choices import Storage
+
 GROUP = 64  # values that share a scale in int4
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blip2fast._choices import Storage
 from blip2fast.offload.blocks import find_blocks
-from blip2fast.offload.quantised import Storage, decode, encode, is_encoded
+from blip2fast.offload.quantised import decode, encode, is_encoded
 
 
 @dataclass(frozen=True)

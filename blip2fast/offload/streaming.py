@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blip2fast._choices import Storage
 from blip2fast.frozen.identity import mark_encoded, note_identity
 from blip2fast.offload.blocks import BlockLayout, find_blocks, lay_out, own_parameters
 from blip2fast.offload.copying import Copier, Slot, copier_for, host_buffer
-from blip2fast.offload.quantised import Storage
 from blip2fast.offload.recompute import Pass, recomputed
 
 _MARK = "_block_stream"  # attribute of a streamed module

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Generic, TypeVar, get_args
 
 import torch
 
+from blip2fast._choices import Kernels
 from blip2fast.ops import kernel_checks
 
 Call = TypeVar("Call")
-Kernels = Literal["never", "check", "trust"]
 
 HALVES = (torch.float16, torch.bfloat16)
 HAS_TRITON = find_spec("triton") is not None

@@ -21,6 +21,7 @@ from blip2fast.published.native_layout import write_run
 from blip2fast.published.parts import Named, find_vision
 from blip2fast.published.reading import IMAGE, LANGUAGE, open_weights
 from blip2fast.published.report import Report
+from blip2fast.published.targets import check_target
 from blip2fast.published.transformers_layout import write_transformers
 from blip2fast.published.weights import Layout, Weights
 
@@ -64,14 +65,7 @@ def convert(
     source, path = str(source), Path(target).expanduser()
     if to not in _WRITERS:
         raise ValueError(f"--to {to}: expected {', '.join(_WRITERS)}")
-    if to == "lavis" and path.suffix not in (".pth", ".pt"):
-        raise ValueError(f"{path}: LAVIS reads a file; give it a name that ends with .pth")
-    if path.exists() and Path(source).exists() and path.samefile(source):
-        raise ValueError(f"{path}: source and target are the same; give another target")
-    if path.resolve() in Path(source).resolve().parents:
-        raise ValueError(f"{path}: {source} lies in it and would be replaced; give another target")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already; give another name, or --overwrite to replace it")
+    check_target(source, path, to, overwrite)
     weights = open_weights(source)
     if weights.layout == to and image_size is None:
         raise ValueError(f"{source} is {weights.what} already: there is nothing to convert")

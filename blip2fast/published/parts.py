@@ -18,7 +18,7 @@ from transformers import (
 
 from blip2fast.checkpoints.trained import frozen_name
 from blip2fast.data.tokenizers import qformer_tokenizer
-from blip2fast.frozen.hub import at_revision, not_found
+from blip2fast.frozen.hub import at_revision
 from blip2fast.frozen.language_models import load_language_model
 from blip2fast.frozen.lavis_files import (
     VisionWeights,
@@ -26,6 +26,7 @@ from blip2fast.frozen.lavis_files import (
     read_lavis_file,
     vision_from_lavis,
 )
+from blip2fast.frozen.local_models import not_found
 from blip2fast.offload.tensor_files import tensor_files
 from blip2fast.published.weights import Weights
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import AutoConfig, Blip2VisionConfig
 
 from blip2fast.checkpoints.trained import is_trained, read_description, read_parameters
-from blip2fast.frozen.hub import check_weights, not_found
+from blip2fast.frozen.hub import check_weights
 from blip2fast.frozen.lavis_files import (
     PREFIX,
     is_lavis_file,
     read_lavis_file,
     vision_from_lavis,
 )
+from blip2fast.frozen.local_models import not_found
 from blip2fast.offload.tensor_files import tensor_files
 from blip2fast.published.weights import Weights
 from blip2fast.stage1.lavis import TIED, from_lavis, from_lavis_name

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from blip2fast.inference.model import Blip2
 from blip2fast.reporting.run_report import Sample
 from blip2fast.search.attention import over_picture
 from blip2fast.search.retriever import Blip2Retriever
-from blip2fast.training.config import DTYPE_OF, RunConfig
+from blip2fast.training.config import RunConfig
 from blip2fast.training.config_files import load_config
+from blip2fast.training.memory_plan import GIB, USED, Memory, machine_memory, plan_memory
+from blip2fast.training.precision import DTYPE_OF
 
 with needs("read images", "PIL"):
     from PIL import Image
@@ -38,6 +40,8 @@ _CANDIDATES, _NEAREST = 256, 3
 # sizes in the page, in pixels, and letters
 _DECODED, _OVERLAY, _TEXT = 768, 96, 240
 _QUERIES = 32
+# of what a run holds on its device, what is loaded to use its model
+_LOADED = ("language model", "image encoder", "trained")
 
 
 @dataclass
@@ -122,11 +126,48 @@ def _draw(
     if not chosen:
         raise _NoneToShow(" ".join(drawn.notes) or f"none of the records is in {where}.")
     _free_memory()  # what training held
+    _check_memory(folder, config, device)
     if config.stage == 1:
         drawn.samples = _retrieved(folder, config, chosen, table, device, drawn.notes)
     else:
         drawn.samples = _written(folder, config, chosen, device, drawn.notes)
     return drawn
+
+
+def _streams(folder: Path, config: RunConfig, device: torch.device | str | None) -> bool:
+    """Whether the language model stays on the host, as where it did not fit the device."""
+    large = config.offload != "none" or config.zero_stage == 3
+    return _is_cuda(device) and large and read_description(folder).adapter is None
+
+
+def _check_memory(folder: Path, config: RunConfig, device: torch.device | str | None) -> None:
+    """Refuse a model that does not fit beside what this process and others hold.
+
+    The run is over; it should not be killed for a few pictures.
+    """
+    memory = machine_memory()
+    if not _is_cuda(device):
+        memory = Memory(memory.host, memory.host, device_is_host=True)
+        config = replace(config, precision="fp32")
+    # sizes of the trained part are those of the run itself
+    try:
+        plan = plan_memory(replace(config, init_from=str(folder)), memory=memory)
+    except (ValueError, OSError):
+        return  # loading tells what has moved, or finds it
+    if any("is quantised" in note for note in plan.notes):
+        return  # it is counted at several times its size
+    offload = "stream" if config.stage == 2 and _streams(folder, config, device) else "none"
+    option = next(each for each in plan.options if each.offload == offload)
+    loaded = [size for name, size in option.device.items() if name in _LOADED]
+    needed = {"this device": (sum(loaded), memory.device)}
+    if not memory.device_is_host:
+        needed["the host"] = (option.host_bytes, memory.host)
+    for place, (size, free) in needed.items():
+        if size > USED * free:
+            raise _NoneToShow(
+                f"to load the model takes {size / GIB:.1f} GiB of {place}, where {free / GIB:.1f} "
+                f"are free. Where there is more: blip2fast report {folder}"
+            )
 
 
 def _choose(
@@ -185,9 +226,7 @@ def _written(
     notes: list[str],
 ) -> list[Sample]:
     """Stage 2: the caption or the answer, and attention of the queries."""
-    # where the language model did not fit the device, it does not now
-    large = config.offload != "none" or config.zero_stage == 3
-    streams = _is_cuda(device) and large and read_description(folder).adapter is None
+    streams = _streams(folder, config, device)
     model = Blip2.from_pretrained(
         folder,
         dtype=_dtype(config, device),

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip2fast._choices import RECALL_KS
 from blip2fast.data.benchmarks import Sample
 from blip2fast.data.texts import tokenize_captions
 from blip2fast.evaluation.retrieval import (
-    RECALL_KS,
     RERANK_K,
     ImageReader,
     TokenizedTexts,

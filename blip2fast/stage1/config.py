@@ -12,16 +12,14 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from transformers import Blip2QFormerConfig
 from transformers.utils import ModelOutput
 
+from blip2fast._choices import LOSSES
 from blip2fast.ops.collectives import GradMode
-
-LossName = Literal["itc", "itm", "itg"]
-LOSSES: tuple[LossName, ...] = ("itc", "itm", "itg")
 
 
 class TrainerConfig:

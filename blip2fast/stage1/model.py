@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from blip2fast._choices import LOSSES
 from blip2fast.frozen.recompute import is_unfrozen, recompute_encoder
 from blip2fast.kernels.philox import philox_state, with_offset
 from blip2fast.kernels.precision import wide
@@ -34,7 +35,7 @@ from blip2fast.qformer.model import QFormer
 from blip2fast.qformer.packed import called_node, describe_node
 from blip2fast.qformer.plain import input_dtype
 from blip2fast.stage1 import lavis, losses
-from blip2fast.stage1.config import LOSSES, Stage1Config, Stage1Output, check_losses
+from blip2fast.stage1.config import Stage1Config, Stage1Output, check_losses
 from blip2fast.stage1.contrast import StepContrast, product_dtype
 from blip2fast.stage1.generation import generate
 from blip2fast.stage1.inputs import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import BertForMaskedLM, Blip2Config, Blip2ForImageTextRetrieval
 
-from blip2fast.frozen.hub import not_found
+from blip2fast.frozen.local_models import not_found
 from blip2fast.qformer.checks import check_state
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1

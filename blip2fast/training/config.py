@@ -5,21 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-import torch
-
+from blip2fast._choices import LOSSES, Kernels, LossName, Storage
 from blip2fast._imports import needs
 from blip2fast.data.skipping import OnError
 from blip2fast.data.source_config import RecordSource
 from blip2fast.frozen.unusable import MAX_PIXELS
-from blip2fast.offload.quantised import Storage
-from blip2fast.ops.dispatch import Kernels
-from blip2fast.stage1.config import LOSSES, LossName
 
 with needs("configure a run", "pydantic"):
     from pydantic import ConfigDict, Discriminator, Field, Tag
 
 Precision = Literal["fp32", "bf16", "fp16"]
-DTYPE_OF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Offload = Literal["none", "cpu", "nvme"]
 # placement of the frozen language model; see `RunConfig.offload`
 OffloadChoice = Literal["none", "stream", "zero3", "auto"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from blip2fast._choices import LOSSES, RECALL_KS
 from blip2fast.evaluation.caption_metrics import METRICS, score_name
-from blip2fast.evaluation.retrieval import RECALL_KS
-from blip2fast.stage1.config import LOSSES
 from blip2fast.training.config import RunConfig
 
 

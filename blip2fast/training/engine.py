@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import nn
 
 from blip2fast._imports import needs
-from blip2fast.training.config import DTYPE_OF, OptimSection, RunConfig
+from blip2fast.training.config import OptimSection, RunConfig
 from blip2fast.training.parameter_groups import parameter_groups
+from blip2fast.training.precision import DTYPE_OF
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

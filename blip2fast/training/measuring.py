@@ -28,12 +28,12 @@ from transformers import (
     Blip2VisionModel,
 )
 
-from blip2fast.frozen.hub import not_found
+from blip2fast._choices import STORAGES, LossName, Storage
 from blip2fast.frozen.image_encoders import without_weights
 from blip2fast.frozen.lavis_files import is_lavis_file, load_lavis_config
+from blip2fast.frozen.local_models import not_found
 from blip2fast.offload.blocks import find_blocks, lay_out, own_parameters
-from blip2fast.offload.quantised import STORAGES, Storage
-from blip2fast.stage1.config import LossName, Stage1Config
+from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.config import Stage2Config
 from blip2fast.stage2.lora import target_names

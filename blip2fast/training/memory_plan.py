@@ -18,17 +18,17 @@ from typing import Any, Literal
 
 import torch
 
+from blip2fast._choices import Storage
 from blip2fast._imports import needs
 from blip2fast.checkpoints.trained import is_trained, read_description
 from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.image_encoders import count_tokens, encoder_image_size
 from blip2fast.frozen.timm_models import is_timm, load_timm
-from blip2fast.offload.quantised import Storage
 from blip2fast.published.reading import open_weights, published_fault
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage2.config import Stage2Config
-from blip2fast.training.config import DTYPE_OF, RunConfig
+from blip2fast.training.config import RunConfig
 from blip2fast.training.engine import NVME_BUFFERS, nvme_buffer_size
 from blip2fast.training.measuring import (
     EncoderSizes,
@@ -41,6 +41,7 @@ from blip2fast.training.measuring import (
     measure_trained_encoder,
     read_model_config,
 )
+from blip2fast.training.precision import DTYPE_OF
 
 with needs("plan memory", "psutil"):
     import psutil  # type: ignore[import-untyped]
@@ -137,13 +138,26 @@ class MemoryPlan:
             "(offload: zero3, offload_param: nvme)"
         )
 
-    def __str__(self) -> str:
+    def table(self) -> list[list[str]]:
+        """A row for each option, in GiB, beneath a header."""
         names = list(dict.fromkeys(name for o in self.options for name in o.device))
         table = [["GiB on each device", *names, "sum", "host, each process", "fits"]]
         for option in self.options:
             parts = [_gib(option.device.get(name, 0)) for name in names]
             sums = [_gib(option.device_bytes), _gib(option.host_bytes)]
             table.append([option.name, *parts, *sums, "yes" if self.fits(option) else "no"])
+        return table
+
+    @property
+    def available(self) -> str:
+        """The memory that there is, in words."""
+        there = f"{_gib(self.memory.host)} GiB of host memory for {self.processes} process(es)"
+        if not self.memory.device_is_host:
+            there = f"{_gib(self.memory.device)} GiB on each device, {there}"
+        return f"{there}; a tenth stays free"
+
+    def __str__(self) -> str:
+        table = self.table()
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         lines = [
             "  ".join(
@@ -152,10 +166,7 @@ class MemoryPlan:
             )
             for row in table
         ]
-        there = f"{_gib(self.memory.host)} GiB of host memory for {self.processes} process(es)"
-        if not self.memory.device_is_host:
-            there = f"{_gib(self.memory.device)} GiB on each device, {there}"
-        return "\n".join([self.heading, f"{there}; a tenth stays free", "", *lines, *self.notes])
+        return "\n".join([self.heading, self.available, "", *lines, *self.notes])
 
 
 def machine_memory() -> Memory:

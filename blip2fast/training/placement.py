@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from blip2fast.frozen.language_models import load_language_model
 from blip2fast.offload.loading import empty_language_model, load_partitioned, load_streamed
 from blip2fast.offload.zero3_linear import keep_no_inputs
-from blip2fast.training.config import DTYPE_OF, RunConfig
+from blip2fast.training.config import RunConfig
 from blip2fast.training.engine import deepspeed_config
 from blip2fast.training.memory_plan import (
     Memory,
@@ -26,6 +26,7 @@ from blip2fast.training.memory_plan import (
     machine_memory,
     plan_memory,
 )
+from blip2fast.training.precision import DTYPE_OF
 
 
 def choose_placement(

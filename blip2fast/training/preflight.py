@@ -28,9 +28,10 @@ from blip2fast.ops.records import Record
 from blip2fast.published.reading import published_fault
 from blip2fast.training.agreement import check_alike
 from blip2fast.training.build import Run
-from blip2fast.training.config import DTYPE_OF, RunConfig
+from blip2fast.training.config import RunConfig
 from blip2fast.training.config_files import config_values
 from blip2fast.training.folder import folder_faults
+from blip2fast.training.precision import DTYPE_OF
 
 
 def check_machine(config: RunConfig, world_size: int = 1) -> None:

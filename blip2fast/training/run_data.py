@@ -21,7 +21,8 @@ from blip2fast.data.table import RecordTable
 from blip2fast.frozen.identity import FrozenIdentity
 from blip2fast.frozen.image_encoders import FrozenImageEncoder, load_image_encoder
 from blip2fast.frozen.images import transform_for
-from blip2fast.training.config import DTYPE_OF, RunConfig
+from blip2fast.training.config import RunConfig
+from blip2fast.training.precision import DTYPE_OF
 
 Records = Sequence[Any]  # CaptionRecord, or QuestionRecord for vqa
 

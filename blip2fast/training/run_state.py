@@ -19,7 +19,7 @@ from blip2fast.data.manifest import replace_file, write_json
 from blip2fast.stage1.model import Blip2Stage1
 from blip2fast.stage2.model import Blip2Stage2
 from blip2fast.training.build import Run
-from blip2fast.training.config import DTYPE_OF, RunConfig
+from blip2fast.training.config import RunConfig
 from blip2fast.training.config_files import save_config
 from blip2fast.training.engine import start_engine
 from blip2fast.training.engine_state import (
@@ -33,6 +33,7 @@ from blip2fast.training.engine_state import (
 from blip2fast.training.finite import nonfinite_names, some_of
 from blip2fast.training.log import Progress
 from blip2fast.training.parameter_groups import freeze_names
+from blip2fast.training.precision import DTYPE_OF
 from blip2fast.training.restart import check_steps, record_start, run_identity
 from blip2fast.training.skipped import SkippedSamples
 from blip2fast.training.step_passes import TrainingStep

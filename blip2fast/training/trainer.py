@@ -21,7 +21,7 @@ from blip2fast.training.agreement import (
     together,
 )
 from blip2fast.training.build import Run, build_run
-from blip2fast.training.config import DTYPE_OF, RunConfig
+from blip2fast.training.config import RunConfig
 from blip2fast.training.engine import (
     gather_trained,
     learning_rate,
@@ -34,6 +34,7 @@ from blip2fast.training.folder import lock_together, remove_earlier_run
 from blip2fast.training.loading import read_batches
 from blip2fast.training.log import RunLog
 from blip2fast.training.placement import choose_placement
+from blip2fast.training.precision import DTYPE_OF
 from blip2fast.training.preflight import (
     check_machine,
     check_same_data,

@@ -14,9 +14,18 @@ from blip2fast.scoring.setup import Setup
 COMMON = ["--model", "run", "--data", "file.json", "--images", "pictures", "--out", "results"]
 
 
+def write_files(folder: Path) -> None:
+    """What `COMMON` and `--annotations` name."""
+    (folder / "pictures").mkdir()
+    for name in ("file.json", "a.json"):
+        (folder / name).write_text("[]")
+
+
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the evaluations were called with."""
+    write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
     calls: list[tuple[Any, ...]] = []
     result = {
         "metrics": {"accuracy": 0.25},
@@ -74,7 +83,6 @@ def test_options_arrive(given: list[tuple[Any, ...]], capsys: pytest.CaptureFixt
     [
         (["caption", *COMMON], "error: --images pictures: not a folder"),
         (["caption", *COMMON, "--features", "x"], "error: give --images, a folder of pictures, or"),
-        (["retrieval", *COMMON, "--device", "tpu9"], "error: device 'tpu9': "),
     ],
 )
 def test_faults_are_one_line(
@@ -86,3 +94,7 @@ def test_faults_are_one_line(
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+    write_files(tmp_path)
+    with pytest.raises(SystemExit, match="error: device 'tpu9': "):
+        main(["eval", "retrieval", *COMMON, "--device", "tpu9"])
+    assert not (tmp_path / "results").exists()

@@ -2,55 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from blip2_models import write_run
+from finished_runs import CAPTIONS, as_run
 from PIL import Image
 from retrieval_models import write_pictures, write_stage1
+from safetensors.torch import load_file
 
 from blip2fast import Blip2, Blip2Retriever
 from blip2fast import train as train_module
 from blip2fast.command_line import main
-from blip2fast.data.records import CaptionRecord, QuestionRecord, write_records
-from blip2fast.reporting import draw_samples
+from blip2fast.reporting import draw_samples, samples
 from blip2fast.search.attention import over_picture
 from blip2fast.training import trainer
+from blip2fast.training.memory_plan import Memory
 from blip2fast.training.stopping import RunStopped
-
-CAPTIONS = ["a red ring", "a blue star", "a green cross", "a black disc", "a red cat"]
-
-
-def as_run(folder: Path, stage: int, pictures: Path, **data: Any) -> Path:
-    """Give a trained model what a run leaves beside it; its records name five pictures."""
-    keys = [f"{number}.png" for number in range(5)]
-    texts = zip(keys, CAPTIONS, strict=True)
-    write_records(pictures / "r.jsonl", [CaptionRecord(k, (c, f"it is {c}")) for k, c in texts])
-    write_records(pictures / "q.jsonl", [QuestionRecord(k, "what is it ?", "a cat") for k in keys])
-    values: dict[str, Any] = {
-        "stage": stage,
-        "output_dir": str(folder),
-        "data": {
-            "records": str(pictures / "r.jsonl"),
-            "images": str(pictures),
-            "image_encoder": str(folder.parent / "vision"),
-            **data,
-        },
-        "optim": {"max_steps": 4, "batch_size": 2, "warmup_steps": 1},
-        "precision": "fp32",
-    }
-    if stage == 1:
-        values["model"] = {"tokenizer": str(folder.parent / "words")}
-    else:
-        values["init_from"] = "runs/stage1"
-        values["language_model"] = {"path": str(folder.parent / "language")}
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": 4, "loss": 1.0}) + "\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +171,30 @@ def test_tokens_that_are_no_square_are_said_once(
     drawn = draw_samples(stage2, 2, device="cpu")
     assert drawn.notes == [f"No attention: {fault}"]
     assert [dict(sample.overlays) for sample in drawn.samples] == [{}, {}]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_model_that_does_not_fit_is_not_loaded(
+    stage1: Path, stage2: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """A run that ends on a full machine was killed for the pictures of its report."""
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("loaded")
+
+    run = (stage1, stage2)[stage - 1]
+    trained = sum(t.nbytes for t in load_file(run / "model.safetensors").values())
+    monkeypatch.setattr(Blip2, "from_pretrained", load)
+    monkeypatch.setattr(Blip2Retriever, "from_pretrained", load)
+    monkeypatch.setattr(samples, "machine_memory", lambda: Memory(trained, trained, True))
+    drawn = draw_samples(run, 2, device="cpu")
+    assert drawn.samples == []
+    (note,) = drawn.notes
+    assert re.match("No sample pictures: to load the model takes .* of this device, where", note)
+    assert note.endswith(f"blip2fast report {run}")
+    # with what it takes, it is
+    enough = 100 * trained
+    monkeypatch.setattr(samples, "machine_memory", lambda: Memory(enough, enough, True))
+    assert draw_samples(run, 2, device="cpu").notes == [
+        "No sample pictures: drawing them failed: AssertionError: loaded"
+    ]

@@ -20,7 +20,7 @@ from blip2fast.training.config_files import known_keys
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # code that reads a trained model, a published one or somebody's files; it is compiled, and its
-# imports run
+# imports run; test_docs_run.py runs it on small models
 _NEEDS_FILES = re.compile(
     r"from_pretrained\(|open\(|\.(png|jpe?g|pth|jsonl|csv|safetensors)\b|runs/"
 )

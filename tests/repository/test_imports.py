@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 # A room imports from itself and from rooms before it.
 ROOMS = (
     "_imports",
+    "_choices",
     "_extension",
     "kernels",
     "ops",

@@ -12,8 +12,8 @@ import torch
 from stage1_cases import SMALL, make_batch
 from torch import Tensor
 
+from blip2fast._choices import Kernels
 from blip2fast.ops import kernels_set_to
-from blip2fast.ops.dispatch import Kernels
 from blip2fast.stage1.model import Blip2Stage1
 
 pytestmark = [

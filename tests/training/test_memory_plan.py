@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import plans
 import torch
 import yaml
 from small_run import config, values, write_world
@@ -19,9 +23,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    Blip2Config,
-    Blip2VisionConfig,
-    CLIPConfig,
     CLIPVisionConfig,
     LlamaConfig,
     OPTConfig,
@@ -49,19 +50,11 @@ from blip2fast.training.memory_plan import GIB, Memory, plan_memory
 from blip2fast.training.placement import choose_placement, placed
 from blip2fast.training.preflight import check_machine
 
+# what the recipes name on the hub, in the published sizes
+PUBLISHED: dict[str, Any] = plans.published()
 OPT = {"num_attention_heads": 32, "num_hidden_layers": 32}
-OPT27 = OPTConfig(hidden_size=2560, word_embed_proj_dim=2560, ffn_dim=10240, **OPT)
-OPT67 = OPTConfig(hidden_size=4096, word_embed_proj_dim=4096, ffn_dim=16384, **OPT)
-FLAN_XL = T5Config(
-    vocab_size=32128,
-    d_model=2048,
-    d_kv=64,
-    d_ff=5120,
-    num_layers=24,
-    num_heads=32,
-    feed_forward_proj="gated-gelu",
-    tie_word_embeddings=False,
-)
+OPT67 = PUBLISHED["facebook/opt-6.7b"]
+FLAN_XL = PUBLISHED["google/flan-t5-xl"]
 
 
 def opt_parameters(c: OPTConfig) -> tuple[int, int]:
@@ -85,7 +78,7 @@ def t5_parameters(c: T5Config) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("language", "formula", "published"),
     [
-        (OPT27, opt_parameters, 2_651_596_800),
+        (PUBLISHED["facebook/opt-2.7b"], opt_parameters, 2_651_596_800),
         (OPT67, opt_parameters, 6_658_473_984),
         (FLAN_XL, t5_parameters, 2_849_757_184),
     ],
@@ -435,23 +428,14 @@ def test_the_command_reports_what_fewer_bits_cost(
     assert all(f"against {loss:.4f} with the weights as they are" in line for line in lines)
 
 
-# what the recipes name on the hub, in the published sizes, and the parameters that are counted
-VIT_G = Blip2VisionConfig()
-VIT_L = CLIPVisionConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    patch_size=14,
-)
-FLAN_XXL = T5Config(**{**FLAN_XL.to_dict(), "d_model": 4096, "d_ff": 10240, "num_heads": 64})
-HUB: dict[str, tuple[PretrainedConfig, int]] = {
-    "Salesforce/blip2-opt-2.7b": (Blip2Config(vision_config=VIT_G), 985_952_256),
-    "openai/clip-vit-large-patch14": (CLIPConfig(vision_config=VIT_L), 303_179_776),
-    "facebook/opt-2.7b": (OPT27, 2_651_596_800),
-    "facebook/opt-6.7b": (OPT67, 6_658_473_984),
-    "google/flan-t5-xl": (FLAN_XL, 2_849_757_184),
-    "google/flan-t5-xxl": (FLAN_XXL, 11_135_332_352),
+# the parameters that are counted of each
+COUNTED = {
+    "Salesforce/blip2-opt-2.7b": 985_952_256,
+    "openai/clip-vit-large-patch14": 303_179_776,
+    "facebook/opt-2.7b": 2_651_596_800,
+    "facebook/opt-6.7b": 6_658_473_984,
+    "google/flan-t5-xl": 2_849_757_184,
+    "google/flan-t5-xxl": 11_135_332_352,
 }
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -463,7 +447,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     local = AutoConfig.from_pretrained
 
     def read(name: str, **settings: Any) -> PretrainedConfig:
-        return local(name, **settings) if Path(name).exists() else HUB[name][0]
+        return local(name, **settings) if Path(name).exists() else PUBLISHED[name]
 
     monkeypatch.setattr(measuring.AutoConfig, "from_pretrained", read)
     monkeypatch.chdir(ROOT)
@@ -479,9 +463,9 @@ def test_every_recipe_can_be_planned(recipe: Path, capsys: pytest.CaptureFixture
     given = [part for setting in settings for part in ("--set", setting)]
     command_line.main(["plan", "--config", str(recipe), *given, *sizes])
     said = capsys.readouterr().out
-    counted = [HUB[name] for name in HUB if name in recipe.read_text()]
-    for named, parameters in counted:
-        image = named.model_type in ("blip-2", "clip")
+    assert PUBLISHED.keys() == COUNTED.keys()
+    for name in (name for name in COUNTED if name in recipe.read_text()):
+        parameters, image = COUNTED[name], PUBLISHED[name].model_type in ("blip-2", "clip")
         kind = "of the image encoder" if image else "frozen parameters"
         assert f"{parameters:,} {kind}" in said
     verdict = "offload: auto would choose" if names["stage"] == 2 else "it fits as"
