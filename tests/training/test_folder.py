@@ -20,7 +20,7 @@ from blip2fast.checkpoints import resume
 from blip2fast.checkpoints.files import last_checkpoint
 from blip2fast.data import manifest
 from blip2fast.training.folder import LOCK, FolderLock, folder_faults
-from blip2fast.training.trainer import train
+from blip2fast.training.trainer import Trainer, train
 
 HOLD = (
     "import sys, time; from pathlib import Path; from blip2fast.training.folder import FolderLock\n"
@@ -57,6 +57,35 @@ def test_a_second_run_is_refused_with_the_first(world: Path, tmp_path: Path, hol
             train(run, say=_quiet)
         assert "\n" not in str(error.value)
     assert [p.name for p in (tmp_path / "out").iterdir()] == [LOCK]
+
+
+TRY = (
+    "import sys; from pathlib import Path\n"
+    "from blip2fast.training.folder import FolderLock, folder_faults\n"
+    "folder = Path(sys.argv[1]); print(folder_faults(folder, False, False)[0])\n"
+    "try:\n    FolderLock(folder, print)\n"
+    "except ValueError as error:\n    print(error)\n"
+)
+
+
+def test_a_run_holds_its_folder_to_the_end(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, the run opened its lock once more to read it, and closing that released it."""
+    output, said = tmp_path / "out", []
+    original = Trainer._train_step
+
+    def beside(self: Trainer, batches: Any) -> None:
+        original(self, batches)
+        if self.state.step == 5:
+            command = [sys.executable, "-c", TRY, str(output)]
+            said.extend(subprocess.check_output(command, text=True).splitlines())
+
+    monkeypatch.setattr(Trainer, "_train_step", beside)
+    train(config(world, output, 2, save_every=2), say=_quiet)
+    of_a_start, of_the_lock = said
+    assert f"in use by process {os.getpid()} on {socket.gethostname()} since" in of_the_lock
+    assert of_a_start == of_the_lock, "not: delete it with overwrite"
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(
