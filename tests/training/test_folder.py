@@ -168,6 +168,22 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(
     assert distance(output, whole) == 0
 
 
+def test_a_process_that_cannot_write_its_part_says_why(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.save tells a full disk as `enforce fail ... unexpected pos 64 vs 0`."""
+    original = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if self.suffix == ".pt":
+            raise OSError(28, "No space left on device", str(self))
+        return original(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"step 2: no checkpoint: .*No space left.*process_00000\.pt"):
+        train(config(world, tmp_path / "out", 2, save_every=2), say=_quiet)
+
+
 def test_a_full_disk_is_named_by_file(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
