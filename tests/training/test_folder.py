@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 from safetensors import SafetensorError
-from small_run import config, distance, write_world
+from small_run import config, distance, timeless, write_world
 
 from blip2fast.checkpoints import resume
 from blip2fast.checkpoints.files import last_checkpoint
 from blip2fast.data import manifest
+from blip2fast.data.batches import PlannedBatches
 from blip2fast.training.folder import LOCK, FolderLock, folder_faults
 from blip2fast.training.trainer import Trainer, train
 
@@ -195,6 +196,37 @@ def test_a_full_disk_is_named_by_file(
     monkeypatch.setattr("blip2fast.training.log._drop_after", lambda *_: [])
     with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
         train(run, say=_quiet)
+
+
+@pytest.mark.parametrize("where", ["a batch", "the evaluation"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_sample_that_cannot_be_read_does_not_cost_the_training(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, stage: int
+) -> None:
+    """Before, a damaged held-out image left neither a model nor a checkpoint of a whole run."""
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    settings = {"log_every": 4, "optim": {"batch_size": 2, "accumulation": 2}}
+    train(config(world, whole, stage, **settings), say=_quiet)
+
+    def damaged(*given: Any) -> Any:
+        if where == "a batch" and given[1] < 10:
+            return original(*given)
+        raise ValueError("image x: is cut off or damaged")
+
+    original = PlannedBatches.take
+    with monkeypatch.context() as patch:
+        if where == "a batch":
+            patch.setattr(PlannedBatches, "take", damaged)
+        else:
+            patch.setattr("blip2fast.training.trainer.validate", damaged)
+        with pytest.raises(ValueError, match="image x: is cut off or damaged"):
+            train(config(world, output, stage, **settings), say=_quiet)
+    step = 5 if where == "a batch" else 6
+    saved = output / "checkpoints" / f"step-{step:08d}"
+    assert last_checkpoint(output / "checkpoints") == saved
+    train(config(world, output, stage, resume=True, **settings), say=_quiet)
+    assert timeless(output) == timeless(whole)
+    assert distance(output, whole) == 0
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o007])
