@@ -46,7 +46,7 @@ from blip2fast.training.saving import Saver, how_to_use
 from blip2fast.training.skipped import SkippedSamples
 from blip2fast.training.step_metrics import learning_rates, peak_memory_gib, timed
 from blip2fast.training.step_passes import DeviceBatches, step_passes
-from blip2fast.training.stopping import StopRequest
+from blip2fast.training.stopping import RunStopped, StopRequest
 from blip2fast.training.validation import validate
 from blip2fast.training.weights_and_biases import WandbRun
 
@@ -296,6 +296,9 @@ class Trainer:
             yield
         except FloatingPointError:
             raise  # and has saved, if there is anything to save
+        except RunStopped:
+            self.saver.save_unless_saved(log)
+            raise
         except Exception:
             self._save_before_the_end(log)
             raise
@@ -316,10 +319,19 @@ class Trainer:
         self.saver.finite_parameters()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             whole = self.state.whole_model()
-            metrics = validate(whole, self.parts, self.config, self.to_device)
+            metrics = validate(whole, self.parts, self.config, self._to_device_in_time)
         self.engine.train()
         self.faults.check_held_out(metrics, before=self.saver.save_unless_saved)
         return {f"eval_{name}": value for name, value in metrics.items()}
+
+    def _to_device_in_time(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Move a held-out batch, unless a stop is pressing: a resume evaluates again.
+
+        Several processes do not read equally many batches, so none of them can leave the others.
+        """
+        if dist.get_world_size() == 1 and self.stop.presses():
+            raise self.stop.stopped(self.state.step, self.config.optim.max_steps)
+        return self.to_device(batch)
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """The batches of the micro-steps that are left."""
