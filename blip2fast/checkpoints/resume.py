@@ -7,6 +7,7 @@ optimizer's moments, and each process's random states and running sums for the l
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import random
 import shutil
@@ -78,8 +79,9 @@ def save_checkpoint(
             partial.mkdir(parents=True)
 
     def write_own() -> None:
-        own = {"random": random_states(), **process}
-        write_through(partial / _process_file(rank), lambda path: torch.save(own, path))
+        own = io.BytesIO()  # for errors of the system; torch.save gives others for a full disk
+        torch.save({"random": random_states(), **process}, own)
+        write_through(partial / _process_file(rank), lambda path: path.write_bytes(own.getvalue()))
 
     def write_rest() -> None:
         if rank != 0:

@@ -116,10 +116,16 @@ class BlockLayout:
     dense_nbytes: int
 
     def write(self, buffer: Tensor, name: str, weight: Tensor) -> None:
-        """Store a weight in the buffer, quantised if the layout says so."""
+        """Store a weight in the buffer, quantised if the layout says so.
+
+        Raises:
+            ValueError: a value of a weight to be quantised is not finite.
+        """
         stored = self.weights[name]
-        plain = stored.dense is None
-        tensors = [weight] if plain else encode(self.storage, weight)
+        try:
+            tensors = [weight] if stored.dense is None else encode(self.storage, weight)
+        except ValueError as error:
+            raise ValueError(f"{name}, to be stored in {self.storage}: {error}") from None
         for part, tensor in zip(stored.parts, tensors, strict=True):
             part.view(buffer).copy_(tensor)
 

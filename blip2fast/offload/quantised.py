@@ -34,7 +34,11 @@ def parts_of(storage: Storage, shape: torch.Size) -> list[tuple[torch.dtype, tup
 
 
 def encode(storage: Storage, weight: Tensor) -> list[Tensor]:
-    """Quantise `weight` [R, K] to the tensors that `parts_of` describes."""
+    """Quantise `weight` [R, K] to the tensors that `parts_of` describes.
+
+    Raises:
+        ValueError: a value is not finite, which no level stands for.
+    """
     values = weight.float()
     if storage == "int8":
         scale = _scale(values.abs().amax(dim=1, keepdim=True), 127)
@@ -75,4 +79,6 @@ def is_encoded(module: nn.Module, name: str, parameter: Tensor) -> bool:
 
 
 def _scale(largest: Tensor, levels: int) -> Tensor:
+    if not largest.isfinite().all():
+        raise ValueError("a weight holds values that are not finite; are its files damaged?")
     return torch.where(largest > 0, largest / levels, 1.0)

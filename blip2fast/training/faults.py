@@ -93,7 +93,8 @@ class Faults:
         first = (outcome.step - 1) * count
         found, bad_parameters = explain(
             outcome,
-            {**frozen_weights(state.model), **state.parameters()},
+            state.parameters(),
+            frozen_weights(state.parts),
             (batches[first + i] for i in range(count)),
             [key for i in range(count) for key in batches.keys(first + i)],
             self._to_device,

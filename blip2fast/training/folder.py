@@ -40,10 +40,15 @@ class FolderLock:
 
     The file `run.lock` says who holds it. A file that a killed process left is taken over. It is a
     POSIX record lock, which child processes do not inherit and which holds across machines on NFS.
+    The holder must not open the file again: closing it there would release the lock.
 
     Args:
         folder: created if it does not exist.
         say: prints a line if the file system has no locks.
+
+    Attributes:
+        path: of the file.
+        text: what the file says.
 
     Raises:
         ValueError: another process holds the lock; it is named.
@@ -60,15 +65,16 @@ class FolderLock:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise ValueError(self._in_use()) from None
                 say(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
-                return
+                break
             # a run that has just ended may have removed the file in between
             if self._is_current():
                 break
             self._file.close()
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
+        self.text = json.dumps(holder) + "\n"
         with naming(self.path):
             self._file.truncate(0)
-            self._file.write(json.dumps(holder) + "\n")
+            self._file.write(self.text)
             self._file.flush()
 
     def __enter__(self) -> FolderLock:
@@ -91,16 +97,33 @@ class FolderLock:
 
     def _in_use(self) -> str:
         self._file.seek(0)
-        try:
-            holder = json.loads(self._file.read())
-            who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-        except (ValueError, KeyError, TypeError):
-            who = "another process"
+        text = self._file.read()
         self._file.close()
-        return (
-            f"output_dir {str(self.path.parent)!r} is in use by {who}: wait until that run has "
-            "ended, or choose another folder"
-        )
+        return _in_use(self.path.parent, text)
+
+
+def _in_use(folder: Path, text: str) -> str:
+    """That a run is in `folder`; `text` is that of its lock."""
+    try:
+        holder = json.loads(text)
+        who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (ValueError, KeyError, TypeError):
+        who = "another process"
+    return (
+        f"output_dir {str(folder)!r} is in use by {who}: wait until that run has ended, or choose "
+        "another folder"
+    )
+
+
+def _in_use_now(folder: Path) -> str | None:
+    """`_in_use` if another process holds the lock of `folder`; nothing is locked or created."""
+    with suppress(OSError), (folder / LOCK).open(encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return _in_use(folder, file.read())
+    return None
 
 
 def lock_together(
@@ -114,10 +137,12 @@ def lock_together(
     """
     faults: list[str | None] = [None]
     lock: AbstractContextManager[FolderLock | None] = nullcontext()
+    text = None
     if dist.get_rank() == 0:
         folder = Path(config.output_dir)
         try:
-            lock = FolderLock(folder, say)
+            lock = held = FolderLock(folder, say)
+            text = held.text
             faults[0] = "; ".join(folder_faults(folder, config.resume, config.overwrite)) or None
         except (ValueError, OSError) as error:
             faults[0] = str(error)
@@ -125,22 +150,26 @@ def lock_together(
     try:
         if faults[0] is not None:
             raise SharedFault(faults[0])
-        _check_shared(Path(config.output_dir))
+        _check_shared(Path(config.output_dir), text)
     except ValueError:
         with lock:
             raise
     return lock
 
 
-def _check_shared(folder: Path) -> None:
-    """Check that all processes see the lock of rank 0; every process must call this."""
-    own = _lock_text(folder)
-    found = [own, socket.gethostname()]
+def _check_shared(folder: Path, text: str | None) -> None:
+    """Check that all processes see the lock of rank 0; every process must call this.
+
+    Args:
+        folder: the output folder.
+        text: on rank 0, what its lock says.
+    """
+    found = [text, socket.gethostname()]
     dist.broadcast_object_list(found)
 
     def see() -> None:
         end = time.monotonic() + _SHARED_SECONDS
-        while _lock_text(folder) != found[0]:
+        while text is None and _lock_text(folder) != found[0]:
             if time.monotonic() > end:
                 raise ValueError(
                     f"output_dir {str(folder)!r} is another folder than on {found[1]}: every "
@@ -189,8 +218,9 @@ def folder_faults(folder: Path, resume: bool, overwrite: bool) -> list[str]:
         return [f"{name}: {str(above)!r} cannot be written to; choose another folder"]
     done = [each for each in EARLIER if (folder / each).exists()]
     if done and not (resume or overwrite):
-        return [
+        earlier = (
             f"{name} holds an earlier run ({', '.join(done)}): set resume: true to continue it, "
             "overwrite: true to delete it, or choose another folder"
-        ]
+        )
+        return [_in_use_now(folder) or earlier]
     return []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 from blip2fast._imports import needs
 from blip2fast.data.manifest import naming, replace_file
+from blip2fast.training.restart import last_good
 
 with needs("log a run", "tensorboard"):
     from torch.utils.tensorboard import SummaryWriter
@@ -51,6 +54,10 @@ class RunLog:
         max_steps: total steps of the run.
         stage: training stage, shown in the progress bar.
         also: another place for the metrics, such as Weights & Biases.
+
+    Raises:
+        OSError: here and in the methods; a file cannot be written. Names it, and what there is to
+            resume from.
     """
 
     def __init__(
@@ -61,11 +68,18 @@ class RunLog:
         stage: int,
         also: MetricsWriter | None = None,
     ) -> None:
-        self._also = also
-        self._path = folder / "metrics.jsonl"
+        self._also, self._folder = also, folder
+        self._path, self._board_path = folder / "metrics.jsonl", folder / "tensorboard"
         self._lines = _drop_after(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._hook = threading.excepthook
+        threading.excepthook = self._hear_of_thread
+        try:
+            with self._writing(self._board_path):
+                self._board = SummaryWriter(str(self._board_path), purge_step=start_step + 1)
+        except OSError:
+            threading.excepthook = self._hook
+            raise
         self._bar = tqdm(
             total=max_steps,
             initial=start_step,
@@ -82,15 +96,16 @@ class RunLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics after `step` steps wherever they go; evaluations are printed."""
-        with naming(self._path):
+        with self._writing(self._path):
             self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
             self._file.flush()
         grouped = {
             f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": v
             for name, v in metrics.items()
         }
-        for name, value in grouped.items():
-            self._board.add_scalar(name, value, step)
+        with self._writing(self._board_path):
+            for name, value in grouped.items():
+                self._board.add_scalar(name, value, step)
         if self._also is not None:
             self._also.write(step, grouped)
         if _is_evaluation(metrics):
@@ -110,9 +125,11 @@ class RunLog:
 
     def flush(self) -> None:
         """Flush all logs to disk, before a checkpoint."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        with self._writing(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        with self._writing(self._board_path):
+            self._board.flush()
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
@@ -127,7 +144,9 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close(failed=kind is not None)
+        # an error of closing must not take the place of the one that ends the run
+        with contextlib.suppress(*() if kind is None else (OSError,)):
+            self.close(failed=kind is not None)
 
     def close(self, failed: bool = False) -> None:
         """Close all logs.
@@ -136,11 +155,28 @@ class RunLog:
             failed: the run ends with an error.
         """
         self._bar.close()
-        if self._also is not None:
-            self._also.close(failed)
-        with naming(self._path):
-            self._file.close()
-        self._board.close()
+        try:
+            if self._also is not None:
+                self._also.close(failed)
+            with self._writing(self._path):
+                self._file.close()
+            with self._writing(self._board_path):
+                self._board.close()
+        finally:
+            threading.excepthook = self._hook
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            with naming(path):
+                yield
+        except OSError as error:
+            raise OSError(f"{error}. {last_good(self._folder)}") from error
+
+    def _hear_of_thread(self, fault: threading.ExceptHookArgs) -> None:
+        """Print the errors of threads, but for TensorBoard's: its next call raises them again."""
+        if not (fault.thread and type(fault.thread).__module__.startswith("tensorboard.")):
+            self._hook(fault)
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ where it is, its image, and why it cannot be used. Step 0: left out before the f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -72,8 +73,10 @@ class SkippedSamples:
     def __enter__(self) -> SkippedSamples:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # an error of closing must not take the place of the one that ends the run
+        with contextlib.suppress(*() if kind is None else (OSError,)):
+            self.close()
 
     @property
     def news(self) -> bool:
@@ -119,7 +122,8 @@ class SkippedSamples:
     def close(self) -> None:
         """Say how much was skipped, and close the list."""
         if self._file is not None:
-            self._file.close()
+            with naming(self._path):
+                self._file.close()
             count = len(self._listed)
             if count:
                 self._say(f"{count} record(s) could not be used; they are listed in {self._path}")

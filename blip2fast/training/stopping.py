@@ -26,6 +26,8 @@ with needs("train", "psutil"):
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # From the signal until the process has ended: a step, and writing a checkpoint.
 STOP_SECONDS = 120.0
+# From the signal until an evaluation is given up for the checkpoint; launchers kill after 30 s.
+PATIENCE_SECONDS = 15.0
 _POLL_SECONDS = 0.5
 
 
@@ -88,6 +90,10 @@ class StopRequest:
         self._thread.join()
         os.close(self._read)
         os.close(self._write)
+
+    def presses(self) -> bool:
+        """Whether a stop was asked for so long ago that an evaluation has to wait for a resume."""
+        return self.reason is not None and time.monotonic() - self._since > PATIENCE_SECONDS
 
     def stopped(self, step: int, max_steps: int) -> RunStopped:
         """The error of a run that has saved a checkpoint after `step` steps."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ from blip2fast.training.saving import Saver, how_to_use
 from blip2fast.training.skipped import SkippedSamples
 from blip2fast.training.step_metrics import learning_rates, peak_memory_gib, timed
 from blip2fast.training.step_passes import DeviceBatches, step_passes
-from blip2fast.training.stopping import StopRequest
+from blip2fast.training.stopping import RunStopped, StopRequest
 from blip2fast.training.validation import validate
 from blip2fast.training.weights_and_biases import WandbRun
 
@@ -139,6 +139,7 @@ class Trainer:
         self.state = RunState(config, parts, device, self.say)
         self.engine = self.state.engine
         self.saver = Saver(self.state)
+        self._has_evaluated = False
         self.faults = Faults(self.state, self.to_device, self.say)
 
     def say(self, line: str) -> None:
@@ -195,7 +196,11 @@ class Trainer:
             rate = learning_rate(state.step, config.optim)
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
-            self._train_step(batches)
+            try:
+                self._train_step(batches)
+            except (ValueError, OSError):  # a sample that cannot be used
+                self._save_before_the_end(log)
+                raise
             state.step += 1
             if log is not None:
                 log.advance()
@@ -272,21 +277,62 @@ class Trainer:
 
     def _evaluate_and_keep(self, log: RunLog | None) -> dict[str, float]:
         """Evaluate, log the metrics, and keep the checkpoint if it is the best."""
-        metrics = self.evaluate()
+        with self._nothing_lost(log):
+            metrics = self.evaluate()
         self.saver.keep_if_best(metrics, log)
         if log is not None:
             log.write(self.state.step, metrics)
         return metrics
+
+    @contextmanager
+    def _nothing_lost(self, log: RunLog | None) -> Iterator[None]:
+        """Have a checkpoint of this step if its evaluation fails, as on a damaged image.
+
+        One of several processes that fails ends the others too, which then cannot save: they do so
+        before their first evaluation. Later ones have read the same data.
+        """
+        if dist.get_world_size() > 1 and not self._has_evaluated:
+            self.saver.save_unless_saved(log)
+        try:
+            yield
+        except FloatingPointError:
+            raise  # and has saved, if there is anything to save
+        except RunStopped:
+            self.saver.save_unless_saved(log)
+            raise
+        except Exception:
+            self._save_before_the_end(log)
+            raise
+        self._has_evaluated = True
+
+    def _save_before_the_end(self, log: RunLog | None) -> None:
+        """Save the steps taken before an error that leaves the parameters as they were.
+
+        Not with several processes, as the others may wait elsewhere for this one.
+        """
+        if dist.get_world_size() == 1:
+            self.faults.read_outcomes(wait=True)
+            self.saver.save_unless_saved(log)
+        self.say(f"the run ends with an error. {last_good(self.config.output_dir)}")
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the held-out set, named `eval_*`; every process must call this."""
         self.saver.finite_parameters()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             whole = self.state.whole_model()
-            metrics = validate(whole, self.parts, self.config, self.to_device)
+            metrics = validate(whole, self.parts, self.config, self._to_device_in_time)
         self.engine.train()
         self.faults.check_held_out(metrics, before=self.saver.save_unless_saved)
         return {f"eval_{name}": value for name, value in metrics.items()}
+
+    def _to_device_in_time(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Move a held-out batch, unless a stop is pressing: a resume evaluates again.
+
+        Several processes do not read equally many batches, so none of them can leave the others.
+        """
+        if dist.get_world_size() == 1 and self.stop.presses():
+            raise self.stop.stopped(self.state.step, self.config.optim.max_steps)
+        return self.to_device(batch)
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """The batches of the micro-steps that are left."""

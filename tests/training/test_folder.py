@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 from safetensors import SafetensorError
-from small_run import config, distance, write_world
+from small_run import config, distance, timeless, write_world
 
 from blip2fast.checkpoints import resume
 from blip2fast.checkpoints.files import last_checkpoint
 from blip2fast.data import manifest
+from blip2fast.data.batches import PlannedBatches
 from blip2fast.training.folder import LOCK, FolderLock, folder_faults
-from blip2fast.training.trainer import train
+from blip2fast.training.trainer import Trainer, train
 
 HOLD = (
     "import sys, time; from pathlib import Path; from blip2fast.training.folder import FolderLock\n"
@@ -57,6 +58,35 @@ def test_a_second_run_is_refused_with_the_first(world: Path, tmp_path: Path, hol
             train(run, say=_quiet)
         assert "\n" not in str(error.value)
     assert [p.name for p in (tmp_path / "out").iterdir()] == [LOCK]
+
+
+TRY = (
+    "import sys; from pathlib import Path\n"
+    "from blip2fast.training.folder import FolderLock, folder_faults\n"
+    "folder = Path(sys.argv[1]); print(folder_faults(folder, False, False)[0])\n"
+    "try:\n    FolderLock(folder, print)\n"
+    "except ValueError as error:\n    print(error)\n"
+)
+
+
+def test_a_run_holds_its_folder_to_the_end(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, the run opened its lock once more to read it, and closing that released it."""
+    output, said = tmp_path / "out", []
+    original = Trainer._train_step
+
+    def beside(self: Trainer, batches: Any) -> None:
+        original(self, batches)
+        if self.state.step == 5:
+            command = [sys.executable, "-c", TRY, str(output)]
+            said.extend(subprocess.check_output(command, text=True).splitlines())
+
+    monkeypatch.setattr(Trainer, "_train_step", beside)
+    train(config(world, output, 2, save_every=2), say=_quiet)
+    of_a_start, of_the_lock = said
+    assert f"in use by process {os.getpid()} on {socket.gethostname()} since" in of_the_lock
+    assert of_a_start == of_the_lock, "not: delete it with overwrite"
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(
@@ -139,6 +169,22 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(
     assert distance(output, whole) == 0
 
 
+def test_a_process_that_cannot_write_its_part_says_why(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.save tells a full disk as `enforce fail ... unexpected pos 64 vs 0`."""
+    original = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if self.suffix == ".pt":
+            raise OSError(28, "No space left on device", str(self))
+        return original(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"step 2: no checkpoint: .*No space left.*process_00000\.pt"):
+        train(config(world, tmp_path / "out", 2, save_every=2), say=_quiet)
+
+
 def test_a_full_disk_is_named_by_file(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +196,37 @@ def test_a_full_disk_is_named_by_file(
     monkeypatch.setattr("blip2fast.training.log._drop_after", lambda *_: [])
     with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
         train(run, say=_quiet)
+
+
+@pytest.mark.parametrize("where", ["a batch", "the evaluation"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_sample_that_cannot_be_read_does_not_cost_the_training(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, stage: int
+) -> None:
+    """Before, a damaged held-out image left neither a model nor a checkpoint of a whole run."""
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    settings = {"log_every": 4, "optim": {"batch_size": 2, "accumulation": 2}}
+    train(config(world, whole, stage, **settings), say=_quiet)
+
+    def damaged(*given: Any) -> Any:
+        if where == "a batch" and given[1] < 10:
+            return original(*given)
+        raise ValueError("image x: is cut off or damaged")
+
+    original = PlannedBatches.take
+    with monkeypatch.context() as patch:
+        if where == "a batch":
+            patch.setattr(PlannedBatches, "take", damaged)
+        else:
+            patch.setattr("blip2fast.training.trainer.validate", damaged)
+        with pytest.raises(ValueError, match="image x: is cut off or damaged"):
+            train(config(world, output, stage, **settings), say=_quiet)
+    step = 5 if where == "a batch" else 6
+    saved = output / "checkpoints" / f"step-{step:08d}"
+    assert last_checkpoint(output / "checkpoints") == saved
+    train(config(world, output, stage, resume=True, **settings), say=_quiet)
+    assert timeless(output) == timeless(whole)
+    assert distance(output, whole) == 0
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o007])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 import shlex
 import sys
+import threading
 import time
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
@@ -16,6 +19,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from small_run import config, write_world
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from blip2fast import checkpoints
 from blip2fast.checkpoints.trained import Description
@@ -42,6 +46,38 @@ def test_a_last_line_without_its_end_is_left_out(tmp_path: Path, end: int) -> No
     (tmp_path / "metrics.jsonl").write_text(FIRST + SECOND[:end])
     expected = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
     assert read_metrics(tmp_path) == (expected if end == len(SECOND) else expected[:1])
+
+
+def test_a_full_disk_is_named_by_file_and_ends_no_thread_in_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorBoard writes in a thread: before, its traceback and an error without a file."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def train_long() -> None:
+        with RunLog(tmp_path, 0, 1000, 1) as log:
+            for step in range(1000):
+                time.sleep(0.01)
+                log.write(step, {"loss": 1.0})
+
+    before = threading.excepthook
+    monkeypatch.setattr(RecordWriter, "write", full)
+    message = r"No space left on device: '.*/tensorboard'\. No checkpoint was saved$"
+    with pytest.raises(OSError, match=message):
+        train_long()
+    assert "Traceback" not in capsys.readouterr().err
+    assert threading.excepthook is before
+
+
+def test_an_error_of_closing_does_not_hide_the_one_before_it(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0, 10, 1)
+    log._file.close()
+    log._file = Path("/dev/full").open("w")  # noqa: SIM115 (closed by the log)
+    log._file.write("a line")
+    with pytest.raises(ValueError, match="the cause"), log:
+        raise ValueError("the cause")
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_weights_of_the_language_model_that_are_not_finite_are_named(
         original(self, batches)
 
     monkeypatch.setattr(Trainer, "_train_step", spoiled)
-    message = "step 1: loss not finite, as parameters are not: 'language_model.*embed_tokens"
+    message = "step 1: loss not finite, as frozen parameters are not: 'language_model.*embed_tokens"
     with pytest.raises(FloatingPointError, match=message):
         train(_settings(world, tmp_path / "out", 2, bad=False), say=_quiet)
 

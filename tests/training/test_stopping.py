@@ -73,6 +73,30 @@ def test_a_signal_after_the_last_step_lets_the_run_complete(
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_evaluation_that_takes_too_long_is_left_for_the_resume(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """Before, the process ended without a checkpoint, and with it all steps since the last."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(config(world, whole, stage), say=_quiet)
+    original = Trainer.evaluate
+
+    def interrupted(self: Trainer) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", interrupted)
+        patch.setattr(stopping, "PATIENCE_SECONDS", -1.0)
+        with pytest.raises(RunStopped, match="stopped by SIGTERM after step 6 of 6; saved"):
+            train(config(world, stopped, stage), say=_quiet)
+    assert not (stopped / "model.safetensors").exists()
+    train(config(world, stopped, stage, resume=True), say=_quiet)
+    assert timeless(whole) == timeless(stopped)
+    assert distance(stopped, whole) == 0
+
+
 def test_a_stop_that_takes_too_long_ends_the_process() -> None:
     """Also where the interpreter runs no handler, as in a collective that never returns."""
     code = (
