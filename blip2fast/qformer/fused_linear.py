@@ -111,8 +111,8 @@ class FusedLinear:
         plain = [module for module in modules if is_plain(module)]
         if len(plain) == len(modules):
             self.weight = concat_cast([module.weight for module in plain], dtype)
-            if all(module.bias is not None for module in plain):
-                self.bias = concat_cast([module.bias for module in plain], dtype)
+            if any(module.bias is not None for module in plain):
+                self.bias = concat_cast([_bias(module) for module in plain], dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., len(modules), out]`."""
@@ -172,7 +172,8 @@ def image_keys_values(
         else:
             tokens = normalised(image_embeds, ln_vision, dtype)
             folded = (weight * ln_vision.weight).to(dtype)
-            shift = torch.mv(weight, ln_vision.bias) + bias
+            wider = torch.promote_types(weight.dtype, ln_vision.bias.dtype)
+            shift = torch.mv(weight.to(wider), ln_vision.bias.to(wider)) + bias
             merged = linear(tokens, folded, shift.to(dtype))
     return list(merged.unflatten(-1, split).unbind(2))
 
@@ -185,4 +186,4 @@ def normalised(image_embeds: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> 
 
 
 def _bias(module: nn.Linear) -> Tensor:
-    return module.weight.new_zeros(module.out_features) if module.bias is None else module.bias
+    return module.weight.new_zeros(len(module.weight)) if module.bias is None else module.bias

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
+from transformers import Blip2QFormerConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from blip2fast.ops import linear as onednn_linear
 from blip2fast.ops.tracing import is_recording
@@ -39,7 +40,7 @@ def linear(
         activation: None: the identity.
     """
     y: Tensor | None = None
-    if not torch.compiler.is_compiling() and is_plain(layer):
+    if not torch.compiler.is_compiling() and is_plain(layer) and _has_one_dtype(layer):
         if torch.is_grad_enabled():
             if onednn_linear.is_quicker(x, layer.weight):
                 y = onednn_linear.linear(x, layer.weight, layer.bias)
@@ -50,6 +51,10 @@ def linear(
     if y is None:  # ZeRO-3 gathers a partitioned weight where its layer is called
         y = layer(x)
     return y if activation is None else activation(y)
+
+
+def _has_one_dtype(layer: nn.Linear) -> bool:
+    return layer.bias is None or layer.bias.dtype is layer.weight.dtype
 
 
 def attention(
@@ -156,11 +161,18 @@ class QFormerMultiHeadAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attended_states: Tensor,
-        mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the attended values `[B, L, C]` and the weights `[B, H, L, S]` if asked for."""
+        """Returns the attended values `[B, L, C]` and the weights `[B, H, L, S]` if asked for.
+
+        With `encoder_hidden_states` and their mask, the rows attend to those, else to themselves.
+        """
+        attended_states, mask = hidden_states, attention_mask
+        if encoder_hidden_states is not None:
+            attended_states, mask = encoder_hidden_states, encoder_attention_mask
         explicit = output_attentions or self.config._attn_implementation == "eager"
         query = linear(self.query, hidden_states)
         heads = self.config.num_attention_heads
@@ -209,11 +221,18 @@ class QFormerAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attended_states: Tensor,
-        mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         output_attentions: bool = False,
     ) -> Tensor:
-        output, _ = self.attention(hidden_states, attended_states, mask, output_attentions)
+        output, _ = self.attention(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            output_attentions=output_attentions,
+        )
         return self.output(output, hidden_states)
 
 
@@ -236,6 +255,8 @@ class QFormerLayer(GradientCheckpointingLayer):
     def __init__(self, config: PreTrainedConfig, index: int, has_text: bool) -> None:
         super().__init__()
         self.has_text = has_text
+        # BLIP-2's layers name what they hand on, InstructBLIP's do not
+        self.names_states = isinstance(config, Blip2QFormerConfig)
         self.has_cross_attention = index % config.cross_attention_frequency == 0
         self.attention = QFormerAttention(config)
         if self.has_cross_attention:
@@ -259,16 +280,24 @@ class QFormerLayer(GradientCheckpointingLayer):
 
         Masks must be in the form that `masks.prepare_mask` returns.
         """
-        hidden_states = self.attention(
-            hidden_states, hidden_states, attention_mask, output_attentions
+        hidden_states = self._attend(
+            self.attention,
+            hidden_states,
+            attention_mask=attention_mask,
+            output_attentions=output_attentions,
         )
         if query_length == 0:
             return self.output(self.intermediate(hidden_states), hidden_states)
 
         queries, text = hidden_states[:, :query_length], hidden_states[:, query_length:]
         if self.has_cross_attention:
-            queries = self.crossattention(
-                queries, encoder_hidden_states, encoder_attention_mask, output_attentions
+            queries = self._attend(
+                self.crossattention,
+                queries,
+                attention_mask=attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                output_attentions=output_attentions,
             )
         queries = self.output_query(self.intermediate_query(queries), queries)
         if text.shape[1] == 0:
@@ -276,6 +305,15 @@ class QFormerLayer(GradientCheckpointingLayer):
         text = self.output(self.intermediate(text), text)
         # With a query batch of 1, cross-attention has expanded the queries but not the text.
         return torch.cat([queries, text.expand(queries.shape[0], -1, -1)], dim=1)
+
+    def _attend(self, block: nn.Module, hidden_states: Tensor, **given: Any) -> Tensor:
+        """Calls an attention block with transformers' arguments, which hooks see."""
+        output: Tensor
+        if self.names_states:
+            output = block(hidden_states=hidden_states, **given)
+        else:
+            output = block(hidden_states, **given)
+        return output
 
 
 class QFormerEncoder(nn.Module):
@@ -287,11 +325,20 @@ class QFormerEncoder(nn.Module):
             QFormerLayer(config, index, has_text) for index in range(config.num_hidden_layers)
         )
 
-    def forward(self, hidden_states: Tensor, *args: Any) -> Tensor:
-        """Arguments as `QFormerLayer.forward`, positional for reentrant checkpointing."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        **given: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Arguments as `QFormerLayer.forward`; states are positional for reentrant checkpointing.
+
+        Called like transformers' encoder, and with its output, for the hooks on it.
+        """
         for layer in self.layer:
-            hidden_states = layer(hidden_states, *args)
-        return hidden_states
+            hidden_states = layer(hidden_states, attention_mask, encoder_hidden_states, **given)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
 
 
 class QFormerEmbeddings(nn.Module):

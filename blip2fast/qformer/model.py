@@ -243,12 +243,12 @@ class QFormer(PreTrainedModel):
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         hidden_states = self.encoder(
             hidden_states,
-            mask,
-            encoder_hidden_states,
-            encoder_mask,
-            query_length,
-            bool(output_attentions),
-        )
+            attention_mask=mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_mask,
+            query_length=query_length,
+            output_attentions=bool(output_attentions),
+        ).last_hidden_state
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0]
         )
@@ -271,7 +271,9 @@ class QFormer(PreTrainedModel):
             query_length = 0 if query_embeds is None else query_embeds.shape[1]
 
         if self.has_embeddings or query_embeds is None:
-            hidden_states = self.embeddings(input_ids, position_ids, query_embeds)
+            hidden_states = self.embeddings(
+                input_ids=input_ids, position_ids=position_ids, query_embeds=query_embeds
+            )
         else:
             query_embeds = query_embeds.to(input_dtype(self.layernorm, query_embeds))
             hidden_states = self.dropout(self.layernorm(query_embeds))

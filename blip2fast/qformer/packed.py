@@ -27,6 +27,7 @@ from blip2fast.ops import (
     qformer_attention,
     qformer_cross_attention,
 )
+from blip2fast.qformer.checks import is_sharded
 from blip2fast.qformer.fused_linear import FusedLinear, Linear, image_form, image_keys_values
 from blip2fast.qformer.layers import (
     QFormerAttention,
@@ -40,6 +41,7 @@ from blip2fast.qformer.model import QFormer
 from blip2fast.qformer.plain import (
     LINEAR_NAMES,
     is_exact_gelu,
+    is_plain,
     is_plain_norm,
     is_untouched,
     own_forward,
@@ -436,10 +438,26 @@ def called_node(qformer: QFormer) -> nn.Module | None:
                 return module
             if kind is nn.Dropout and module.p != dropout:
                 return module
+            if isinstance(module, QFormerMultiHeadAttention) and not _has_all_heads(module):
+                return module
         for name, child in module._modules.items():
             if name not in _CALLED and child is not None:
                 stack.append(child)
     return None
+
+
+def _has_all_heads(attention: QFormerMultiHeadAttention) -> bool:
+    """Whether the layers compute every head: pruned ones, and tensor parallelism's, do not."""
+    width = attention.config.hidden_size
+    layers: tuple[nn.Module, ...] = attention.query, attention.key, attention.value
+    for layer in layers:
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and is_sharded(weight):
+            return False
+        rows = len(layer.weight) if is_plain(layer) else getattr(layer, "out_features", width)
+        if rows != width:
+            return False
+    return True
 
 
 def describe_node(qformer: QFormer, node: nn.Module) -> str:

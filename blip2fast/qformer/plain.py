@@ -76,11 +76,16 @@ def is_own_method(module: nn.Module, method: Any) -> bool:
 
 
 def is_ordinary(x: Any) -> bool:
-    """Whether a weight is a `Parameter` or `Tensor` itself, not of a subclass, and of a float type.
+    """Whether a weight is a `Parameter` or `Tensor` itself, dense, and of a float type.
 
-    Numbers of 8 bits stand for others, which only their layer knows.
+    Subclasses and numbers of 8 bits stand for others, which only their layer knows; sparse layouts
+    have few operators.
     """
-    return (type(x) is nn.Parameter or type(x) is Tensor) and x.dtype in FLOATS
+    return (
+        (type(x) is nn.Parameter or type(x) is Tensor)
+        and x.dtype in FLOATS
+        and x.layout is torch.strided
+    )
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -88,7 +93,10 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear or not is_untouched(module, _LINEAR):
         return False
     weight, bias = module.weight, module.bias
-    return is_ordinary(weight) and (bias is None or is_ordinary(bias))
+    if not is_ordinary(weight):
+        return False
+    # a call broadcasts a bias
+    return bias is None or (is_ordinary(bias) and bias.shape == weight.shape[:1])
 
 
 def is_plain_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
@@ -150,9 +158,20 @@ def _what(module: nn.Module) -> str:
         # adapters' classes are often named like the one that they replace
         return f"{kind.__module__}.{name}" if name == "Linear" else name
     if weight is not None and not is_ordinary(weight):
-        kind_of_weight = type(weight).__name__ if weight.dtype in FLOATS else weight.dtype
-        return f"{name}, weight {kind_of_weight}"
+        return f"{name}, weight {_what_weight(weight)}"
+    bias = getattr(module, "bias", None)
+    if bias is not None and is_untouched(module, _LINEAR):
+        return f"{name}, bias {_what_weight(bias)}"
     return f"{name}, forward replaced" if "forward" in vars(module) else f"{name}, hooks"
+
+
+def _what_weight(weight: Any) -> Any:
+    """What is not plain about a weight or bias: its dtype, layout, shape or class."""
+    if weight.dtype not in FLOATS:
+        return weight.dtype
+    if weight.layout is not torch.strided:
+        return weight.layout
+    return f"of shape {list(weight.shape)}" if is_ordinary(weight) else type(weight).__name__
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

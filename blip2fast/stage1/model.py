@@ -210,6 +210,8 @@ class Blip2Stage1(nn.Module):
         why = self._why_padded()
         how = describe_fusion(self.qformer, self._image_form)
         how = f"the Q-Former called on padded texts ({why})" if why else how
+        if is_called_head(self.lm_head, getattr(self.embeddings.word_embeddings, "weight", None)):
+            how += ", generation head called"
         sizes = f"num_query_tokens={self.config.num_query_tokens}, losses={self.losses}"
         return "\n".join([f"{sizes}, {how}", *describe_choices()])
 
@@ -556,7 +558,7 @@ class Blip2Stage1(nn.Module):
             words: Number of labels that count.
         """
         weight = tied_words(self.embeddings)
-        if is_called_head(self.lm_head) or is_transformed():
+        if is_called_head(self.lm_head, weight) or is_transformed():
             loss, right = losses.itg_loss(
                 self.lm_head(states, weight), labels, self.config.label_smoothing
             )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2fast.qformer.checks import check_whole, is_sharded
-from blip2fast.qformer.plain import is_untouched
+from blip2fast.qformer.plain import is_ordinary, is_untouched
 from blip2fast.stage1.config import Stage1Config
 
 
@@ -67,9 +67,16 @@ class LMHead(nn.Module):
 _HEAD = LMHead.forward
 
 
-def is_called_head(head: nn.Module) -> bool:
-    """Whether a generation head does more than its class, so that its loss must call it."""
-    return type(head) is not LMHead or not is_untouched(head, _HEAD)
+def is_called_head(head: nn.Module, word_embeddings: Any) -> bool:
+    """Whether the loss must call a generation head: it does more than its class and weights say.
+
+    Args:
+        head: The head.
+        word_embeddings: `[V, C]`, from `tied_words`.
+    """
+    if type(head) is not LMHead or not is_untouched(head, _HEAD):
+        return True
+    return not (is_ordinary(word_embeddings) and is_ordinary(head.bias))
 
 
 def tied_words(embeddings: TextEmbeddings) -> Tensor:

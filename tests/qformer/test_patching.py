@@ -1,7 +1,9 @@
 """patch and unpatch: the same function, the same parameters, and the way back."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -217,6 +219,56 @@ def test_hooks_move_over_and_their_handles_still_remove_them() -> None:
     late.remove()
     model(**inputs)
     assert seen == ["late"]
+
+
+def bent(states: Any) -> Any:
+    """Other states, or the container of other states."""
+    if isinstance(states, torch.Tensor):
+        return states * torch.linspace(0.5, 1.5, states.shape[-1]).to(states.dtype)
+    if isinstance(states, tuple):
+        return (bent(states[0]), *states[1:])
+    states["last_hidden_state"] = bent(states["last_hidden_state"])
+    return states
+
+
+def _bend_input(_: nn.Module, args: Any, given: Any) -> tuple[Any, Any]:
+    if args:
+        return (bent(args[0]), *args[1:]), given
+    name = "hidden_states" if "hidden_states" in given else "query_embeds"
+    return args, given | {name: bent(given[name])}
+
+
+def _doubled(_: nn.Module, grads: Any, *__: Any) -> Any:
+    # masks are inputs too
+    return tuple(x * 2 if x is not None and x.is_floating_point() else x for x in grads)
+
+
+# what each sort of hook changes
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "output": lambda module: module.register_forward_hook(lambda _, __, output: bent(output)),
+    "input": lambda module: module.register_forward_pre_hook(_bend_input, with_kwargs=True),
+    "gradient of output": lambda module: module.register_full_backward_pre_hook(_doubled),
+    "gradient of input": lambda module: module.register_full_backward_hook(_doubled),
+}
+HOOKED = [
+    *("embeddings", "encoder", "encoder.layer.0", "encoder.layer.0.attention"),
+    *("encoder.layer.0.attention.attention", "encoder.layer.0.crossattention"),
+    *("encoder.layer.0.crossattention.attention", "encoder.layer.0.attention.output"),
+    *("encoder.layer.0.intermediate_query", "encoder.layer.0.output_query"),
+]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("where", HOOKED)
+@pytest.mark.parametrize("name", ["Blip2VisionModelWithProjection", INSTRUCT])
+def test_hooks_change_what_they_change_without_the_patch(name: str, where: str, hook: str) -> None:
+    """Nodes were called with other arguments: hooks of inputs and gradients had other effects."""
+    model, inputs = build(name, torch.float64)
+    if where == "embeddings" and name != INSTRUCT:
+        where = ""
+    HOOKS[hook](model.get_submodule("qformer").get_submodule(where))
+    expected = run_with_gradients(model, inputs)
+    assert_same_run(expected, run_with_gradients(patch(model), inputs), 1e-10)
 
 
 class Scaled(nn.Module):

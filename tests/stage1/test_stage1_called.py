@@ -15,7 +15,7 @@ from stage1_cases import SMALL, make_batch, relative_error
 from textbook_stage1 import TextbookStage1
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
-from wrapped_layers import WRAPPERS, Wrapper, wrap
+from wrapped_layers import WRAPPERS, Doubled, Wrapper, wrap
 
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.contrast import step_contrast
@@ -125,9 +125,9 @@ def test_linear_layers(kind: str, where: str) -> None:
     assert "encoder.layer.0." in model.extra_repr()
     found = paths(model)
     assert_same(found, paths(padded(changed())), 1e-3)
-    same = kind in ("backward hook", "weight norm", "loaded on demand")
+    same = kind in ("backward hook", "weight norm", "loaded on demand", "sparse")
     # softmax does not see a shift of all keys
-    shift = ("parametrised bias", "wrapper", "keyword hook", "forward replaced")
+    shift = ("parametrised bias", "broadcast bias", "wrapper", "keyword hook", "forward replaced")
     if not (same or (where.endswith("key") and kind in shift)):
         plain = a_model()(**a_batch(), negatives=NEGATIVES)
         assert relative_error(found["loss_itg"], plain.loss_itg) > 1e-6
@@ -137,6 +137,9 @@ def bent(output: Any) -> Any:
     """Another output that no normalisation straightens."""
     if isinstance(output, tuple):
         return (bent(output[0]), *output[1:])
+    if isinstance(output, dict):
+        output["last_hidden_state"] = bent(output["last_hidden_state"])
+        return output
     return output * torch.linspace(0.5, 1.5, output.shape[-1], dtype=output.dtype)
 
 
@@ -182,6 +185,71 @@ def test_a_weight_of_several_layers() -> None:
     assert_same(paths(model), paths(twin), 1e-3)
 
 
+@pytest.mark.parametrize("without", ["query", "key", "value"])
+def test_biases_of_some_layers_only(without: str) -> None:
+    """The biases of all three were left out of their common product."""
+    model, twin = a_model(), padded(a_model())
+    for each in (model, twin):
+        attention = each.qformer.encoder.layer[0].attention.attention
+        attention.get_submodule(without).bias = None
+    assert_same(paths(model), paths(twin), 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_norm_of_images_of_another_dtype(dtype: torch.dtype) -> None:
+    """Folding it into the weights was an error."""
+    model, twin = a_model(), padded(a_model())
+    for each in (model, twin):
+        each.ln_vision.to(dtype)
+    out, truth = (each(**a_batch(), negatives=NEGATIVES) for each in (model, twin))
+    for each in (out, truth):
+        each.loss.backward()
+    for name in LOSSES:
+        assert relative_error(out[name], truth[name]) < 0.01, name
+    for name in ("ln_vision.weight", "ln_vision.bias"):
+        ours, theirs = (each.get_parameter(name).grad for each in (model, twin))
+        assert ours.dtype == dtype
+        assert relative_error(ours, theirs) < 0.02, name
+
+
+def test_layers_without_all_heads() -> None:
+    """As structured pruning leaves them; the rows were split into heads of half the width."""
+
+    def pruned() -> Blip2Stage1:
+        model = a_model()
+        for block in (layers := model.qformer.encoder.layer[0]).attention, layers.crossattention:
+            attention, output = block.attention, block.output.dense
+            for layer in (attention.query, attention.key, attention.value):
+                layer.weight = nn.Parameter(layer.weight.detach()[:16])
+                layer.bias = nn.Parameter(layer.bias.detach()[:16])
+            output.weight = nn.Parameter(output.weight.detach()[:, :16])
+        return model
+
+    model = pruned()
+    assert "attention.attention (QFormerMultiHeadAttention) is not plain" in model.extra_repr()
+    assert_same(paths(model), paths(padded(pruned())), 1e-3)
+
+
+@pytest.mark.parametrize("name", ["embeddings.word_embeddings.weight", "lm_head.bias"])
+def test_numbers_of_the_generation_head_that_stand_for_others(name: str) -> None:
+    """As a quantised table does; its loss read them as they are."""
+    path, _, last = name.rpartition(".")
+
+    def changed() -> Blip2Stage1:
+        model = a_model()
+        numbers = model.get_parameter(name).detach().as_subclass(Doubled)
+        setattr(model.get_submodule(path), last, nn.Parameter(numbers, requires_grad=False))
+        return model
+
+    model, truth = changed(), changed()
+    assert "generation head called" in model.extra_repr()
+    truth.lm_head.register_forward_hook(lambda *_: None)
+    found = paths(model)
+    assert_same(found, paths(truth), 1e-4)
+    plain = a_model()(**a_batch(), negatives=NEGATIVES)
+    assert relative_error(found["loss_itg"], plain.loss_itg) > 1e-3
+
+
 class Bent(nn.Module):
     """Stands for an adapter of a LayerNorm, which has no weight of its own."""
 
@@ -189,8 +257,8 @@ class Bent(nn.Module):
         super().__init__()
         self.base = base
 
-    def forward(self, *args: Any) -> Any:
-        return bent(self.base(*args))
+    def forward(self, *args: Any, **given: Any) -> Any:
+        return bent(self.base(*args, **given))
 
 
 def _hook(path: str) -> Callable[[Blip2Stage1], None]:

@@ -1,10 +1,10 @@
-"""Both stages under FSDP2, FSDP1 and DDP on two processes: the losses of one process."""
+"""Both stages under FSDP2, FSDP1, DDP and tensor parallelism: the numbers of one process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +21,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from blip2fast.qformer.layers import QFormerLayer
@@ -167,6 +172,23 @@ def refusals() -> dict[str, str]:
     return said
 
 
+def tensor_parallel() -> dict[str, Tensor]:
+    """What a stage 1 with its layers in parts over the ranks computes, next to the whole one."""
+    whole, parts = stage1(), stage1()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in cast(Any, parts).qformer.encoder.layer:
+        linear = [name for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
+        rows = ("query", "key", "value", "intermediate.dense", "intermediate_query.dense")
+        plan = {n: ColwiseParallel() if n.endswith(rows) else RowwiseParallel() for n in linear}
+        parallelize_module(layer, mesh, plan)
+    given = batch("stage1")
+    found = {}
+    for name, model in (("whole", whole), ("parts", parts)):
+        with torch.no_grad():
+            found[name] = cast(Any, model).match(given["image_embeds"], given["input_ids"])
+    return found
+
+
 def _worker(rank: int, ranks: int, path: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{path}/store", rank=rank, world_size=ranks)
@@ -179,6 +201,7 @@ def _worker(rank: int, ranks: int, path: str) -> None:
                 found[f"{stage}, {name}"] = f"{type(error).__name__}: {error}"
         found[f"{stage}, state"] = state_of(stage)
     found["refusals"] = refusals()
+    found["tensor parallel"] = tensor_parallel()
     torch.save(found, f"{path}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -203,6 +226,13 @@ def test_losses_are_those_of_one_process(ranks: list[Any], stage: str, engine: s
 def test_sharded_state_is_exchanged_with_a_whole_model(ranks: list[Any]) -> None:
     for rank in ranks:
         assert rank["stage1, state"]["temp"] == pytest.approx(1.07)
+
+
+def test_layers_in_parts_are_the_whole_ones(ranks: list[Any]) -> None:
+    """Every rank took its columns for all heads, of half the width."""
+    for rank in ranks:
+        found = rank["tensor parallel"]
+        torch.testing.assert_close(found["parts"], found["whole"], rtol=1e-9, atol=1e-9)
 
 
 def test_what_is_not_gathered_is_named(ranks: list[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,8 @@ class Doubled(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear:
-            x, weight, *bias = args
-            plain = weight.as_subclass(torch.Tensor) * 2
-            return nn.functional.linear(x, plain, *bias)
+            twice = (x.as_subclass(Tensor) * 2 if isinstance(x, cls) else x for x in args)
+            return nn.functional.linear(*twice)
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
@@ -76,6 +76,17 @@ def _as_subclass(layer: nn.Linear) -> None:
     layer.weight = nn.Parameter(twice, requires_grad=False)
 
 
+def _sparse(layer: nn.Linear) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch calls the layout beta
+        sparse = layer.weight.detach().to_sparse_csr()
+    layer.weight = nn.Parameter(sparse, requires_grad=False)
+
+
+def _broadcast_bias(layer: nn.Linear) -> None:
+    layer.bias = nn.Parameter(layer.bias.detach()[:1] + 0.5)
+
+
 class _Halved(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight / 2
@@ -102,6 +113,8 @@ WRAPPERS: dict[str, Callable[[nn.Linear], nn.Module | None]] = {
     "subclass": _sibling,
     "wrapper": Wrapper,
     "weight subclass": _as_subclass,
+    "sparse": _sparse,
+    "broadcast bias": _broadcast_bias,
     "parametrised": lambda layer: parametrize.register_parametrization(layer, "weight", _Halved()),
     "weight norm": parametrizations.weight_norm,
     "parametrised bias": lambda layer: parametrize.register_parametrization(
