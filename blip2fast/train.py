@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     if unknown:
         near = get_close_matches(unknown[0], ("--config", "--resume", "--set", "--help"), 1)
         hint = f"; the nearest option is {near[0]}" if near else ""
+        if unknown[0].endswith((".yaml", ".yml")):
+            hint = f"; give a configuration by --config {unknown[0]}"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if not given.runs:
         parser.error("give a --config FILE to start, or a --resume FOLDER to continue")

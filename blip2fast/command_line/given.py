@@ -28,10 +28,19 @@ def check_models(**names: str | None) -> None:
         ValueError: a path that does not exist; names what is like it.
     """
     for key, name in names.items():
-        # what a folder holds is for the room to say: a run, a checkpoint, transformers' or LAVIS's
-        if name is None or Path(name).expanduser().exists():
+        if name is None:
             continue
-        fault = check_local(key.replace("_", " "), name)
+        path, what = Path(name).expanduser(), key.replace("_", " ")
+        if path.is_file() and path.suffix not in (".pth", ".pt"):  # a file of LAVIS
+            raise ValueError(f"{what} {name!r} is a file; give the folder of a model")
+        if path.is_dir() and not (path / "config.yaml").is_file():
+            runs = sorted(each.parent.name for each in path.glob("*/config.yaml"))
+            if runs:
+                raise ValueError(f"{what} {name!r} holds runs; give one: {', '.join(runs)}")
+        # what else a folder holds is for the room to say: a checkpoint, transformers', LAVIS's
+        if path.exists():
+            continue
+        fault = check_local(what, name)
         if fault is not None:
             raise ValueError(fault)
 

@@ -67,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--fast", action="store_true", help="tiny sizes: shows that it runs, meets no gate"
     )
     given = parser.parse_args(arguments)
-    return start(given.source, given.output, given.seed, given.fresh, given.fast)
+    try:
+        return start(given.source, given.output, given.seed, given.fresh, given.fast)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 def start(source: Source, output: Path | None, seed: int, fresh: bool, tiny: bool) -> int:

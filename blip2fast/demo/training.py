@@ -76,7 +76,7 @@ def train(
             when its model is written.
 
     Raises:
-        RuntimeError: training failed; the message ends with the last lines of the log.
+        ChildProcessError: training failed; the message ends with the last lines of the log.
     """
     command = [*launcher(processes), os.path.relpath(TRAIN_SCRIPT)]
     for run in runs:
@@ -98,7 +98,7 @@ def train(
                     bar = progress.add_task("steps", total=config.optim.max_steps, note="starting")
                     last = number == len(configs) - 1
                     if not _follow(process, Path(config.output_dir), progress, bar, last):
-                        raise RuntimeError(_what_failed(config, process, log))
+                        raise ChildProcessError(_what_failed(config, process, log))
         finally:
             if process.poll() is None:
                 process.terminate()

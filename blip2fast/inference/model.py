@@ -22,6 +22,7 @@ from torch import Tensor
 from blip2fast.evaluation.retrieval import evaluating
 from blip2fast.inference.attention_maps import prompt_attention
 from blip2fast.inference.chat import Chat
+from blip2fast.inference.devices import compute_device
 from blip2fast.inference.inputs import (
     BATCH_SIZE,
     EncodedImages,
@@ -85,10 +86,8 @@ class Blip2:
         Raises:
             ValueError: not found, a model that cannot generate text, or parts that do not match.
         """
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(device)
-        return cls(load_parts(str(path), dtype, device, offload, language_model, image_encoder))
+        where = compute_device(device)
+        return cls(load_parts(str(path), dtype, where, offload, language_model, image_encoder))
 
     def check_reads_pictures(self) -> None:
         """Check that pictures can be given, not only `image_embeds`.

@@ -11,6 +11,7 @@ from blip2fast._imports import needs
 with needs("draw a report", "matplotlib"):
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 # distinguishable in grey and with colour-vision deficiencies (Okabe and Ito)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -79,6 +80,7 @@ def line_chart(
         if share:
             axes.set_ylim(0, 1.04)
         axes.set_xlim(0, max(last_step, 1) * 1.02)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))  # there is no half step
         axes.set_xlabel("step")
         if unit:
             axes.set_ylabel(unit)

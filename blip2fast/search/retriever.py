@@ -26,6 +26,7 @@ from blip2fast.data.feature_cache import FeatureCache
 from blip2fast.data.texts import tokenize_captions
 from blip2fast.evaluation.retrieval import chunks, evaluating
 from blip2fast.frozen.pictures import load_image
+from blip2fast.inference.devices import compute_device
 from blip2fast.inference.inputs import OneImage, as_list, to_pixels
 from blip2fast.inference.picture_files import find_pictures, load_with, read_ahead
 from blip2fast.search.attention import query_attention
@@ -142,9 +143,7 @@ class Blip2Retriever:
         Raises:
             ValueError: not found, a model that cannot compare, or parts that do not match.
         """
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(load_matcher(str(path), dtype, torch.device(device), image_encoder))
+        return cls(load_matcher(str(path), dtype, compute_device(device), image_encoder))
 
     @property
     def identity(self) -> dict[str, str]:

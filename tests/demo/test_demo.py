@@ -13,7 +13,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from blip2fast import command_line
 from blip2fast.demo import check_gates
+from blip2fast.demo import run as demo_run
 from blip2fast.demo.attention import matching_attention
 from blip2fast.demo.measure import merge
 from blip2fast.demo.phases import Clock, Phases
@@ -227,9 +229,23 @@ def test_one_start_trains_all_runs_and_tells_them_apart(fails_at, tmp_path, monk
         train_all()
         assert seen == [0, 1, 2]
     else:
-        with pytest.raises(RuntimeError, match=r"(?s)stage2 failed with status 1; .*no room in"):
+        with pytest.raises(
+            ChildProcessError, match=r"(?s)stage2 failed with status 1; .*no room in"
+        ):
             train_all()
         assert seen == [0]
+
+
+def test_a_training_that_failed_is_told_without_a_traceback(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ChildProcessError("stage1 failed with status 1; training.log:\nno room")
+
+    monkeypatch.setattr(demo_run, "run_demo", fail)
+    for start in (lambda: demo_run.main(["--fast"]), lambda: command_line.main(["demo", "--fast"])):
+        with pytest.raises(
+            SystemExit, match=r"error: stage1 failed with status 1; .*log:\nno room"
+        ):
+            start()
 
 
 def test_the_launcher_takes_another_port_where_the_usual_one_is_taken():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -221,3 +222,21 @@ def test_everything_is_checked_before_a_model_is_loaded(
             main(arguments)
         assert "\n" not in str(ended.value.code)
     assert (photos / "2.txt").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "fault"),
+    [("gpu", "device 'gpu': give cpu, cuda or cuda:NUMBER"), ("cuda:9", r"finds \d CUDA devices")],
+)
+def test_a_device_that_is_not_here_is_one_line(
+    run: Path, photos: Path, tmp_path: Path, device: str, fault: str
+) -> None:
+    """It was a traceback of PyTorch's: `--device cuda` beside a build for the CPU."""
+    stage1, image = str(write_stage1(tmp_path / "stage1")), str(photos / "0.png")
+    for words in (
+        ["caption", image, "--model", str(run)],
+        ["attention", image, "--text", "a", "--model", stage1, "--out", str(tmp_path / "a.png")],
+    ):
+        with pytest.raises(SystemExit, match=f"error: device {device!r}: |{fault}") as ended:
+            main([*words, "--device", device])
+        assert re.search(fault, str(ended.value.code))

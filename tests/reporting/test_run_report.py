@@ -15,6 +15,7 @@ from PIL import Image
 
 from blip2fast.command_line import main
 from blip2fast.reporting import REPORT, Sample, write_report
+from blip2fast.reporting.charts import Line, line_chart
 
 LINES = [
     {"step": 10, "loss": 3.25, "loss_itc": 1.5, "lr": 1e-4, "samples_per_second": 12345.6},
@@ -107,6 +108,13 @@ def test_axes_name_their_units(run: Path) -> None:
         assert re.search(rf"<text [^>]*>{unit}</text>", page), unit
 
 
+def test_a_short_run_has_no_half_steps() -> None:
+    chart = line_chart({"loss": [Line((1, 2, 4), (100.0, 300.0, 200.0))]}, 4)
+    labels = re.findall(r"<text[^>]*>([^<]+)</text>", chart)
+    assert {"0", "1", "4", "300"} <= {*labels}
+    assert not any("." in label for label in labels)
+
+
 def test_it_needs_no_network_and_runs_no_code(run: Path) -> None:
     sample = Sample(
         Image.new("RGB", (900, 600), "red"),
@@ -183,3 +191,7 @@ def test_a_browser_draws_it(run: Path, tmp_path: Path) -> None:
             colours = {c for _, c in Image.open(picture).convert("RGB").getcolors(1 << 24) or ()}
             assert any(r > 240 and g < 16 and b < 16 for r, g, b in colours), "the picture"
             assert any(abs(r - 128) + g + abs(b - 128) < 24 for r, g, b in colours), "a query"
+        # a chart that is alone is as wide as one among others
+        (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        browser.open(write_report(run).as_uri(), 1200)
+        assert 0 < browser.run("document.querySelector('.card').offsetWidth") < 600
