@@ -62,6 +62,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     values = parse_text(text, str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(values).__name__}")
+    if path.resolve().parent == SHIPPED.resolve():
+        values = _installed(values)
     for override in overrides:
         _override(values, override)
     return parse_config(values, str(path))
@@ -78,6 +80,15 @@ def _found(path: Path) -> Path:
     near = difflib.get_close_matches(name, names, n=1)
     shipped = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(f"no configuration at {path}: not a file{shipped}")
+
+
+def _installed(values: Any) -> Any:
+    """Values with the paths of files in this package, which are as in the root of a checkout."""
+    if isinstance(values, dict):
+        return {key: _installed(value) for key, value in values.items()}
+    if isinstance(values, str) and values.startswith("blip2fast/") and not Path(values).exists():
+        return str(SHIPPED.parents[1] / values)
+    return values
 
 
 def parse_config(values: Mapping[str, Any], source: str = "configuration") -> RunConfig:

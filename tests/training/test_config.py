@@ -12,6 +12,7 @@ from small_run import values
 
 from blip2fast.data.source_config import RecordSource
 from blip2fast.training.config_files import (
+    SHIPPED,
     config_values,
     known_keys,
     load_config,
@@ -227,3 +228,18 @@ def test_sources_of_records(tmp_path: Path) -> None:
             parse_config(values(tmp_path, tmp_path, data={"records": wrong}))
         assert message in str(caught.value)
         assert str(caught.value).count("data.records") <= 3
+
+
+def test_shipped_configurations_find_the_files_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a wheel, in a folder that is no checkout."""
+    monkeypatch.chdir(tmp_path)
+    config = load_config("scenes_vqa", ["language_model.prompt=blip2fast/nothing"])
+    assert Path(str(config.model.tokenizer), "tokenizer_config.json").is_file()
+    assert config.language_model is not None
+    assert Path(config.language_model.path, "config.json").is_file()
+    assert config.language_model.prompt == "blip2fast/nothing"
+    own = tmp_path / "own.yaml"
+    own.write_text((SHIPPED / "scenes_vqa.yaml").read_text())
+    assert str(load_config(own).model.tokenizer).startswith("blip2fast/")
