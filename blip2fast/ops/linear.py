@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from blip2fast.ops.tracing import has_values
@@ -88,12 +87,13 @@ def is_supported(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and has_values(x)  # neither compiled nor recorded: other programs do not know the operator
+        # neither compiled nor recorded: other programs do not know the operator; nor transformed:
+        # it has no forward derivative
+        and has_values(x)
         and (type(weight) is nn.Parameter or type(weight) is Tensor)
         and x.numel() > 0
         and weight.numel() > 0
         and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0  # the operator has no forward derivative
         and _OPERATOR is not None
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)

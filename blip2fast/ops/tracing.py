@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 def is_recording() -> bool:
@@ -26,8 +27,16 @@ def is_traced() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func` transforms the call: custom operators have no rules for it."""
-    return bool(torch._C._are_functorch_transforms_active())
+    """Whether `torch.func` or forward-mode AD transforms the call.
+
+    Custom operators have no rules for it, and PyTorch's fused attention has no forward derivative.
+    """
+    return has_tangents() or bool(torch._C._are_functorch_transforms_active())
+
+
+def has_tangents() -> bool:
+    """Whether forward-mode AD is on: `torch.func.jvp`, `torch.autograd.forward_ad`."""
+    return forward_ad._current_level >= 0
 
 
 def has_values(x: Tensor) -> bool:

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from blip2fast.ops import linear as onednn_linear
-from blip2fast.ops.tracing import is_recording
+from blip2fast.ops.tracing import has_tangents, is_recording
 from blip2fast.qformer import absorption
 from blip2fast.qformer.plain import input_dtype, is_exact_gelu, is_plain
 
@@ -73,14 +73,15 @@ def attention(
         value: as key.
         mask: boolean (True: may be seen) or additive, broadcastable to `[B, H, L, S]`.
         dropout: probability that an attention weight is dropped.
-        explicit: compute the attention weights explicitly and return them.
+        explicit: compute the attention weights explicitly and return them, as for forward-mode AD,
+            of which SDPA has no form.
 
     Returns:
         The output `[B, H, L, D]` and the weights `[B, H, L, S]`, None unless `explicit`.
     """
     if mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)
-    if explicit or _explicit_is_quicker(query, key):
+    if explicit or has_tangents() or _explicit_is_quicker(query, key):
         return _explicit_attention(query, key, value, mask, dropout)
     if torch.compiler.is_compiling() or not is_recording():
         # TorchScript's ONNX would write the batch size of the example into the program

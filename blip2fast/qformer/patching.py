@@ -6,9 +6,10 @@ replacement for one) are shared by both trees. So no parameter is copied, state 
 change, an optimizer built before the swap stays valid, and the two trees need no synchronisation.
 """
 
+import os
 from collections.abc import Iterator
 from functools import partial, update_wrapper
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from blip2fast.qformer.model import QFormer
 from blip2fast.qformer.plain import is_own_method
 
 with needs("replace transformers' Q-Formers", "tokenizers"):
+    import transformers
     from transformers import (
         Blip2QFormerModel,
         InstructBlipQFormerModel,
@@ -36,6 +38,8 @@ with needs("replace transformers' Q-Formers", "tokenizers"):
 
 Model = TypeVar("Model", bound=nn.Module)
 
+# where transformers' code is, and that of its decorators in PyTorch
+_PUBLISHED = tuple(f"{package.__path__[0]}{os.sep}" for package in (transformers, torch))
 _ORIGINALS = (Blip2QFormerModel, InstructBlipQFormerModel, InstructBlipVideoQFormerModel)
 _INNER_NODES = (
     QFormer,
@@ -163,6 +167,11 @@ def _check_replaceable(original: PreTrainedModel) -> None:
             "call set_attn_implementation('sdpa') on it first"
         )
     for path, module in original.named_modules():
+        if type(module).__module__ == type(original).__module__ and not _is_published(module):
+            raise ValueError(
+                f"forward of the class {type(module).__name__} was replaced, and its code would be "
+                "lost: put the class's own back first"
+            )
         if "forward" not in vars(module) or len(module._modules) == 0:
             continue
         if not (_has_device_hook(module) or is_own_method(module, vars(module)["forward"])):
@@ -171,6 +180,17 @@ def _check_replaceable(original: PreTrainedModel) -> None:
                 f"forward of {where} was replaced on the instance, and its code would be lost: "
                 "patch first, then replace it"
             )
+
+
+def _is_published(module: nn.Module) -> bool:
+    """Whether `forward` of a class of transformers is the published one, decorators included."""
+    forward: Any = type(module).forward
+    while forward is not None:
+        code = getattr(forward, "__code__", None)
+        if code is None or not code.co_filename.startswith(_PUBLISHED):
+            return False
+        forward = getattr(forward, "__wrapped__", None)
+    return True
 
 
 def _inner_nodes(qformer: nn.Module, original: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

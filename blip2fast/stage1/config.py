@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import Blip2QFormerConfig
@@ -236,10 +236,16 @@ class Stage1Output(ModelOutput):
     def _computed(self, name: str) -> Any:
         if name not in self.__dict__:
             raise AttributeError(
-                "similarities and ITG logits are not kept by a compiled or transformed call; call "
-                "the model itself for them"
+                "similarities and ITG logits are not kept by a compiled or transformed call, nor "
+                "in a pickled output; call the model itself for them"
             )
         return self.__dict__[name]()
+
+    def __reduce__(self) -> Any:
+        """Without the functions that would compute more, which hold the model."""
+        make, given, state, *rest = cast(tuple[Any, ...], super().__reduce__())
+        kept = {k: v for k, v in state.items() if k not in ("_similarities", "_itg_logits")}
+        return (make, given, kept, *rest)
 
     def __getitem__(self, key: Any) -> Any:
         if key in ("sim_i2t", "sim_t2i", "itg_logits"):

@@ -8,10 +8,12 @@ values, which are computed once. Shapes are named as in `config.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from blip2fast._choices import LOSSES
 from blip2fast.frozen.recompute import is_unfrozen, recompute_encoder
@@ -21,7 +23,7 @@ from blip2fast.kernels.qformer_attention.layout import MaskKind
 from blip2fast.ops import itc_loss, lm_cross_entropy
 from blip2fast.ops.dispatch import describe_choices
 from blip2fast.ops.itc.loss import ITCOutput
-from blip2fast.ops.tracing import is_traced, is_transformed
+from blip2fast.ops.tracing import has_tangents, is_traced, is_transformed
 from blip2fast.qformer.checks import (
     check_gathered,
     check_image_mask,
@@ -525,7 +527,9 @@ class Blip2Stage1(nn.Module):
     ) -> ITCOutput:
         """ITC of image and text features, with gradient if `learning`; samples negatives."""
         transformed = is_transformed()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learning and not transformed):
+        tangents = forward_ad._set_fwd_grad_enabled(False) if has_tangents() else nullcontext()
+        learning = torch.is_grad_enabled() and learning and not transformed
+        with torch.set_grad_enabled(learning), tangents:
             itc = itc_loss(
                 *features,
                 temp,

@@ -1,6 +1,7 @@
 """patch and unpatch: the same function, the same parameters, and the way back."""
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -435,6 +436,25 @@ def test_device_maps(where: str, language: str, when: str, tmp_path: Path) -> No
             # the methods that accelerate leaves behind are those of the classes
             assert "forward" in vars(model.qformer)
             patch(model)
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+@pytest.mark.parametrize("where", ["encoder.layer.0", "encoder.layer.0.attention.attention", ""])
+def test_patch_refuses_a_forward_replaced_on_a_class(
+    where: str, wraps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code was lost without a word."""
+    model, _ = build("Blip2VisionModelWithProjection")
+    cls = type(model.qformer.get_submodule(where))
+    old = cls.forward
+
+    def doubled(*args: Any, **given: Any) -> Any:
+        return old(*args, **given) * 2
+
+    monkeypatch.setattr(cls, "forward", functools.wraps(old)(doubled) if wraps else doubled)
+    with pytest.raises(ValueError, match=f"forward of the class {cls.__name__} was replaced"):
+        patch(model)
+    assert not any(isinstance(each, QFormer) for each in qformers(model))
 
 
 def test_unpatch_refuses_foreign_modules_in_the_tree() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import pytest
 import torch
-from stage1_cases import ReferenceCase, relative_error
+from stage1_cases import SMALL, ReferenceCase, make_batch, relative_error
 from textbook_stage1 import TextbookStage1
 from torch import Tensor, nn
 
@@ -331,3 +332,15 @@ def test_the_temperature_may_be_saved_as_a_scalar(
     assert model.temperature().item() == pytest.approx(0.05)
     with pytest.raises(RuntimeError, match=r"size mismatch for 0\.temp"):
         outer.load_state_dict(state | {"0.temp": torch.ones(2)})
+
+
+def test_an_output_is_pickled_without_the_model() -> None:
+    """The functions of its similarities are no part of it."""
+    model = Blip2Stage1(replace(SMALL)).double()
+    with torch.no_grad():
+        out = model(**make_batch(SMALL, batch=6))
+    again = pickle.loads(pickle.dumps(out))
+    assert torch.equal(again.loss, out.loss)
+    assert again.counts == out.counts
+    with pytest.raises(AttributeError, match="nor in a pickled output"):
+        _ = again.sim_i2t

@@ -8,7 +8,8 @@ import pytest
 import torch
 from stage1_cases import SMALL, make_batch, relative_error
 from torch import Tensor
-from torch.func import functional_call, grad
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp
 
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.model import Blip2Stage1
@@ -96,6 +97,29 @@ def test_grad(extra: str) -> None:
         return value
 
     assert_same(grad(loss)({n: p.detach() for n, p in model.named_parameters()}), gradients)
+
+
+@pytest.mark.parametrize("through", ["torch.func", "dual numbers", "dual numbers, no gradients"])
+def test_forward_derivatives(through: str) -> None:
+    """The fused operators and PyTorch's fused attention have none."""
+    _, gradients = truth("image mask")
+    model, batch = a_model(), a_batch("image mask")
+    point = {name: p.detach() for name, p in model.named_parameters()}
+    draws = torch.Generator().manual_seed(3)
+    towards = {n: torch.randn(p.shape, generator=draws).double() for n, p in point.items()}
+    expected = sum((gradients[n] * towards[n]).sum() for n in gradients)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        value: Tensor = functional_call(model, parameters, (), batch).loss
+        return value
+
+    if through == "torch.func":
+        _, found = jvp(loss, (point,), (towards,))
+    else:
+        with forward_ad.dual_level(), torch.set_grad_enabled("no" not in through):
+            dual = {n: forward_ad.make_dual(p, towards[n]) for n, p in point.items()}
+            found = forward_ad.unpack_dual(loss(dual)).tangent
+    assert relative_error(found, expected) < 1e-9
 
 
 def test_negatives_are_drawn_under_grad() -> None:
