@@ -15,7 +15,7 @@ from stage1_cases import SMALL, make_batch, relative_error
 from textbook_stage1 import TextbookStage1
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
-from wrapped_layers import WRAPPERS, Doubled, Wrapper, wrap
+from wrapped_layers import SAME_OUTPUT, WRAPPERS, Doubled, Wrapper, wrap
 
 from blip2fast.stage1.config import Stage1Config
 from blip2fast.stage1.contrast import step_contrast
@@ -125,7 +125,7 @@ def test_linear_layers(kind: str, where: str) -> None:
     assert "encoder.layer.0." in model.extra_repr()
     found = paths(model)
     assert_same(found, paths(padded(changed())), 1e-3)
-    same = kind in ("backward hook", "weight norm", "loaded on demand", "sparse")
+    same = kind in SAME_OUTPUT
     # softmax does not see a shift of all keys
     shift = ("parametrised bias", "broadcast bias", "wrapper", "keyword hook", "forward replaced")
     if not (same or (where.endswith("key") and kind in shift)):

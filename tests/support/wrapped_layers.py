@@ -122,6 +122,8 @@ WRAPPERS: dict[str, Callable[[nn.Linear], nn.Module | None]] = {
     ),
     "loaded on demand": lambda layer: LoadedOnDemand(layer) and None,
 }
+# of these, the ones after which the layer returns what it did
+SAME_OUTPUT = ("backward hook", "weight norm", "loaded on demand", "sparse")
 
 
 def wrap(root: nn.Module, path: str, kind: str) -> nn.Module:
