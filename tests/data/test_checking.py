@@ -84,7 +84,7 @@ def test_the_command(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert values["usable"] is True
     assert values["images_checked"]["width"] == [8, 52, 64]
     assert values["tokens"] is None
-    with pytest.raises(SystemExit, match=r"error: --tokenizer .*nothing: "):
+    with pytest.raises(SystemExit, match=r"error: tokenizer .*nothing': not found"):
         main(["data", "check", *given, "--tokenizer", str(data / "nothing")])
     with pytest.raises(SystemExit, match=r"error: --images .*nowhere: not a folder"):
         main(["data", "check", str(data / "r.csv"), "--images", str(data / "nowhere")])

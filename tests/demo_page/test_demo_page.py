@@ -206,7 +206,7 @@ def test_everything_is_checked_before_a_model_is_loaded(
         (["--model", "./no"], "model './no': not found"),
         ([*two, *two], "run and .*run are both of stage 2; give one"),
         ([*two, "--search", str(served.photos)], "photos takes a model of stage 1 too; give a"),
-        ([*one, "--search", str(tmp_path / "none")], "none: no such file or folder"),
+        ([*one, "--search", str(tmp_path / "none")], "none: not a folder"),
         ([*one, "--search", str(tmp_path / "empty")], "empty: no pictures in this folder"),
         ([*one, "--port", port], rf"cannot serve at 127.0.0.1, port {port} \(address already in"),
     ):
@@ -217,7 +217,7 @@ def test_everything_is_checked_before_a_model_is_loaded(
     found = _imports.find_spec
     monkeypatch.setattr(_imports, "find_spec", lambda n: None if n == "gradio" else found(n))
     with pytest.raises(SystemExit, match=r"needs gradio to serve the demo page, .*pip install"):
-        main(["demo-page", "--model", "./no"])
+        main(["demo-page", *one])
 
 
 def test_an_index_brings_its_model(served: Served, tmp_path: Path) -> None:

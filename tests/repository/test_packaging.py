@@ -72,7 +72,15 @@ def test_rooms() -> None:
         *("qformer", "reporting", "scenes", "scoring", "search", "stage1", "stage2", "training"),
     }
     modules = {p.stem for p in (ROOT / "blip2fast").glob("*.py")}
-    assert modules == {"__init__", "__main__", "_extension", "_imports", "doctor", "train"}
+    assert modules == {
+        "__init__",
+        "__main__",
+        "_choices",
+        "_extension",
+        "_imports",
+        "doctor",
+        "train",
+    }
 
 
 def test_transformers_imports_from_the_repository_root() -> None:

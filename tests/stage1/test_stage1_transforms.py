@@ -99,6 +99,7 @@ def test_grad(extra: str) -> None:
     assert_same(grad(loss)({n: p.detach() for n, p in model.named_parameters()}), gradients)
 
 
+@pytest.mark.usefixtures("own_linear")
 @pytest.mark.parametrize("through", ["torch.func", "dual numbers", "dual numbers, no gradients"])
 def test_forward_derivatives(through: str) -> None:
     """The fused operators and PyTorch's fused attention have none."""
