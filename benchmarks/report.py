@@ -55,6 +55,7 @@ TRAINING = {
     "demo": ("demo", training_tables.demo_table),
     "demo_gates": ("demo", training_tables.gates_table),
     "demo_onednn": ("demo-onednn", training_tables.gates_table),
+    "demo_two_cores": ("demo-two-cores", training_tables.time_of_a_run),
     "digits": ("digits", training_tables.gates_table),
     "ablations": ("ablations", training_tables.ablation_tables),
     "precision": ("precision", training_tables.precision_table),

@@ -66,6 +66,19 @@ def _over_seeds(kind: str, values: Sequence[float], with_range: bool) -> str:
     return f"{mean} ({scale * min(values):.{digits}f} to {scale * max(values):.{digits}f})"
 
 
+def time_of_a_run(result: dict[str, Any]) -> str:
+    """How long the first run took, and what each of its phases took of it."""
+    run, machine = result["runs"][0], result["machine"]
+    phases = ", ".join(
+        f"{name.partition(':')[0]} {phase['seconds']:.0f}" for name, phase in run["phases"].items()
+    )
+    gates = "every gate met" if not run["unmet_gates"] else f"{len(run['unmet_gates'])} gates unmet"
+    return (
+        f"In {machine['processes']} processes on {machine['cores']} idle cores seed {run['seed']} "
+        f"took {run['from_nothing']['seconds']:.0f} s, {gates}: {phases}."
+    )
+
+
 def conditions(result: dict[str, Any]) -> str:
     """Where and how the numbers were taken, and which gates were not met."""
     machine, runs = result["machine"], result["runs"]

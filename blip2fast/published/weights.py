@@ -28,7 +28,10 @@ Stored = Tensor | TensorFile
 # parameters of stage 1 that transformers' retrieval models lack
 NEW_IN_STAGE1 = ("lm_head.", "temp")
 # a text branch must agree with the rest of its Q-Former in these, and brings along those
-_OF_LAYERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_OF_LAYERS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    "cross_attention_frequency",
+)
 _OF_WORDS = ("vocab_size", "max_position_embeddings", "pad_token_id")
 # the tokenizer decides the ids, and new weights are as the run wants them
 _OF_A_RUN = ("bos_token_id", "pad_token_id", "initializer_range")

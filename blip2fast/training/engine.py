@@ -123,12 +123,14 @@ def deepspeed_config(
         zero["stage3_prefetch_bucket_size"] = 0
         zero["offload_param"]["buffer_count"] = NVME_BUFFERS
         zero["offload_param"]["buffer_size"] = nvme_buffer_size(largest, world_size)
+    plain = config.precision == "fp32" and config.zero_stage == 0
     values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": optim.batch_size,
         "gradient_accumulation_steps": optim.accumulation,
         "train_batch_size": optim.batch_size * optim.accumulation * world_size,
-        # `StepGate` clips where no optimizer of DeepSpeed's is around AdamW
-        "gradient_clipping": 0.0 if gate_clips(config) else optim.clip_norm,
+        # In fp32 with ZeRO 0 there is no optimizer of DeepSpeed's around AdamW, and DeepSpeed would
+        # clip by a loop over the parameters and a collective; `StepGate` has the norm and clips.
+        "gradient_clipping": 0.0 if plain else optim.clip_norm,
         "steps_per_print": None,
         "zero_optimization": zero,
         # We use PyTorch's AdamW even if its states are offloaded.
@@ -139,15 +141,6 @@ def deepspeed_config(
         if config.zero_stage > 0 and optim.accumulation > 1:
             values["data_types"] = {"grad_accum_dtype": "fp32"}
     return values
-
-
-def gate_clips(config: RunConfig) -> bool:
-    """Whether `blip2fast.training.finite.StepGate` clips the gradient: in fp32 with ZeRO 0.
-
-    There DeepSpeed would clip with a loop over the parameters and a collective. The gate knows the
-    norm already.
-    """
-    return config.precision == "fp32" and config.zero_stage == 0
 
 
 def start_processes() -> torch.device:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from blip2fast.training.engine import gate_clips
 from blip2fast.training.finite import Outcome, StepGate, some_of
 from blip2fast.training.finite_causes import explain, explain_held_out, frozen_weights
 from blip2fast.training.restart import last_good
@@ -30,7 +29,7 @@ class Faults:
     ) -> None:
         self._state, self._config, self._to_device, self._say = state, state.config, to_device, say
         stays_closed = state.config.on_nonfinite == "raise"
-        clip_norm = state.config.optim.clip_norm if gate_clips(state.config) else 0.0
+        clip_norm = state.config.optim.clip_norm
         self.gate = StepGate(state.engine, state.device, stays_closed, clip_norm)
 
     def read_outcomes(self, wait: bool) -> bool:

@@ -55,7 +55,7 @@ class StepGate:
         device: the device of this process.
         stays_closed: after a value that is not finite, let no later step pass either, so that the
             parameters stay as they were when the host learns of it.
-        clip_norm: the largest norm of a gradient that the engine does not clip itself; 0: any.
+        clip_norm: the largest norm of gradients that only this gate sees (fp32, ZeRO 0); 0: any.
     """
 
     def __init__(
