@@ -18,13 +18,15 @@ kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.set_num_threads(1)
-torch.zeros(200 * 2**18)  # 200 MiB, freed
+for _ in [torch.zeros(24 * 2**18) for _ in range(8)]:  # 192 MiB, freed
+    pass
+del _
 before = faults()
 for _ in range(4):
-    torch.zeros(48 * 2**18)  # 48 MiB
+    torch.zeros(24 * 2**18)  # 24 MiB
 print(json.dumps([kept, faults() - before]))
 """
-PAGES = 4 * 48 * 2**20 // os.sysconf("SC_PAGESIZE")
+PAGES = 4 * 24 * 2**20 // os.sysconf("SC_PAGESIZE")
 
 
 def _run(which: str, **environment: str) -> tuple[bool | None, int]:
@@ -41,11 +43,11 @@ def _run(which: str, **environment: str) -> tuple[bool | None, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_is_used_again() -> None:
-    """Not a page of it comes from the system; without the setting every page does, each time."""
+    """Hardly a page of it comes from the system; without the setting about half of them do."""
     kept, faults = _run("keep")
     assert kept
     assert faults < PAGES / 100
-    assert _run("default")[1] > PAGES / 2
+    assert _run("default")[1] > PAGES / 4
 
 
 def test_settings_of_the_environment_hold() -> None:
