@@ -244,14 +244,14 @@ class FrozenImageEncoder(nn.Module):
         for block in self.blocks:
             recompute_forward(block)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile each block by `torch.compile`, at its first call; without blocks the model.
 
-        Blocks of one shape share their code, which is compiled once for each of the first batch
-        sizes.
+        Args:
+            backend: of `torch.compile`.
         """
         for module in self._compiled_units():
-            module.compile()
+            module.compile(backend=backend)
 
     def _compiled_units(self) -> list[nn.Module]:
         return list(self.blocks) or [self.model]

@@ -14,9 +14,11 @@ from transformers.activations import QuickGELUActivation
 
 from blip2fast.frozen.cpu_inference import applies, takes_product
 from blip2fast.ops.linear import onednn_product
-from blip2fast.qformer.plain import is_exact_gelu, is_plain, is_untouched, own_forward
+from blip2fast.qformer.plain import is_exact_gelu, is_plain, is_untouched
 
-_QUICK_GELU = own_forward(QuickGELUActivation)
+_QUICK_GELU = QuickGELUActivation.forward
+# None if another library has replaced it by then
+_KNOWN = _QUICK_GELU if _QUICK_GELU.__module__ == QuickGELUActivation.__module__ else None
 
 
 class Chain(nn.Module):
@@ -75,7 +77,7 @@ def activated(layer: nn.Module, x: Tensor, activation: nn.Module) -> Tensor:
 
 def is_quick_gelu(activation: nn.Module) -> bool:
     """Whether an activation is CLIP's `x sigmoid(1.702 x)` and nothing else."""
-    return type(activation) is QuickGELUActivation and is_untouched(activation, _QUICK_GELU)
+    return type(activation) is QuickGELUActivation and is_untouched(activation, _KNOWN)
 
 
 class _Calls(fx.Tracer):
@@ -92,7 +94,7 @@ def _order(module: nn.Module) -> list[str] | None:
         isinstance(module, Chain | nn.Sequential)
         or not any(is_exact_gelu(child) or is_quick_gelu(child) for child in children)
         or not any(isinstance(child, nn.Linear) for child in children)
-        or not is_untouched(module, own_forward(type(module)))
+        or not is_untouched(module, type(module).forward)
         or any(True for _ in module.parameters(recurse=False))
         or any(True for _ in module.buffers(recurse=False))
     ):
