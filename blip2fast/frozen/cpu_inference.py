@@ -6,8 +6,8 @@ adapters, parametrisations and quantised weights have their effect, and a model 
 
 * `F.linear` in fp32 is oneDNN's product, twice as quick as MKL's on the EPYC where it was timed. In
   bf16 oneDNN computes it anyway; here it adds the bias itself, with the same result.
-* `F.scaled_dot_product_attention` in bf16 is three products of a head: half of PyTorch's time. The
-  logits stay in fp32, as there.
+* `F.scaled_dot_product_attention` in bf16 is products with a softmax between them, in 60 % of
+  PyTorch's time. The logits stay in fp32, as there.
 * Large batches go through the model in parts whose activations fit the cache.
 
 On other vendors' processors nobody has timed this, and nothing is replaced (`ops/linear.py`, where
@@ -30,19 +30,20 @@ from blip2fast.ops.tracing import has_values
 
 # A smaller weight is left to PyTorch: its product takes a few dozen microseconds.
 _WORTH_WEIGHT = 1 << 16
-# Attention from this many logits of a head; the weights of as many heads are held as fit.
+# Attention from this many logits of a head; so many weights are held at once for each thread.
 _WORTH_LOGITS = 1 << 14
 _HELD_LOGITS = 1 << 21
-# The heads' products are small: 1 and 2 threads were timed, and PyTorch shares out whole heads.
+# PyTorch's attention gives each thread heads of its own, and here threads meet after each step: with
+# many of them that costs more than it saves. One thread was timed.
 _MOST_THREADS = 4
-# Elements of the token matrix that a part of a batch has for each thread: 2 images of ViT-g, 3 of
-# ViT-L. Parts of 1 to 4 images of ViT-g are within 5 % of each other, 16 at once take 5 to 15 %
-# more in each linear layer.
-_PART = 1 << 20
+# Elements of the token matrix that a part of a batch has for each thread: 5 images of ViT-g, 7 of
+# ViT-L. Against that parts of 1 or 2 images take 5 to 8 % more (a thread, fp32 and bf16), all 16 at
+# once up to 10 %.
+_PART = 1 << 21
 
 
 def tokens_of(
-    model: Callable[..., Any], pixels: Tensor, more: dict[str, Tensor], elements: int
+    model: Callable[..., Any], pixels: Tensor, more: dict[str, Tensor], count: int, width: int
 ) -> Tensor:
     """`model(pixels, **more).last_hidden_state`, as quickly as this machine can.
 
@@ -50,17 +51,18 @@ def tokens_of(
         model: A vision model.
         pixels: Its images, `[B, ...]`.
         more: Other arguments, each `[B, ...]`.
-        elements: S E, the elements of an image's tokens; 0: not known, so all images at once.
+        count: S; 0: not known, so all images at once.
+        width: E; narrow models are PyTorch's alone.
 
     Returns:
         `[B, S, E]`.
     """
-    if not applies(pixels):
+    if not (applies(pixels) and _is_worth(width * width)):
         tokens: Tensor = model(pixels, **more).last_hidden_state
         return tokens
     size = len(pixels)
-    if elements and not (isinstance(model, nn.Module) and has_hooks(model)):
-        size = max(1, _PART * torch.get_num_threads() // elements)
+    if count and not (isinstance(model, nn.Module) and has_hooks(model)):
+        size = max(1, _PART * torch.get_num_threads() // (count * width))
     split = {name: value.split(size) for name, value in more.items()}
     with _Quicker():
         parts = [
@@ -90,13 +92,17 @@ def takes_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         not torch.is_grad_enabled()
         and isinstance(weight, Tensor)
-        and (weight.numel() >= _WORTH_WEIGHT or onednn_linear.is_asked_for())
+        and _is_worth(weight.numel())
         and x.ndim > 1
         and x.dtype in _dtypes()
         and onednn_linear.is_supported(x, weight, x.dtype)
         and onednn_linear.is_chosen()
         and (bias is None or _is_bias(bias, weight))
     )
+
+
+def _is_worth(weight: int) -> bool:
+    return weight >= _WORTH_WEIGHT or onednn_linear.is_asked_for()
 
 
 def _dtypes() -> Iterable[torch.dtype]:
@@ -162,7 +168,7 @@ def _takes_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def bf16_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """`F.scaled_dot_product_attention`, head by head: logits and softmax in fp32; no derivatives.
+    """`F.scaled_dot_product_attention`, some heads at once: logits in fp32; no derivatives.
 
     Args:
         query: `[B, H, L, D]`, bf16 on a CPU.
@@ -171,28 +177,41 @@ def bf16_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | Non
         scale: Of the logits; None: `1 / sqrt(D)`.
 
     Returns:
-        `[B, H, L, D]`, with the strides of `[B, L, H, D]`.
+        `[B, H, L, D]`.
     """
     B, H, L, D = query.shape
     S = key.shape[2]
     scale = D**-0.5 if scale is None else scale
-    output = query.new_empty(B, L, H, value.shape[-1]).transpose(1, 2)
-    held = max(1, min(H, _HELD_LOGITS // (L * S)))
+    queries = (query.float() * scale).flatten(0, 1).contiguous()
+    keys = key.float().flatten(0, 1).contiguous()
+    values = value.flatten(0, 1)
+    held = max(1, min(B * H, _HELD_LOGITS * torch.get_num_threads() // (L * S)))
     weights = query.new_empty(held, L, S)
-    for image in range(B):
-        for first in range(0, H, held):
-            heads = slice(first, first + held)
-            queries = (query[image, heads].float() * scale).contiguous()
-            keys = key[image, heads].float().contiguous()
-            for head, pair in enumerate(zip(queries, keys, strict=True)):
-                weights[head] = torch.softmax(onednn_linear.onednn_product(*pair), -1)
-            output[image, heads] = torch.bmm(weights[: len(keys)], value[image, heads])
-    return output
+    parts = []
+    for first in range(0, B * H, held):
+        heads = slice(first, first + held)
+        last = weights[: B * H - first]
+        _softmax_of_products(queries[heads], keys[heads], last)
+        parts.append(torch.bmm(last, values[heads]))
+    return torch.cat(parts).unflatten(0, (B, H))
+
+
+def _softmax_of_products(query: Tensor, key: Tensor, weights: Tensor) -> None:
+    """Write `softmax(query @ key.T)` of heads into `weights`, which are of less precision."""
+    if torch.get_num_threads() > 1:  # which would meet after each small product
+        logits = torch.bmm(query, key.transpose(1, 2))
+        weights.copy_(torch.softmax(logits, -1, out=logits))
+        return
+    for q, k, rounded in zip(query.unbind(), key.unbind(), weights.unbind(), strict=True):
+        # a head's logits stay in the cache until they are weights
+        logits = onednn_linear.onednn_product(q, k)
+        rounded.copy_(torch.softmax(logits, -1, out=logits))
 
 
 _QUICKER: dict[Any, Callable[..., Tensor]] = {
-    F.linear: _linear,
-    F.scaled_dot_product_attention: _attention,
+    # not `F.linear`, which ZeRO-3 replaces for a whole process
+    torch._C._nn.linear: _linear,
+    torch._C._nn.scaled_dot_product_attention: _attention,
 }
 
 

@@ -178,13 +178,13 @@ class FrozenImageEncoder(nn.Module):
         self._trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         self.model = model.requires_grad_(False)
         self.eval()
-        self._elements = 0
+        self._sizes = (0, 0)
         count = count_tokens(model.config, self.image_size)
         if count is None:
             self.num_tokens, self.width = self._probe(encoder_id)
         else:
             self.num_tokens, self.width = count, int(model.config.hidden_size)
-        self._elements = self.num_tokens * self.width
+        self._sizes = (self.num_tokens, self.width)
 
     def resize(self, image_size: int) -> None:
         """Take images of another size; the position embeddings are interpolated.
@@ -199,7 +199,7 @@ class FrozenImageEncoder(nn.Module):
         self.image_size = image_size
         count = count_tokens(self.model.config, image_size)
         self.num_tokens = self._probe(self.encoder_id)[0] if count is None else count
-        self._elements = self.num_tokens * self.width
+        self._sizes = (self.num_tokens, self.width)
 
     @torch.no_grad()
     def _probe(self, name: str) -> tuple[int, int]:
@@ -299,7 +299,7 @@ class FrozenImageEncoder(nn.Module):
             if any(unit._compiled_call_impl is not None for unit in self._compiled_units()):
                 tokens: Tensor = self.model(pixels, **more).last_hidden_state
             else:
-                tokens = tokens_of(self.model, pixels, more, self._elements)
+                tokens = tokens_of(self.model, pixels, more, *self._sizes)
         registers = int(getattr(self.model.config, "num_register_tokens", 0) or 0)
         if registers and tokens.ndim == 3:
             first = int(getattr(self.model.config, "num_class_tokens", 1))

@@ -65,7 +65,7 @@ def by_pytorch(encoder: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def calls(onednn: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def calls(onednn: list[int], own_linear: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each product that oneDNN computes, which are all, however small."""
     monkeypatch.setattr(cpu_inference, "_WORTH_WEIGHT", 0)
     return onednn
@@ -95,9 +95,22 @@ def test_tokens_are_the_models_own(
     assert kept == [n for n in names if not n.startswith(("layernorm.", "post_layernorm."))]
 
 
-def test_small_weights_are_left_to_pytorch(onednn: list[int]) -> None:
-    build()(IMAGES)
+def test_narrow_models_and_small_weights_are_left_to_pytorch(
+    onednn: list[int], own_linear: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = build()
+    encoder(IMAGES)
     assert not onednn
+    monkeypatch.setattr(cpu_inference, "_WORTH_WEIGHT", 400)
+    encoder(IMAGES)
+    assert not onednn
+    monkeypatch.setattr(cpu_inference, "_WORTH_WEIGHT", 256)
+    encoder(IMAGES)
+    assert len(onednn) == 4 * BLOCKS
+    monkeypatch.setattr(cpu_inference, "_WORTH_WEIGHT", 1 << 16)
+    monkeypatch.setattr(onednn_linear, "is_asked_for", lambda: True)
+    encoder(IMAGES)
+    assert len(onednn) == 8 * BLOCKS
 
 
 def _hooked(encoder: FrozenImageEncoder) -> None:
@@ -240,7 +253,7 @@ def test_masked_autoencoders_get_their_noise_in_parts(monkeypatch: pytest.Monkey
 
     noise = torch.arange(3.0)[:, None]
     with torch.no_grad():
-        tokens = cpu_inference.tokens_of(model, IMAGES, {"noise": noise}, 5)
+        tokens = cpu_inference.tokens_of(model, IMAGES, {"noise": noise}, 5, 256)
     assert seen == [(1, 1)] * 3
     torch.testing.assert_close(tokens, IMAGES.flatten(1)[:, None] + noise[:, None])
 
@@ -250,7 +263,8 @@ def test_attention_in_bf16(
     heads: int, length: int, width: int, onednn: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As exact as PyTorch's but for one rounding of the weights, in groups of heads too."""
-    monkeypatch.setattr(cpu_inference, "_HELD_LOGITS", 2 * length * length)
+    monkeypatch.setattr(cpu_inference, "_HELD_LOGITS", 4 * length * length)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     generator = torch.Generator().manual_seed(0)
     made = torch.randn(2, length, 3, heads, width, generator=generator).bfloat16()
     query, key, value = made.permute(2, 0, 3, 1, 4)
@@ -263,7 +277,11 @@ def test_attention_in_bf16(
             ours = bf16_attention(query, key, value, scale)
         errors = [(x.double() - truth).norm() / truth.norm() for x in (ours, theirs)]
         assert errors[0] <= 1.5 * errors[1]
-        assert ours.transpose(1, 2).is_contiguous()
+    assert len(onednn) == 2 * 2 * heads
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with torch.no_grad():
+        shared_out = bf16_attention(query, key, value, 0.5)
+    torch.testing.assert_close(shared_out, ours)
     assert len(onednn) == 2 * 2 * heads
 
 

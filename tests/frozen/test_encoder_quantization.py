@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,19 @@ def quantize_(model, config):
 
 
 @pytest.fixture(autouse=True)
-def torchao(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def torchao(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The real torchao where it is installed, else the stand-in."""
-    if find_spec("torchao") is None:
+    if find_spec("torchao") is not None:
+        yield
+    else:
         package = tmp_path / "packages" / "torchao"
         (package / "quantization").mkdir(parents=True)
         (package / "__init__.py").write_text("")
         (package / "quantization" / "__init__.py").write_text(STAND_IN)
         monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+        yield
         for name in ("torchao", "torchao.quantization"):
-            monkeypatch.delitem(sys.modules, name, raising=False)
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture
