@@ -47,6 +47,14 @@ CPU: Cells = {
         "forward[vit_g_b4-fp32]",
         "forward[vit_g_b4-bf16]",
     ),
+    "image_encoder": {
+        "encode[vit_g_2_blocks_b1-fp32]": 4,
+        "encode[vit_g_2_blocks_b1-bf16]": 3,
+        "encode[vit_g_2_blocks_b4-fp32]": 9,
+        "encode[vit_g_2_blocks_b4-bf16]": 4,
+        "encode[vit_l_2_blocks_b4-fp32]": 5,
+        "encode[vit_l_2_blocks_b4-bf16]": 3,
+    },
     "itc": {
         "itc[n256-fp32-forward]": 8,
         "itc[n256-fp32-train]": 18,

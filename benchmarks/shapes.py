@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import pytest
 import torch
-from transformers import Blip2VisionConfig, OPTConfig, T5Config
+from transformers import Blip2VisionConfig, CLIPVisionConfig, OPTConfig, T5Config
 
 from blip2fast import Stage1Config, Stage2Config
 from blip2fast.kernels.qformer_attention.layout import MaskKind
@@ -353,6 +353,44 @@ CAPTION_SHAPES = {
     "flan_t5_xl_b32": CaptionShape(
         _VIT_G, _QFORMER, flan_t5(2048, 5120, 24, 32), 32, 20, torch.bfloat16, "cuda"
     ),
+}
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """Images to the tokens of a vision model, which has only the blocks that are used."""
+
+    config: Blip2VisionConfig | CLIPVisionConfig
+    batch: int
+    where: Where = "cpu"
+
+
+def vit_l(layers: int) -> CLIPVisionConfig:
+    """CLIP's ViT-L/14, with so many blocks."""
+    return CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=14,
+    )
+
+
+_ENCODERS = {
+    "vit_g": _VIT_G,
+    "vit_l": vit_l(23),
+    "vit_g_2_blocks": vision(1408, 2, 16, 224, 14),
+    "vit_l_2_blocks": vit_l(2),
+}
+ENCODER_SHAPES = {
+    "tiny": EncoderShape(_TINY_VISION, 3, where="test"),
+    **{
+        f"{name}_b{batch}": EncoderShape(config, batch)
+        for name, config in _ENCODERS.items()
+        for batch in (1, 4, 16)
+    },
+    **{f"vit_g_b{batch}_cuda": EncoderShape(_VIT_G, batch, where="cuda") for batch in (1, 32, 256)},
 }
 
 

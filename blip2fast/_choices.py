@@ -8,6 +8,9 @@ from typing import Literal
 # what becomes of kernels that nobody has checked on this GPU (`blip2fast.ops.set_kernels`)
 Kernels = Literal["never", "check", "trust"]
 
+# how the linear layers of a frozen image encoder compute
+Quantization = Literal["none", "int8"]
+
 # losses of stage 1
 LossName = Literal["itc", "itm", "itg"]
 LOSSES: tuple[LossName, ...] = ("itc", "itm", "itg")

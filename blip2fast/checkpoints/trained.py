@@ -41,6 +41,7 @@ from blip2fast.data.manifest import MANIFEST, write_json
 from blip2fast.frozen.hub import at_revision
 from blip2fast.frozen.identity import FrozenIdentity, identify_model, refuse_other
 from blip2fast.frozen.image_encoders import (
+    EncoderName,
     FrozenImageEncoder,
     load_image_encoder,
     parse_encoder_id,
@@ -232,7 +233,7 @@ def load_encoder_of(
         ValueError: not found, or another one.
     """
     parsed = parse_encoder_id(description.image_encoder)
-    known, layer, _ = parsed or (description.image_encoder, None, None)
+    known, layer, *_ = parsed or EncoderName(description.image_encoder)
     known = at_revision(known, description.revisions.get("image_encoder"))
     encoder = load_image_encoder(name or known, layer, image_size=description.image_size)
     remedy = "Give image_encoder=..., the one that its training began with"

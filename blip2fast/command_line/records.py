@@ -164,7 +164,16 @@ def features(
         int | None,
         typer.Option(min=1, help="Of the encoder's images, in pixels; default: its own."),
     ] = None,
-    dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "int8"], typer.Option(help="In which they are stored.")
+    ] = "bfloat16",
+    quantization: Annotated[
+        Literal["none", "int8"],
+        typer.Option(help="int8: the encoder computes with 8-bit integers, by torchao."),
+    ] = "none",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the encoder's blocks by torch.compile.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read the images.")] = 0,
     overwrite: Annotated[
@@ -203,7 +212,9 @@ def features(
     settle_process()
     on_gpu = torch.cuda.is_available()
     compute = torch.bfloat16 if on_gpu else torch.float32
-    loaded = load_image_encoder(encoder, layer, compute, image_size)
+    loaded = load_image_encoder(encoder, layer, compute, image_size, quantization)
+    if compile:
+        loaded.compile_blocks()
     cache = cache_images(
         str(images),
         keys,

@@ -22,7 +22,7 @@ import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,14 @@ from transformers import (
     ViTModel,
 )
 
+from blip2fast._choices import Quantization
+from blip2fast.frozen.cpu_inference import tokens_of
 from blip2fast.frozen.identity import FrozenIdentity, identify_model
 from blip2fast.frozen.lavis_files import is_lavis_file, load_lavis_config, load_lavis_vision
 from blip2fast.frozen.local_models import not_found
+from blip2fast.frozen.perceptrons import chain_perceptrons
 from blip2fast.frozen.preprocessing import read_preprocessing
+from blip2fast.frozen.quantization import quantize_int8
 from blip2fast.frozen.recompute import is_unfrozen, recompute_forward
 from blip2fast.frozen.timm_models import TimmVision, is_timm, load_timm
 
@@ -94,7 +98,10 @@ _KINDS = {
 _WITHOUT_CLASS = ("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model")
 # the final norm, as the families name it
 _NORMS = ("layernorm", "post_layernorm", "norm")
-_ID = re.compile(r"(?P<name>.+?)(?:, (?P<size>\d+) pixels)?, (?:block (?P<block>\d+)|all blocks)")
+_ID = re.compile(
+    r"(?P<name>.+?)(?:, (?P<size>\d+) pixels)?(?:, (?P<quantization>int8))?"
+    r", (?:block (?P<block>\d+)|all blocks)"
+)
 
 
 class FrozenImageEncoder(nn.Module):
@@ -107,16 +114,21 @@ class FrozenImageEncoder(nn.Module):
         image_size: h = w of its input images, in pixels; None: those of the model. For another
             size the position embeddings are interpolated.
         identified: compute its identity, for which its weights must have values.
+        quantization: `int8`: the linear layers of its blocks compute with 8-bit integers, by
+            torchao (`quantization.py`). Its tokens, and so its identity, are others, and it
+            cannot be trained.
 
     Attributes:
+        quantization: as given.
         width, num_tokens: E and S.
         image_size: h = w of its input images, in pixels.
         identity: identity of the truncated model's weights at construction, whatever the image
             size; empty if not `identified`.
 
     Raises:
-        ValueError: no such block, a model that does not give tokens, or an image size that is not
-            a multiple of the patch size.
+        ValueError: no such block, a model that does not give tokens, an image size that is not a
+            multiple of the patch size, or `int8` for a model without a list of blocks.
+        ModuleNotFoundError: `int8` without torchao.
     """
 
     def __init__(
@@ -126,6 +138,7 @@ class FrozenImageEncoder(nn.Module):
         encoder_id: str,
         image_size: int | None = None,
         identified: bool = True,
+        quantization: Quantization = "none",
     ) -> None:
         super().__init__()
         blocks = find_blocks(model)
@@ -140,10 +153,17 @@ class FrozenImageEncoder(nn.Module):
             for owner in (model, getattr(model, "vision_model", None)):
                 if owner is not None and isinstance(getattr(owner, name, None), nn.Module):
                     setattr(owner, name, nn.Identity())
+        chain_perceptrons(model)
         own_size = own_image_size(model.config)
         self.image_size = own_size if image_size is None else image_size
         sized = "" if self.image_size == own_size else f", {self.image_size} pixels"
         ends = "all blocks" if num_blocks is None else f"block {num_blocks}"
+        self.quantization = quantization
+        if quantization == "int8":
+            if blocks is None:
+                raise ValueError(f"{encoder_id}: no list of blocks, whose weights int8 is for")
+            quantize_int8(blocks)
+            sized += ", int8"
         self.encoder_id = f"{encoder_id}{sized}, {ends}"
         if hasattr(model.config, "mask_ratio"):
             model.config.mask_ratio = 0.0
@@ -158,11 +178,13 @@ class FrozenImageEncoder(nn.Module):
         self._trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         self.model = model.requires_grad_(False)
         self.eval()
+        self._sizes = (0, 0)
         count = count_tokens(model.config, self.image_size)
         if count is None:
             self.num_tokens, self.width = self._probe(encoder_id)
         else:
             self.num_tokens, self.width = count, int(model.config.hidden_size)
+        self._sizes = (self.num_tokens, self.width)
 
     def resize(self, image_size: int) -> None:
         """Take images of another size; the position embeddings are interpolated.
@@ -177,6 +199,7 @@ class FrozenImageEncoder(nn.Module):
         self.image_size = image_size
         count = count_tokens(self.model.config, image_size)
         self.num_tokens = self._probe(self.encoder_id)[0] if count is None else count
+        self._sizes = (self.num_tokens, self.width)
 
     @torch.no_grad()
     def _probe(self, name: str) -> tuple[int, int]:
@@ -204,7 +227,15 @@ class FrozenImageEncoder(nn.Module):
         return is_unfrozen(self)
 
     def unfreeze(self) -> None:
-        """Train the encoder: its parameters require gradients, except those fixed by design."""
+        """Train the encoder: its parameters require gradients, except those fixed by design.
+
+        Raises:
+            ValueError: its weights are int8.
+        """
+        if self.quantization != "none":
+            raise ValueError(
+                f"{self.encoder_id}: int8 weights cannot be trained; load it without quantization"
+            )
         for name in self._trainable:
             self.model.get_parameter(name).requires_grad_(True)
 
@@ -212,6 +243,18 @@ class FrozenImageEncoder(nn.Module):
         """Enable gradient checkpointing: blocks save their inputs only."""
         for block in self.blocks:
             recompute_forward(block)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile each block by `torch.compile`, at its first call; without blocks the model.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        for module in self._compiled_units():
+            module.compile(backend=backend)
+
+    def _compiled_units(self) -> list[nn.Module]:
+        return list(self.blocks) or [self.model]
 
     @property
     def blocks(self) -> nn.ModuleList | nn.Sequential:
@@ -253,7 +296,10 @@ class FrozenImageEncoder(nn.Module):
         if isinstance(self.model, Siglip2VisionModel):
             pixels, more = _as_patches(pixels, int(self.model.config.patch_size))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
-            tokens: Tensor = self.model(pixels, **more).last_hidden_state
+            if any(unit._compiled_call_impl is not None for unit in self._compiled_units()):
+                tokens: Tensor = self.model(pixels, **more).last_hidden_state
+            else:
+                tokens = tokens_of(self.model, pixels, more, *self._sizes)
         registers = int(getattr(self.model.config, "num_register_tokens", 0) or 0)
         if registers and tokens.ndim == 3:
             first = int(getattr(self.model.config, "num_class_tokens", 1))
@@ -308,16 +354,26 @@ def encoder_image_size(name_or_path: str) -> int:
     return _default_size(name_or_path, _config(name_or_path))
 
 
-def parse_encoder_id(encoder_id: str) -> tuple[str, int | None, int | None] | None:
-    """Name, layer and image size of a `FrozenImageEncoder.encoder_id`; None if it is none."""
+class EncoderName(NamedTuple):
+    """What a `FrozenImageEncoder.encoder_id` says: the arguments of `load_image_encoder`."""
+
+    name: str
+    layer: int | None = None
+    image_size: int | None = None
+    quantization: Quantization = "none"
+
+
+def parse_encoder_id(encoder_id: str) -> EncoderName | None:
+    """The parts of a `FrozenImageEncoder.encoder_id`; None if it is none."""
     found = _ID.fullmatch(encoder_id)
     if found is None:
         return None
     block, size = found["block"], found["size"]
-    return (
+    return EncoderName(
         found["name"],
         None if block is None else int(block),
         None if size is None else int(size),
+        "int8" if found["quantization"] else "none",
     )
 
 
@@ -326,6 +382,7 @@ def load_image_encoder(
     layer: int | None = None,
     dtype: torch.dtype = torch.float32,
     image_size: int | None = None,
+    quantization: Quantization = "none",
 ) -> FrozenImageEncoder:
     """Load a frozen encoder.
 
@@ -340,6 +397,7 @@ def load_image_encoder(
         image_size: h = w of its input images, in pixels; None: that of a DINO's
             preprocessor_config.json, of others that of its config. For another size the position
             embeddings are interpolated.
+        quantization: as in `FrozenImageEncoder`.
 
     Raises:
         ValueError: not found, a model that does not give tokens for images, fewer blocks than
@@ -351,11 +409,16 @@ def load_image_encoder(
         if image_size not in (None, size):
             raise ValueError(_other_size(name_or_path, image_size, size))
         num_blocks = _chosen_blocks(timm_model, layer, 0)
-        return FrozenImageEncoder(timm_model, num_blocks, name_or_path).to(dtype)
+        return FrozenImageEncoder(
+            timm_model, num_blocks, name_or_path, quantization=quantization
+        ).to(dtype)
     if is_lavis_file(name_or_path):
         eva = load_lavis_vision(name_or_path)
         size = _checked_size(name_or_path, eva.config, _BLIP2, image_size)
-        return FrozenImageEncoder(eva, _chosen_blocks(eva, layer, 0), name_or_path, size).to(dtype)
+        num_blocks = _chosen_blocks(eva, layer, 0)
+        return FrozenImageEncoder(
+            eva, num_blocks, name_or_path, size, quantization=quantization
+        ).to(dtype)
     config = _config(name_or_path)
     kind = _kind_of(name_or_path, config)
     size = _checked_size(name_or_path, config, kind, image_size)
@@ -365,7 +428,8 @@ def load_image_encoder(
         raise ValueError(not_found("image encoder", name_or_path, error)) from error
     num_blocks = _chosen_blocks(model, layer, kind.skipped_blocks)
     # cast after loading, not while loading: the identity must not depend on the precision
-    return FrozenImageEncoder(model, num_blocks, name_or_path, size).to(dtype)
+    encoder = FrozenImageEncoder(model, num_blocks, name_or_path, size, quantization=quantization)
+    return encoder.to(dtype)
 
 
 def without_weights(config: Any, layer: int | None = None) -> FrozenImageEncoder:

@@ -30,6 +30,7 @@ from blip2fast.checkpoints.trained import (
 from blip2fast.data.tokenizers import qformer_tokenizer
 from blip2fast.frozen.hub import at_revision
 from blip2fast.frozen.image_encoders import (
+    EncoderName,
     FrozenImageEncoder,
     load_image_encoder,
     parse_encoder_id,
@@ -234,10 +235,11 @@ def add_encoder(
         return transform_for(base, model.image_encoder.image_size), ""
     if given is None and parsed is None:
         return None, f"its image tokens came from {known!r}, which is not a known encoder"
-    name, layer, size = parsed or ("", None, None)
+    name, layer, size, quantization = parsed or EncoderName("")
     try:
         name = given or at_revision(name, description.revisions.get("image_encoder"))
-        encoder = load_image_encoder(name, layer, dtype, size or description.image_size)
+        size = size or description.image_size
+        encoder = load_image_encoder(name, layer, dtype, size, quantization)
     except ValueError as error:
         if given is not None:
             raise

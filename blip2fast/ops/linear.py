@@ -82,11 +82,11 @@ def is_quicker(x: Tensor, weight: Tensor) -> bool:
     return (large or is_asked_for()) and takes_onednn(x, weight)
 
 
-def is_supported(x: Tensor, weight: Tensor) -> bool:
-    """Whether `onednn_product` supports the call: fp32 on a CPU, not empty, called as it is."""
+def is_supported(x: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether `onednn_product` supports the call: of `dtype`, on a CPU, not empty, as it is."""
     return (
         x.device.type == weight.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == weight.dtype == dtype
         # neither compiled nor recorded: other programs do not know the operator; nor transformed:
         # it has no forward derivative
         and has_values(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from blip2fast._choices import LOSSES, Kernels, LossName, Storage
+from blip2fast._choices import LOSSES, Kernels, LossName, Quantization, Storage
 from blip2fast._imports import needs
 from blip2fast.data.skipping import OnError
 from blip2fast.data.source_config import RecordSource
@@ -128,11 +128,14 @@ class LanguageModelSection:
 
 @dataclass
 class ImageEncoderSection:
-    """Training of the image encoder that `data.image_encoder` names (paper, sections 4.2 to 4.4).
+    """How the image encoder that `data.image_encoder` names runs, and whether it is trained.
 
     Attributes:
-        train: train it with the rest, instead of leaving it frozen; `data.images` are then encoded
-            with gradients.
+        quantization: `int8`: a frozen encoder computes with 8-bit integers, by torchao, which
+            changes its tokens (docs/encoders.md).
+        compile: compile the blocks of a frozen encoder by `torch.compile`.
+        train: train it with the rest, instead of leaving it frozen (paper, sections 4.2 to 4.4);
+            `data.images` are then encoded with gradients.
         layer_decay: the learning rate of each block is that of the next one times this; the last
             block has it once (LAVIS: `lr_layer_decay`).
         gradient_checkpointing: recompute its blocks in the backward pass, as the key of the run
@@ -141,6 +144,8 @@ class ImageEncoderSection:
 
     __pydantic_config__ = _STRICT
 
+    quantization: Quantization = "none"
+    compile: bool = False
     train: bool = False
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     gradient_checkpointing: bool = False

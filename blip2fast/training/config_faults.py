@@ -62,8 +62,17 @@ def _encoder_faults(config: RunConfig) -> list[str]:
                 "image_encoder.train needs zero_stage 0, 1 or 2: stage 3 partitions the language "
                 "model (offload: stream keeps it on the host)"
             )
-    elif section != type(section)():
+        if section.quantization != "none" or section.compile:
+            faults.append(
+                "image_encoder.quantization and compile are for a frozen encoder, and train is true"
+            )
+    elif section.layer_decay != 1.0 or section.gradient_checkpointing:
         faults.append("image_encoder.layer_decay and gradient_checkpointing need train: true")
+    if data.features is not None and (section.quantization != "none" or section.compile):
+        faults.append(
+            "image_encoder.quantization and compile are for an encoder in the loop, and "
+            "data.features is a cache (blip2fast features has them too)"
+        )
     return faults
 
 

@@ -41,7 +41,7 @@ _FREE = {
         *("max_steps", "lr", "min_lr", "warmup_steps", "betas", "eps", "weight_decay"),
         *("clip_norm", "batch_size", "accumulation"),
     ),
-    "image_encoder": ("layer_decay", "gradient_checkpointing"),
+    "image_encoder": ("layer_decay", "gradient_checkpointing", "compile"),
 }
 # These say how to start, not what to train.
 _OF_A_START = ("resume", "overwrite", "output_dir")
@@ -97,8 +97,10 @@ def _leave_out_new_defaults(same: dict[str, Any]) -> None:
         same["language_model"].pop("lora")
     if not same["optim"]["lr_scales"]:
         same["optim"].pop("lr_scales")
-    if not same["image_encoder"]["train"]:
-        same.pop("image_encoder")
+    if same["image_encoder"]["quantization"] == "none":
+        same["image_encoder"].pop("quantization")
+        if not same["image_encoder"]["train"]:
+            same.pop("image_encoder")
 
 
 def check_steps(config: RunConfig, step: int, checkpoint: Path) -> None:

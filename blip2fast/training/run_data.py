@@ -115,7 +115,7 @@ def train_images(config: RunConfig, start: Description | None) -> ImageSource:
     """The source of the training images.
 
     Raises:
-        ValueError: a feature cache, where `init_from` has its own encoder.
+        ValueError: a feature cache, int8 or compilation, where `init_from` has its own encoder.
     """
     data = config.data
     inherits = start is not None and start.trains_encoder
@@ -130,13 +130,21 @@ def train_images(config: RunConfig, start: Description | None) -> ImageSource:
         reader = CachedImages(cache)
         return ImageSource(reader, None, cache.width, cache.encoder_id, cache.encoder)
     own = config.image_encoder.train or inherits
+    if inherits and (config.image_encoder.quantization != "none" or config.image_encoder.compile):
+        raise ValueError(
+            f"init_from {config.init_from!r} has an image encoder that was trained with it and is "
+            "stored again: leave out image_encoder.quantization and compile"
+        )
     if inherits and start is not None:
         encoder = _inherited_encoder(config, start)
     else:
         # one that is trained begins in fp32, from which the engine makes its copy
         dtype = torch.float32 if own else DTYPE_OF[config.precision]
         name, layer = str(data.image_encoder), data.image_encoder_layer
-        encoder = load_image_encoder(name, layer, dtype, data.image_size)
+        quantization = config.image_encoder.quantization
+        encoder = load_image_encoder(name, layer, dtype, data.image_size, quantization)
+    if config.image_encoder.compile:
+        encoder.compile_blocks()
     files = _image_files(config, data.images, data.augment, encoder.image_size)
     return ImageSource(files, encoder, encoder.width, encoder.encoder_id, encoder.identity, own)
 

@@ -121,7 +121,7 @@ def test_tokens_are_the_models_own(tmp_path: Path, family: str) -> None:
     for layer, block in ((None, 3), (-1, 3), (-2, 2), (1, 1)):
         encoder = load_image_encoder(str(tmp_path), layer)
         assert (encoder.width, encoder.image_size, encoder.num_tokens) == (12, SIZE, count)
-        assert parse_encoder_id(encoder.encoder_id) == (str(tmp_path), block, None)
+        assert parse_encoder_id(encoder.encoder_id) == (str(tmp_path), block, None, "none")
         with torch.no_grad():
             expected = hidden_states(model, IMAGES, block)
         if registers:
@@ -152,7 +152,7 @@ def test_its_own_preprocessing(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated | {"resample": 2}))
     encoder = load_image_encoder(str(tmp_path))
     assert (encoder.image_size, encoder.num_tokens) == (42, 10)
-    assert parse_encoder_id(encoder.encoder_id) == (str(tmp_path), 3, 42)
+    assert parse_encoder_id(encoder.encoder_id) == (str(tmp_path), 3, 42, "none")
     larger = load_image_encoder(str(tmp_path), image_size=56)
     assert larger(torch.zeros(1, 3, 56, 56)).shape == (1, 17, 12)
     with pytest.raises(ValueError, match=r"image_size 50 is not a multiple of .* 14; 56 is"):
