@@ -281,6 +281,16 @@ MAPS = 65_530
 FILE_BYTES = 4 * 2**30
 
 
-def images_by_index(bytes_a_name: float, processes: int) -> float:
-    """Images whose names fill nine tenths of a machine's memory, a copy in each process."""
-    return 0.9 * HOST_BYTES / (processes * bytes_a_name)
+def index_bytes(opened: float, copied: float) -> float:
+    """Of a name of a feature cache on a machine with forked workers.
+
+    Args:
+        opened: In the process of each GPU.
+        copied: In each of its workers, of what they share at first.
+    """
+    return GPUS_A_MACHINE * (opened + WORKERS * copied)
+
+
+def images_by_index(bytes_a_name: float) -> float:
+    """Images whose names fill nine tenths of a machine's memory."""
+    return 0.9 * HOST_BYTES / bytes_a_name

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import extrapolation as e
+from cache_index import LOOKED_UP
 from fits import Fit
 from results import RESULTS, newest
 
@@ -36,7 +37,8 @@ class Known:
         parameters: Trained, by recipe.
         recomputed: By recipe of stage 2, whether its language model's forward runs twice.
         plans: By recipe, processes and ZeRO stage, GiB of each device.
-        name_bytes: Of a name in the index of a feature cache.
+        name_bytes, copied_bytes: Of a name in the index of a feature cache: in a process that
+            opened it, and copied by a worker that is forked from it.
         pictures_per_s: That a worker decodes.
         row_bytes, start_s, rows: Of the large table of records.
     """
@@ -52,6 +54,7 @@ class Known:
     recomputed: Mapping[str, bool]
     plans: Mapping[str, float] = field(repr=False)
     name_bytes: float
+    copied_bytes: float
     pictures_per_s: float
     row_bytes: float
     start_s: float
@@ -88,7 +91,10 @@ def known(result: Mapping[str, Any]) -> Known:
         passes = sizes["language_models"][model]
         times = 2 if recomputed[recipe] else 1
         language[recipe] = times * passes["forward"] + passes["backward"]
-    index = {int(n): x["bytes"] for n, x in result["cache_index"].items()}
+    index, copied = (
+        Fit.of({int(n): x[what] for n, x in result["cache_index"].items()}, (0, 1))
+        for what in ("bytes", "copied_bytes")
+    )
     return Known(
         pair_flops=step["work"]["flops"] / 256,
         host_s=least["contenders"]["blip2fast"]["median_s"],
@@ -100,7 +106,8 @@ def known(result: Mapping[str, Any]) -> Known:
         parameters={name: plans[f"{name}, 16, 1"]["parameters"]["trained"] for name in _RECIPES},
         recomputed=recomputed,
         plans={name: _device_gib(plan) for name, plan in plans.items()},
-        name_bytes=Fit.of(index, (0, 1)).coefficients[1],
+        name_bytes=index.coefficients[1],
+        copied_bytes=copied.coefficients[1],
         pictures_per_s=decoded["images_per_s"],
         row_bytes=table["bytes"] / table["rows"],
         start_s=sum(table["seconds"].values()),
@@ -162,7 +169,12 @@ def inputs(result: Mapping[str, Any]) -> str:
         rate = f"{gpu.flops_per_s / TERA:.0f} TFLOP/s"
         rows.append((f"a large product in bf16, {gpu.name}", rate, gpu.source))
     rows += [
-        ("a name in the index of a feature cache", f"{k.name_bytes:.0f} bytes", "measured"),
+        (
+            "a name in the index of a feature cache",
+            f"{k.name_bytes:.0f} bytes in the process that opens it, {k.copied_bytes:.0f} copied "
+            "by a forked worker",
+            f"measured; the worker looked up {_percent(LOOKED_UP)} of the names",
+        ),
         (
             "a record of a table",
             f"{k.row_bytes:.0f} bytes on disk, mapped",
@@ -469,7 +481,9 @@ def _few_gpus(k: Known) -> list[tuple[str, ...]]:
 
 
 def _many_images(k: Known) -> list[tuple[str, ...]]:
-    copies = e.GPUS_A_MACHINE * (1 + e.WORKERS)
+    gpus, workers = e.GPUS_A_MACHINE, e.GPUS_A_MACHINE * e.WORKERS
+    forked = e.index_bytes(k.name_bytes, k.copied_bytes)
+    spawned = e.index_bytes(k.name_bytes, k.name_bytes)
     fp32, bf16, int8 = (stored.image_bytes for stored in e.STORED[:3])
     pairs = f"{e.PAIRS / MEGA:.0f} million"
     build = e.PAIRS / e.encoded_per_s(k.encoder_flops, e.GPUS[-1]) / 3600
@@ -491,9 +505,12 @@ def _many_images(k: Known) -> list[tuple[str, ...]]:
         ),
         (
             "names of a feature cache",
-            f"{e.images_by_index(k.name_bytes, copies) / MEGA:.0f} million images",
-            f"0.9 · {e.HOST_BYTES / TERA:.0f} TB / ({copies} processes · {k.name_bytes:.0f} "
-            f"bytes); at {pairs} {e.PAIRS * k.name_bytes / GIGA:.0f} GB a process",
+            f"{e.images_by_index(forked) / MEGA:.0f} million images, "
+            f"{e.images_by_index(spawned) / MEGA:.0f} where workers are spawned",
+            f"0.9 · {e.HOST_BYTES / TERA:.0f} TB / ({gpus} · {k.name_bytes:.0f} + {workers} · "
+            f"{k.copied_bytes:.0f} bytes), or {gpus + workers} · {k.name_bytes:.0f}; at {pairs} "
+            f"{e.PAIRS * k.name_bytes / GIGA:.0f} GB a process, "
+            f"{e.PAIRS * forked / GIGA:.0f} GB a machine",
             "an index that processes share, as they do tables of records: **there is none**; "
             "fewer workers; ViT-g in the loop needs no index",
         ),

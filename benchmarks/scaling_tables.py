@@ -177,7 +177,8 @@ def _fitted(values: Mapping[str, Any], name: str, size: str) -> str:
     fit = time_fit(values, name, size)
     said = ""
     for x, power in zip(fit.coefficients, fit.powers, strict=True):
-        said += f" {'-' if x < 0 else '+'} {_small(abs(x))}{_RAISED[power].format(size)}"
+        sign = "-" if x < 0 else "+"
+        said += f" {sign} {_small(abs(x))}{_RAISED[power].format(size)}"
     return f"{said.removeprefix(' + ')} (points within {100 * fit.residual:.0f} %)"
 
 
