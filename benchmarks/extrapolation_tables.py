@@ -218,6 +218,44 @@ def _hours(value: float) -> str:
     return f"{value:,.1f} h" if value < 48 else f"{value:,.0f} h"
 
 
+def glance(result: Mapping[str, Any]) -> str:
+    """The answers alone, for three clusters."""
+    k, b = known(result), e.STAGE1.a_process
+    a100, h200, largest = e.GPUS[0], e.GPUS[-1], e.STAGE2[-1]
+    hoped = k.speeds[1]
+    columns: list[list[str]] = []
+    for gpu, P in ((a100, 16), (h200, 16), (h200, 512)):
+        steps = [speed.step_s(b * k.pair(P), gpu) for speed in k.speeds]
+        encoder = hoped.step_s(b * k.encoder_flops, gpu)
+        sample = k.sample(largest.name) + k.encoder_flops
+        stage2 = hoped.step_s(largest.a_process * sample, gpu)
+        handed = e.handed_bytes(P, b, k.parameters[e.STAGE1.name], 1)
+        left = sum(e.leaving_a_machine(name, x, P) for name, x in handed.items())
+        waited = _time(e.network_s(handed, P, e.NETWORKS["400 Gb/s"]))
+        number = e.STAGE1.steps_on(P)
+        reads = [e.read_bytes_per_s(P * b / step) / GIGA for step in steps]
+        columns.append(
+            [
+                " / ".join(_hours(e.hours(number, step)) for step in steps),
+                " / ".join(_hours(e.hours(number, step + encoder)) for step in steps),
+                _hours(e.hours(largest.steps_on(P), stage2)),
+                " / ".join(f"{k.plans[f'{r.name}, {P}, 1']:.1f}" for r in (e.STAGE1, largest)),
+                f"{left / GIGA:.2f} GB: {waited}",
+                " / ".join(f"{x:,.0f} GB/s" for x in reads),
+            ]
+        )
+    names = (
+        f"stage 1, cached features: {HOW[0]} / {HOW[1]}",
+        f"stage 1, ViT-g in the loop: {HOW[0]} / {HOW[1]}",
+        f"stage 2, FlanT5-XXL, ViT-g in the loop: {HOW[1]}",
+        "GiB of a GPU, stage 1 / stage 2 of FlanT5-XXL, ZeRO-1",
+        "stage-1 step: leaves a machine of 8 GPUs; at 400 Gb/s",
+        f"the cache's {e.BF16.terabytes():.0f} TB (bf16) are read at: {HOW[0]} / {HOW[1]}",
+    )
+    rows = [list(row) for row in zip(names, *columns, strict=True)]
+    return _table(("", f"16 {a100.name}", f"16 {h200.name}", f"512 {h200.name}"), rows)
+
+
 # hours
 
 

@@ -68,6 +68,7 @@ TRAINING = {
     "scaling_counts": ("scaling", scaling_tables.counts),
     "scaling_processes": ("scaling", scaling_tables.processes),
     "scaling_times": ("scaling-times", scaling_tables.times),
+    "scaling_glance": ("scaling", extrapolation_tables.glance),
     "scaling_inputs": ("scaling", extrapolation_tables.inputs),
     "scaling_stage1": ("scaling", extrapolation_tables.stage1_hours),
     "scaling_stage2": ("scaling", extrapolation_tables.stage2_hours),

@@ -111,8 +111,10 @@ def test_counted_flops_are_those_of_the_formulas(counted: dict[str, Any]) -> Non
     assert coefficients(counted, "N", "flops") == [product]
     assert coefficients(counted, "N", "saved_bytes")[2] == 4 + 1, "a similarity and its query"
     keys_values = 2 * 2 * PAIRS * WIDTH * 2 * WIDTH * LAYERS
-    attention = 7 * 2 * (4 * PAIRS * QUERIES) * WIDTH * LAYERS  # 2 products forward, 5 backward
-    assert coefficients(counted, "S", "flops")[1] == keys_values + attention
+    product_of_attention = 2 * (4 * PAIRS * QUERIES) * WIDTH * LAYERS
+    attention = coefficients(counted, "S", "flops")[1] - keys_values
+    # 2 products forward, 4 backward, or 5 where it computes the scores again
+    assert attention in (6 * product_of_attention, 7 * product_of_attention)
     assert coefficients(counted, "T", "flops")[2] > 0
     assert "products of 0 were counted" in counted["elsewhere"]
 
