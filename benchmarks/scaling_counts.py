@@ -32,7 +32,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from blip2fast.kernels.itc import chunked as itc_chunked
+from blip2fast.kernels.itc.cpu import sweep as itc
 from blip2fast.kernels.lm_cross_entropy import chunked as words_chunked
 from blip2fast.kernels.qformer_attention.cpu import cross_attention, self_attention
 from blip2fast.ops import itc_loss
@@ -46,7 +46,7 @@ PROCESSES, HELD_OUT_PROCESSES, ZERO_STAGES = (1, 2, 4), 3, (0, 1, 2)
 _INSIDE = (
     (self_attention, ("self_forward", "self_backward")),
     (cross_attention, ("cross_forward", "cross_backward")),
-    (itc_chunked, ("sweep", "sweep_grad")),
+    (itc, ("sweep", "sweep_grad")),
     (words_chunked, ("forward", "backward")),
 )
 
@@ -92,7 +92,8 @@ def counted_flops() -> Iterator[Callable[[], int]]:
         stack.enter_context(fused)
         yield lambda: outside.get_total_flops() + sum(inside)
     if len(inside) != sum(fused.calls.values()):
-        raise NotImplementedError(f"{dict(fused.calls)}: products of {len(inside)} were counted")
+        calls = dict(fused.calls)
+        raise NotImplementedError(f"{calls}: the products of {len(inside)} of them were counted")
 
 
 class _Fused(TorchDispatchMode):
@@ -105,7 +106,8 @@ class _Fused(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self.calls[func.name()] += func.namespace == "blip2fast"
+        if func.namespace == "blip2fast":
+            self.calls[func.name()] += 1
         return func(*args, **(kwargs or {}))
 
 

@@ -116,7 +116,7 @@ def test_counted_flops_are_those_of_the_formulas(counted: dict[str, Any]) -> Non
     # 2 products forward, 4 backward, or 5 where it computes the scores again
     assert attention in (6 * product_of_attention, 7 * product_of_attention)
     assert coefficients(counted, "T", "flops")[2] > 0
-    assert "products of 0 were counted" in counted["elsewhere"]
+    assert "itc_sweep': 1}: the products of 0 of them were counted" in counted["elsewhere"]
 
 
 def test_counted_bytes_of_two_processes_are_those_of_the_formula(counted: dict[str, Any]) -> None:
