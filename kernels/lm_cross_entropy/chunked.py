@@ -35,6 +35,7 @@ def forward(
     needs_weight: bool,
     needs_bias: bool,
     pad: bool | None = None,
+    *,
     product: Product | None = None,
 ) -> tuple[Tensor, ...]:
     """Loss and gradients.
