@@ -74,12 +74,15 @@ def take_times(sizes: list[str]) -> dict[str, Any]:
     import scaling_times
     import torch
 
+    from blip2fast._heap import keep_freed_memory
+
     torch.set_num_threads(1)
-    found = {}
+    kept, found = keep_freed_memory(), {}
     for size in sizes:
         say(f"against {size}")
         values = scaling_times.measure(scaling_times.SWEEPS[size], say=say)
-        found[size] = {"conditions": _conditions(), "values": values}
+        conditions = _conditions() | {"keeps_freed_memory": kept}
+        found[size] = {"conditions": conditions, "values": values}
     return found
 
 

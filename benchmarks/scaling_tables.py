@@ -151,6 +151,8 @@ def _timed(size: str, sweep: Mapping[str, Any]) -> str:
     told = "; ".join(f"{name} {_fitted(values, name, size)}" for name in (ours, rival))
     run = sweep["conditions"]
     core = "a core to itself (real-time)" if run["own_core"] else "a core shared with other work"
+    if run.get("keeps_freed_memory"):
+        core += ", freed memory kept by the process"
     rounds = next(iter(values.values()))[ours]["rounds"]
     return "\n".join(
         [
