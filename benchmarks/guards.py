@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -59,11 +60,18 @@ Counts = dict[str, int]
 
 
 class Calls(TorchDispatchMode):
-    """Operators that are called, and what collectives are given."""
+    """Operators that are called, and what collectives are given.
+
+    Attributes:
+        calls, casts: Of operators, of them from one type to another.
+        collectives, sent_bytes: By kind, as PyTorch names them (`allreduce_`).
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = self.casts = self.collectives = self.sent_bytes = 0
+        self.calls = self.casts = 0
+        self.collectives: Counter[str] = Counter()
+        self.sent_bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -71,10 +79,11 @@ class Calls(TorchDispatchMode):
         self.calls += 1
         self.casts += func is torch.ops.aten._to_copy.default
         if func.namespace == "c10d":
-            self.collectives += 1
-            # the second argument is what is sent; of a reduction, the first, in place
-            sent = args[1] if "all_gather" in str(func) or "alltoall" in str(func) else args[0]
-            self.sent_bytes += sum(x.nbytes for x in _tensors(sent))
+            kind = func.name().partition("::")[2]
+            self.collectives[kind] += 1
+            # where there are two, the second argument is what is sent, and the first what arrives
+            two = any(each in kind for each in ("allgather", "alltoall", "reduce_scatter"))
+            self.sent_bytes[kind] += sum(x.nbytes for x in _tensors(args[1] if two else args[0]))
         return func(*args, **(kwargs or {}))
 
 
@@ -191,7 +200,10 @@ def _rank_step(rank: int, folder: str) -> None:
     with Calls() as calls:
         step.run()
     if rank == 0:
-        found = {"collectives": calls.collectives, "sent_bytes": calls.sent_bytes}
+        found = {
+            "collectives": calls.collectives.total(),
+            "sent_bytes": calls.sent_bytes.total(),
+        }
         (Path(folder) / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

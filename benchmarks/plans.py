@@ -15,7 +15,8 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,20 +63,23 @@ def published() -> dict[str, PretrainedConfig]:
     }
 
 
-def plan(recipe: Path, models: Path, cluster: Cluster) -> dict[str, Any]:
+def plan(
+    recipe: Path, models: Path, cluster: Cluster, settings: Sequence[str] = ()
+) -> dict[str, Any]:
     """The plan of a recipe.
 
     Args:
         recipe: a file of configs/.
         models: the folder with a folder for each of `published()`.
         cluster: of machines.
+        settings: as those of `--set`.
 
     Returns:
         `batch_size`, `precision`, `parameters` by kind, `options` (name, bytes by purpose on each
         device, bytes of each process on the host, whether it fits) and the name of the `chosen`.
     """
     values = yaml.safe_load(recipe.read_text())
-    overrides = [f"data.image_encoder={models / values['data']['image_encoder']}"]
+    overrides = [f"data.image_encoder={models / values['data']['image_encoder']}", *settings]
     if values["stage"] == 2:
         path = models / values["language_model"]["path"]
         overrides += [f"language_model.path={path}", "offload=auto"]
@@ -113,11 +117,18 @@ def _counts(heading: str) -> dict[str, int]:
 
 def plan_all(recipes: Mapping[str, Path], cluster: Cluster) -> dict[str, Any]:
     """The plans by the recipes' names."""
+    with published_folder() as models:
+        return {name: plan(path, models, cluster) for name, path in recipes.items()}
+
+
+@contextmanager
+def published_folder() -> Iterator[Path]:
+    """A folder with a folder for each of `published()`."""
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder)
         for name, config in published().items():
             config.save_pretrained(models / name)
-        return {name: plan(path, models, cluster) for name, path in recipes.items()}
+        yield models
 
 
 def recipes() -> dict[str, Path]:

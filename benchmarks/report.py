@@ -17,9 +17,12 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
+import extrapolation_tables
 import memory_tables
 import model_tables
+import scaling_tables
 import training_tables
 from results import ResultFile, newest, reduce
 from summary import rivals_table
@@ -47,6 +50,7 @@ PAGES = (
     ROOT / "docs" / "kernels.md",
     ROOT / "docs" / "memory_and_speed.md",
     ROOT / "docs" / "precision.md",
+    ROOT / "docs" / "scaling.md",
 )
 PROVEN = ROOT / "blip2fast" / "ops" / "proven_kernels.json"
 BLOCK = re.compile(r"(<!-- (\w+): generated[^>]*-->\n).*?(<!-- /\2 -->)", flags=re.DOTALL)
@@ -61,6 +65,18 @@ TRAINING = {
     "precision": ("precision", training_tables.precision_table),
     "plans": ("plans", memory_tables.plans),
     "large_table": ("large-table", memory_tables.large_table),
+    "scaling_counts": ("scaling", scaling_tables.counts),
+    "scaling_processes": ("scaling", scaling_tables.processes),
+    "scaling_times": ("scaling-times", scaling_tables.times),
+    "scaling_glance": ("scaling", extrapolation_tables.glance),
+    "scaling_inputs": ("scaling", extrapolation_tables.inputs),
+    "scaling_stage1": ("scaling", extrapolation_tables.stage1_hours),
+    "scaling_stage2": ("scaling", extrapolation_tables.stage2_hours),
+    "scaling_paper": ("scaling", extrapolation_tables.paper),
+    "scaling_memory": ("scaling", extrapolation_tables.memory),
+    "scaling_network": ("scaling", extrapolation_tables.network),
+    "scaling_storage": ("scaling", extrapolation_tables.storage),
+    "scaling_limits": ("scaling", extrapolation_tables.limits),
 }
 MODEL = ("model_h200", "model_loops", "model_cuda", "model_cards", "model_errors", "model_assumed")
 
@@ -89,12 +105,18 @@ def model_text(name: str) -> str:
     return tables[name](data)
 
 
+def newest_run(name: str) -> dict[str, Any] | None:
+    """The newest `results/DATE_NAME.json`."""
+    found = sorted(RESULTS.glob(f"????-??-??_{name}.json"))
+    return json.loads(found[-1].read_text()) if found else None
+
+
 def block_text(name: str) -> str:
     """What stands in a block."""
     if name in TRAINING:
         result, table = TRAINING[name]
-        found = sorted(RESULTS.glob(f"????-??-??_{result}.json"))
-        return table(json.loads(found[-1].read_text())) if found else "No result yet."
+        found = newest_run(result)
+        return table(found) if found else "No result yet."
     if name in ("headlines", "gpu_headlines"):
         rows = HEADLINES if name == "headlines" else GPU_HEADLINES
         suites = {
@@ -110,8 +132,8 @@ def block_text(name: str) -> str:
         suites = sorted(path.stem for path in SUITES.glob("*.md"))
         return overview([f for suite in suites for f in newest(RESULTS.glob("*.json"), suite)])
     if name == "sweep":
-        found = sorted(RESULTS.glob("????-??-??_sweep_*.json"))
-        return sweep_table(json.loads(found[-1].read_text())) if found else "No result yet."
+        sweeps = sorted(RESULTS.glob("????-??-??_sweep_*.json"))
+        return sweep_table(json.loads(sweeps[-1].read_text())) if sweeps else "No result yet."
     if name == "stage1_steps":
         return memory_tables.stage1_steps(newest(RESULTS.glob("*.json"), "stage1_step"))
     if name in MODEL:
@@ -149,6 +171,9 @@ def check() -> list[str]:
     for machine, files in by_machine().items():
         if not roofline.is_current(machine, files):
             stale.append(str(roofline.plot_path(machine).relative_to(ROOT)))
+    times = newest_run("scaling-times")
+    if times is not None and not scaling_tables.is_current(times):
+        stale.append(str(scaling_tables.PLOT.relative_to(ROOT)))
     return stale
 
 
@@ -160,6 +185,9 @@ def write() -> None:
         page.write_text(generate(page.read_text()))
     for machine, files in by_machine().items():
         roofline.draw(machine, files)
+    times = newest_run("scaling-times")
+    if times is not None:
+        scaling_tables.draw(times)
 
 
 def main() -> int:
