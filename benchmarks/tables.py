@@ -168,9 +168,13 @@ def _time(contenders: Contenders, name: str | None) -> str:
         text += ": " + ", ".join(f"{n} {seconds(s)}" for n, s in result["phases_s"].items())
     if "host_s" in result:
         text += f"; queued in {seconds(result['host_s'])}"
-    if "images_per_s" in result:
-        text += f": {result['images_per_s']:.3g} images/s"
-    return text
+    return ": ".join([text, *rates(result)])
+
+
+def rates(result: Mapping[str, Any]) -> list[str]:
+    """What a second gives, where that was counted."""
+    names = {"images_per_s": "images/s", "pairs_per_s": "pairs/s"}
+    return [f"{result[name]:.3g} {unit}" for name, unit in names.items() if name in result]
 
 
 def _peak(contenders: Contenders, name: str | None) -> str:
@@ -206,6 +210,7 @@ def _shares_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
         f"{name}, {who}": result["shares"]
         for name, cell in cells.items()
         for who, result in cell["contenders"].items()
+        if "shares" in result
     }
     kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
     lines = ["| share of the step | " + " | ".join(kinds) + " |", "|---|" + "---:|" * len(kinds)]
