@@ -51,10 +51,10 @@ def make_captions(count: int, vocabulary: int) -> list[str]:
     draws = np.random.default_rng(1)
     spread = draws.poisson(MEAN_WORDS - LEAST_WORDS, count)
     lengths = np.minimum(LEAST_WORDS + spread, MOST_WORDS)
-    return [
-        " ".join(f"w{n}" for n in np.minimum(draws.zipf(1.3, length), vocabulary) - 1)
-        for length in lengths
-    ]
+    often = 1 / np.arange(1, vocabulary + 1)
+    words = draws.choice(vocabulary, int(lengths.sum()), p=often / often.sum())
+    ends = np.cumsum(lengths)[:-1]
+    return [" ".join(f"w{n}" for n in some) for some in np.split(words, ends)]
 
 
 def make_tokenizer(

@@ -473,8 +473,10 @@ PICTURE_RUNS = {
         vision=vision(1408, 2, 16, 224, 14),
         workers=2,
     ),
-    "vit_l_b8": RunShape(VIT_L, 8, 3, vocabulary=30_523, vision=clip_vit_l(23), workers=2),
-    "vit_g_b8": RunShape(VIT_G, 8, 3, vocabulary=30_523, vision=_VIT_G, workers=2, headline=True),
+    "vit_l_b8": RunShape(
+        VIT_L, 8, 3, vocabulary=30_523, vision=clip_vit_l(23), workers=2, headline=True
+    ),
+    "vit_g_b8": RunShape(VIT_G, 8, 3, vocabulary=30_523, vision=_VIT_G, workers=2),
     "vit_g_b128_cuda": RunShape(
         VIT_G, 128, 10, vocabulary=30_523, vision=_VIT_G, workers=14, headline=True, where="cuda"
     ),

@@ -213,7 +213,7 @@ def _shares_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
         if "shares" in result
     }
     kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
-    lines = ["| share of the step | " + " | ".join(kinds) + " |", "|---|" + "---:|" * len(kinds)]
+    lines = ["| share of the time | " + " | ".join(kinds) + " |", "|---|" + "---:|" * len(kinds)]
     for name, row in rows.items():
         values = [f"{100 * row.get(kind, 0):.0f} %" for kind in kinds]
         lines.append(f"| {name} | " + " | ".join(values) + " |")

@@ -66,7 +66,7 @@ class TextbookStage2(nn.Module):
         self.qformer = Blip2QFormerModel(model.config.qformer_config())
         self.qformer.load_state_dict(model.qformer.state_dict())
         self.language_projection = copy.deepcopy(model.language_projection)
-        self.language_model = model.language_model
+        self.language_model = copy.deepcopy(model.language_model)
 
     def forward(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         queries = self.query_tokens.expand(len(image_embeds), -1, -1)
@@ -193,7 +193,7 @@ class TextbookRun:
     def __call__(self, steps: int) -> Steps:
         """`JUDGED` steps, and then as many as are timed."""
         found, clock = Steps(), PartClock(self.device)
-        batches = iter(self._loader())
+        batches = iter(self._loader(JUDGED + steps))
         for number in range(JUDGED + steps):
             if number == JUDGED:
                 clock.start()
@@ -208,10 +208,10 @@ class TextbookRun:
             found.parts = {part: seconds / steps for part, seconds in clock.seconds().items()}
         return found
 
-    def _loader(self) -> DataLoader[Any]:
+    def _loader(self, steps: int) -> DataLoader[Any]:
         # ours reads ahead beyond the last timed step, and so does this one
-        steps = range(JUDGED + self.shape.steps + 2 * self.shape.workers + 1)
-        order = [n for step in steps for n in self.plan.batch(step).indices.tolist()]
+        ahead = range(steps + 2 * self.shape.workers)
+        order = [n for step in ahead for n in self.plan.batch(step).indices.tolist()]
         size = None if self.shape.vision is None else int(self.shape.vision.image_size)
         tokenizer = AutoTokenizer.from_pretrained(self.files.words)
         return DataLoader(
