@@ -12,7 +12,9 @@ is not counted. Results have pairs or pictures a second, and the share of each p
 from __future__ import annotations
 
 import shutil
+import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +35,24 @@ from shapes import (
     RunShape,
     cells,
 )
-from textbook_runs import TextbookRun, compile_layers
+from textbook_runs import TextbookRun, compile_layers, read_pictures
 from textbook_runs import caption_folder as their_captions
+from timing import WallClock
 from transformers import Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessorPil
 
 from blip2fast import Blip2
+from blip2fast.inference.picture_files import load_with
 from blip2fast.training.build import build_run
 from blip2fast.training.engine import start_processes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # of the losses, relative: of the first step, as of one repeated batch, and of those after an update
 FIRST_LOSS = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
-LATER_LOSSES = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+LATER_LOSSES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 ROUNDS = 3
+# batches that are read for the time of one
+READS = 3
+BEAMS = {"greedy": 1, "beam5": 5}  # the command's default is five
 PICTURES = 32
 COMPILED = ", layers compiled"
 
@@ -100,6 +107,8 @@ def compare_runs(
             name: TextbookRun(shape, files, config, parts, device, dtype, COMPILED in name)
             for name in names
         }
+        reads: dict[str, Callable[[int], Any]] = {"blip2fast": parts.batches.__getitem__}
+        reads |= {name: rival.read for name, rival in rivals.items()}
         del parts
         expected = rivals["textbook"](0).losses  # which begins with our weights just once
 
@@ -119,7 +128,7 @@ def compare_runs(
         known = {"textbook": plain(lambda _: expected)}
         conditions["pillow"] = PIL.__version__
         compare(providers, lambda seed: None, agree, dtype=dtype, judged=known, rounds=ROUNDS)
-        add_rates(benchmark, "pairs_per_s", shape.batch)
+        add_rates(benchmark, "pairs_per_s", shape.batch, reads)
 
     return run
 
@@ -132,13 +141,23 @@ def provider_of(call: Callable[[int], Steps], steps: int) -> Provider[None]:
     return lambda inputs: contender
 
 
-def add_rates(benchmark: Any, name: str, count: int) -> None:
-    """Pairs or pictures a second and the shares of parts, beside the times."""
-    for result in benchmark.extra_info.get("contenders", {}).values():
+def add_rates(
+    benchmark: Any, name: str, count: int, reads: Mapping[str, Callable[[int], Any]]
+) -> None:
+    """Beside the times: pairs or pictures a second, shares of parts, how long a batch is read.
+
+    Args:
+        benchmark: its results.
+        name, count: what a second has, and how many of them a batch.
+        reads: read a batch by its number, in this process.
+    """
+    for who, result in benchmark.extra_info.get("contenders", {}).items():
         if "median_s" in result:
             result[name] = count / result["median_s"]
             total = sum(result["phases_s"].values())
             result["shares"] = {part: s / total for part, s in result["phases_s"].items()}
+            calls = [partial(reads[who], number) for number in range(READS)]
+            result["reading_s"] = statistics.median(WallClock().laps(calls))
 
 
 @pytest.mark.parametrize(("name", "dtype"), run_cells(CACHED_RUNS, "fp32", "bf16"))
@@ -159,15 +178,59 @@ def bench_stage2(name: str, dtype: str, compare_runs: Callable[..., None]) -> No
     compare_runs(STAGE2_RUNS[name], DTYPES[dtype])
 
 
-def write_captioner(folder: Path, shape: CaptionShape) -> None:
-    """A BLIP-2 of transformers with its processor."""
-    their_model(shape, torch.device("cpu")).save_pretrained(folder)
-    size = shape.vision.image_size
-    Blip2Processor(
-        BlipImageProcessorPil(size={"height": size, "width": size}),
-        language_words(shape.language.vocab_size, ["<image>"]),
-        num_query_tokens=shape.qformer.num_query_tokens,
-    ).save_pretrained(folder)
+Captioned = tuple[list[str], dict[str, float]]
+
+
+class Captioners:
+    """A folder of JPEG files, a BLIP-2 of transformers with its processor, and ours from there.
+
+    Args:
+        folder: an empty one.
+        shape: of the model; `beams`: of the search.
+        device: of both models.
+    """
+
+    def __init__(self, folder: Path, shape: CaptionShape, beams: int, device: torch.device) -> None:
+        self._out, self._model, self._batch = folder / "out.jsonl", folder / "model", shape.batch
+        size = shape.vision.image_size
+        their_model(shape, torch.device("cpu")).save_pretrained(self._model)
+        Blip2Processor(
+            BlipImageProcessorPil(size={"height": size, "width": size}),
+            language_words(shape.language.vocab_size, ["<image>"]),
+            num_query_tokens=shape.qformer.num_query_tokens,
+        ).save_pretrained(self._model)
+        self.processor = Blip2Processor.from_pretrained(self._model)
+        self.ours, self._device = Blip2.from_pretrained(self._model, device=device), device
+        self._load = load_with(self.ours.transform)
+        (folder / "pictures").mkdir()
+        count = PICTURES if shape.where == "cpu" else READS * shape.batch + 1
+        names = write_pictures(folder / "pictures", count, 640, 480)
+        self.pictures = [folder / "pictures" / each for each in names]
+        self._settings = {"batch": shape.batch, "beams": beams, "new_tokens": shape.new_tokens}
+
+    def our_call(self) -> Captioned:
+        """Captions by ours, and seconds by part."""
+        self._out.unlink(missing_ok=True)
+        return our_captions(self.ours, self.pictures, self._out, **self._settings)
+
+    def their_call(self, compiled: bool = False) -> Callable[[], Captioned]:
+        """The same by transformers."""
+        model = Blip2ForConditionalGeneration.from_pretrained(self._model).to(self._device).eval()
+        if compiled:
+            compile_layers(model)
+        return partial(their_captions, model, self.processor, self.pictures, **self._settings)
+
+    def our_read(self, number: int) -> None:
+        """Read a batch of pictures."""
+        for path in self._some(number):
+            self._load(path)
+
+    def their_read(self, number: int) -> None:
+        """The same."""
+        read_pictures(self.processor, self._some(number))
+
+    def _some(self, number: int) -> list[Path]:
+        return self.pictures[number * self._batch :][: self._batch]
 
 
 FOLDERS = {
@@ -177,9 +240,11 @@ FOLDERS = {
 }
 
 
+@pytest.mark.parametrize("search", list(BEAMS))
 @pytest.mark.parametrize("name", cells(FOLDERS))
 def bench_caption_folder(
     name: str,
+    search: str,
     device: torch.device,
     compiled: bool,
     compare: Callable[..., None],
@@ -187,34 +252,13 @@ def bench_caption_folder(
     tmp_path: Path,
     benchmark: Any,
 ) -> None:
-    """A folder of JPEG files to a file of greedy captions."""
+    """A folder of JPEG files to a file of captions."""
     shape = FOLDERS[name]
-    write_captioner(tmp_path / "model", shape)
-    (tmp_path / "pictures").mkdir()
-    count = PICTURES if shape.where == "cpu" else 2 * shape.batch + 1
-    names = write_pictures(tmp_path / "pictures", count, 640, 480)
-    pictures = [tmp_path / "pictures" / each for each in names]
-    ours = Blip2.from_pretrained(tmp_path / "model", device=device)
-    theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "model").to(device).eval()
-    processor = Blip2Processor.from_pretrained(tmp_path / "model")
-    settings = {"batch": shape.batch, "new_tokens": shape.new_tokens}
-
-    def our_call() -> tuple[list[str], dict[str, float]]:
-        out = tmp_path / "captions.jsonl"
-        out.unlink(missing_ok=True)
-        return our_captions(ours, pictures, out, **settings)
-
-    def their_call(
-        model: Blip2ForConditionalGeneration,
-    ) -> tuple[list[str], dict[str, float]]:
-        return their_captions(model, processor, pictures, **settings)
-
-    calls = {"blip2fast": our_call, "transformers": lambda: their_call(theirs)}
+    both = Captioners(tmp_path, shape, BEAMS[search], device)
+    calls = {"blip2fast": both.our_call, "transformers": both.their_call()}
     if compiled:
-        again = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "model").to(device).eval()
-        compile_layers(again)
-        calls[f"transformers{COMPILED}"] = lambda: their_call(again)
-    expected = their_call(theirs)[0]
+        calls[f"transformers{COMPILED}"] = both.their_call(compiled=True)
+    count, expected = len(both.pictures), calls["transformers"]()[0]
     assert len(expected) == count
     assert len(set(expected)) > 1, "captions must depend on images"
 
@@ -222,14 +266,15 @@ def bench_caption_folder(
         differing = sum(a != b for a, b in zip(captions, expected, strict=True))
         assert not differing, f"{differing} of {count} captions are not those of transformers"
 
-    def provider(call: Callable[[], tuple[list[str], dict[str, float]]]) -> Provider[None]:
+    def provider(call: Callable[[], Captioned]) -> Provider[None]:
         def times() -> dict[str, float]:
             return {part: s * shape.batch / count for part, s in call()[1].items()}
 
         contender = Contender({"": lambda: call()[0]}, replayable=False, own_times=times)
         return lambda inputs: contender
 
-    providers = {each: provider(call) for each, call in calls.items()}
     conditions["pillow"] = PIL.__version__
+    providers = {each: provider(call) for each, call in calls.items()}
     compare(providers, lambda seed: None, agree, dtype=shape.dtype, rounds=ROUNDS)
-    add_rates(benchmark, "images_per_s", shape.batch)
+    reads = dict.fromkeys(calls, both.their_read) | {"blip2fast": both.our_read}
+    add_rates(benchmark, "images_per_s", shape.batch, reads)

@@ -81,7 +81,7 @@ class _TimedTrainer(trainer.Trainer):
         self.engine.step = clock.wrapped(OPTIMISER, self.engine.step)
         gate: Any = self.faults.gate
         gate.judge = clock.wrapped(OPTIMISER, gate.judge)
-        self._measure = clock.wrapped(LOGGING, self._measure)  # type: ignore[method-assign]
+        self._measure = clock.wrapped(LOGGING, self._measure)
         self._move = self.to_device
         self.to_device: Any = self._with_negatives
 
@@ -89,7 +89,7 @@ class _TimedTrainer(trainer.Trainer):
         log: Any = super()._open_log()
         for name in ("write", "advance"):
             setattr(log, name, self._clock.wrapped(LOGGING, getattr(log, name)))
-        return log  # type: ignore[no-any-return]
+        return log
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         return self._clock.waits(DATA, super()._batches())
@@ -131,13 +131,13 @@ def train_steps(config: RunConfig, steps: int) -> Steps:
 
 
 def caption_folder(
-    model: Blip2, pictures: list[Path], out: Path, batch: int, new_tokens: int
+    model: Blip2, pictures: list[Path], out: Path, batch: int, beams: int, new_tokens: int
 ) -> tuple[list[str], dict[str, float]]:
     """Caption pictures as `blip2fast caption --out` does; their captions, and seconds by part."""
     clock = PartClock(model.device)
     inner: Any = model.model
     read_ahead: Callable[..., Iterator[Any]] = captioning.read_ahead
-    options: Any = {"num_beams": 1, "max_new_tokens": new_tokens}
+    options: Any = {"num_beams": beams, "max_new_tokens": new_tokens}
     written = patch.object(inner, "generate", clock.wrapped(LANGUAGE, inner.generate))
     waited = patch.object(
         captioning, "read_ahead", lambda *given: clock.waits(DATA, read_ahead(*given))

@@ -179,7 +179,7 @@ def run_config(
         data |= {"images": str(files.images), "image_encoder": str(files.encoder)}
         # without random crops, so that the rival trains on the same pixels
         data |= {"augment": False, "workers": shape.workers}
-    optim = {"max_steps": 100_000, "batch_size": shape.batch, "warmup_steps": 1, "clip_norm": 0}
+    optim = {"max_steps": 100_000, "batch_size": shape.batch, "warmup_steps": 10, "clip_norm": 0}
     values: dict[str, Any] = {
         "stage": 1 if shape.language is None else 2,
         "output_dir": str(output),

@@ -66,7 +66,7 @@ CPU: Cells = {
         "pictures[vit_l_2_blocks_b4-fp32]": 14,
         "pictures[vit_g_2_blocks_b4-fp32]": 20,
         "stage2[small_b8-fp32]": 14,
-        "caption_folder[small_opt_b8]": 12,
+        "caption_folder[small_opt_b8-greedy]": 12,
     },
     "stage2_step": {"step[small]": 30},
     "qformer_attention": _each(

@@ -168,13 +168,17 @@ def _time(contenders: Contenders, name: str | None) -> str:
         text += ": " + ", ".join(f"{n} {seconds(s)}" for n, s in result["phases_s"].items())
     if "host_s" in result:
         text += f"; queued in {seconds(result['host_s'])}"
-    return ": ".join([text, *rates(result)])
+    found = rates(result)
+    return f"{text}: {', '.join(found)}" if found else text
 
 
 def rates(result: Mapping[str, Any]) -> list[str]:
-    """What a second gives, where that was counted."""
+    """What a second gives, and how long one process reads a batch, where that was measured."""
     names = {"images_per_s": "images/s", "pairs_per_s": "pairs/s"}
-    return [f"{result[name]:.3g} {unit}" for name, unit in names.items() if name in result]
+    found = [f"{result[name]:.3g} {unit}" for name, unit in names.items() if name in result]
+    if "reading_s" in result:
+        found.append(f"a batch read in {seconds(result['reading_s'])}")
+    return found
 
 
 def _peak(contenders: Contenders, name: str | None) -> str:

@@ -178,6 +178,10 @@ class TextbookRun:
         self.vision = None
         if shape.vision is not None:
             self.vision = Vision(files.encoder, shape.vision, dtype).to(device)
+        size = None if shape.vision is None else int(shape.vision.image_size)
+        self.pairs = Pairs(files, size)
+        tokenizer = AutoTokenizer.from_pretrained(files.words)
+        self.collate = Collate(tokenizer, ends=shape.language is not None)
         optim = config.optim
         self.adamw = torch.optim.AdamW(
             parameter_groups(self.model, optim.weight_decay),
@@ -211,17 +215,21 @@ class TextbookRun:
     def _loader(self, steps: int) -> DataLoader[Any]:
         # ours reads ahead beyond the last timed step, and so does this one
         ahead = range(steps + 2 * self.shape.workers)
-        order = [n for step in ahead for n in self.plan.batch(step).indices.tolist()]
-        size = None if self.shape.vision is None else int(self.shape.vision.image_size)
-        tokenizer = AutoTokenizer.from_pretrained(self.files.words)
         return DataLoader(
-            Pairs(self.files, size),
+            self.pairs,
             self.shape.batch,
-            sampler=order,
+            sampler=[number for step in ahead for number in self._numbers(step)],
             num_workers=self.shape.workers,
-            collate_fn=Collate(tokenizer, self.shape.language is not None),
+            collate_fn=self.collate,
             pin_memory=self.device.type == "cuda",
         )
+
+    def _numbers(self, step: int) -> list[int]:
+        return [int(number) for number in self.plan.batch(step).indices]
+
+    def read(self, step: int) -> dict[str, Tensor]:
+        """The batch of a step."""
+        return self.collate([self.pairs[number] for number in self._numbers(step)])
 
     def _step(self, batch: dict[str, Tensor], clock: PartClock, judged: bool) -> Tensor:
         for group in self.adamw.param_groups:
@@ -256,11 +264,18 @@ def compile_layers(*models: nn.Module | None) -> None:
                     layer.compile()
 
 
+def read_pictures(processor: Blip2Processor, pictures: Sequence[Path]) -> Any:
+    """Pictures and their prompts, as the model takes them."""
+    images = [Image.open(path).convert("RGB") for path in pictures]
+    return processor(images=images, text=["a photo of"] * len(images), return_tensors="pt")
+
+
 def caption_folder(
     model: Blip2ForConditionalGeneration,
     processor: Blip2Processor,
     pictures: Sequence[Path],
     batch: int,
+    beams: int,
     new_tokens: int,
 ) -> tuple[list[str], dict[str, float]]:
     """Caption pictures by transformers' `generate`; their captions, and seconds by part."""
@@ -269,13 +284,11 @@ def caption_folder(
         clock.start()
         for start in range(0, len(pictures), batch):
             with clock.during(DATA):
-                images = [Image.open(p).convert("RGB") for p in pictures[start : start + batch]]
-                texts = ["a photo of"] * len(images)
-                inputs = processor(images=images, text=texts, return_tensors="pt")
+                inputs = read_pictures(processor, pictures[start : start + batch])
                 inputs = inputs.to(model.device, model.dtype)
             with clock.during(LANGUAGE):
                 tokens = model.generate(
-                    **inputs, num_beams=1, do_sample=False, max_new_tokens=new_tokens
+                    **inputs, num_beams=beams, do_sample=False, max_new_tokens=new_tokens
                 )
             words = processor.batch_decode(
                 tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True

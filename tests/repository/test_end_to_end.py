@@ -23,7 +23,7 @@ from comparing import Contender, Race
 from results import ResultFile
 from run_clock import REST, PartClock
 from run_files import RunFiles, make_captions, run_config, write_files
-from shapes import CACHED_RUNS, PICTURE_RUNS, RunShape
+from shapes import CACHED_RUNS, CAPTION_SHAPES, PICTURE_RUNS, RunShape
 from stage1_contenders import TextbookStage1
 
 from blip2fast.training import trainer
@@ -229,6 +229,19 @@ def test_a_run_on_pictures_has_the_encoder_as_a_part_and_ends_its_workers(
     check_parts(rival(2), (TRAINING_PARTS | {"image encoder"}) - {"logging"})
 
 
+def test_the_parts_of_captioning_a_folder_add_up(tmp_path: Path) -> None:
+    both = bench_end_to_end.Captioners(tmp_path, CAPTION_SHAPES["tiny_opt"], 1, CPU)
+    found, times = both.our_call()
+    expected, their_times = both.their_call()()
+    assert found == expected
+    assert len(found) == len(both.pictures) == 10
+    for each in (times, their_times):
+        whole = each.pop("")
+        assert set(each) == {"data", "image encoder", "Q-Former", "language model", REST}
+        assert sum(each.values()) == pytest.approx(whole, rel=1e-9)
+    assert "generate" not in vars(both.ours.model), "the model's own is back in its place"
+
+
 def test_the_textbook_draws_negatives_by_similarity_and_never_its_own(
     files: dict[str, RunFiles], tmp_path: Path
 ) -> None:
@@ -250,7 +263,8 @@ def test_the_textbook_draws_negatives_by_similarity_and_never_its_own(
 
 def whole_run() -> ResultFile:
     """A result of a run: times, rates and shares."""
-    ours = {"median_s": 0.5, "q1_s": 0.5, "q3_s": 0.5, "pairs_per_s": 16.0, "peak_bytes": None}
+    ours: dict[str, Any] = {"median_s": 0.5, "q1_s": 0.5, "q3_s": 0.5, "peak_bytes": None}
+    ours |= {"pairs_per_s": 16.0, "reading_s": 0.025}
     ours |= {"phases_s": {"data": 0.1, "forward": 0.4}, "shares": {"data": 0.2, "forward": 0.8}}
     cells = {"cached[a]": {"contenders": {"blip2fast": ours, "textbook": {"failed": "wrong"}}}}
     return ResultFile("end_to_end", "m", "2026-01-02", [], cells)
@@ -259,10 +273,13 @@ def whole_run() -> ResultFile:
 def test_results_of_a_run_have_its_rate_and_its_shares() -> None:
     file = whole_run()
     lines = [line.strip() for line in summary.rivals_table([file]).splitlines()]
-    assert "blip2fast: 16 pairs/s; data 20 %, forward 80 %" in lines
+    assert "blip2fast: 16 pairs/s; a batch read in 25.0 ms; data 20 %, forward 80 %" in lines
     assert any(line.startswith("cached[a]") and "500 ms" in line for line in lines)
     cells = file.cells
-    assert "500 ms): data 100 ms, forward 400 ms: 16 pairs/s |" in tables._time_table(cells)
+    assert (
+        "500 ms): data 100 ms, forward 400 ms: 16 pairs/s, a batch read in 25.0 ms |"
+        in tables._time_table(cells)
+    )
     assert tables._shares_table(cells).splitlines() == [
         "| share of the time | data | forward |",
         "|---|---:|---:|",
