@@ -100,13 +100,14 @@ class PartClock:
         ]
 
     def seconds(self) -> dict[str, float]:
-        """Of each part, in the order in which they were first entered."""
+        """Of each part, in the order in which they were first entered; what is left comes last."""
         found: dict[str, float] = {}
         if self._on_gpu:
             torch.cuda.synchronize()
         for (part, begun), (_, ended) in itertools.pairwise(self._marks):
             found[part] = found.get(part, 0.0) + self._between(begun, ended)
-        return found
+        rest = found.pop(REST, None)
+        return found if rest is None else {**found, REST: rest}
 
     def whole(self) -> float:
         """Seconds from `start` to `stop`."""

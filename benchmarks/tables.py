@@ -219,7 +219,7 @@ def _shares_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
     kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
     lines = ["| share of the time | " + " | ".join(kinds) + " |", "|---|" + "---:|" * len(kinds)]
     for name, row in rows.items():
-        values = [f"{100 * row.get(kind, 0):.0f} %" for kind in kinds]
+        values = [f"{100 * row[kind]:.0f} %" if kind in row else "" for kind in kinds]
         lines.append(f"| {name} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
