@@ -49,7 +49,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # of the losses, relative: of the first step, as of one repeated batch, and of those after an update
 FIRST_LOSS = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 LATER_LOSSES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-ROUNDS = 3
+# of runs, and of those with an encoder, which take long
+ROUNDS, PICTURE_ROUNDS = 3, 2
 # batches that are read for the time of one
 READS = 3
 BEAMS = {"greedy": 1, "beam5": 5}  # the command's default is five
@@ -96,6 +97,7 @@ def compare_runs(
     """Time a training run beside its rivals."""
 
     def run(shape: RunShape, dtype: torch.dtype) -> None:
+        rounds = ROUNDS if shape.vision is None else PICTURE_ROUNDS
         files, kernels = files_of(shape), request.config.getoption("kernels")
         config = run_config(shape, files, tmp_path / "run", dtype, kernels)
         start_processes()
@@ -127,7 +129,7 @@ def compare_runs(
         providers = {name: provider_of(call, shape.steps) for name, call in calls.items()}
         known = {"textbook": plain(lambda _: expected)}
         conditions["pillow"] = PIL.__version__
-        compare(providers, lambda seed: None, agree, dtype=dtype, judged=known, rounds=ROUNDS)
+        compare(providers, lambda seed: None, agree, dtype=dtype, judged=known, rounds=rounds)
         add_rates(benchmark, "pairs_per_s", shape.batch, reads)
 
     return run

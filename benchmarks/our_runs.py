@@ -51,6 +51,11 @@ class Steps:
     parts: dict[str, float] = field(default_factory=dict)
     whole: float = 0.0
 
+    def take(self, clock: PartClock, count: int) -> None:
+        """Take over what a stopped clock says of so many steps."""
+        self.whole = clock.whole() / count
+        self.parts = {part: seconds / count for part, seconds in clock.seconds().items()}
+
     def times(self) -> dict[str, float]:
         """As a sampler gives them."""
         return {"": self.whole, **self.parts}
@@ -96,15 +101,13 @@ class _TimedTrainer(trainer.Trainer):
 
     def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> None:
         taken = self.state.step - JUDGED
-        if taken == 0 and self._count:
-            self._clock.start()
         if taken == self._count:
             if self._count:
                 self._clock.stop()
-                self._found.whole = self._clock.whole() / self._count
-                for part, seconds in self._clock.seconds().items():
-                    self._found.parts[part] = seconds / self._count
+                self._found.take(self._clock, self._count)
             raise _Enough
+        if taken == 0:
+            self._clock.start()
         super()._train_step(batches)
 
     def _with_negatives(self, batch: dict[str, Tensor]) -> dict[str, Any]:

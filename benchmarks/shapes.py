@@ -464,12 +464,12 @@ PICTURE_RUNS = {
         where="test",
     ),
     "vit_l_2_blocks_b4": RunShape(
-        replace(_SMALL_STAGE1, encoder_hidden_size=1024), 4, 4, vision=clip_vit_l(2), workers=2
+        replace(_SMALL_STAGE1, encoder_hidden_size=1024), 4, 3, vision=clip_vit_l(2), workers=2
     ),
     "vit_g_2_blocks_b4": RunShape(
         replace(_SMALL_STAGE1, encoder_hidden_size=1408),
         4,
-        4,
+        3,
         vision=vision(1408, 2, 16, 224, 14),
         workers=2,
     ),

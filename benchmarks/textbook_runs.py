@@ -208,8 +208,7 @@ class TextbookRun:
                 found.losses.append(float(loss))
         if steps:
             clock.stop()
-            found.whole = clock.whole() / steps
-            found.parts = {part: seconds / steps for part, seconds in clock.seconds().items()}
+            found.take(clock, steps)
         return found
 
     def _loader(self, steps: int) -> DataLoader[Any]:
