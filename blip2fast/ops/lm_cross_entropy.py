@@ -19,6 +19,7 @@ from blip2fast.kernels.lm_cross_entropy.reference import reference
 from blip2fast.kernels.precision import wide_dtype
 from blip2fast.ops.checks import check_like, check_rows
 from blip2fast.ops.dispatch import AS_DEFINED, Backend, choose, no_reasons
+from blip2fast.ops.linear import is_quicker, onednn_product
 from blip2fast.ops.second_derivatives import once_differentiable
 
 
@@ -157,7 +158,14 @@ def _forward(
                 f"labels: expected 0 to {weight.shape[0] - 1} or ignore_index={ignore_index}, got "
                 f"{labels[wrong][:8].tolist()}"
             )
-    return chunked.forward(hidden, weight, bias, labels, label_smoothing, ignore_index, *options)
+    product = _product if is_quicker(hidden, weight) else None
+    return chunked.forward(
+        *(hidden, weight, bias, labels, label_smoothing, ignore_index, *options), product=product
+    )
+
+
+def _product(a: Tensor, b: Tensor, offset: Tensor | None) -> Tensor:
+    return onednn_product(a, b.t(), offset)
 
 
 @torch.library.register_fake("blip2fast::lm_cross_entropy")

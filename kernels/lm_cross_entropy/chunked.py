@@ -9,9 +9,13 @@ would underflow with it in half precision. Shapes: R rows, C hidden width, V voc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+# `[m, K]`, `[K, n]` and an offset `[n]` or None to `[m, n]`
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 # bytes of logits per chunk, by whether they are on a CPU; the GPU's value was not measured
 DEFAULT_BYTES = {True: 128 * 2**20, False: 512 * 2**20}
 # V is padded to a multiple of this if rows of logits would otherwise be unaligned on a GPU
@@ -31,6 +35,7 @@ def forward(
     needs_weight: bool,
     needs_bias: bool,
     pad: bool | None = None,
+    product: Product | None = None,
 ) -> tuple[Tensor, ...]:
     """Loss and gradients.
 
@@ -39,6 +44,7 @@ def forward(
         chunk_bytes: Most bytes of logits in memory at once.
         needs_hidden, needs_weight, needs_bias: Which gradients to compute.
         pad: Whether to pad V to a multiple of `ALIGNMENT`; None: if that is faster.
+        product: Computes the products instead of PyTorch; of fp32 on a CPU.
 
     Returns:
         `(loss, correct, count, dhidden, dweight, dbias)`: mean loss, number of labels with the
@@ -56,13 +62,17 @@ def forward(
     table, offset = _table(weight, bias, hidden.dtype, pad)
     step = max(1, min(R, chunk_bytes // (len(table) * wide.itemsize)))
     logits = hidden.new_empty(step, len(table))
-    grads = _Gradients(hidden, table, V, step, (needs_hidden, needs_weight, needs_bias))
+    needs = needs_hidden, needs_weight, needs_bias
+    grads = _Gradients(hidden, table, V, step, needs, product)
     losses = hidden.new_empty(R, dtype=wide)
     best = torch.empty_like(counts)
     for start in range(0, R, step):
         rows = slice(start, min(start + step, R))
         padded, label = logits[: rows.stop - start], safe_labels[rows]
-        torch.addmm(offset, hidden[rows], table.T, out=padded)
+        if product is None:
+            torch.addmm(offset, hidden[rows], table.T, out=padded)
+        else:
+            padded = product(hidden[rows], table.T, offset)
         x = padded[:, :V]
         top, of_label = x.amax(1, keepdim=True), x.gather(1, label)
         best[rows] = (of_label >= top)[:, 0]
@@ -85,17 +95,25 @@ class _Gradients:
     """
 
     def __init__(
-        self, rows: Tensor, table: Tensor, V: int, step: int, needs: tuple[bool, bool, bool]
+        self,
+        rows: Tensor,
+        table: Tensor,
+        V: int,
+        step: int,
+        needs: tuple[bool, bool, bool],
+        product: Product | None,
     ) -> None:
         self.needs, self._rows, self._table, self._V = needs, rows, table, V
+        self._product = product
         wide = torch.promote_types(rows.dtype, torch.float32)
         self.hidden = rows.new_empty(rows.shape if needs[0] else (0,))
         self.bias = rows.new_zeros(V if needs[2] else 0, dtype=wide)
         self._weight: Tensor | None = None
         held = step if any(needs) else 0
-        self._wide = rows.new_zeros(held, len(table), dtype=wide)
         # padding columns stay 0
-        self._narrow = self._wide if rows.dtype == wide else rows.new_zeros(held, len(table))
+        empty = rows.new_empty if len(table) == V else rows.new_zeros
+        self._wide = empty((held, len(table)), dtype=wide)
+        self._narrow = self._wide if rows.dtype == wide else empty((held, len(table)))
 
     def add(
         self, rows: slice, x: Tensor, top: Tensor, label: Tensor, counts: Tensor, smoothing: float
@@ -130,7 +148,10 @@ class _Gradients:
             self._narrow[:n, :V] = dx
         narrow = self._narrow[:n]
         if self.needs[0]:
-            torch.mm(narrow, self._table, out=self.hidden[rows])
+            if self._product is None:
+                torch.mm(narrow, self._table, out=self.hidden[rows])
+            else:
+                self.hidden[rows] = self._product(narrow, self._table, None)
             self.hidden[rows].masked_fill_(~counts[:, None], 0)
         if self.needs[1]:
             self._add_weight(narrow[:, :V].T, self._rows[rows])
@@ -138,7 +159,10 @@ class _Gradients:
 
     def _add_weight(self, dx: Tensor, rows: Tensor) -> None:
         if rows.dtype == self._wide.dtype:
-            if self._weight is None:
+            if self._product is not None:
+                part = self._product(dx, rows, None)
+                self._weight = part if self._weight is None else self._weight.add_(part)
+            elif self._weight is None:
                 self._weight = torch.mm(dx, rows)
             else:
                 self._weight.addmm_(dx, rows)

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from itc_cases import make_features
 from stage1_cases import SMALL, make_batch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip2fast import Blip2Stage1, doctor
+from blip2fast.ops import itc_loss
 from blip2fast.ops import linear as onednn_linear
 from blip2fast.ops.linear import linear
+from blip2fast.ops.lm_cross_entropy import lm_cross_entropy
 
 
 @pytest.fixture
@@ -194,3 +197,33 @@ def test_second_derivatives(calls: list[int]) -> None:
         assert ours is not None
         assert truth is not None
         torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_the_contrastive_loss_multiplies_by_onednn(onednn: list[int]) -> None:
+    image, text, temp = make_features(70, 5, 24)
+    given: list[Tensor | None] = [image, text, temp]
+
+    def loss(*features: Tensor) -> Tensor:
+        return itc_loss(*features, negatives="none", impl="chunked").loss
+
+    found = run(loss, given, torch.float32)
+    # 64 images, then 6
+    assert len(onednn) == 2
+    for ours, truth in zip(found, run(loss, given, torch.float64), strict=True):
+        assert (ours - truth).norm() <= 1e-5 * truth.norm()
+    assert len(onednn) == 2
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 4 * 50 * 3])
+def test_the_lm_loss_multiplies_by_onednn(calls: list[int], chunk_bytes: int | None) -> None:
+    """In one chunk, and in four of at most three rows."""
+    labels = torch.tensor([3, -100, 49, 0, 7, 3, 21, 5, 9, 11])
+    given = leaves(len(labels), 16, n=50, with_bias=True)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return lm_cross_entropy(*tensors, labels, chunk_bytes=chunk_bytes, impl="chunked")[0]
+
+    found = run(loss, given, torch.float32)
+    assert len(calls) == 3 * (1 if chunk_bytes is None else 4)
+    for ours, truth in zip(found, run(loss, given, torch.float64), strict=True):
+        assert (ours - truth).norm() <= 1e-5 * truth.norm()

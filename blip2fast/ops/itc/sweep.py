@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from blip2fast._extension import why_not
 from blip2fast.kernels.cuda_needs import gpu_reasons, readable
 from blip2fast.kernels.itc import chunked, reference
+from blip2fast.kernels.itc.cpu import sweep as cpu
 from blip2fast.kernels.itc.interface import (
     DIFFERENTIABLE,
     LSE,
@@ -35,6 +37,7 @@ from blip2fast.ops.dispatch import (
     triton_reasons,
 )
 from blip2fast.ops.kernel_kinds import device_of, itc_kind
+from blip2fast.ops.linear import onednn_product, takes_onednn
 from blip2fast.ops.second_derivatives import once_differentiable
 
 WHY_NO_CUDA = why_not("itc_sweep")
@@ -92,14 +95,23 @@ torch.library.define(
 )
 
 
-def _backend(impl: str) -> Any:
-    """The functions `sweep` and `sweep_grad` of a backend."""
+def _backend(impl: str, device: str) -> Any:
+    """The functions `sweep` and `sweep_grad` of a backend on a kind of device."""
     if impl == "triton":
         # imported on first use: Triton is optional
         from blip2fast.kernels.itc import backward, forward
 
         return SimpleNamespace(sweep=forward.sweep, sweep_grad=backward.sweep_grad)
+    if impl == "chunked" and device == "cpu":
+        return SimpleNamespace(
+            sweep=partial(cpu.sweep, product=_product), sweep_grad=cpu.sweep_grad
+        )
     return {"reference": reference, "chunked": chunked}[impl]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b.T`."""
+    return onednn_product(a, b) if takes_onednn(a, b) else a @ b.T
 
 
 def _rounded(features: Tensor, products: torch.dtype | None) -> Tensor:
@@ -129,7 +141,7 @@ def _sweep(
         return found
     pairs = Pairs(first_row, row_ids, column_ids)
     options = Options(philox, legacy, save)
-    return tuple(_backend(impl).sweep(image, text, temp, pairs, options))
+    return tuple(_backend(impl, image.device.type).sweep(image, text, temp, pairs, options))
 
 
 @torch.library.register_fake("blip2fast::itc_sweep")
@@ -196,7 +208,7 @@ def _sweep_grad(
         return grads
     pairs = Pairs(first_row, row_ids, column_ids)
     sides = Weights(row_lse, row_weight), Weights(column_lse, column_weight)
-    d_image, d_text, d_temp = _backend(impl).sweep_grad(
+    d_image, d_text, d_temp = _backend(impl, image.device.type).sweep_grad(
         image, text, temp, pairs, sides, local, (sim, arg)
     )
     return d_image, d_text, d_temp

@@ -15,7 +15,7 @@ from torch import Tensor
 from blip2fast.kernels.cuda_needs import capability_of
 from blip2fast.kernels.qformer_attention import memory_efficient, padded, reference
 from blip2fast.kernels.qformer_attention.cpu import self_attention
-from blip2fast.kernels.qformer_attention.cpu.core import WIDEN_BELOW_KEYS
+from blip2fast.kernels.qformer_attention.cpu.core import WIDEN_BELOW_KEYS, is_explicit
 from blip2fast.kernels.qformer_attention.layout import AttentionLayout, KVIndex
 from blip2fast.ops.calls import AttentionCall
 from blip2fast.ops.checks import check_dropout
@@ -23,6 +23,7 @@ from blip2fast.ops.dispatch import choose
 from blip2fast.ops.qformer_attention.backends import BACKENDS
 from blip2fast.ops.qformer_attention.checks import build_index, check_cross, check_self
 from blip2fast.ops.qformer_attention.operators import unpack_index, unpack_layout
+from blip2fast.ops.tracing import has_values
 
 
 @overload
@@ -269,6 +270,8 @@ def _is_one_call(
     if index is not None or key_mask is not None or dropout_p > 0:
         return False
     if q.numel() == 0 or kv.numel() == 0:
+        return False
+    if q.device.type == "cpu" and has_values(q) and is_explicit(q.shape[1], kv[:, :, 0], False):
         return False
     if not (torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad)):
         return True

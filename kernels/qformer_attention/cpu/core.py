@@ -1,7 +1,8 @@
 """Padded attention problems on a CPU, forward and backward.
 
-Without dropout, PyTorch's flash kernel; with dropout, explicit weights in cache-sized pieces.
-Shapes: m problems of L rows and M keys, H heads, D head width.
+PyTorch's flash kernel, or explicit weights in cache-sized pieces: with dropout, and in bf16, where
+products of a batch with a softmax between them are quicker, and as exact as PyTorch's attention by
+such products. Shapes: m problems of L rows and M keys, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blip2fast.kernels.philox import keep_mask
+from blip2fast.kernels.precision import wide_dtype
 
 Ints = NDArray[np.int64]
 
@@ -27,6 +29,8 @@ CHUNK_ELEMENTS = 1 << 21
 WIDEN_BELOW_KEYS = 128
 # explicit weights held at once
 _PIECE_ELEMENTS = 1 << 19
+# of a problem without dropout: more rows of weights are left to the flash kernel, which holds none
+_MOST_WEIGHTS = 1 << 20
 
 
 class Dropout(NamedTuple):
@@ -60,9 +64,8 @@ def attend(
     Returns:
         `(output [m, L, H, D], lse [m, L, H])`, in fp32 or wider if computed that way.
     """
-    if dropout is not None:
-        q, k, v = _widen(q, k, v)
-        return _explicit(q, k, v, bias, scale, dropout)
+    if is_explicit(q.shape[1], k, dropout is not None):
+        return _explicit(*_multiplied(q, k, v), bias, scale, dropout)
     bias = None if bias is None else bias.to(q.dtype)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -87,16 +90,32 @@ def attend_backward(
     Returns:
         `(dq [m, L, H, D], dk [m, M, H, D], dv [m, M, H, D])`.
     """
-    if dropout is not None or k.shape[1] < WIDEN_BELOW_KEYS:
+    if is_explicit(q.shape[1], k, dropout is not None):
+        return _explicit_backward(*_multiplied(dout, q, k, v), bias, scale, dropout)
+    if k.shape[1] < WIDEN_BELOW_KEYS:
         dout, q, k, v, out = _widen(dout, q, k, v, out)
-    if dropout is not None:
-        return _explicit_backward(dout, q, k, v, out, lse, bias, scale, dropout)
     bias = None if bias is None else bias.to(q.dtype)
     dout, q, k, v, out, lse = (x.transpose(1, 2) for x in (dout, q, k, v, out, lse))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def is_explicit(rows: int, kv: Tensor, dropout: bool) -> bool:
+    """Whether problems of `rows` rows on keys or values `[m, M, H, D]` get explicit weights."""
+    weights = rows * kv.shape[1] * kv.shape[2]
+    return dropout or (multiplies_bf16(kv) and weights <= _MOST_WEIGHTS)
+
+
+def multiplies_bf16(x: Tensor) -> bool:
+    """Whether products of `x` with its like run in bf16, with sums in fp32."""
+    return x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _multiplied(*tensors: Tensor) -> list[Tensor]:
+    """In the dtype of the products of explicit weights."""
+    return list(tensors) if multiplies_bf16(tensors[0]) else _widen(*tensors)
 
 
 def _widen(*tensors: Tensor) -> list[Tensor]:
@@ -113,8 +132,8 @@ def _pieces(m: int, L: int, width: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _by_head(x: Tensor) -> Tensor:
-    """`[m, L, H, D]` to contiguous `[m * H, L, D]`."""
-    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+    """`[m, L, H, D]` to `[m * H, L, D]`, contiguous: products of a batch are twice as quick."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).contiguous()
 
 
 def _by_problem(x: Tensor, heads: int) -> Tensor:
@@ -137,29 +156,36 @@ def _bias_of(bias: Tensor | None, piece: tuple[slice, slice]) -> Tensor | None:
     return bias[:, :, rows] if bias.shape[2] > 1 else bias
 
 
+def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale * (a @ b)` of a batch, rounded once."""
+    return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale)
+
+
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, heads: int) -> Tensor:
-    """`[m * H, L, M]` from `q` and `k` `[m * H, ...]`."""
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    """`[m * H, L, M]` from `q` and `k` `[m * H, ...]`, in fp32 or wider."""
+    scores = _product(q, k.transpose(1, 2), scale).to(wide_dtype(q.dtype))
     if bias is not None:
         scores.unflatten(0, (-1, heads)).add_(bias)
     return scores
 
 
 def _explicit(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: Dropout
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
     (m, L, H, D), M = q.shape, k.shape[1]
-    output, lse = q.new_empty(m, L, H, D), q.new_empty(m, L, H)
+    output, lse = q.new_empty(m, L, H, D), q.new_empty(m, L, H, dtype=wide_dtype(q.dtype))
     for piece in _pieces(m, L, H * M):
         queries, keys, values = _by_head(q[piece]), _by_head(k[piece[0]]), _by_head(v[piece[0]])
-        weights = _scores(queries, keys, _bias_of(bias, piece), scale, H)
-        highest = weights.amax(-1, keepdim=True)
-        weights.sub_(highest).exp_()
-        total = weights.sum(-1, keepdim=True)
-        weights.mul_(_weights_kept(dropout, piece, H, M))
-        mixed = torch.bmm(weights, values).div_(total * (1 - dropout.p))
-        output[piece] = _by_problem(mixed, H)
-        lse[piece] = _by_problem(total.log_().add_(highest), H)[..., 0]
+        scores = _scores(queries, keys, _bias_of(bias, piece), scale, H)
+        weights = torch.softmax(scores, -1)
+        # a row's largest weight is exp(its highest score - lse)
+        statistics = scores.amax(-1) - weights.amax(-1).log_()
+        factor = 1.0
+        if dropout is not None:
+            weights.mul_(_weights_kept(dropout, piece, H, M))
+            factor = 1 / (1 - dropout.p)
+        output[piece] = _by_problem(_product(weights.to(q.dtype), values, factor), H)
+        lse[piece] = statistics.unflatten(0, (-1, H)).transpose(1, 2)
     return output, lse
 
 
@@ -168,29 +194,37 @@ def _explicit_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     bias: Tensor | None,
     scale: float,
-    dropout: Dropout,
+    dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (m, L, H, D), M = q.shape, k.shape[1]
     dq = q.new_empty(m, L, H, D)
-    dk, dv = k.new_zeros(m, M, H, D), k.new_zeros(m, M, H, D)
+    # of a problem in several pieces of rows the gradients are summed before rounding
+    summed = L * H * M > _PIECE_ELEMENTS
+    size = {"size": k.shape, "dtype": wide_dtype(k.dtype)}
+    dk, dv = (k.new_zeros(**size) if summed else torch.empty_like(k) for _ in range(2))
     for piece in _pieces(m, L, H * M):
         queries, keys, values = _by_head(q[piece]), _by_head(k[piece[0]]), _by_head(v[piece[0]])
         d_output = _by_head(dout[piece])
-        weights = _scores(queries, keys, _bias_of(bias, piece), scale, H)
-        weights.sub_(_by_head(lse[piece][..., None])).exp_()
-        # d(softmax) needs sum_j weight_j * d_weight_j, which is dout . out
-        shared = (d_output * _by_head(out[piece])).sum(-1, keepdim=True)
-        d_output = d_output / (1 - dropout.p)
-        kept = weights * _weights_kept(dropout, piece, H, M)
-        dv[piece[0]] += _by_problem(torch.bmm(kept.transpose(1, 2), d_output), H)
-        d_scores = torch.bmm(d_output, values.transpose(1, 2)).mul_(kept)
-        d_scores.addcmul_(weights, shared, value=-1)
-        dq[piece] = _by_problem(torch.bmm(d_scores, keys).mul_(scale), H)
-        dk[piece[0]] += _by_problem(torch.bmm(d_scores.transpose(1, 2), queries).mul_(scale), H)
+        weights = torch.softmax(_scores(queries, keys, _bias_of(bias, piece), scale, H), -1)
+        d_weights = torch.bmm(d_output, values.transpose(1, 2)).to(weights.dtype)
+        kept = weights
+        factor = 1.0
+        if dropout is not None:
+            mask = _weights_kept(dropout, piece, H, M)
+            kept = weights * mask
+            factor = 1 / (1 - dropout.p)
+            d_weights.mul_(mask).mul_(factor)
+        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(q.dtype)
+        dq[piece] = _by_problem(_product(d_scores, keys, scale), H)
+        of_keys = _by_problem(_product(d_scores.transpose(1, 2), queries, scale), H)
+        of_values = _by_problem(_product(kept.to(q.dtype).transpose(1, 2), d_output, factor), H)
+        if summed:
+            dk[piece[0]] += of_keys
+            dv[piece[0]] += of_values
+        else:
+            dk[piece[0]], dv[piece[0]] = of_keys, of_values
     return dq, dk, dv
 
 

@@ -25,6 +25,7 @@ from blip2fast.kernels.qformer_attention.cpu.core import (
     attend,
     attend_backward,
     even_pieces,
+    is_explicit,
     pick,
     put,
     run_of,
@@ -131,7 +132,8 @@ def cross_forward(
     lse = q.new_empty((num_blocks, Q, H), dtype=wide_dtype(q.dtype))
     if out.numel() == 0 or S == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    for uses in _uses(index, kv, 4.0 * Q * S * H * D, dropout_p > 0):
+    explicit = is_explicit(Q, kv[:, :, 0], dropout_p > 0)
+    for uses in _uses(index, kv, 4.0 * Q * S * H * D, explicit):
         k, v = pick(kv, uses.images).unbind(2)
         bias, blind = _key_bias(key_mask, uses)
         dropout = _dropout(philox, dropout_p, uses, Q)
@@ -169,7 +171,7 @@ def cross_backward(
         return q.new_zeros(q.shape), dkv
     # the gradient of shared queries is summed before rounding
     dq = q.new_zeros(q.shape, dtype=lse.dtype) if shared else q.new_empty(q.shape)
-    converted = dropout_p > 0 or S < WIDEN_BELOW_KEYS
+    converted = is_explicit(Q, kv[:, :, 0], dropout_p > 0) or S < WIDEN_BELOW_KEYS
     for uses in _uses(index, kv, 4.0 * Q * S * H * D, converted):
         k, v = pick(kv, uses.images).unbind(2)
         bias, blind = _key_bias(key_mask, uses)

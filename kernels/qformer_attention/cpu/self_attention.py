@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from blip2fast.kernels.precision import wide_dtype
-from blip2fast.kernels.qformer_attention.cpu.core import attend, attend_backward
+from blip2fast.kernels.qformer_attention.cpu.core import attend, attend_backward, multiplies_bf16
 from blip2fast.kernels.qformer_attention.cpu.plan import (
     BACKWARD_ELEMENTS,
     FORWARD_ELEMENTS,
@@ -88,7 +88,7 @@ def self_backward(
     """`dqkv [R, 3, H, D]`."""
     H, D = qkv.shape[2:]
     N, Q = layout.num_blocks, layout.num_queries
-    plan = plan_of(layout, H * D, BACKWARD_ELEMENTS)
+    plan = plan_of(layout, H * D, FORWARD_ELEMENTS if multiplies_bf16(qkv) else BACKWARD_ELEMENTS)
     collected = _Collected(plan, qkv, (3, H, D))
     # gradients of queries from texts that only read them, summed before rounding
     seen = None
