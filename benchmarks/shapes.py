@@ -492,7 +492,7 @@ STAGE2_RUNS = {
         where="test",
     ),
     "small_b8": RunShape(
-        _SMALL_STAGE2, 8, 6, language=opt(512, 8, 8, vocab_size=4096), headline=True
+        _SMALL_STAGE2, 8, 5, language=opt(512, 8, 8, vocab_size=4096), headline=True
     ),
     "opt_125m_b8": RunShape(
         replace(Stage2Config(), **NO_DROPOUT),
