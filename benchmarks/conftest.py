@@ -20,6 +20,7 @@ from summary import rivals_table
 from tables import REFERENCE
 
 from blip2fast._choices import Kernels
+from blip2fast._heap import keep_freed_memory
 from blip2fast.ops import set_kernels
 
 
@@ -210,8 +211,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def run_facts(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Conditions that all benchmarks of a run share."""
-    return run_conditions(request.config.getoption("bench_commit"))
+    """Conditions that all benchmarks of a run share; on a CPU the heap is that of a run."""
+    kept = is_timed(request.config) and not torch.cuda.is_available() and keep_freed_memory()
+    return run_conditions(request.config.getoption("bench_commit")) | {"keeps_freed_memory": kept}
 
 
 @pytest.fixture

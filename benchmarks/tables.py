@@ -240,6 +240,8 @@ def _conditions(file: ResultFile) -> str:
     for run in file.runs:
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         where = f"{run['cores']} cores of {run['processor']}, {run['threads']} threads"
+        if run.get("keeps_freed_memory"):
+            where += ", freed memory kept by the process"
         lines.append(f"* {where}; {versions}; commit {run['commit'][:8]}; `{run['command']}`")
     if not file.on_gpu:
         lines += [f"* {told}" for told in dict.fromkeys(describe(run) for run in file.runs)]

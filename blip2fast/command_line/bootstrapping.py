@@ -20,8 +20,8 @@ from blip2fast.command_line.options import (
     LanguageModel,
     Readers,
     complain,
-    quiet_transformers,
     say,
+    settle_process,
 )
 
 
@@ -72,7 +72,7 @@ def capfilt(
 
     sampling = Sampling(num_captions, top_p, max_new_tokens, min_new_tokens, seed, prompt)
     settings = Settings(records, images, captioner, ranker, sampling, keep, match)
-    quiet_transformers()
+    settle_process()
     done = bootstrap_captions(
         settings,
         out,

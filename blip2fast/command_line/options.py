@@ -36,10 +36,15 @@ Readers = Annotated[int, typer.Option(min=1, help="Threads that read pictures.")
 AS_GIVEN = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
-def quiet_transformers() -> None:
-    """Keep transformers' own notes and progress bars out of a command's output."""
+def settle_process() -> None:
+    """Before models are loaded: the process's heap, and none of transformers' notes and bars."""
+    import torch
     import transformers
 
+    from blip2fast._heap import keep_freed_memory
+
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

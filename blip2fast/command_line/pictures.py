@@ -15,8 +15,8 @@ from blip2fast.command_line.options import (
     LanguageModel,
     complain,
     note,
-    quiet_transformers,
     say,
+    settle_process,
 )
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def attention(
     from blip2fast.search.retriever import Blip2Retriever
 
     check_model_folder(model, (1,))
-    quiet_transformers()
+    settle_process()
     retriever = Blip2Retriever.from_pretrained(model, device=device, image_encoder=image_encoder)
     save_drawing(draw_attention(picture, retriever.attention(picture, text), text), out)
     say(str(out))
@@ -236,7 +236,7 @@ def demo_page(
 
     parts = PageParts.check(model, pictures)
     check_port(host, port)
-    quiet_transformers()
+    settle_process()
     models = PageModels.load(
         parts,
         device=device,
@@ -260,7 +260,7 @@ def _writer(
     from blip2fast.inference.model_folders import check_model_folder
 
     check_model_folder(model, (2,))
-    quiet_transformers()
+    settle_process()
     return Blip2.from_pretrained(
         model, device=device, language_model=language_model, image_encoder=image_encoder
     )

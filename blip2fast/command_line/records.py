@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from blip2fast.command_line.given import check_folder, check_models
-from blip2fast.command_line.options import on_terminal, quiet_transformers, show_table
+from blip2fast.command_line.options import on_terminal, settle_process, show_table
 
 if TYPE_CHECKING:
     from blip2fast.data.source_config import RecordSource
@@ -200,7 +200,7 @@ def features(
     from blip2fast.data.caching import cache_images
     from blip2fast.frozen.image_encoders import load_image_encoder
 
-    quiet_transformers()
+    settle_process()
     on_gpu = torch.cuda.is_available()
     compute = torch.bfloat16 if on_gpu else torch.float32
     loaded = load_image_encoder(encoder, layer, compute, image_size)
@@ -251,7 +251,7 @@ def _tokenizer(path: str | None) -> Any:
     check_models(tokenizer=path)
     from transformers import AutoTokenizer
 
-    quiet_transformers()
+    settle_process()
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blip2fast.command_line.options import Config, Set, on_terminal, quiet_transformers, show_table
+from blip2fast.command_line.options import Config, Set, on_terminal, settle_process, show_table
 
 if TYPE_CHECKING:
     from blip2fast._choices import Storage
@@ -102,7 +102,7 @@ def plan(
     run = load_config(config, set_ or ())
     from blip2fast.training.memory_plan import GIB, Memory, machine_memory, plan_memory
 
-    quiet_transformers()
+    settle_process()
     memory = machine_memory()
     if device_gib is not None or host_gib is not None:
         device = memory.device if device_gib is None else int(device_gib * GIB)
@@ -164,7 +164,7 @@ def storage_loss(
     from blip2fast.stage2.model import Blip2Stage2
     from blip2fast.training.build import build_run
 
-    quiet_transformers()
+    settle_process()
     parts = build_run(
         replace(run, offload="none", zero_stage=0, stream_storage="as_is", stream_buffers=2),
         rank=0,

@@ -15,7 +15,7 @@ from blip2fast.command_line.given import (
     check_records,
     is_alone,
 )
-from blip2fast.command_line.options import on_terminal, quiet_transformers, show_table
+from blip2fast.command_line.options import on_terminal, settle_process, show_table
 from blip2fast.command_line.records import (
     Annotations,
     CaptionKey,
@@ -232,7 +232,7 @@ def _setup(
     from blip2fast.scoring.models import ModelSource
     from blip2fast.scoring.setup import Setup
 
-    quiet_transformers()
+    settle_process()
     return Setup(model=ModelSource(*model), data=RecordSource(**source), **more)
 
 

@@ -16,8 +16,8 @@ from blip2fast.command_line.options import (
     Readers,
     complain,
     note,
-    quiet_transformers,
     say,
+    settle_process,
 )
 
 app = typer.Typer(
@@ -60,7 +60,7 @@ def build(
 
     cache = feature_cache(images)
     check_model_folder(model, (1,))
-    quiet_transformers()
+    settle_process()
     retriever = Blip2Retriever.from_pretrained(model, device=device, image_encoder=image_encoder)
     done = retriever.index(
         cache or images, out, batch_size=batch_size, workers=workers, complain=complain
@@ -121,7 +121,7 @@ def query(
     name = model or SearchIndex(index).model["name"]
     tokens = None if cache is None else feature_cache([cache], required=True)
     check_model_folder(name, (1,))
-    quiet_transformers()
+    settle_process()
     retriever = Blip2Retriever.from_pretrained(name, device=device, image_encoder=image_encoder)
     retriever.open(index, tokens)
     many = max(k, rerank_k) if rerank else 0

@@ -13,8 +13,8 @@ from blip2fast.command_line.options import (
     ImageEncoder,
     LanguageModel,
     note,
-    quiet_transformers,
     say,
+    settle_process,
 )
 
 
@@ -52,7 +52,7 @@ def convert(
     check_models(language_model=language_model, image_encoder=image_encoder, tokenizer=tokenizer)
     from blip2fast.published.converting import convert as write
 
-    quiet_transformers()
+    settle_process()
     print(
         write(
             source,
@@ -103,7 +103,7 @@ def report(
         if samples:
             from blip2fast.reporting.samples import draw_samples
 
-            quiet_transformers()
+            settle_process()
             drawn = draw_samples(run, samples, images=images, device=device)
             write_report(run, drawn.samples, notes=drawn.notes)
             for line in drawn.notes:

@@ -149,7 +149,10 @@ def _forward(
     labels: Tensor,
     label_smoothing: float,
     ignore_index: int,
-    *options: Any,
+    chunk_bytes: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
 ) -> tuple[Tensor, ...]:
     if labels.device.type == "cpu":
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))
@@ -158,9 +161,18 @@ def _forward(
                 f"labels: expected 0 to {weight.shape[0] - 1} or ignore_index={ignore_index}, got "
                 f"{labels[wrong][:8].tolist()}"
             )
-    product = _product if is_quicker(hidden, weight) else None
     return chunked.forward(
-        *(hidden, weight, bias, labels, label_smoothing, ignore_index, *options), product=product
+        hidden,
+        weight,
+        bias,
+        labels,
+        label_smoothing,
+        ignore_index,
+        chunk_bytes,
+        needs_hidden,
+        needs_weight,
+        needs_bias,
+        product=_product if is_quicker(hidden, weight) else None,
     )
 
 

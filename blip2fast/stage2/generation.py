@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from blip2fast.stage2.language_model import check_positions, is_encoder_decoder
+from blip2fast.stage2.packed_layers import packed_linear_layers
 from blip2fast.stage2.sequence import empty_text, padded_on, read_sequence
 
 
@@ -58,10 +59,15 @@ def write(
     if not encoder_decoder:
         new = generate_kwargs.get("max_new_tokens", 0)
         check_positions(language_model, prompts_and_text=embeds.shape[1], new_tokens=new)
-        cache = _common_cache(language_model, embeds, mask, generate_kwargs)
-        if cache is not None:
-            generate_kwargs["past_key_values"] = cache
-    written = language_model.generate(inputs_embeds=embeds, attention_mask=mask, **generate_kwargs)
+    rows = len(embeds) * _copies(language_model, generate_kwargs)
+    with packed_linear_layers(language_model, rows):
+        if not encoder_decoder:
+            cache = _common_cache(language_model, embeds, mask, generate_kwargs)
+            if cache is not None:
+                generate_kwargs["past_key_values"] = cache
+        written = language_model.generate(
+            inputs_embeds=embeds, attention_mask=mask, **generate_kwargs
+        )
     if not encoder_decoder:
         return written
     given = generate_kwargs.get("decoder_input_ids")

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from blip2fast._heap import keep_freed_memory
 from blip2fast._imports import needs
 from blip2fast.training.config import OptimSection, RunConfig
 from blip2fast.training.parameter_groups import parameter_groups
@@ -181,6 +182,7 @@ def start_processes() -> torch.device:
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     if not on_gpu:
+        keep_freed_memory()
         return torch.device("cpu")
     number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if number >= count:

@@ -35,6 +35,7 @@ def forward(
     needs_weight: bool,
     needs_bias: bool,
     pad: bool | None = None,
+    *,
     product: Product | None = None,
 ) -> tuple[Tensor, ...]:
     """Loss and gradients.
@@ -187,9 +188,13 @@ class _Gradients:
 
 
 def weight_grad_dtype(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
-    """Dtype in which the unscaled weight gradient is stored: bf16, or fp32 or wider."""
-    wide = torch.promote_types(hidden, torch.float32)
-    return weight if weight == torch.bfloat16 else wide
+    """Dtype in which the unscaled weight gradient is stored: bf16, or fp32 or wider.
+
+    Of bf16 products it is rounded once, as PyTorch's is.
+    """
+    if torch.bfloat16 in (hidden, weight):
+        return torch.bfloat16
+    return torch.promote_types(hidden, torch.float32)
 
 
 def backward(
@@ -201,7 +206,10 @@ def backward(
     if dloss.device.type == "cpu":
         # a Python scalar is not rounded, even if the gradient is in 16 bits
         factor = scale.item()
-        return tuple(torch.mul(x, factor).to(t) for x, t in zip(gradients, dtypes, strict=True))
+        return tuple(
+            x.to(t).mul_(factor) if x.dtype.itemsize < t.itemsize else torch.mul(x, factor).to(t)
+            for x, t in zip(gradients, dtypes, strict=True)
+        )
     scale = scale[None]
     return tuple((x * scale).to(t) for x, t in zip(gradients, dtypes, strict=True))
 

@@ -21,6 +21,7 @@ ROOMS = (
     "_imports",
     "_choices",
     "_extension",
+    "_heap",
     "kernels",
     "ops",
     "qformer",

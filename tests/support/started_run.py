@@ -18,6 +18,8 @@ from blip2fast import train as train_script
 TRAIN = Path(train_script.__file__)
 BIN = Path(sys.executable).parent
 LONG = 100_000
+# twelve times what it takes beside three others on two cores
+START_SECONDS = 300
 
 
 def _commands(kind: str) -> list[str]:
@@ -48,13 +50,24 @@ def started(world: Path, output: Path, kind: str, workers: int) -> subprocess.Po
         stdout=output.with_suffix(".out").open("w"),
         stderr=output.with_suffix(".err").open("w"),
         text=True,
-        env=kept | {"OMP_NUM_THREADS": "1"},
+        env=kept | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         # a shell starts what it puts into the background with SIGINT ignored, and that is inherited
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    metrics, limit = output / "metrics.jsonl", time.monotonic() + 120
+    metrics, limit = output / "metrics.jsonl", time.monotonic() + START_SECONDS
     while not metrics.exists() or metrics.stat().st_size == 0:
         assert process.poll() is None, output.with_suffix(".err").read_text()
-        assert time.monotonic() < limit
+        if time.monotonic() > limit:
+            _end_and_tell(process, output)
         time.sleep(0.2)
     return process
+
+
+def _end_and_tell(process: subprocess.Popen[str], output: Path) -> None:
+    """Fail with what a run that does not start has said, and with where its processes are."""
+    for each in reversed(process_tree(process.pid)):
+        each.send_signal(signal.SIGABRT)  # which Python answers with the stacks of its threads
+        time.sleep(0.5)
+    process.wait(timeout=30)
+    said = [output.with_suffix(kind).read_text() for kind in (".out", ".err")]
+    raise AssertionError(f"no step within {START_SECONDS} s:\n" + "\n".join(said))

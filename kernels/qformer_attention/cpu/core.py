@@ -65,7 +65,8 @@ def attend(
         `(output [m, L, H, D], lse [m, L, H])`, in fp32 or wider if computed that way.
     """
     if is_explicit(q.shape[1], k, dropout is not None):
-        return _explicit(*_multiplied(q, k, v), bias, scale, dropout)
+        q, k, v = _multiplied(q, k, v)
+        return _explicit(q, k, v, bias, scale, dropout)
     bias = None if bias is None else bias.to(q.dtype)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -91,7 +92,8 @@ def attend_backward(
         `(dq [m, L, H, D], dk [m, M, H, D], dv [m, M, H, D])`.
     """
     if is_explicit(q.shape[1], k, dropout is not None):
-        return _explicit_backward(*_multiplied(dout, q, k, v), bias, scale, dropout)
+        dout, q, k, v = _multiplied(dout, q, k, v)
+        return _explicit_backward(dout, q, k, v, bias, scale, dropout)
     if k.shape[1] < WIDEN_BELOW_KEYS:
         dout, q, k, v, out = _widen(dout, q, k, v, out)
     bias = None if bias is None else bias.to(q.dtype)
@@ -202,8 +204,10 @@ def _explicit_backward(
     dq = q.new_empty(m, L, H, D)
     # of a problem in several pieces of rows the gradients are summed before rounding
     summed = L * H * M > _PIECE_ELEMENTS
-    size = {"size": k.shape, "dtype": wide_dtype(k.dtype)}
-    dk, dv = (k.new_zeros(**size) if summed else torch.empty_like(k) for _ in range(2))
+    dk, dv = (
+        k.new_zeros(k.shape, dtype=wide_dtype(k.dtype)) if summed else k.new_empty(k.shape)
+        for _ in range(2)
+    )
     for piece in _pieces(m, L, H * M):
         queries, keys, values = _by_head(q[piece]), _by_head(k[piece[0]]), _by_head(v[piece[0]])
         d_output = _by_head(dout[piece])
