@@ -20,6 +20,7 @@ import pytest
 import torch
 from comparing import Contender, plain
 from PIL import Image
+from run_files import write_pictures
 from shapes import PICTURE_SHAPES, PictureShape, cells
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -31,18 +32,6 @@ from blip2fast.data.records import CaptionRecord
 from blip2fast.frozen.images import CLIP_MEAN, CLIP_STD, ImageTransform
 
 SIZE = 224
-
-
-def write_pictures(folder: Path, shape: PictureShape) -> list[str]:
-    """JPEGs of smooth noise, which compress as photographs do."""
-    draws = np.random.default_rng(0)
-    names = []
-    for number in range(shape.count):
-        small = draws.integers(0, 256, (shape.height // 16, shape.width // 16, 3), dtype=np.uint8)
-        image = Image.fromarray(small).resize((shape.width, shape.height), Image.Resampling.BICUBIC)
-        names.append(f"{number:03d}.jpg")
-        image.save(folder / names[-1], quality=90)
-    return names
 
 
 class Loop(Dataset[Tensor]):
@@ -122,8 +111,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
 
     def of(name: str) -> tuple[Path, list[str]]:
         if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            made[name] = folder, write_pictures(folder, PICTURE_SHAPES[name])
+            folder, shape = tmp_path_factory.mktemp(name), PICTURE_SHAPES[name]
+            made[name] = folder, write_pictures(folder, shape.count, shape.width, shape.height)
         return made[name]
 
     return of

@@ -15,6 +15,7 @@ import torch
 from machines import Ceilings
 from timing import (
     Call,
+    OwnTimes,
     PhaseSampler,
     Sampler,
     Spread,
@@ -36,11 +37,14 @@ class Contender:
         phases: Calls to run in order; one call under the empty name where there are no phases.
         canonical: From what the last call returned to what the suite compares.
         replayable: Whether its kernels are timed from a graph of launches, on CUDA.
+        own_times: A call that takes its own time: seconds of all under the empty name, and of
+            parts. What it does before and after is not counted, as the start of a run.
     """
 
     phases: Mapping[str, Call]
     canonical: Callable[[Any], Any] = lambda result: result
     replayable: bool = True
+    own_times: Callable[[], dict[str, float]] | None = None
 
     def run(self) -> Any:
         """Run every phase; what the last returned."""
@@ -83,7 +87,7 @@ class Entry:
     """A contender in a race: its sampler and its samples, or why it has none."""
 
     name: str
-    sampler: Sampler | PhaseSampler | None = None
+    sampler: Sampler | PhaseSampler | OwnTimes | None = None
     reason: str = ""
     failure: str = ""
     peak_bytes: int | None = None
@@ -187,6 +191,9 @@ class Race(Generic[Inputs]):
     def _prepare(self, entry: Entry, provider: Provider[Inputs], input_bytes: int) -> None:
         watch = stopwatch(self._device)
         first = provider(self._inputs(1)[0])
+        if first.own_times is not None:
+            entry.sampler = OwnTimes(first.own_times)
+            return
         if len(first.phases) > 1:
             entry.sampler = PhaseSampler(watch, dict(first.phases))
             entry.peak_bytes = peak_bytes(first.run, self._device)

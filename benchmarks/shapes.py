@@ -413,3 +413,131 @@ PICTURE_SHAPES = {
     "jpeg_640x480": PictureShape(640, 480, 32, 8),
     "jpeg_2048x1536": PictureShape(2048, 1536, 16, 8),
 }
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """A training run: the Q-Former, and what is around it.
+
+    Attributes:
+        qformer: of stage 1, or of stage 2 with a language model.
+        batch: B.
+        steps: that are timed in a round, after those that are compared.
+        image_tokens: of the cached features.
+        vocabulary: of the captions, which are words of changing number.
+        vision: the frozen encoder in the loop, which reads JPEG files; None: features are cached.
+        language: the frozen language model; None: stage 1.
+        workers: that read ahead; 0 is the default of a run.
+        picture: width and height of the files.
+        headline: As in `SelfShape`.
+    """
+
+    qformer: Stage1Config | Stage2Config
+    batch: int
+    steps: int
+    image_tokens: int = 257
+    vocabulary: int = 4096
+    vision: Blip2VisionConfig | CLIPVisionConfig | None = None
+    language: OPTConfig | None = None
+    workers: int = 0
+    picture: tuple[int, int] = (640, 480)
+    headline: bool = False
+    where: Where = "cpu"
+
+
+def clip_vit_l(blocks: int, width: int = 1024) -> CLIPVisionConfig:
+    """CLIP's ViT-L/14; its last block is not used."""
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=blocks + 1,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=14,
+    )
+
+
+# a third of the paper's width and of its layers, on tokens a quarter as wide
+_SMALL_STAGE1 = Stage1Config(
+    **NO_DROPOUT,
+    hidden_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=1024,
+    encoder_hidden_size=352,
+)
+_SMALL_STAGE2 = replace(SMALL_QFORMER, **NO_DROPOUT)
+_TINY_STAGE1 = replace(
+    SCENES, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+)
+_TINY_STAGE2 = replace(TINY_QFORMER, **NO_DROPOUT)
+CACHED_RUNS = {
+    "tiny": RunShape(_TINY_STAGE1, 4, 2, image_tokens=5, vocabulary=64, where="test"),
+    "small_b8": RunShape(_SMALL_STAGE1, 8, 5, headline=True),
+    "vit_l_b8": RunShape(VIT_L, 8, 8, vocabulary=30_523),
+    "vit_g_b8": RunShape(VIT_G, 8, 8, vocabulary=30_523, headline=True),
+    "vit_g_b256_cuda": RunShape(
+        VIT_G, 256, 20, vocabulary=30_523, workers=8, headline=True, where="cuda"
+    ),
+}
+# the encoder's width is the real one; where its blocks are counted, the Q-Former is the small one
+PICTURE_RUNS = {
+    "tiny": RunShape(
+        replace(_TINY_STAGE1, encoder_hidden_size=32),
+        4,
+        2,
+        vocabulary=64,
+        vision=vision(32, 1, 2, 16, 8),
+        picture=(64, 48),
+        workers=1,
+        where="test",
+    ),
+    "tiny_clip": RunShape(
+        replace(_TINY_STAGE1, encoder_hidden_size=32),
+        4,
+        2,
+        vocabulary=64,
+        vision=clip_vit_l(1, 32),
+        picture=(64, 48),
+        where="test",
+    ),
+    "vit_l_2_blocks_b4": RunShape(
+        replace(_SMALL_STAGE1, encoder_hidden_size=1024), 4, 3, vision=clip_vit_l(2), workers=2
+    ),
+    "vit_g_2_blocks_b4": RunShape(
+        replace(_SMALL_STAGE1, encoder_hidden_size=1408),
+        4,
+        3,
+        vision=vision(1408, 2, 16, 224, 14),
+        workers=2,
+    ),
+    "vit_l_b8": RunShape(
+        VIT_L, 8, 3, vocabulary=30_523, vision=clip_vit_l(23), workers=2, headline=True
+    ),
+    "vit_g_b8": RunShape(VIT_G, 8, 3, vocabulary=30_523, vision=_VIT_G, workers=2),
+    "vit_g_b128_cuda": RunShape(
+        VIT_G, 128, 10, vocabulary=30_523, vision=_VIT_G, workers=14, headline=True, where="cuda"
+    ),
+}
+STAGE2_RUNS = {
+    "tiny": RunShape(
+        _TINY_STAGE2,
+        4,
+        2,
+        image_tokens=5,
+        vocabulary=64,
+        language=opt(32, 2, 2, vocab_size=64),
+        where="test",
+    ),
+    "small_b8": RunShape(
+        _SMALL_STAGE2, 8, 5, language=opt(512, 8, 8, vocab_size=4096), headline=True
+    ),
+    "opt_125m_b8": RunShape(
+        replace(Stage2Config(), **NO_DROPOUT),
+        8,
+        5,
+        vocabulary=50_272,
+        language=opt(768, 12, 12),
+        headline=True,
+    ),
+}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from results import ResultFile
-from tables import AUTO, REFERENCE, fastest, gigabytes, is_ours, seconds
+from tables import AUTO, REFERENCE, fastest, gigabytes, is_ours, rates, seconds
 
 # what a user gets who chooses nothing
 _DEFAULTS = (AUTO, "blip2fast", "ours")
@@ -30,7 +30,7 @@ def rivals_table(files: Sequence[ResultFile]) -> str:
     """Time of ours beside that of each rival, their ratio, the share of the floor; then the losses.
 
     A ratio over 1 means that ours is quicker. Where only a peak was measured, it stands for the
-    time. Of a profiled step a line for each contender: what its time went to.
+    time. Of a profiled step and of a whole run a line for each contender: what its time went to.
     """
     lines = [_row("", "ours", "rival", "ratio", "of floor")]
     losses: list[str] = []
@@ -39,14 +39,16 @@ def rivals_table(files: Sequence[ResultFile]) -> str:
         lines.append(file.suite)
         for name, cell in file.cells.items():
             found = cell["contenders"]
-            profiled = {n: r["shares"] for n, r in found.items() if "shares" in r}
-            lines += [f"  {name}: {n}: {_shares(shares)}" for n, shares in profiled.items()]
-            if not profiled:
+            profiled = {n: r for n, r in found.items() if "shares" in r}
+            timed = any("median_s" in r for r in found.values())
+            if timed or not profiled:
                 rows, ratios = _cell_rows(name, found)
                 lines += rows
                 compared += bool(ratios)
                 if ratios and min(ratios) < 1:
                     losses.append(f"  {file.suite} {name}: {min(ratios):.2f}")
+            label = "  " if timed else f"{name}: "
+            lines += [f"  {label}{n}: {_run(r)}" for n, r in profiled.items()]
             lines += [
                 f"    {n}: failed: {r['failed']}"[:_MOST] for n, r in found.items() if "failed" in r
             ]
@@ -93,8 +95,10 @@ def _cell_rows(name: str, found: Contenders) -> tuple[list[str], list[float]]:
     return rows, ratios
 
 
-def _shares(shares: Mapping[str, float]) -> str:
-    return ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares.items())
+def _run(result: Mapping[str, Any]) -> str:
+    """What a second gives, where that was counted, and what the time went to."""
+    shares = ", ".join(f"{kind} {100 * x:.0f} %" for kind, x in result["shares"].items())
+    return "; ".join([*rates(result), shares])
 
 
 def absent(files: Sequence[ResultFile]) -> list[str]:

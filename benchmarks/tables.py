@@ -168,9 +168,17 @@ def _time(contenders: Contenders, name: str | None) -> str:
         text += ": " + ", ".join(f"{n} {seconds(s)}" for n, s in result["phases_s"].items())
     if "host_s" in result:
         text += f"; queued in {seconds(result['host_s'])}"
-    if "images_per_s" in result:
-        text += f": {result['images_per_s']:.3g} images/s"
-    return text
+    found = rates(result)
+    return f"{text}: {', '.join(found)}" if found else text
+
+
+def rates(result: Mapping[str, Any]) -> list[str]:
+    """What a second gives, and how long one process reads a batch, where that was measured."""
+    names = {"images_per_s": "images/s", "pairs_per_s": "pairs/s"}
+    found = [f"{result[name]:.3g} {unit}" for name, unit in names.items() if name in result]
+    if "reading_s" in result:
+        found.append(f"a batch read in {seconds(result['reading_s'])}")
+    return found
 
 
 def _peak(contenders: Contenders, name: str | None) -> str:
@@ -206,11 +214,12 @@ def _shares_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
         f"{name}, {who}": result["shares"]
         for name, cell in cells.items()
         for who, result in cell["contenders"].items()
+        if "shares" in result
     }
     kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
-    lines = ["| share of the step | " + " | ".join(kinds) + " |", "|---|" + "---:|" * len(kinds)]
+    lines = ["| share of the time | " + " | ".join(kinds) + " |", "|---|" + "---:|" * len(kinds)]
     for name, row in rows.items():
-        values = [f"{100 * row.get(kind, 0):.0f} %" for kind in kinds]
+        values = [f"{100 * row[kind]:.0f} %" if kind in row else "" for kind in kinds]
         lines.append(f"| {name} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 

@@ -99,7 +99,8 @@ class TextbookStage1(nn.Module):
         text_features = F.normalize(self.linear(cls, "text_projection"), dim=-1)
         loss_itc = self.contrast(image_features, text_features, image_ids, smoothing)
 
-        assert negatives is not None
+        if negatives is None:
+            negatives = self.drawn_negatives(image_features, text_features)
         negative_image, negative_text = negatives
         matching = []
         for images, texts in [
@@ -148,8 +149,22 @@ class TextbookStage1(nn.Module):
         ids = torch.arange(B) if image_ids is None else image_ids
         positive = (ids[:, None] == ids[None, :]).to(image_features)
         target = (1 - smoothing) * positive / positive.sum(1, keepdim=True) + smoothing / B
+        both = self.similarities(image_features, text_features)
+        return -(target * both.log_softmax(-1)).sum(-1).mean()
+
+    def similarities(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         # every other feature is a constant to the one whose row it stands in
         i2t = torch.einsum("iqd,jd->ijq", image_features, text_features.detach()).amax(-1)
         t2i = torch.einsum("jd,iqd->jiq", text_features, image_features.detach()).amax(-1)
-        both = torch.stack([i2t, t2i]) / self.w("temp")
-        return -(target * both.log_softmax(-1)).sum(-1).mean()
+        return torch.stack([i2t, t2i]) / self.w("temp")
+
+    @torch.no_grad()
+    def drawn_negatives(
+        self, image_features: Tensor, text_features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """An image for each text and a text for each image, by their similarity, never its own."""
+        i2t, t2i = self.similarities(image_features, text_features).float().softmax(-1) + 1e-4
+        image, text = (
+            torch.multinomial(weights.fill_diagonal_(0), 1)[:, 0] for weights in (t2i, i2t)
+        )
+        return image, text
