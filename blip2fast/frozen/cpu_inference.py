@@ -33,8 +33,8 @@ _WORTH_WEIGHT = 1 << 16
 # Attention from this many logits of a head; so many weights are held at once for each thread.
 _WORTH_LOGITS = 1 << 14
 _HELD_LOGITS = 1 << 21
-# PyTorch's attention gives each thread heads of its own; here threads meet after each step, and
-# with many of them that costs more than it saves. One thread was timed.
+# PyTorch's attention gives each thread heads of its own; here threads meet after each step, which
+# with many of them costs more than it saves. One thread was timed.
 _MOST_THREADS = 4
 # Elements of the token matrix that a part of a batch has for each thread: 5 images of ViT-g, 7 of
 # ViT-L. Against that parts of 1 or 2 images take 5 to 8 % more (a thread, fp32 and bf16), all 16 at

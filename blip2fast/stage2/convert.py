@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2fast._imports import needs
+from blip2fast.frozen.cpu_inference import tokens_of
 from blip2fast.stage2.config import Stage2Config
 
 with needs("convert transformers' BLIP-2", "tokenizers"):
@@ -56,8 +57,12 @@ class VisionTokens(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Tokens [B, S, E] of images [B, 3, h, w], before `ln_vision`."""
+        width = int(self.vision_model.config.hidden_size)
+        return tokens_of(self._encode, images, {}, 0, width)
+
+    def _encode(self, images: Tensor) -> Any:
         hidden = self.vision_model.embeddings(images)
-        return self.vision_model.encoder(inputs_embeds=hidden).last_hidden_state
+        return self.vision_model.encoder(inputs_embeds=hidden)
 
 
 def trained_from_stage1(

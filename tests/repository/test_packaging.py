@@ -77,6 +77,7 @@ def test_rooms() -> None:
         "__main__",
         "_choices",
         "_extension",
+        "_heap",
         "_imports",
         "doctor",
         "train",
