@@ -22,6 +22,8 @@ Ints = NDArray[np.int64]
 
 # a call costs about 50 us, and a core does 20 GFLOP/s: measured, torch 2.13, one core
 WORTH_A_CALL_FLOP = 4e6
+# and where a call is a dozen operators on explicit weights (two cores, 16 to 48 texts, training)
+WORTH_EXPLICIT_FLOP = 6.4e7
 # elements that one core gathers or converts at once
 CHUNK_ELEMENTS = 1 << 21
 # PyTorch's backward in 16 bits is slower than in fp32 up to this many keys, and less exact:

@@ -115,13 +115,19 @@ class _Request:
     layout: AttentionLayout = field(compare=False)
 
 
-def plan_of(layout: AttentionLayout, head_elements: int, gathered: int) -> Plan:
+def plan_of(
+    layout: AttentionLayout,
+    head_elements: int,
+    gathered: int,
+    worth_flop: float = WORTH_A_CALL_FLOP,
+) -> Plan:
     """The plan for a pass, cached for the next layer.
 
     Args:
         layout: Of the token buffer, on the CPU.
         head_elements: H * D.
         gathered: Elements of the token buffer that a core gathers at once.
+        worth_flop: FLOPs that are worth a call of their own.
     """
     indices = (layout.cu_seqlens, layout.kinds, layout.blocks, layout.block_text)
     request = _Request(
@@ -132,6 +138,7 @@ def plan_of(layout: AttentionLayout, head_elements: int, gathered: int) -> Plan:
             layout.num_rows,
             int(layout.has_bidirectional),
             head_elements,
+            int(worth_flop),
             gathered * torch.get_num_threads(),
         ),
         layout,
@@ -142,10 +149,10 @@ def plan_of(layout: AttentionLayout, head_elements: int, gathered: int) -> Plan:
 @lru_cache(maxsize=_PLANS_KEPT)
 def _kept_plan(request: _Request) -> Plan:
     layout = request.layout
-    head_elements, gathered = request.counts[-2:]
+    head_elements, worth_flop, gathered = request.counts[-3:]
     groups = [
         piece
-        for group in _groups(layout, head_elements)
+        for group in _groups(layout, head_elements, worth_flop)
         for piece in group.pieces(gathered // (3 * head_elements))
     ]
     if not groups:
@@ -220,7 +227,9 @@ class _Group:
         return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None]
 
 
-def _groups(layout: AttentionLayout, head_elements: int) -> list[_Group]:
+def _groups(
+    layout: AttentionLayout, head_elements: int, worth_flop: float = WORTH_A_CALL_FLOP
+) -> list[_Group]:
     """Padded problems that together compute every row of the token buffer exactly once."""
     N, Q = layout.num_blocks, layout.num_queries
     if layout.has_bidirectional:
@@ -242,18 +251,20 @@ def _groups(layout: AttentionLayout, head_elements: int) -> list[_Group]:
         chosen = np.flatnonzero((kinds == code) & ((lengths > 0) | rows_of_queries))
         groups += [
             _text_group(layout, kind, chosen[bucket], starts, lengths)
-            for bucket in _buckets(lengths[chosen], seen, head_elements)
+            for bucket in _buckets(lengths[chosen], seen, head_elements, worth_flop)
         ]
     return groups
 
 
-def _buckets(lengths: Ints, seen: int, head_elements: int) -> list[Ints]:
+def _buckets(
+    lengths: Ints, seen: int, head_elements: int, worth_flop: float = WORTH_A_CALL_FLOP
+) -> list[Ints]:
     """Bucket texts by length, given their `lengths` `[m]` and the queries that each sees."""
     if not len(lengths):
         return []
     by_length = np.argsort(lengths, kind="stable")
     work = 4.0 * float(((lengths + seen) ** 2).sum()) * head_elements
-    count = int(min(max(work // WORTH_A_CALL_FLOP, 1), _MAX_BUCKETS, len(lengths)))
+    count = int(min(max(work // worth_flop, 1), _MAX_BUCKETS, len(lengths)))
     if lengths[by_length[0]] == lengths[by_length[-1]]:
         count = 1
     return np.array_split(by_length, count)

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from blip2fast.kernels.precision import wide_dtype
-from blip2fast.kernels.qformer_attention.cpu.core import attend, attend_backward, multiplies_bf16
+from blip2fast.kernels.qformer_attention.cpu.core import (
+    WORTH_EXPLICIT_FLOP,
+    attend,
+    attend_backward,
+    multiplies_bf16,
+)
 from blip2fast.kernels.qformer_attention.cpu.plan import (
     BACKWARD_ELEMENTS,
     FORWARD_ELEMENTS,
@@ -57,12 +62,20 @@ class _Collected:
         return self._buffer.index_select(0, self._plan.order)
 
 
+def _plan(layout: AttentionLayout, qkv: Tensor, gathered: int) -> Plan:
+    """The plan for `qkv`; that of explicit weights is the same in both directions."""
+    head_elements = qkv.shape[2] * qkv.shape[3]
+    if multiplies_bf16(qkv):
+        return plan_of(layout, head_elements, FORWARD_ELEMENTS, WORTH_EXPLICIT_FLOP)
+    return plan_of(layout, head_elements, gathered)
+
+
 def self_forward(
     qkv: Tensor, layout: AttentionLayout, scale: float, dropout_p: float, philox: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`(out [R, H, D], lse [R, H])` from `qkv` `[R, 3, H, D]`."""
     H, D = qkv.shape[2:]
-    plan = plan_of(layout, H * D, FORWARD_ELEMENTS)
+    plan = _plan(layout, qkv, FORWARD_ELEMENTS)
     outputs = _Collected(plan, qkv, (H, D))
     statistics = _Collected(plan, qkv.new_empty(0, dtype=wide_dtype(qkv.dtype)), (H,))
     for part in plan.parts:
@@ -88,7 +101,7 @@ def self_backward(
     """`dqkv [R, 3, H, D]`."""
     H, D = qkv.shape[2:]
     N, Q = layout.num_blocks, layout.num_queries
-    plan = plan_of(layout, H * D, FORWARD_ELEMENTS if multiplies_bf16(qkv) else BACKWARD_ELEMENTS)
+    plan = _plan(layout, qkv, BACKWARD_ELEMENTS)
     collected = _Collected(plan, qkv, (3, H, D))
     # gradients of queries from texts that only read them, summed before rounding
     seen = None
