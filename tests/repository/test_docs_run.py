@@ -51,6 +51,7 @@ NOT_RUN = {
     r"published_weights: blip2fast caption .*DIR": "a form: tests/inference/test_moved_models.py",
     r"evaluation: lmms_eval ": "needs lmms-eval: tests/scoring/test_lmms_eval.py",
     r"kernel_model: python benchmarks/": "tests/ops/test_kernel_model.py, test_readme.py",
+    r"scaling: python benchmarks/": "test_scaling.py",
 }
 
 # steps and sizes of a test, for the runs that pages start
