@@ -32,6 +32,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from blip2fast.kernels.itc import chunked as itc_chunked
 from blip2fast.kernels.itc.cpu import sweep as itc
 from blip2fast.kernels.lm_cross_entropy import chunked as words_chunked
 from blip2fast.kernels.qformer_attention.cpu import cross_attention, self_attention
@@ -46,7 +47,8 @@ PROCESSES, HELD_OUT_PROCESSES, ZERO_STAGES = (1, 2, 4), 3, (0, 1, 2)
 _INSIDE = (
     (self_attention, ("self_forward", "self_backward")),
     (cross_attention, ("cross_forward", "cross_backward")),
-    (itc, ("sweep", "sweep_grad")),
+    (itc, ("sweep",)),
+    (itc_chunked, ("sweep_grad",)),
     (words_chunked, ("forward", "backward")),
 )
 

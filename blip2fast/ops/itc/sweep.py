@@ -104,7 +104,8 @@ def _backend(impl: str, device: str) -> Any:
         return SimpleNamespace(sweep=forward.sweep, sweep_grad=backward.sweep_grad)
     if impl == "chunked" and device == "cpu":
         return SimpleNamespace(
-            sweep=partial(cpu.sweep, product=_product), sweep_grad=cpu.sweep_grad
+            sweep=partial(cpu.sweep, product=_product),
+            sweep_grad=partial(chunked.sweep_grad, config=cpu.TILES),
         )
     return {"reference": reference, "chunked": chunked}[impl]
 

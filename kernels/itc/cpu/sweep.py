@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blip2fast.kernels.itc import chunked, statistics
+from blip2fast.kernels.itc import statistics
 from blip2fast.kernels.itc.chunked import _merge_into, _tile_statistics, _tiles
 from blip2fast.kernels.itc.config import ChunkedConfig
-from blip2fast.kernels.itc.interface import Options, Pairs, Sweep, Weights, index_dtype
+from blip2fast.kernels.itc.interface import Options, Pairs, Sweep, index_dtype
 from blip2fast.kernels.precision import wide, wide_dtype
 
 # `[m, D]` and `[n, D]` to `[m, n]`, in fp32 or fp64
@@ -55,16 +55,3 @@ def _lowest(hits: Tensor) -> Tensor:
     dtype = index_dtype(Q)
     from_last = torch.arange(Q - 1, -1, -1).to(dtype)[:, None]
     return Q - 1 - (hits.to(dtype) * from_last).amax(1)
-
-
-def sweep_grad(
-    image: Tensor,
-    text: Tensor,
-    temp: Tensor,
-    pairs: Pairs,
-    sides: tuple[Weights, Weights],
-    local: bool,
-    saved: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.sweep_grad`, tile by tile."""
-    return chunked.sweep_grad(image, text, temp, pairs, sides, local, saved, TILES)
